@@ -1,0 +1,78 @@
+"""The sections of the YAML that activation harvesting owns: `model`, `text` and `cache`.
+
+Every section forbids unknown keys and silent casts. Defaults are Gemma Scope's (arXiv
+2408.05147, section 3) wherever it states a value.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+Site = Literal["resid_post", "mlp_out", "attn_out_prelinear"]
+Dtype = Literal["float32", "bfloat16"]
+
+
+class Section(BaseModel):
+    """A part of the config: immutable, strict about types, closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def _whole_number(value: Any) -> Any:
+    """Read `4e9` as the integer it is; leave everything else for the strict check to judge."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_whole_number), Field(ge=0)]
+PositiveCount = Annotated[int, BeforeValidator(_whole_number), Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class ModelConfig(Section):
+    """Which language model is read, and the dtype it computes in."""
+
+    weights: str  # a Hub id, a folder (config.json, safetensors, tokenizer.json) or a .gguf file
+    revision: str | None = None
+    dtype: Dtype = "bfloat16"
+
+
+class TextConfig(Section):
+    """Where the text comes from and how it is cut into sequences."""
+
+    source: Annotated[list[str], Field(min_length=1)]  # globs, or hf://org/dataset?split=train
+    field: str = "text"
+    sequence_length: Annotated[PositiveCount, Field(ge=2)] = 1024
+    held_out_sequences: Count = 2048
+
+
+class SiteConfig(Section):
+    """One tap site and the layers (counted from 0) it is tapped at."""
+
+    site: Site
+    layers: list[Count] | Literal["all"]
+
+    @field_validator("layers")
+    @classmethod
+    def _layers_distinct(cls, layers: list[int] | str) -> list[int] | str:
+        if isinstance(layers, list) and (not layers or len(set(layers)) != len(layers)):
+            raise ValueError("layers must be 'all' or a non-empty list without repeats")
+        return layers
+
+
+class CacheConfig(Section):
+    """The activation store: where it is, what is tapped, how many rows, how they are shuffled."""
+
+    path: str
+    sites: Annotated[list[SiteConfig], Field(min_length=1)]
+    tokens: PositiveCount  # rows per site and layer; only usable tokens count
+    dtype: Dtype = "float32"
+    shuffle_rows: PositiveCount = 1_000_000  # rows per shuffle bucket
+    block_rows: PositiveCount = 256  # rows per chunk: the unit the reader permutes
+    sequences_per_batch: PositiveCount = 8  # sequences per forward pass
+    seed: Count = 0

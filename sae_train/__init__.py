@@ -1,0 +1,1 @@
+"""Sharded training, evaluation and release of JumpReLU sparse autoencoders."""

@@ -1,0 +1,201 @@
+"""The whole config: one class per section of the YAML, Gemma Scope's values as defaults.
+
+Numbers come from the Gemma Scope paper (arXiv 2408.05147, section 3) unless said otherwise.
+Reading a file, overriding a value and writing the resolved config are in `config_file`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from activation_cache.config import (
+    CacheConfig,
+    Count,
+    Fraction,
+    ModelConfig,
+    NonNegative,
+    Positive,
+    PositiveCount,
+    Section,
+    Site,
+    TextConfig,
+)
+
+
+class ThresholdConfig(Section):
+    """How the JumpReLU threshold θ starts and which parameter is trained for it.
+
+    `log` trains log θ as the JumpReLU paper does; `direct` trains θ itself, for runs too short
+    for a logarithm to move (docs/numerics.md).
+    """
+
+    init: Positive = 0.001
+    parametrisation: Literal["log", "direct"] = "log"
+    learning_rate_multiplier: Positive = 1.0
+
+
+class SaeConfig(Section):
+    """The sparse autoencoder: what it reads and what it is."""
+
+    site: Site
+    layer: Count
+    architecture: Literal["jumprelu"] = "jumprelu"
+    width: PositiveCount = 16_384
+    bandwidth: Positive = 0.001
+    threshold: ThresholdConfig = ThresholdConfig()
+    pre_encoder_bias: bool = True
+
+
+class LearningRateConfig(Section):
+    """Cosine warm-up from `warmup_from * peak`, constant, then an optional linear decay.
+
+    Gemma Scope states no decay; `decay_steps` counts back from the last step.
+    """
+
+    peak: Positive = 7e-5
+    warmup_steps: Count = 1000
+    warmup_from: Fraction = 0.1
+    decay_steps: Count = 0
+    decay_to: Fraction = 0.0
+
+
+class AdamConfig(Section):
+    """Adam without a first moment: β₁ is 0, so only the second moment is kept."""
+
+    beta1: Annotated[float, Field(ge=0, le=0)] = 0.0
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    epsilon: Positive = 1e-8
+
+
+class L0Penalty(Section):
+    """Gemma Scope's penalty: coefficient times L0, per token."""
+
+    penalty: Literal["l0"] = "l0"
+    coefficient: NonNegative
+    warmup_steps: Count = 10_000
+
+
+class TargetL0Penalty(Section):
+    """A quadratic pull of L0 towards `target`.
+
+    `batch_mean`: coefficient * (mean L0 / target - 1)^2, the JumpReLU paper's (arXiv 2407.14435,
+    also dictionary_learning's). `per_token`: coefficient * (2 / target) * (L0 - target)^2 for
+    each token, Gemma Scope 2's equation 5 as printed.
+    """
+
+    penalty: Literal["target_l0"]
+    target: Annotated[Positive, Field(ge=1)]
+    form: Literal["batch_mean", "per_token"] = "batch_mean"
+    coefficient: NonNegative = 1.0
+    warmup_steps: Count = 10_000
+
+
+Sparsity = Annotated[L0Penalty | TargetL0Penalty, Field(discriminator="penalty")]
+
+
+class TrainConfig(Section):
+    """The optimisation: batch, budget, seed, schedules, penalty."""
+
+    batch_size: PositiveCount = 4096
+    tokens: PositiveCount
+    seed: Count = 0
+    learning_rate: LearningRateConfig = LearningRateConfig()
+    adam: AdamConfig = AdamConfig()
+    sparsity: Sparsity
+    gradient_clip: Positive | None = None  # global norm; Gemma Scope clips nothing
+    dead_after_tokens: PositiveCount = 10_000_000  # a latent silent for so long counts as dead
+    log_every_steps: PositiveCount = 100
+    tensorboard: bool = False
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps: the token budget in whole batches, at least one."""
+        return max(1, self.tokens // self.batch_size)
+
+
+class MeshConfig(Section):
+    """Devices per mesh axis: the batch is split over `data`, the latents over `model`."""
+
+    data: PositiveCount = 1
+    model: PositiveCount = 1
+
+
+class CheckpointConfig(Section):
+    """How often the training state is saved and how many saves are kept."""
+
+    every_steps: PositiveCount = 5000
+    keep: PositiveCount = 3
+
+
+class EvaluationConfig(Section):
+    """How many held-out sequences are measured, and how many of them in the spliced model."""
+
+    sequences: PositiveCount = 2048
+    loss_sequences: PositiveCount | None = None  # None: all of `sequences`
+    sequences_per_batch: PositiveCount = 8
+
+
+class SweepConfig(Section):
+    """Dotted config keys and the values each takes: `grid` multiplies, `zip` walks in step."""
+
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
+    zip: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
+
+    @model_validator(mode="after")
+    def _coherent(self) -> SweepConfig:
+        lengths = {key: len(values) for key, values in self.zip.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"the lists under sweep.zip must have one length; found {lengths}")
+        both = sorted(set(self.grid) & set(self.zip))
+        if both:
+            raise ValueError(f"a key can be in sweep.grid or sweep.zip, not both: {both}")
+        return self
+
+
+class LaunchConfig(Section):
+    """Where the stages run."""
+
+    on: Literal["local"] = "local"
+
+
+class Config(Section):
+    """One YAML file, resolved."""
+
+    name: Annotated[str, Field(min_length=1)]
+    model: ModelConfig
+    text: TextConfig
+    cache: CacheConfig
+    sae: SaeConfig
+    train: TrainConfig
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    output: Annotated[str, Field(min_length=1)]
+    sweep: SweepConfig | None = None
+    launch: LaunchConfig = LaunchConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        tapped = {entry.site: entry.layers for entry in self.cache.sites}
+        layers = tapped.get(self.sae.site)
+        if layers is None or (layers != "all" and self.sae.layer not in layers):
+            raise ValueError(
+                f"sae reads {self.sae.site} of layer {self.sae.layer}, which cache.sites does not "
+                f"harvest (it has {tapped}): add it to cache.sites or change sae.site/sae.layer"
+            )
+        _check_divisible("train.batch_size", self.train.batch_size, "data", self.mesh.data)
+        _check_divisible("sae.width", self.sae.width, "model", self.mesh.model)
+        return self
+
+
+def _check_divisible(name: str, value: int, axis: str, size: int) -> None:
+    if value % size:
+        divisors = [d for d in range(1, 65) if value % d == 0]
+        near = sorted(divisors, key=lambda d: abs(math.log(d / size)))[:4]
+        raise ValueError(
+            f"{name} {value} is not divisible by mesh axis '{axis}' (size {size}): "
+            f"use {', '.join(map(str, sorted(near)))}"
+        )
