@@ -1,0 +1,90 @@
+"""Adam without a first moment, and the unit-norm decoder.
+
+Gemma Scope (arXiv 2408.05147, section 3.2): β₁ = 0, β₂ = 0.999, ε = 1e-8; the part of each
+decoder row's gradient that is parallel to the row is removed before Adam, and rows are
+renormalised after every update. With β₁ = 0 there is no first moment to keep.
+
+Legend: D model width, F latents.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from sae_train.config import AdamConfig, SaeConfig, TrainConfig
+from sae_train.sae import Params
+
+
+def remove_parallel(
+    gradient_FD: Float[Array, "F D"], *, rows_FD: Float[Array, "F D"]
+) -> Float[Array, "F D"]:
+    """The gradient less its component along each (unit-norm) row."""
+    along_F1 = (gradient_FD * rows_FD).sum(axis=1, keepdims=True)
+    return gradient_FD - along_F1 * rows_FD
+
+
+def unit_rows(rows_FD: Float[Array, "F D"]) -> Float[Array, "F D"]:
+    """Each row divided by its norm."""
+    return rows_FD / jnp.linalg.norm(rows_FD, axis=1, keepdims=True)
+
+
+def adam_step(
+    param: Array,
+    gradient: Array,
+    *,
+    second_moment: Array,
+    learning_rate: Array,
+    bias_correction: Array,
+    config: AdamConfig,
+) -> tuple[Array, Array]:
+    """One update of one tensor: (new parameter, new second moment).
+
+    v ← β₂ v + (1 - β₂) g²;  p ← p - lr g / (√(v / bias_correction) + ε).
+    `bias_correction` is 1 - β₂ᵗ, t counted from 1; the host computes it in float64, where
+    float32 would lose four digits in the first steps.
+    """
+    moment = config.beta2 * second_moment + (1.0 - config.beta2) * jnp.square(gradient)
+    scaled = gradient / (jnp.sqrt(moment / bias_correction) + config.epsilon)
+    return param - learning_rate * scaled, moment
+
+
+def update(
+    params: Params,
+    gradients: Params,
+    *,
+    second_moment: Params,
+    learning_rate: Array,
+    bias_correction: Array,
+    sae: SaeConfig,
+    train: TrainConfig,
+) -> tuple[Params, Params]:
+    """Project, clip if asked to, step every parameter, renormalise the decoder.
+
+    Args:
+        gradients: as autodiff gives them, decoder not yet projected.
+        learning_rate: this step's rate; thresholds multiply it by their own factor.
+    """
+    gradients = dict(gradients)
+    gradients["W_dec"] = remove_parallel(gradients["W_dec"], rows_FD=params["W_dec"])
+    if train.gradient_clip is not None:
+        scale = jnp.minimum(1.0, train.gradient_clip / optax.tree.norm(gradients))
+        gradients = jax.tree.map(lambda g: g * scale, gradients)
+    new_params, new_moment = {}, {}
+    for name, param in params.items():
+        factor = sae.threshold.learning_rate_multiplier if name == "threshold" else 1.0
+        new_params[name], new_moment[name] = adam_step(
+            param,
+            gradients[name],
+            second_moment=second_moment[name],
+            learning_rate=learning_rate * factor,
+            bias_correction=bias_correction,
+            config=train.adam,
+        )
+    new_params["W_dec"] = unit_rows(new_params["W_dec"])
+    if sae.threshold.parametrisation == "direct":
+        # Released latents are relu(pre) where pre > θ: below 0 the two forms would differ.
+        new_params["threshold"] = jnp.maximum(new_params["threshold"], 0.0)
+    return new_params, new_moment

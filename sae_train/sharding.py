@@ -1,0 +1,99 @@
+"""The one table: per tensor of the training state its dims, dtype and initialiser.
+
+Shapes, placement, the abstract tree a checkpoint restores into and the memory estimate all
+derive from it, so they can't disagree. Nobody writes a PartitionSpec elsewhere.
+
+Dims: B rows of a batch, D model width, F latents. `axis` is a mesh axis, `dim` a tensor dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from activation_cache.errors import UserError
+from sae_train.config import MeshConfig, SaeConfig
+
+AXES = ("data", "model")
+AXIS_OF_DIM: dict[str, str | None] = {"B": "data", "F": "model", "D": None}
+
+Initialiser = Callable[[jax.Array, tuple[int, ...], "SaeConfig"], Array]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One row of the table."""
+
+    dims: tuple[str, ...]
+    dtype: jnp.dtype
+    init: Initialiser
+
+
+def _zeros(key: jax.Array, shape: tuple[int, ...], config: SaeConfig) -> Array:
+    return jnp.zeros(shape)
+
+
+def _unit_rows(key: jax.Array, shape: tuple[int, ...], config: SaeConfig) -> Array:
+    """He-uniform, then every latent's vector rescaled to unit norm (Gemma Scope 3.2).
+
+    The rescaling cancels He's bound, so the draw is from [-1, 1].
+    """
+    rows_FD = jax.random.uniform(key, shape, minval=-1.0, maxval=1.0)
+    return rows_FD / jnp.linalg.norm(rows_FD, axis=1, keepdims=True)
+
+
+def _threshold(key: jax.Array, shape: tuple[int, ...], config: SaeConfig) -> Array:
+    init = config.threshold.init
+    log = config.threshold.parametrisation == "log"
+    return jnp.full(shape, np.log(init) if log else init, jnp.float32)
+
+
+_FLOAT = jnp.dtype(jnp.float32)
+# W_enc starts as the transpose of W_dec; latent-major storage makes them the same array.
+PARAMS: dict[str, Tensor] = {
+    "W_dec": Tensor(dims=("F", "D"), dtype=_FLOAT, init=_unit_rows),
+    "W_enc": Tensor(dims=("F", "D"), dtype=_FLOAT, init=_unit_rows),
+    "b_dec": Tensor(dims=("D",), dtype=_FLOAT, init=_zeros),
+    "b_enc": Tensor(dims=("F",), dtype=_FLOAT, init=_zeros),
+    "threshold": Tensor(dims=("F",), dtype=_FLOAT, init=_threshold),
+}
+LAST_FIRED = Tensor(dims=("F",), dtype=jnp.dtype(jnp.int32), init=_zeros)
+BATCH_DIMS = ("B", "D")
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """A (data, model) mesh over the first devices.
+
+    Raises:
+        UserError: fewer devices than the mesh has places.
+    """
+    needed, found = config.data * config.model, jax.device_count()
+    if needed > found:
+        raise UserError(
+            f"mesh {config.data} x {config.model} (data x model) needs {needed} devices and JAX "
+            f"sees {found} ({jax.default_backend()}): make mesh.data * mesh.model at most {found}"
+        )
+    devices = np.asarray(jax.devices()[:needed]).reshape(config.data, config.model)
+    kinds = (jax.sharding.AxisType.Auto,) * 2
+    return Mesh(devices, AXES, axis_types=kinds)
+
+
+def spec(dims: tuple[str, ...]) -> PartitionSpec:
+    """The mesh axis each dim is split over."""
+    return PartitionSpec(*(AXIS_OF_DIM[dim] for dim in dims))
+
+
+def sharding(mesh: Mesh, dims: tuple[str, ...]) -> NamedSharding:
+    """Where a tensor with these dims lives."""
+    return NamedSharding(mesh, spec(dims))
+
+
+def shape_of(tensor: Tensor, *, width: int, d_model: int) -> tuple[int, ...]:
+    """The global shape of a table row."""
+    return tuple({"F": width, "D": d_model}[dim] for dim in tensor.dims)

@@ -1,0 +1,79 @@
+"""The training state: what it holds, how it is born sharded, and its abstract twin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from sae_train.config import SaeConfig
+from sae_train.sae import Params
+from sae_train.sharding import LAST_FIRED, PARAMS, Tensor, shape_of, sharding
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything a resume needs besides the step number's own consequences.
+
+    Attributes:
+        params: the trained parameters, see `sharding.PARAMS`.
+        second_moment: Adam's v for each of them.
+        last_fired: for each latent the step (counted from 1) in which it last fired, 0 for never.
+        step: optimiser steps done.
+    """
+
+    params: Params
+    second_moment: Params
+    last_fired: Int[Array, " F"]
+    step: Int[Array, ""]
+
+
+def _map_table(leaf, scalar) -> TrainState:
+    """Build a state by calling `leaf(name, tensor)` for each row of the table."""
+    params = {name: leaf(name, tensor) for name, tensor in PARAMS.items()}
+    return TrainState(
+        params=params,
+        second_moment={name: leaf(f"second_moment.{name}", PARAMS[name]) for name in PARAMS},
+        last_fired=leaf("last_fired", LAST_FIRED),
+        step=scalar,
+    )
+
+
+def state_shardings(mesh: Mesh) -> TrainState:
+    """The NamedSharding of every leaf."""
+    return _map_table(lambda _, tensor: sharding(mesh, tensor.dims), sharding(mesh, ()))
+
+
+def abstract_state(config: SaeConfig, *, d_model: int, mesh: Mesh) -> TrainState:
+    """Shape, dtype and sharding of every leaf, nothing allocated."""
+
+    def leaf(_: str, tensor: Tensor) -> jax.ShapeDtypeStruct:
+        shape = shape_of(tensor, width=config.width, d_model=d_model)
+        return jax.ShapeDtypeStruct(shape, tensor.dtype, sharding=sharding(mesh, tensor.dims))
+
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding(mesh, ()))
+    return _map_table(leaf, step)
+
+
+def init_state(config: SaeConfig, *, d_model: int, seed: int, mesh: Mesh) -> TrainState:
+    """Gemma Scope's initialisation, each shard made on its own device.
+
+    W_dec and W_enc are drawn from one key, so W_enc starts as W_dec's transpose.
+    """
+
+    def init() -> TrainState:
+        key = jax.random.key(seed)
+
+        def leaf(name: str, tensor: Tensor) -> Array:
+            shape = shape_of(tensor, width=config.width, d_model=d_model)
+            if name in PARAMS:
+                return tensor.init(key, shape, config).astype(tensor.dtype)
+            return jnp.zeros(shape, tensor.dtype)
+
+        return _map_table(leaf, jnp.zeros((), jnp.int32))
+
+    return jax.jit(init, out_shardings=state_shardings(mesh))()

@@ -1,0 +1,131 @@
+"""One optimiser step: loss, gradients, update, metrics; compiled once per shape and mesh.
+
+Written with jit and NamedSharding over a (data, model) mesh: the compiler places the
+collectives. The loop sees only `TrainStep`, so another way to the same gradients can take the
+dense one's place without the loop noticing.
+
+Legend: B rows of a batch, D model width, F latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from sae_train.config import Config, SaeConfig, TrainConfig
+from sae_train.optimiser import update
+from sae_train.sae import Forward, Params, forward, sparsity_loss, threshold_of
+from sae_train.schedule import Scheduled
+from sae_train.sharding import BATCH_DIMS, sharding
+from sae_train.state import TrainState, state_shardings
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepMetrics:
+    """Scalars of one batch, measured before its update, in scaled units (E|x|² = 1).
+
+    `mse` is the squared error summed over D, mean over rows. `fvu` is the summed squared error
+    over that of always predicting the batch's mean. `finite` covers loss and gradients, hence
+    the state after the step.
+    """
+
+    loss: Float[Array, ""]
+    mse: Float[Array, ""]
+    fvu: Float[Array, ""]
+    l0: Float[Array, ""]
+    dead_fraction: Float[Array, ""]
+    threshold_mean: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+    finite: Array
+
+
+TrainStep = Callable[[TrainState, Array, Scheduled], tuple[TrainState, StepMetrics]]
+
+
+def loss_and_forward(
+    params: Params,
+    x_BD: Float[Array, "B D"],
+    coefficient: Float[Array, ""],
+    *,
+    sae: SaeConfig,
+    train: TrainConfig,
+) -> tuple[Float[Array, ""], Forward]:
+    """Squared error plus penalty, mean over rows (Gemma Scope, equation 4)."""
+    out = forward(params, x_BD, config=sae)
+    mse = jnp.square(x_BD - out.reconstruction_BD).sum(axis=1).mean()
+    penalty = sparsity_loss(out.l0_B, coefficient=coefficient, penalty=train.sparsity)
+    return mse + penalty, out
+
+
+def _measure(
+    state: TrainState, out: Forward, *, x_BD: Array, loss: Array, norm: Array, config: Config
+) -> tuple[StepMetrics, Array]:
+    """The step's metrics and the new `last_fired`."""
+    fired_F = (out.latents_BF > 0).any(axis=0)
+    last_fired_F = jnp.where(fired_F, state.step + 1, state.last_fired)
+    dead_steps = -(-config.train.dead_after_tokens // config.train.batch_size)
+    mse = jnp.square(x_BD - out.reconstruction_BD).sum(axis=1).mean()
+    variance = jnp.square(x_BD - x_BD.mean(axis=0, keepdims=True)).sum(axis=1).mean()
+    silent_F = state.step + 1 - last_fired_F
+    metrics = StepMetrics(
+        loss=loss,
+        mse=mse,
+        fvu=mse / variance,
+        l0=out.l0_B.mean(),
+        dead_fraction=(silent_F >= dead_steps).mean(),
+        threshold_mean=threshold_of(state.params, config=config.sae).mean(),
+        gradient_norm=norm,
+        finite=jnp.isfinite(loss) & jnp.isfinite(norm),
+    )
+    return metrics, last_fired_F
+
+
+def make_train_step(config: Config, *, input_scale: float, mesh: Mesh) -> TrainStep:
+    """Compile-ready step for raw rows: (state, rows [B, D], scalars) -> (state, metrics).
+
+    Args:
+        input_scale: C of x = x_raw / C, which gives E|x|² = 1 (Gemma Scope 3.1).
+
+    The state is donated: the caller must not touch the one it passed in.
+    """
+    sae, train = config.sae, config.train
+    loss_gradient = jax.value_and_grad(loss_and_forward, has_aux=True)
+
+    def step(
+        state: TrainState, rows_BD: Array, scalars: Scheduled
+    ) -> tuple[TrainState, StepMetrics]:
+        x_BD = rows_BD.astype(jnp.float32) * (1.0 / input_scale)
+        (loss, out), gradients = loss_gradient(
+            state.params, x_BD, scalars.sparsity_coefficient, sae=sae, train=train
+        )
+        metrics, last_fired = _measure(
+            state, out, x_BD=x_BD, loss=loss, norm=optax.tree.norm(gradients), config=config
+        )
+        params, second_moment = update(
+            state.params,
+            gradients,
+            second_moment=state.second_moment,
+            learning_rate=scalars.learning_rate,
+            bias_correction=scalars.bias_correction,
+            sae=sae,
+            train=train,
+        )
+        new_state = TrainState(
+            params=params, second_moment=second_moment, last_fired=last_fired, step=state.step + 1
+        )
+        return new_state, metrics
+
+    states, scalar = state_shardings(mesh), sharding(mesh, ())
+    return jax.jit(
+        step,
+        in_shardings=(states, sharding(mesh, BATCH_DIMS), scalar),
+        out_shardings=(states, scalar),
+        donate_argnums=0,
+    )
