@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from activation_cache.config import (
     CacheConfig,
@@ -21,6 +21,7 @@ from activation_cache.config import (
     PositiveCount,
     Section,
     Site,
+    SiteConfig,
     TextConfig,
 )
 
@@ -110,6 +111,14 @@ class TrainConfig(Section):
     log_every_steps: PositiveCount = 100
     tensorboard: bool = False
 
+    @field_validator("sparsity", mode="before")
+    @classmethod
+    def _default_penalty(cls, sparsity: Any) -> Any:
+        """A section without `penalty` means Gemma Scope's."""
+        if isinstance(sparsity, dict) and "penalty" not in sparsity:
+            return {"penalty": "l0", **sparsity}
+        return sparsity
+
     @property
     def steps(self) -> int:
         """Optimiser steps: the token budget in whole batches, at least one."""
@@ -141,8 +150,8 @@ class EvaluationConfig(Section):
 class SweepConfig(Section):
     """Dotted config keys and the values each takes: `grid` multiplies, `zip` walks in step."""
 
-    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
-    zip: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
+    zip: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _coherent(self) -> SweepConfig:
@@ -179,23 +188,33 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        tapped = {entry.site: entry.layers for entry in self.cache.sites}
-        layers = tapped.get(self.sae.site)
-        if layers is None or (layers != "all" and self.sae.layer not in layers):
-            raise ValueError(
-                f"sae reads {self.sae.site} of layer {self.sae.layer}, which cache.sites does not "
-                f"harvest (it has {tapped}): add it to cache.sites or change sae.site/sae.layer"
-            )
-        _check_divisible("train.batch_size", self.train.batch_size, "data", self.mesh.data)
-        _check_divisible("sae.width", self.sae.width, "model", self.mesh.model)
+        mistakes = [
+            *_check_tapped(self.sae, self.cache.sites),
+            *_check_divisible("train.batch_size", self.train.batch_size, "data", self.mesh.data),
+            *_check_divisible("sae.width", self.sae.width, "model", self.mesh.model),
+        ]
+        if mistakes:
+            raise ValueError("\n".join(mistakes))
         return self
 
 
-def _check_divisible(name: str, value: int, axis: str, size: int) -> None:
-    if value % size:
-        divisors = [d for d in range(1, 65) if value % d == 0]
-        near = sorted(divisors, key=lambda d: abs(math.log(d / size)))[:4]
-        raise ValueError(
-            f"{name} {value} is not divisible by mesh axis '{axis}' (size {size}): "
-            f"use {', '.join(map(str, sorted(near)))}"
-        )
+def _check_tapped(sae: SaeConfig, sites: list[SiteConfig]) -> list[str]:
+    tapped = [entry.layers for entry in sites if entry.site == sae.site]
+    if any(layers == "all" or sae.layer in layers for layers in tapped):
+        return []
+    has = ", ".join(f"{entry.site} {entry.layers}" for entry in sites)
+    return [
+        f"sae reads {sae.site} of layer {sae.layer}, which cache.sites does not harvest "
+        f"(it has {has}): add it to cache.sites or change sae.site and sae.layer"
+    ]
+
+
+def _check_divisible(name: str, value: int, axis: str, size: int) -> list[str]:
+    if value % size == 0:
+        return []
+    divisors = [d for d in range(1, 65) if value % d == 0]
+    near = sorted(divisors, key=lambda d: abs(math.log(d / size)))[:4]
+    return [
+        f"{name} {value} is not divisible by mesh axis '{axis}' (size {size}): "
+        f"use {', '.join(map(str, sorted(near)))}"
+    ]
