@@ -1,0 +1,260 @@
+"""The training loop: next batch, step, read the previous step's metrics, write, save.
+
+A run is a pure function of its config and its store: the batch of a step depends on the step
+number alone, so a checkpoint needs no data state and a resumed run is bit-identical.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from activation_cache.errors import Interrupted, UserError
+from activation_cache.progress import ProgressMeter
+from activation_cache.reader import ActivationReader
+from activation_cache.storage import folder_lock
+from activation_cache.store import Store, open_store
+from activation_cache.taps import Tap
+from sae_train.checkpoint import Checkpoints, checkpoint_meta, refuse_difference
+from sae_train.config import Config
+from sae_train.config_file import write_config
+from sae_train.metrics import FILE, MetricsLog, read_metrics
+from sae_train.schedule import scheduled
+from sae_train.sharding import BATCH_DIMS, make_mesh, sharding
+from sae_train.state import TrainState, abstract_state, init_state
+from sae_train.step import StepMetrics, make_train_step
+from sae_train.threshold_check import threshold_warning
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended: optimiser steps done and the last row of its metrics."""
+
+    folder: Path
+    step: int
+    metrics: Mapping[str, Any]
+
+
+@dataclass
+class _Clock:
+    """Splits the time since the last logged step into waiting for input and all else."""
+
+    start: float = field(default_factory=time.monotonic)
+    waited: float = 0.0
+    steps: int = 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        before = time.monotonic()
+        yield
+        self.waited += time.monotonic() - before
+
+    def lap(self, batch_size: int) -> dict[str, float]:
+        elapsed = max(time.monotonic() - self.start, 1e-9)
+        rates = {
+            "tokens_per_second": round(self.steps * batch_size / elapsed, 1),
+            "input_wait_fraction": round(self.waited / elapsed, 4),
+        }
+        self.start, self.waited, self.steps = time.monotonic(), 0.0, 0
+        return rates
+
+
+@dataclass
+class _Journal:
+    """Judges every step's metrics and writes those that are due."""
+
+    config: Config
+    log: MetricsLog
+    meter: ProgressMeter
+    last_finite: tuple[int, StepMetrics] | None = None
+    last_row: Mapping[str, Any] = field(default_factory=dict)
+    clock: _Clock = field(default_factory=_Clock)
+
+    def record(self, step: int, metrics: StepMetrics) -> None:
+        """Take the metrics of the step that made `step` steps done; waits for the device.
+
+        Raises:
+            UserError: they are not finite.
+        """
+        if not bool(metrics.finite):
+            raise UserError(self._diverged(step, metrics))
+        self.last_finite = (step, metrics)
+        self.clock.steps += 1
+        train = self.config.train
+        if step % train.log_every_steps and step != train.steps:
+            return
+        row = self._row(step, metrics) | self.clock.lap(train.batch_size)
+        self.log.write(row)
+        self.last_row = row
+        self.meter.update(
+            step * train.batch_size,
+            note=f"step {step}/{train.steps} loss {row['loss']:.4f} "
+            f"L0 {row['l0']:.1f} FVU {row['fvu']:.3f}",
+        )
+
+    def _row(self, step: int, metrics: StepMetrics) -> dict[str, Any]:
+        scalars = scheduled(self.config.train, step=step - 1)
+        host = jax.device_get(metrics)
+        return {
+            "step": step,
+            "tokens": step * self.config.train.batch_size,
+            "loss": float(host.loss),
+            "mse": float(host.mse),
+            "fvu": float(host.fvu),
+            "l0": float(host.l0),
+            "dead_fraction": float(host.dead_fraction),
+            "threshold_mean": float(host.threshold_mean),
+            "gradient_norm": float(host.gradient_norm),
+            "learning_rate": float(scalars.learning_rate),
+            "sparsity_coefficient": float(scalars.sparsity_coefficient),
+        }
+
+    def _diverged(self, step: int, metrics: StepMetrics) -> str:
+        before = "no step before it was finite"
+        if self.last_finite is not None:
+            good_step, good = self.last_finite
+            row = {name: f"{value:.6g}" for name, value in self._row(good_step, good).items()}
+            before = f"the last finite metrics, of step {good_step}, were {row}"
+        return (
+            f"training stopped at step {step}: its loss ({float(metrics.loss)}) or gradient norm "
+            f"({float(metrics.gradient_norm)}) is not finite; {before}. Nothing of this step was "
+            "saved. Lower train.learning_rate.peak, set train.gradient_clip, or check the store "
+            "with `sae inspect`; then start anew with --fresh or another output."
+        )
+
+
+def train(
+    config: Config, *, fresh: bool = False, stop: Callable[[], bool] = lambda: False
+) -> TrainResult:
+    """Train one SAE, going on from the newest checkpoint of its folder if there is one.
+
+    Args:
+        fresh: delete what an earlier run left in the folder and start anew.
+        stop: asked before every step; when it says yes the state is saved and the loop left.
+
+    Raises:
+        Interrupted: `stop` said yes; everything is saved.
+        UserError: the store is missing or another one, the folder holds another run or is in
+            use, the mesh doesn't fit, or the loss stopped being finite.
+    """
+    folder = Path(config.output)
+    store = open_store(config.cache.path)
+    store.check_matches(model=config.model, text=config.text, cache=config.cache)
+    with ExitStack() as stack:
+        stack.enter_context(folder_lock(folder))
+        checkpoints = stack.enter_context(Checkpoints(folder, keep=config.checkpoint.keep))
+        if fresh:
+            checkpoints.delete_all()
+        return _train_locked(config, store=store, checkpoints=checkpoints, stop=stop)
+
+
+def _train_locked(
+    config: Config, *, store: Store, checkpoints: Checkpoints, stop: Callable[[], bool]
+) -> TrainResult:
+    folder, steps = Path(config.output), config.train.steps
+    tap = Tap(site=config.sae.site, layer=config.sae.layer)
+    info = store.tap_info(tap)
+    input_scale = float(np.sqrt(info.mean_squared_norm))
+    meta = checkpoint_meta(
+        config, input_scale=input_scale, d_model=info.width, store=store.identity
+    )
+    mesh = make_mesh(config.mesh)
+    state, done = _start_state(
+        config, checkpoints=checkpoints, meta=meta, d_model=info.width, mesh=mesh
+    )
+    write_config(config, folder)
+    if done >= steps:
+        logger.info("%s is trained already: %d of %d steps", folder, done, steps)
+        return TrainResult(folder=folder, step=done, metrics=_last_row(folder))
+    with ExitStack() as stack:
+        reader = stack.enter_context(
+            ActivationReader(
+                store,
+                tap,
+                batch_size=config.train.batch_size,
+                seed=config.train.seed,
+                start_step=done,
+            )
+        )
+        if done == 0:
+            _warn(config, state=state, reader=reader, input_scale=input_scale)
+        log = stack.enter_context(
+            MetricsLog(folder, from_step=done, tensorboard=config.train.tensorboard)
+        )
+        batch_size = config.train.batch_size
+        meter = ProgressMeter(
+            config.name, total=steps * batch_size, unit="tokens", initial=done * batch_size
+        )
+        journal = _Journal(config=config, log=log, meter=stack.enter_context(meter))
+        train_step = make_train_step(config, input_scale=input_scale, mesh=mesh)
+        placement = sharding(mesh, BATCH_DIMS)
+        pending: tuple[int, StepMetrics] | None = None
+        for step in range(done, steps):
+            stopping = stop()
+            if stopping or (step > done and step % config.checkpoint.every_steps == 0):
+                if pending is not None:
+                    journal.record(*pending)
+                    pending = None
+                    log.flush()
+                    checkpoints.save(state, step=step, meta=meta)
+            if stopping:
+                checkpoints.wait()
+                raise Interrupted(f"{folder}: stopped by a signal at step {step} of {steps}, saved")
+            with journal.clock.waiting():
+                rows_BD = reader.batch(step)
+            batch_BD = jax.make_array_from_process_local_data(placement, rows_BD)
+            state, metrics = train_step(state, batch_BD, scheduled(config.train, step=step))
+            # Read the previous step's metrics only now, with this step already dispatched.
+            if pending is not None:
+                journal.record(*pending)
+            pending = (step + 1, metrics)
+        if pending is not None:
+            journal.record(*pending)
+        log.flush()
+        checkpoints.save(state, step=steps, meta=meta)
+    return TrainResult(folder=folder, step=steps, metrics=journal.last_row)
+
+
+def _start_state(
+    config: Config,
+    *,
+    checkpoints: Checkpoints,
+    meta: Mapping[str, Any],
+    d_model: int,
+    mesh: jax.sharding.Mesh,
+) -> tuple[TrainState, int]:
+    """The state to go on from and the steps it has behind it."""
+    saved = checkpoints.steps()
+    if not saved:
+        state = init_state(config.sae, d_model=d_model, seed=config.train.seed, mesh=mesh)
+        return state, 0
+    newest = saved[-1]
+    earlier = checkpoints.read_meta(newest)
+    refuse_difference(config, earlier, store=meta["store"], folder=Path(config.output))
+    abstract = abstract_state(config.sae, d_model=d_model, mesh=mesh)
+    logger.info("%s: going on from the checkpoint at step %d", config.output, newest)
+    return checkpoints.restore(abstract, step=newest), newest
+
+
+def _last_row(folder: Path) -> Mapping[str, Any]:
+    rows = read_metrics(folder) if (folder / FILE).exists() else []
+    return rows[-1] if rows else {}
+
+
+def _warn(
+    config: Config, *, state: TrainState, reader: ActivationReader, input_scale: float
+) -> None:
+    x_BD = np.asarray(reader.batch(0)[:256], np.float32) / np.float32(input_scale)
+    warning = threshold_warning(config, params=state.params, x_BD=x_BD)
+    if warning:
+        logger.warning("%s", warning)

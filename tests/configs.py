@@ -1,0 +1,56 @@
+"""Small configs for tests: every section valid, the interesting values as arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sae_train.config import Config
+
+
+def make_config(
+    *,
+    width: int = 128,
+    bandwidth: float = 0.05,
+    parametrisation: str = "log",
+    threshold_init: float = 0.01,
+    multiplier: float = 1.0,
+    sparsity: dict[str, Any] | None = None,
+    mesh: tuple[int, int] = (1, 1),
+    cache_path: str = "store",
+    output: str = "run",
+    layer: int = 1,
+    checkpoint: dict[str, Any] | None = None,
+    sae: dict[str, Any] | None = None,
+    **train: Any,
+) -> Config:
+    """A config whose `train` section takes the remaining keyword arguments."""
+    penalty = {"penalty": "l0", "coefficient": 0.01, "warmup_steps": 0} | (sparsity or {})
+    defaults = {"batch_size": 64, "tokens": 64 * 10, "log_every_steps": 1}
+    threshold = {
+        "init": threshold_init,
+        "parametrisation": parametrisation,
+        "learning_rate_multiplier": multiplier,
+    }
+    values = {
+        "name": "test",
+        "model": {"weights": "tiny", "dtype": "float32"},
+        "text": {"source": ["*.txt"], "sequence_length": 16, "held_out_sequences": 4},
+        "cache": {
+            "path": cache_path,
+            "sites": [{"site": "resid_post", "layers": [layer]}],
+            "tokens": 1000,
+        },
+        "sae": {
+            "site": "resid_post",
+            "layer": layer,
+            "width": width,
+            "bandwidth": bandwidth,
+            "threshold": threshold,
+        }
+        | (sae or {}),
+        "train": defaults | train | {"sparsity": penalty},
+        "mesh": {"data": mesh[0], "model": mesh[1]},
+        "checkpoint": checkpoint or {},
+        "output": output,
+    }
+    return Config.model_validate(values)

@@ -1,0 +1,113 @@
+"""A slow float64 NumPy oracle of the JumpReLU step; imports nothing of ours.
+
+Written from the papers' formulas (arXiv 2407.14435 and 2408.05147), one row and one rule at a
+time. Weights are latent-major, [F, D] both; `threshold` is the plain θ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass
+class Sparsity:
+    """Which penalty: 'l0', 'batch_mean' or 'per_token'."""
+
+    kind: str
+    coefficient: float
+    target: float = 1.0
+
+
+def encode(params, x):
+    pre = (x - params["b_dec"]) @ params["W_enc"].T + params["b_enc"]
+    active = pre > params["threshold"]
+    return pre, active, np.where(active, pre, 0.0)
+
+
+def penalty_and_slope(l0, sparsity):
+    """Mean penalty of the batch, and for each row B times its derivative in that row's L0."""
+    lam, target = sparsity.coefficient, sparsity.target
+    if sparsity.kind == "l0":
+        return lam * l0.mean(), np.full_like(l0, lam)
+    if sparsity.kind == "per_token":
+        value = lam * (2 / target) * ((l0 - target) ** 2).mean()
+        return value, lam * (4 / target) * (l0 - target)
+    value = lam * (l0.mean() / target - 1) ** 2
+    return value, np.full_like(l0, (2 * lam / target) * (l0.mean() / target - 1))
+
+
+def loss_and_gradients(params, x, *, bandwidth, sparsity):
+    """Loss, metrics and the gradient of every parameter, the threshold's in θ itself."""
+    rows = x.shape[0]
+    pre, active, latents = encode(params, x)
+    residual = x - (latents @ params["W_dec"] + params["b_dec"])
+    l0 = active.sum(axis=1).astype(float)
+    penalty, slope = penalty_and_slope(l0, sparsity)
+    mse = (residual**2).sum(axis=1).mean()
+
+    g_out = -2 * residual / rows
+    g_latents = g_out @ params["W_dec"].T
+    g_pre = np.where(active, g_latents, 0.0)
+    window = np.abs((pre - params["threshold"]) / bandwidth) < 0.5
+    g_threshold = np.zeros_like(params["threshold"])
+    for row in range(rows):
+        pull = params["threshold"] * g_latents[row] + slope[row] / rows
+        g_threshold -= np.where(window[row], pull, 0.0) / bandwidth
+    gradients = {
+        "W_enc": g_pre.T @ (x - params["b_dec"]),
+        "b_enc": g_pre.sum(axis=0),
+        "W_dec": latents.T @ g_out,
+        "b_dec": g_out.sum(axis=0) - params["W_enc"].T @ g_pre.sum(axis=0),
+        "threshold": g_threshold,
+    }
+    variance = ((x - x.mean(axis=0)) ** 2).sum(axis=1).mean()
+    metrics = {"loss": mse + penalty, "mse": mse, "l0": l0.mean(), "fvu": mse / variance}
+    return metrics, gradients
+
+
+def adam(param, gradient, moment, *, rate, step, beta2=0.999, epsilon=1e-8):
+    """One update with β₁ = 0; `step` counts from 1."""
+    moment = beta2 * moment + (1 - beta2) * gradient**2
+    return param - rate * gradient / (np.sqrt(moment / (1 - beta2**step)) + epsilon), moment
+
+
+@dataclass
+class Trainer:
+    """The whole step in float64: gradients, projection, Adam, unit-norm rows."""
+
+    params: dict
+    bandwidth: float
+    log_threshold: bool
+    threshold_multiplier: float = 1.0
+    steps: int = 0
+
+    def __post_init__(self):
+        self.params = {name: np.asarray(v, np.float64) for name, v in self.params.items()}
+        self.moments = {name: np.zeros_like(v) for name, v in self.params.items()}
+
+    def step(self, x, *, rate, sparsity):
+        x = np.asarray(x, np.float64)
+        metrics, gradients = loss_and_gradients(
+            self.params, x, bandwidth=self.bandwidth, sparsity=sparsity
+        )
+        self.steps += 1
+        decoder = self.params["W_dec"]
+        for latent in range(decoder.shape[0]):
+            row = decoder[latent]
+            gradients["W_dec"][latent] -= (row @ gradients["W_dec"][latent]) * row
+        for name, gradient in gradients.items():
+            value, own_rate = self.params[name], rate
+            if name == "threshold":
+                own_rate = rate * self.threshold_multiplier
+                if self.log_threshold:
+                    gradient, value = gradient * value, np.log(value)
+            value, self.moments[name] = adam(
+                value, gradient, self.moments[name], rate=own_rate, step=self.steps
+            )
+            if name == "threshold":
+                value = np.exp(value) if self.log_threshold else np.maximum(value, 0.0)
+            self.params[name] = value
+        self.params["W_dec"] /= np.linalg.norm(self.params["W_dec"], axis=1, keepdims=True)
+        return metrics
