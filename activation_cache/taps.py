@@ -1,0 +1,86 @@
+"""Where activations are read from the model, and where something is put in their place.
+
+The three sites are Gemma Scope's (arXiv 2408.05147, section 3.1); layers count from 0:
+
+- `resid_post`: the residual stream after the block, width D.
+- `mlp_out`: the MLP's output after the post-MLP RMSNorm, width D.
+- `attn_out_prelinear`: the heads' outputs side by side, before W_O and before the
+  post-attention RMSNorm, width heads x head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Array, Float
+
+from activation_cache.config import Site, SiteConfig
+from activation_cache.errors import UserError
+from activation_cache.gemma_config import GemmaConfig
+
+
+@dataclass(frozen=True, order=True)
+class Tap:
+    """One site of one layer."""
+
+    site: Site
+    layer: int
+
+    @property
+    def name(self) -> str:
+        """`resid_post.5`: the name of the tap's array in a store."""
+        return f"{self.site}.{self.layer}"
+
+
+@dataclass(frozen=True)
+class Splice:
+    """Puts `replace(activations, arguments)` in the place of the activations at `tap`.
+
+    `replace` must be one function for many calls (a module-level function, not a fresh lambda):
+    the compiled forward is kept per `(tap, replace)`. What changes from call to call, such as an
+    SAE's weights, goes into `arguments`, a pytree that is traced and never baked in.
+    """
+
+    tap: Tap
+    replace: Callable[[Float[Array, "B S D"], Any], Float[Array, "B S D"]]
+    arguments: Any = None
+
+
+def tap_width(config: GemmaConfig, site: Site) -> int:
+    """Width D of the vectors at a site."""
+    if site == "attn_out_prelinear":
+        return config.num_heads * config.head_dim
+    return config.d_model
+
+
+def check_tap(tap: Tap, config: GemmaConfig) -> None:
+    """Raises `UserError` when the model has no such layer."""
+    if not 0 <= tap.layer < config.num_layers:
+        raise UserError(
+            f"layer {tap.layer} of site {tap.site} does not exist: the model has "
+            f"{config.num_layers} layers, numbered 0 to {config.num_layers - 1}. "
+            "Choose layers in that range."
+        )
+
+
+def resolve_taps(sites: Sequence[SiteConfig], config: GemmaConfig) -> tuple[Tap, ...]:
+    """The taps a config asks for, `layers: all` written out, in the model's order.
+
+    Raises:
+        UserError: a layer the model doesn't have, or a site named twice.
+    """
+    taps: list[Tap] = []
+    for site in sites:
+        layers = range(config.num_layers) if site.layers == "all" else site.layers
+        for layer in layers:
+            tap = Tap(site.site, layer)
+            check_tap(tap, config)
+            if tap in taps:
+                raise UserError(
+                    f"cache.sites names {tap.name} twice: each site and layer belongs there once. "
+                    "Remove one of the two."
+                )
+            taps.append(tap)
+    return tuple(sorted(taps, key=lambda tap: (tap.layer, tap.site)))
