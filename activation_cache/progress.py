@@ -34,10 +34,11 @@ class ProgressMeter:
     """Counts `unit`s towards `total`, showing rate and time left.
 
     On a terminal a rich bar; elsewhere a log line every `LOG_INTERVAL_SECONDS`. `initial` is
-    what an earlier run had done: it counts for the bar and not for the rate.
+    what an earlier run had done: it counts for the bar and not for the rate. `total` is None
+    where nobody knows it (a stream).
     """
 
-    def __init__(self, label: str, *, total: int, unit: str, initial: int = 0) -> None:
+    def __init__(self, label: str, *, total: int | None, unit: str, initial: int = 0) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.done = self.initial = initial
         self.start = self._last_line = time.monotonic()
@@ -89,6 +90,17 @@ class ProgressMeter:
             self._log(note)
 
     def _log(self, note: str) -> None:
+        if self.total is None:
+            logger.info(
+                "%s %s %s, %s %s/s%s",
+                self.label,
+                _amount(self.done),
+                self.unit,
+                _amount(self.rate),
+                self.unit,
+                f", {note}" if note else "",
+            )
+            return
         left = (self.total - self.done) / self.rate if self.rate > 0 else float("inf")
         eta = _duration(left) if left < float("inf") else "unknown"
         percent = 100 * self.done / max(self.total, 1)

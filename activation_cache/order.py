@@ -1,0 +1,159 @@
+"""Every order the pipeline uses, as pure integer functions: no state, no generator streams.
+
+Three shuffles are needed: sequences before they are harvested, rows inside a bucket before they
+are written, and blocks before they are read. Each is a `Permutation`: a keyed bijection of
+`range(size)` that maps any one index on its own. So a row's place is known without walking to it
+(resuming needs the step number alone) and nothing the size of the store is ever in memory.
+
+The permutation is a balanced Feistel network over the smallest domain of 2^(2h) >= size, with
+cycle walking: a value outside `range(size)` is put through the network again until it falls
+inside (Black & Rogaway, "Ciphers with arbitrary finite domains", 2002). The round function is the
+finaliser of splitmix64 (Steele, Lea & Flood, "Fast splittable pseudorandom number generators",
+2014). `numpy.random` is avoided on purpose: its streams may change between versions, and what is
+on disk would then be read in another order. docs/store.md has the algorithm in words; a change
+of a single bit here is a new `ALGORITHM`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Int64, UInt64
+
+ALGORITHM = "feistel8-splitmix64-v1"
+
+_GAMMA = 0x9E3779B97F4A7C15  # splitmix64's increment: 2^64 over the golden ratio
+_WORD = 2**64 - 1
+_ROUNDS = 8
+
+# The first word after the seed in every key: one stream per purpose.
+SEQUENCES, BUCKET, BLOCKS = 1, 2, 3
+
+
+def mix(x: UInt64[np.ndarray, "N"]) -> UInt64[np.ndarray, "N"]:
+    """Scramble 64-bit words: the finaliser of splitmix64, a bijection on 64 bits."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def derive_key(seed: int, *path: int) -> int:
+    """Fold `seed` and the words of `path` into one 64-bit key: k <- mix(k + gamma + word)."""
+    key = 0
+    for word in (seed, *path):
+        key = int(mix(np.array([(key + _GAMMA + word) & _WORD], np.uint64))[0])
+    return key
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """A bijection of `range(size)` chosen by a 64-bit `key`."""
+
+    size: int
+    key: int
+
+    def forward(self, index: Int64[np.ndarray, "N"]) -> Int64[np.ndarray, "N"]:
+        """The image of every index; each must lie in `range(size)`."""
+        return self._walk(index, self._round_keys)
+
+    def inverse(self, image: Int64[np.ndarray, "N"]) -> Int64[np.ndarray, "N"]:
+        """The index that `forward` sends to `image`."""
+        return self._walk(image, self._round_keys[::-1], swapped=True)
+
+    @cached_property
+    def _half_bits(self) -> int:
+        return max(1, ((self.size - 1).bit_length() + 1) // 2)
+
+    @cached_property
+    def _round_keys(self) -> list[np.uint64]:
+        return [np.uint64(derive_key(self.key, number)) for number in range(_ROUNDS)]
+
+    def _walk(
+        self, index: Int64[np.ndarray, "N"], keys: list[np.uint64], *, swapped: bool = False
+    ) -> Int64[np.ndarray, "N"]:
+        assert index.size == 0 or (index.min() >= 0 and index.max() < self.size)
+        value = self._network(index.astype(np.uint64), keys, swapped=swapped)
+        while (outside := np.flatnonzero(value >= np.uint64(self.size))).size:
+            value[outside] = self._network(value[outside], keys, swapped=swapped)
+        return value.astype(np.int64)
+
+    def _network(
+        self, value: UInt64[np.ndarray, "N"], keys: list[np.uint64], *, swapped: bool
+    ) -> UInt64[np.ndarray, "N"]:
+        """The Feistel rounds; with the keys reversed and the halves swapped, their inverse."""
+        half = np.uint64(self._half_bits)
+        mask = np.uint64(2**self._half_bits - 1)
+        left, right = value >> half, value & mask
+        if swapped:
+            left, right = right, left
+        for key in keys:
+            left, right = right, left ^ (mix(right + key) & mask)
+        if swapped:
+            left, right = right, left
+        return (left << half) | right
+
+
+def sequence_order(*, sequences: int, seed: int) -> Permutation:
+    """Place in the harvest -> sequence: the order in which sequences are harvested."""
+    return Permutation(sequences, derive_key(seed, SEQUENCES))
+
+
+def bucket_order(*, rows: int, seed: int, bucket: int) -> Permutation:
+    """Row of a bucket as harvested -> its place in the bucket as written."""
+    return Permutation(rows, derive_key(seed, BUCKET, bucket))
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`count` consecutive rows of the store, from row `start`; never crosses a block."""
+
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class BlockOrder:
+    """The endless stream of rows a reader sees: per epoch, all blocks in a fresh order.
+
+    Epoch e walks the blocks in the permutation keyed by (seed, e), each block's rows in stored
+    order. Every row comes exactly once an epoch, the rows of a last short block included.
+    """
+
+    rows: int
+    block_rows: int
+    seed: int
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the store; the last may be short."""
+        return -(-self.rows // self.block_rows)
+
+    def segments(self, start: int, stop: int) -> list[Segment]:
+        """Rows `[start, stop)` of the stream, as runs of consecutive stored rows, in order."""
+        found: list[Segment] = []
+        while start < stop:
+            epoch, offset = divmod(start, self.rows)
+            count = min(stop - start, self.rows - offset)
+            found += self._within(epoch, offset, offset + count)
+            start += count
+        return found
+
+    def _within(self, epoch: int, start: int, stop: int) -> list[Segment]:
+        order = Permutation(self.num_blocks, derive_key(self.seed, BLOCKS, epoch))
+        missing = self.num_blocks * self.block_rows - self.rows
+        # The place of the short block: everything after it begins `missing` rows earlier.
+        short = int(order.inverse(np.array([self.num_blocks - 1]))[0])
+        short_stop = (short + 1) * self.block_rows - missing
+
+        def place(row: int) -> int:
+            return (row if row < short_stop else row + missing) // self.block_rows
+
+        places = np.arange(place(start), place(stop - 1) + 1)
+        begins = places * self.block_rows - np.where(places > short, missing, 0)
+        sizes = np.where(places == short, self.block_rows - missing, self.block_rows)
+        first = np.maximum(start - begins, 0)
+        counts = np.minimum(stop - begins, sizes) - first
+        starts = order.forward(places) * self.block_rows + first
+        return [Segment(int(s), int(c)) for s, c in zip(starts, counts, strict=True)]
