@@ -1,0 +1,104 @@
+"""Writing a release in the three formats the field loads (docs/release.md).
+
+    gemma_scope/params.npz                              Gemma Scope
+    gemma_scope_2/{config.json, params.safetensors}     Gemma Scope 2
+    sae_lens/{cfg.json, sae_weights.safetensors[, sparsity.safetensors]}    SAELens 6
+
+Tensors are streamed: a million latents are 30 GB, which must not be held twice.
+
+Legend: D model width, F latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from activation_cache.safetensors_file import write_safetensors
+from activation_cache.storage import make_folder, replacing, write_json
+from sae_train.release import Sae
+
+FORMATS = ("gemma_scope", "gemma_scope_2", "sae_lens")
+
+# SAELens' own guard against log10(0); it makes -10 the value of a latent that never fired.
+_LOG_SPARSITY_EPSILON = 1e-10
+
+
+def write_gemma_scope(sae: Sae, folder: Path) -> list[Path]:
+    """Write `params.npz`: float32, capital names, the plain threshold, nothing else."""
+    path = make_folder(folder) / "params.npz"
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, allow_pickle=False, **sae.tensors)
+    return [path]
+
+
+def write_gemma_scope_2(sae: Sae, folder: Path) -> list[Path]:
+    """Write `params.safetensors` with lower-case names, then `config.json`.
+
+    `l0` is the measured one, rounded; Gemma Scope 2 puts its target there. It is left out where
+    nothing has been measured.
+    """
+    make_folder(folder)
+    tensors = {name.lower(): tensor for name, tensor in sae.tensors.items()}
+    metadata = sae.metadata
+    config: dict[str, Any] = {
+        "hf_hook_point_in": metadata.get("hf_hook_name"),
+        "hf_hook_point_out": metadata.get("hf_hook_name"),
+        "width": sae.W_enc.shape[1],
+        "model_name": metadata.get("model_name"),
+        "architecture": "jump_relu",
+        "affine_connection": False,
+        "type": "sae",
+    }
+    if metadata.get("l0") is not None:
+        config["l0"] = round(metadata["l0"])
+    weights_path, config_path = folder / "params.safetensors", folder / "config.json"
+    _write_tensors(tensors, weights_path)
+    write_json(config_path, config)
+    return [config_path, weights_path]
+
+
+def write_sae_lens(
+    sae: Sae, folder: Path, *, frequency_F: Float[np.ndarray, " F"] | None = None
+) -> list[Path]:
+    """Write an inference JumpReLU of SAELens 6, its sparsity file too where it was measured.
+
+    Args:
+        frequency_F: the fraction of tokens each latent fires on.
+    """
+    make_folder(folder)
+    D, F = sae.W_enc.shape
+    hook = str(sae.metadata.get("hook_name") or "")
+    config = {
+        "d_in": D,
+        "d_sae": F,
+        "dtype": "float32",
+        "device": "cpu",
+        # Left out, SAELens takes it for true and gives wrong latents.
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        # TransformerLens hands hook_z over as [..., heads, head dim]; the SAE reads them joined.
+        "reshape_activations": "hook_z" if hook.endswith("hook_z") else "none",
+        "metadata": dict(sae.metadata),
+        "architecture": "jumprelu",
+    }
+    weights_path, config_path = folder / "sae_weights.safetensors", folder / "cfg.json"
+    sparsity_path = folder / "sparsity.safetensors"
+    _write_tensors(sae.tensors, weights_path)
+    write_json(config_path, config)
+    if frequency_F is None:
+        sparsity_path.unlink(missing_ok=True)  # an earlier export's would describe other weights
+        return [config_path, weights_path]
+    log_F = np.log10(np.asarray(frequency_F, np.float64) + _LOG_SPARSITY_EPSILON)
+    _write_tensors({"sparsity": log_F.astype(np.float32)}, sparsity_path)
+    return [config_path, weights_path, sparsity_path]
+
+
+def _write_tensors(tensors: Mapping[str, np.ndarray], path: Path) -> None:
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        write_safetensors(file, shapes, tensors.items())

@@ -1,0 +1,67 @@
+"""Small SAEs and trained weights for the tests of release and evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sae_train.checkpoint import Trained
+from sae_train.config import Config
+from sae_train.release import Sae, fold
+
+
+def make_config(*, width: int = 24, site: str = "resid_post", layer: int = 1, **sae: Any) -> Config:
+    """A valid config; `width` is the SAE's width F, further keywords go to `sae`."""
+    return Config.model_validate(
+        {
+            "name": "tiny",
+            "model": {"weights": "google/gemma-3-270m", "dtype": "float32"},
+            "text": {"source": ["data/*.txt"], "sequence_length": 16},
+            "cache": {"path": "store", "sites": [{"site": site, "layers": [layer]}], "tokens": 999},
+            "sae": {"site": site, "layer": layer, "width": width, **sae},
+            "train": {"tokens": 8192, "batch_size": 64, "sparsity": {"coefficient": 1e-3}},
+            "output": "runs/tiny",
+        }
+    )
+
+
+def make_trained(
+    *, D: int = 10, F: int = 24, scale: float = 3.7, seed: int = 0, **config: Any
+) -> Trained:
+    """Random weights as training would hold them, every bias and threshold well away from 0."""
+    random = np.random.default_rng(seed)
+    W_dec_FD = random.standard_normal((F, D))
+    W_dec_FD /= np.linalg.norm(W_dec_FD, axis=1, keepdims=True)
+    params = {
+        "W_enc": random.standard_normal((F, D)),
+        "W_dec": W_dec_FD,
+        "b_enc": 0.3 * random.standard_normal(F),
+        "b_dec": 0.5 * random.standard_normal(D),
+        "threshold": random.uniform(0.05, 0.6, F),
+    }
+    return Trained(
+        params={name: value.astype(np.float32) for name, value in params.items()},
+        input_scale=scale,
+        step=128,
+        config=make_config(width=F, **config),
+        store={"model": "tiny"},
+    )
+
+
+def make_sae(**arguments: Any) -> Sae:
+    """The released form of `make_trained`."""
+    return fold(make_trained(**arguments))
+
+
+def reference_latents(sae: Sae, x: np.ndarray) -> np.ndarray:
+    """Gemma Scope's inference in float64: relu(z) where z > threshold."""
+    t = {name: tensor.astype(np.float64) for name, tensor in sae.tensors.items()}
+    z = x.astype(np.float64) @ t["W_enc"] + t["b_enc"]
+    return np.maximum(z, 0) * (z > t["threshold"])
+
+
+def reference_reconstruction(sae: Sae, x: np.ndarray) -> np.ndarray:
+    """f W_dec + b_dec in float64."""
+    t = {name: tensor.astype(np.float64) for name, tensor in sae.tensors.items()}
+    return reference_latents(sae, x) @ t["W_dec"] + t["b_dec"]
