@@ -1,0 +1,200 @@
+"""The `sae` command.
+
+Exit status: 0 done; 2 the user's mistake, told in one message; 75 stopped by a signal with
+everything saved, run me again; anything else is a bug or a lost machine, and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from activation_cache.errors import Interrupted, UserError
+from launch import commands
+from launch.console import configure_logging, set_environment_defaults
+from launch.signals import StopFlag, stop_on_signals
+from sae_train.hooks import package_version
+
+logger = logging.getLogger(__name__)
+
+EXIT_DONE, EXIT_BUG, EXIT_MISTAKE, EXIT_STOPPED = 0, 1, 2, 75
+
+_TARGET = "a config file, or a folder that holds a resolved config.yaml"
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: its words, its example, what runs it."""
+
+    name: str
+    handler: Callable[[argparse.Namespace, StopFlag], int]
+    summary: str
+    details: str
+    example: str
+    metavar: str = "CONFIG"
+    target: str = _TARGET
+    overrides: bool = True
+    options: tuple[tuple[str, str], ...] = ()
+
+
+COMMANDS = (
+    Command(
+        name="harvest",
+        handler=commands.harvest,
+        summary="run the model over the text and write the activation store",
+        details="Writes the store that cache.path names. Stopped or killed, the same command goes "
+        "on from the last committed shard.",
+        example="sae harvest configs/demo.yaml cache.tokens=1e6",
+    ),
+    Command(
+        name="train",
+        handler=commands.train,
+        summary="train one SAE on a harvested store",
+        details="Writes config.yaml, metrics.jsonl and checkpoints/ into the folder that output "
+        "names, and goes on from its last checkpoint if there is one.",
+        example="sae train configs/demo.yaml sweep=null train.learning_rate.peak=1e-3",
+        options=(("--fresh", "delete what an earlier run left in the folder and start anew"),),
+    ),
+    Command(
+        name="evaluate",
+        handler=commands.evaluate,
+        summary="measure trained SAEs on held-out text, inside the model",
+        details="Writes evaluation.json into each run's folder: L0, FVU, delta loss by splicing.",
+        example="sae evaluate runs/demo evaluation.sequences=64",
+        metavar="CONFIG-or-FOLDER",
+    ),
+    Command(
+        name="export",
+        handler=commands.export,
+        summary="write the release formats of trained SAEs",
+        details="Writes release/gemma_scope, release/gemma_scope_2 and release/sae_lens into each "
+        "run's folder, and reads them back to check.",
+        example="sae export runs/demo",
+        metavar="CONFIG-or-FOLDER",
+        overrides=False,
+    ),
+    Command(
+        name="sweep",
+        handler=commands.sweep,
+        summary="harvest, then train, evaluate and export every run of a sweep, and report",
+        details="Expands sweep.grid (product) and sweep.zip (in step). A run that fails does not "
+        "stop the rest. Started again it does only what is missing.",
+        example="sae sweep configs/demo.yaml",
+        metavar="CONFIG-or-FOLDER",
+    ),
+    Command(
+        name="report",
+        handler=commands.report,
+        summary="write report/index.html for a run or a sweep",
+        details="One self-contained page: frontier, training curves, histograms, table of runs.",
+        example="sae report runs/demo",
+        metavar="CONFIG-or-FOLDER",
+        overrides=False,
+    ),
+    Command(
+        name="status",
+        handler=commands.status,
+        summary="say how far each run is",
+        details="Reads the folders only; safe while the runs go on.",
+        example="sae status runs/demo",
+        metavar="CONFIG-or-FOLDER",
+        overrides=False,
+    ),
+    Command(
+        name="inspect",
+        handler=commands.inspect,
+        summary="describe a store, a run or a released SAE",
+        details="Shapes, sizes, norms, thresholds.",
+        example="sae inspect runs/demo/store --verify",
+        metavar="PATH",
+        target="an activation store, a run's or sweep's folder, or a released SAE",
+        overrides=False,
+        options=(("--verify", "read a store whole and check every checksum"),),
+    ),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status.
+
+    Exceptions that are neither the user's mistake nor a stop pass through with their traceback.
+    """
+    try:
+        arguments = _parse(sys.argv[1:] if argv is None else argv)
+    except SystemExit as finished:  # argparse: 0 after --help, 2 after a wrong command line
+        return finished.code if isinstance(finished.code, int) else EXIT_MISTAKE
+    configure_logging(verbosity=arguments.verbose - arguments.quiet)
+    set_environment_defaults()
+    try:
+        with stop_on_signals() as stop:
+            return arguments.handler(arguments, stop)
+    except UserError as error:
+        sys.stderr.write(f"sae {arguments.command}: {error}\n")
+        return EXIT_MISTAKE
+    except Interrupted as stopped:
+        sys.stderr.write(f"sae {arguments.command}: {stopped}. The same command goes on.\n")
+        return EXIT_STOPPED
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    # Overrides may stand on either side of an option, which argparse alone does not allow.
+    arguments, rest = parser.parse_known_args(argv)
+    takes_overrides = hasattr(arguments, "overrides")
+    stray = [one for one in rest if one.startswith("-") or "=" not in one or not takes_overrides]
+    if stray:
+        parser.error(f"unrecognised arguments: {' '.join(stray)} (an override is key=value)")
+    if takes_overrides:
+        arguments.overrides += rest
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    width = max(len(command.name) for command in COMMANDS)
+    listing = "\n".join(f"  {command.name:<{width}}  {command.summary}" for command in COMMANDS)
+    parser = argparse.ArgumentParser(
+        prog="sae",
+        description="From text to released, evaluated JumpReLU SAEs of a Gemma model.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"commands:\n{listing}\n\nexample:\n  sae sweep configs/demo.yaml\n\n"
+        "`sae COMMAND --help` says more about each. Exit status: 0 done, 2 a mistake in what was\n"
+        "asked, 75 stopped by a signal with everything saved: give the same command again.",
+    )
+    parser.add_argument("--version", action="version", version=f"sae {package_version()}")
+    commands_parser = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        _add_command(commands_parser, command)
+    return parser
+
+
+def _add_command(parsers: argparse._SubParsersAction, command: Command) -> None:
+    overriding = (
+        "\n\nAny value of the config can be overridden by its dotted key, as in\n"
+        "  train.batch_size=2048 train.sparsity.coefficient=5e-4 'cache.sites=[{site: mlp_out, "
+        "layers: all}]'"
+        if command.overrides
+        else ""
+    )
+    summary = command.summary[0].upper() + command.summary[1:]
+    parser = parsers.add_parser(
+        command.name,
+        description=textwrap.fill(f"{summary}. {command.details}", width=88),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"example:\n  {command.example}{overriding}",
+    )
+    parser.add_argument("target", metavar=command.metavar, help=command.target)
+    if command.overrides:
+        parser.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides")
+    for flag, words in command.options:
+        parser.add_argument(flag, action="store_true", help=words)
+    parser.add_argument("-v", "--verbose", action="store_true", help="log more")
+    parser.add_argument("-q", "--quiet", action="store_true", help="log warnings only")
+    parser.set_defaults(handler=command.handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

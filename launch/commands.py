@@ -1,0 +1,135 @@
+"""What each `sae` subcommand does: find the config or the folders, run the stage."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from activation_cache.errors import Interrupted, UserError
+from launch import stages
+from launch.signals import StopFlag
+from sae_train.config import Config
+from sae_train.config_file import FILE_NAME, load_config, read_run_config
+from sae_train.run_folder import (
+    clear_failure,
+    newest_checkpoint,
+    record_failure,
+    run_folders,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def target_config(target: str, overrides: Sequence[str] = ()) -> Config:
+    """The config a command line names: a file, or the resolved one of an output folder.
+
+    A sweep is expanded, and so checked, whatever the command.
+
+    Raises:
+        UserError: no such file or folder, or a mistake in the config.
+    """
+    if Path(target).is_dir():
+        read_run_config(target)  # says what kind of folder was expected
+        config = load_config(Path(target) / FILE_NAME, overrides)
+        if not any(override.startswith("output=") for override in overrides):
+            config = config.model_copy(update={"output": target})  # it may have been moved
+    else:
+        config = load_config(target, overrides)
+    if config.sweep is not None:
+        from launch.sweep import expand
+
+        expand(config)
+    return config
+
+
+def target_folder(target: str) -> Path:
+    """The output folder a command line names, itself or through a config file."""
+    return Path(target) if Path(target).is_dir() else Path(target_config(target).output)
+
+
+def _trained_folders(target: str, overrides: Sequence[str] = ()) -> list[Path]:
+    """The runs below a target that have a checkpoint; those without are left out with a warning.
+
+    Raises:
+        UserError: none has one.
+    """
+    folder = Path(target_config(target, overrides).output)
+    runs = run_folders(folder)
+    trained = [run for run in runs if newest_checkpoint(run) is not None]
+    if not trained:
+        raise UserError(f"{folder} holds no trained run yet: start with `sae train` or `sae sweep`")
+    for run in runs:
+        if run not in trained:
+            logger.warning("%s has no checkpoint yet and is left out", run)
+    return trained
+
+
+def harvest(arguments: argparse.Namespace, stop: StopFlag) -> int:
+    stages.harvest(target_config(arguments.target, arguments.overrides), stop=stop)
+    return 0
+
+
+def train(arguments: argparse.Namespace, stop: StopFlag) -> int:
+    config = target_config(arguments.target, arguments.overrides)
+    if config.sweep is not None:
+        raise UserError(
+            f"{arguments.target} has a sweep: `sae sweep {arguments.target}` runs all of it. To "
+            "train one SAE with the config's own values add the override sweep=null"
+        )
+    clear_failure(config.output)
+    try:
+        stages.train(config, fresh=arguments.fresh, stop=stop)
+    except Interrupted:
+        raise
+    except Exception as error:
+        # Only inside a run's folder: a mistake made before there was one leaves nothing behind.
+        if (Path(config.output) / FILE_NAME).exists():
+            record_failure(config.output, stage="train", reason=str(error))
+        raise
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace, stop: StopFlag) -> int:
+    folders = _trained_folders(arguments.target, arguments.overrides)
+    with stop.at_once():
+        stages.evaluate(folders)
+    return 0
+
+
+def export(arguments: argparse.Namespace, stop: StopFlag) -> int:
+    with stop.at_once():
+        stages.export(_trained_folders(arguments.target))
+    return 0
+
+
+def sweep(arguments: argparse.Namespace, stop: StopFlag) -> int:
+    from launch.sweep import run_sweep
+
+    return run_sweep(target_config(arguments.target, arguments.overrides), stop=stop)
+
+
+def report(arguments: argparse.Namespace, stop: StopFlag) -> int:
+    from launch.console import print_line
+
+    with stop.at_once():
+        print_line(str(stages.report(target_folder(arguments.target))))
+    return 0
+
+
+def status(arguments: argparse.Namespace, stop: StopFlag) -> int:
+    from launch.console import print_table
+    from launch.status import status_table
+
+    with stop.at_once():
+        print_table(status_table(target_config(arguments.target)))
+    return 0
+
+
+def inspect(arguments: argparse.Namespace, stop: StopFlag) -> int:
+    from launch.inspect import inspect_path
+
+    with stop.at_once():
+        inspect_path(Path(arguments.target), verify=arguments.verify)
+    return 0

@@ -1,0 +1,93 @@
+"""The stages a command or a sweep runs, each imported only when it runs.
+
+JAX and Orbax take seconds to import; `sae --help` and `sae status` should not wait for them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sae_train.config import Config
+from sae_train.config_file import differing_fields, read_run_config, resolved_yaml
+from sae_train.run_folder import EVALUATION, newest_checkpoint, read_run
+
+if TYPE_CHECKING:
+    from sae_train.loop import TrainResult
+
+logger = logging.getLogger(__name__)
+
+
+def harvest(config: Config, *, stop: Callable[[], bool]) -> None:
+    """Make the activation store of `config.cache`, or finish one that was begun."""
+    from activation_cache.harvest import harvest as run_harvest
+
+    run_harvest(
+        model=config.model,
+        text=config.text,
+        cache=config.cache,
+        resolved_config_yaml=resolved_yaml(config),
+        stop=stop,
+    )
+
+
+def train(config: Config, *, fresh: bool, stop: Callable[[], bool]) -> TrainResult:
+    """Train the run of `config`, going on from its last checkpoint."""
+    from sae_train.loop import train as run_train
+
+    return run_train(config, fresh=fresh, stop=stop)
+
+
+def evaluate(folders: Sequence[Path]) -> None:
+    """Evaluate trained runs in one pass of the model."""
+    from sae_train.evaluate import evaluate as run_evaluate
+
+    run_evaluate(folders)
+
+
+def export(folders: Sequence[Path]) -> None:
+    """Write and check the release of each run."""
+    from sae_train.export import export as run_export
+
+    for folder in folders:
+        run_export(folder)
+
+
+def report(folder: Path) -> Path:
+    """Write the report of a run or a sweep; returns its page."""
+    from sae_train.report import write_report
+
+    return write_report(folder)
+
+
+def is_trained(config: Config) -> bool:
+    """Has the run of this config ended, under settings that give the same weights?"""
+    folder = Path(config.output)
+    if newest_checkpoint(folder) != config.train.steps:
+        return False
+    from sae_train.checkpoint import FREE_FIELDS
+
+    differing = differing_fields(read_run_config(folder), config)
+    return all(
+        any(field == free or field.startswith(f"{free}.") for free in FREE_FIELDS)
+        for field in differing
+    )
+
+
+def needs_evaluation(folder: Path) -> bool:
+    """Is a trained run's evaluation missing, or of another checkpoint?"""
+    if not (folder / EVALUATION).exists():
+        return True
+    run = read_run(folder)
+    return run.evaluation is None or run.evaluation.get("step") != run.checkpoint_step
+
+
+def needs_release(folder: Path) -> bool:
+    """Is a trained run's release missing, or older than its newest checkpoint?"""
+    run = read_run(folder)
+    if not run.release or run.checkpoint_step is None:
+        return True
+    made = min((folder / file).stat().st_mtime for file in run.release)
+    return made < (folder / "checkpoints" / str(run.checkpoint_step)).stat().st_mtime

@@ -1,0 +1,81 @@
+"""`sae status`: how far each run of a folder is, from its files alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from launch.stages import needs_evaluation, needs_release
+from launch.sweep import expand
+from sae_train.config import Config
+from sae_train.config_file import FILE_NAME
+from sae_train.run_folder import RunFolder, is_locked, read_run
+
+_STYLES = {"trained": "green", "running": "cyan", "stopped": "yellow", "failed": "red"}
+
+
+def status_table(config: Config) -> Table:
+    """One row per run, those of a sweep that have not started included.
+
+    Raises:
+        UserError: a run's folder holds damaged files.
+    """
+    runs = (
+        [(Path(config.output), config)]
+        if config.sweep is None
+        else [(run.folder, run.config) for run in expand(config)]
+    )
+    busy = ", a process is at work" if is_locked(Path(config.output)) else ""
+    table = Table(title=f"{config.name} in {config.output}{busy}", title_justify="left")
+    table.add_column("run", overflow="fold")
+    table.add_column("state")
+    for heading in ("step", "loss", "L0", "FVU", "tokens/s", "checkpoint"):
+        table.add_column(heading, justify="right")
+    table.add_column("evaluated")
+    table.add_column("released")
+    for folder, run_config in runs:
+        if (folder / FILE_NAME).exists():
+            _add_run(table, read_run(folder))
+        else:
+            steps = f"0/{run_config.train.steps}"
+            table.add_row(folder.name, "not started", steps, *["-"] * 7)
+    return table
+
+
+def _add_run(table: Table, run: RunFolder) -> None:
+    last: dict[str, Any] = dict(run.metrics[-1]) if run.metrics else {}
+    state = Text(run.state, style=_STYLES.get(run.state, ""))
+    if run.state == "failed":
+        state.append(f": {run.failure}", style="default")
+    table.add_row(
+        run.name,
+        state,
+        f"{max(last.get('step', 0), run.checkpoint_step or 0)}/{run.config.train.steps}",
+        _number(last.get("loss"), ".4g"),
+        _number(last.get("l0"), ".1f"),
+        _number(last.get("fvu"), ".3f"),
+        _number(last.get("tokens_per_second"), ",.0f"),
+        "-" if run.checkpoint_step is None else str(run.checkpoint_step),
+        _evaluated(run),
+        _fresh(bool(run.release), stale=run.state == "trained" and needs_release(run.path)),
+    )
+
+
+def _evaluated(run: RunFolder) -> str:
+    if run.evaluation is None:
+        return "no"
+    if needs_evaluation(run.path):
+        return "outdated"
+    delta = run.evaluation.get("delta_loss")
+    return "yes" if delta is None else f"delta loss {delta:.3f}"
+
+
+def _fresh(present: bool, *, stale: bool) -> str:
+    return "no" if not present else "outdated" if stale else "yes"
+
+
+def _number(value: Any, form: str) -> str:
+    return format(value, form) if isinstance(value, int | float) else "-"
