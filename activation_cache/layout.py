@@ -62,7 +62,9 @@ class ArrayLayout:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
-        return int(np.prod(self.shape[1:], dtype=np.int64)) * ts.dtype(self.dtype).numpy_dtype.itemsize
+        return (
+            int(np.prod(self.shape[1:], dtype=np.int64)) * ts.dtype(self.dtype).numpy_dtype.itemsize
+        )
 
     def shard_file(self, row: int) -> Path:
         """The file that holds `row`."""

@@ -55,11 +55,9 @@ class Source:
         """Whether this comes over the network and should only be read as far as needed."""
         return self.size is None
 
-    def describe(self) -> dict[str, Any]:
-        """Name, size and content hash, to notice that a source has changed."""
-        if self.size is None:
-            return {"name": self.name, "size": None, "sha256": None}
-        return {"name": self.name, "size": self.size, "sha256": sampled_hash(Path(self.name))}
+    def content_hash(self) -> str | None:
+        """Hash of a file's content, to notice that it has changed; None for a stream."""
+        return None if self.streamed else sampled_hash(Path(self.name))
 
 
 def sampled_hash(path: Path) -> str:
@@ -153,7 +151,9 @@ def _lines(file: BinaryIO, name: str, *, compressed: bool) -> Iterator[bytes]:
     try:
         yield from io.BufferedReader(reader, buffer_size=2**20)
     except zstandard.ZstdError as error:
-        raise UserError(f"{name} is not readable zstandard ({error}): the file is damaged") from error
+        raise UserError(
+            f"{name} is not readable zstandard ({error}): the file is damaged"
+        ) from error
 
 
 def _read_parquet(name: str, field: str) -> Iterator[Document]:
@@ -219,8 +219,8 @@ def _read_hub(url: str, dataset: str, options: dict[str, str], field: str) -> It
         raise
     except Exception as error:  # `datasets` raises anything from OSError to its own and httpx's
         raise UserError(
-            f"cannot read {url} ({type(error).__name__}: {error}): the dataset, split and name must "
-            "exist and the Hub must be reachable. Check them, or use local files."
+            f"cannot read {url} ({type(error).__name__}: {error}): the dataset, split and name "
+            "must exist and the Hub must be reachable. Check them, or use local files."
         ) from error
 
 
@@ -233,8 +233,8 @@ def _decode(data: bytes, *, where: str) -> str:
 
 def _not_utf8(error: UnicodeDecodeError, where: str) -> UserError:
     return UserError(
-        f"{where} is not UTF-8 (byte {error.start} is 0x{error.object[error.start]:02x}): text must "
-        "be UTF-8. Convert it, for instance with iconv."
+        f"{where} is not UTF-8 (byte {error.start} is 0x{error.object[error.start]:02x}): text "
+        "must be UTF-8. Convert it, for instance with iconv."
     )
 
 

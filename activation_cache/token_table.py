@@ -1,0 +1,162 @@
+"""The stored table of tokens: what a text became, every sequence readable by its index.
+
+On disk (docs/store.md): `tokens` int32 [sequences, S], `usable` int32 [sequences] (the usable
+tokens of each), and `tokens.json`, written last. A usable token is one that makes a row of an
+activation store: neither BOS, EOS nor padding (Gemma Scope, section 3.1). Legend: S sequence
+length, N sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import tensorstore as ts
+from jaxtyping import Bool, Int32
+
+from activation_cache.config import Count, PositiveCount, Section, TextConfig
+from activation_cache.errors import UserError
+from activation_cache.layout import ArrayLayout, read_rows
+from activation_cache.manifest import read_record
+from activation_cache.order import Segment
+
+TOKENS_FILE = "tokens.json"
+_SHARD_BYTES = 64 * 2**20
+_CHUNK_SEQUENCES = 16
+
+
+class SpecialIds(Section):
+    """Ids that mark and fill sequences; never a row of a store."""
+
+    bos: Count
+    eos: Count
+    pad: Count
+
+
+class SourceEntry(Section):
+    """One source: a file's size and sampled content hash, both None for a stream."""
+
+    name: str
+    size: Count | None
+    sha256: str | None
+
+
+class TokenSummary(Section):
+    """`tokens.json`: what the table was made of, what is in it."""
+
+    format_version: int
+    text: TextConfig
+    sources: list[SourceEntry]
+    tokenizer_hash: str
+    rows_wanted: PositiveCount | None  # where a stream was left off; None without streams
+    special_ids: SpecialIds
+    token_hash: str
+    documents: PositiveCount
+    tokens: PositiveCount  # of text: without BOS, EOS and padding put there by packing
+    sequences: PositiveCount
+    usable_rows: Count  # in the sequences that may be harvested
+
+    def __str__(self) -> str:
+        return (
+            f"{self.documents} documents, {self.tokens} tokens, {self.sequences} sequences of "
+            f"{self.text.sequence_length}, {self.text.held_out_sequences} of them held out, "
+            f"{self.usable_rows} usable rows to harvest"
+        )
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """A finished token table."""
+
+    path: Path
+    summary: TokenSummary
+
+    @property
+    def num_sequences(self) -> int:
+        """All sequences, held-out ones included."""
+        return self.summary.sequences
+
+    @property
+    def sequence_length(self) -> int:
+        """S, with BOS."""
+        return self.summary.text.sequence_length
+
+    @property
+    def num_harvestable(self) -> int:
+        """Sequences `[0, num_harvestable)` may be harvested."""
+        return self.num_sequences - self.summary.text.held_out_sequences
+
+    @property
+    def held_out(self) -> range:
+        """The sequences kept for evaluation: the last ones, never harvested."""
+        return range(self.num_harvestable, self.num_sequences)
+
+    def read(self, sequences: Sequence[int]) -> Int32[np.ndarray, "N S"]:
+        """The tokens of any sequences, in the order asked for.
+
+        Raises:
+            UserError: the table is damaged on disk; names the file.
+        """
+        layout = token_layout(self.path, self.num_sequences, self.sequence_length)
+        segments = [Segment(int(sequence), 1) for sequence in sequences]
+        return read_rows(self._array, layout, segments)
+
+    def usable(self, tokens: Int32[np.ndarray, "N S"]) -> Bool[np.ndarray, "N S"]:
+        """Which tokens make a row: neither BOS, EOS nor padding."""
+        return usable_tokens(tokens, self.summary.special_ids)
+
+    def usable_counts(self) -> Int32[np.ndarray, "N"]:
+        """Usable tokens of every sequence, held-out ones included."""
+        layout = count_layout(self.path, self.num_sequences, self.sequence_length)
+        return read_rows(layout.open(), layout, [Segment(0, self.num_sequences)])
+
+    def require_rows(self, rows: int) -> None:
+        """Raises `UserError` when fewer than `rows` usable tokens may be harvested."""
+        if rows > self.summary.usable_rows:
+            raise UserError(
+                f"cache.tokens asks for {rows} rows and the text has {self.summary.usable_rows} "
+                f"usable tokens (in {self.num_harvestable} of {self.num_sequences} sequences; "
+                f"{len(self.held_out)} are held out): lower cache.tokens to at most "
+                f"{self.summary.usable_rows}, lower text.held_out_sequences, or add text."
+            )
+
+    @cached_property
+    def _array(self) -> ts.TensorStore:
+        return token_layout(self.path, self.num_sequences, self.sequence_length).open()
+
+
+def open_tokens(path: Path) -> TokenTable:
+    """Open a finished table; raises `UserError` when it is missing or damaged."""
+    if not (path / TOKENS_FILE).exists():
+        raise UserError(f"{path} has no {TOKENS_FILE}: it is not a finished token table.")
+    return TokenTable(path, read_record(path / TOKENS_FILE, TokenSummary))
+
+
+def usable_tokens(tokens: Int32[np.ndarray, "N S"], special: SpecialIds) -> Bool[np.ndarray, "N S"]:
+    """Which tokens are neither BOS, EOS nor padding."""
+    return (tokens != special.bos) & (tokens != special.eos) & (tokens != special.pad)
+
+
+def token_layout(path: Path, sequences: int, length: int) -> ArrayLayout:
+    """The array of tokens, int32 [sequences, length]."""
+    return ArrayLayout(
+        path=path / "tokens",
+        shape=(sequences, length),
+        dtype="int32",
+        chunk_rows=_CHUNK_SEQUENCES,
+        shard_rows=_shard_sequences(length),
+    )
+
+
+def count_layout(path: Path, sequences: int, length: int) -> ArrayLayout:
+    """The array of usable counts, int32 [sequences]."""
+    shard = _shard_sequences(length)
+    return ArrayLayout(path / "usable", (sequences,), "int32", chunk_rows=shard, shard_rows=shard)
+
+
+def _shard_sequences(length: int) -> int:
+    chunk_bytes = 4 * length * _CHUNK_SEQUENCES
+    return _CHUNK_SEQUENCES * max(1, _SHARD_BYTES // chunk_bytes)

@@ -1,0 +1,264 @@
+"""Documents to tokens: tokenise, pack, and store once as a `TokenTable`.
+
+Each document is followed by EOS; the stream of all documents is cut into pieces of
+`sequence_length - 1`, each with BOS in front; the last is filled up with padding. Text that
+spells out a special token is tokenised to it, and is as unusable as the real one. Legend: S
+sequence length, N sequences.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int32
+
+from activation_cache.config import Section, TextConfig
+from activation_cache.errors import Interrupted, UserError
+from activation_cache.layout import array_errors, write_shards
+from activation_cache.manifest import FORMAT_VERSION, write_record
+from activation_cache.progress import ProgressMeter
+from activation_cache.storage import disk_errors, make_folder
+from activation_cache.text import Source, find_sources
+from activation_cache.token_table import (
+    TOKENS_FILE,
+    SourceEntry,
+    SpecialIds,
+    TokenSummary,
+    TokenTable,
+    count_layout,
+    open_tokens,
+    token_layout,
+    usable_tokens,
+)
+from activation_cache.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+_BATCH_CHARACTERS = 2_000_000  # text tokenised at once: the tokenizer's threads share it
+_BATCH_DOCUMENTS = 1024
+
+
+class Recipe(Section):
+    """All that a token table depends on; equal recipes make equal tables."""
+
+    text: TextConfig
+    sources: list[SourceEntry]
+    tokenizer_hash: str
+    rows_wanted: int | None  # where streams are left off; None where all are files
+
+    def difference(self, stored: TokenSummary) -> str | None:
+        """The first field in which a stored table differs, in words; None if there is none."""
+        old, new = stored.text.model_dump(), self.text.model_dump()
+        pairs: list[tuple[str, object, object]] = [(f"text.{k}", old[k], new[k]) for k in old]
+        files, stored_files = ({s.name: s for s in r.sources} for r in (self, stored))
+        pairs += [
+            ("text.source (the files it matches)", list(stored_files), list(files)),
+            *((f"file {k}", stored_files[k], files[k]) for k in files if k in stored_files),
+            ("the tokenizer", stored.tokenizer_hash, self.tokenizer_hash),
+            ("cache.tokens (the text is a stream)", stored.rows_wanted, self.rows_wanted),
+        ]
+        for name, before, now in pairs:
+            if before != now:
+                return f"{name} was {before!r} and is {now!r}"
+        return None
+
+
+def prepare_tokens(
+    text: TextConfig,
+    *,
+    tokenizer: Tokenizer,
+    path: Path,
+    rows: int,
+    keep: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+) -> TokenTable:
+    """Make the token table at `path`, or take the one that is there if nothing has changed.
+
+    Files are read to their end. A stream of the Hub is read until `rows` usable tokens and the
+    held-out sequences are together. `keep` says that a harvest depends on the table there: then
+    it is never replaced.
+
+    Raises:
+        UserError: bad text; too few sequences; a disk error; or, with `keep`, a table of other
+            text, naming the field that differs.
+        Interrupted: `stop` turned true; the table is begun anew next time.
+    """
+    sources = find_sources(text)
+    recipe = Recipe(
+        text=text,
+        sources=[SourceEntry(name=s.name, size=s.size, sha256=s.content_hash()) for s in sources],
+        tokenizer_hash=tokenizer.fingerprint,
+        rows_wanted=rows if any(source.streamed for source in sources) else None,
+    )
+    if (path / TOKENS_FILE).exists():
+        table = open_tokens(path)
+        difference = recipe.difference(table.summary)
+        if difference is None:
+            logger.info("tokens, as stored: %s", table.summary)
+            return table
+        if keep:
+            raise UserError(
+                f"the store at {path.parent} was begun with other text: {difference}. Go back to "
+                "what it was, or choose another cache.path (nothing was changed)."
+            )
+        logger.info("tokens are made again: %s", difference)
+    summary = _TableBuilder(path, recipe, tokenizer, stop).run(sources)
+    logger.info("tokens: %s", summary)
+    return TokenTable(path, summary)
+
+
+def pack(
+    batches: Iterable[Sequence[Sequence[int]]], *, length: int, special: SpecialIds
+) -> Iterator[Int32[np.ndarray, "N S"]]:
+    """Cut documents (lists of token ids, in batches) into sequences, as the module says.
+
+    Yields what each batch completes, so memory holds one batch and less than one sequence.
+    """
+    rest = np.empty(0, np.int32)
+    body = length - 1
+    end = np.array([special.eos], np.int32)
+    for documents in batches:
+        parts = [rest]
+        for document in documents:
+            parts += [np.asarray(document, np.int32), end]
+        stream = np.concatenate(parts)
+        whole = len(stream) // body * body
+        yield _with_bos(stream[:whole].reshape(-1, body), special)
+        rest = stream[whole:]
+    if len(rest):
+        padding = np.full(body - len(rest), special.pad, np.int32)
+        yield _with_bos(np.concatenate([rest, padding])[None], special)
+
+
+def _with_bos(body: np.ndarray, special: SpecialIds) -> Int32[np.ndarray, "N S"]:
+    return np.pad(body, ((0, 0), (1, 0)), constant_values=special.bos)
+
+
+def _regroup(parts: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
+    """The same rows in arrays of exactly `rows`, the last one perhaps shorter."""
+    waiting: list[np.ndarray] = []
+    for part in parts:
+        waiting.append(part)
+        while sum(map(len, waiting)) >= rows:
+            joined = np.concatenate(waiting)
+            yield joined[:rows]
+            waiting = [joined[rows:]]
+    if any(map(len, waiting)):
+        yield np.concatenate(waiting)
+
+
+def _batches(sources: list[Source]) -> Iterator[tuple[list[str], int]]:
+    """Documents in batches fit for the tokenizer, with the position reached in all sources."""
+    texts: list[str] = []
+    characters = position = before = 0
+    for source in sources:
+        for document in source.open():
+            texts.append(document.text)
+            characters += len(document.text)
+            position = before + document.position
+            if characters >= _BATCH_CHARACTERS or len(texts) >= _BATCH_DOCUMENTS:
+                yield texts, position
+                texts, characters = [], 0
+        before += source.size or 0
+    if texts:
+        yield texts, position
+
+
+class _TableBuilder:
+    """Writes one table, shard by shard; memory holds a batch of text and one shard."""
+
+    def __init__(
+        self, path: Path, recipe: Recipe, tokenizer: Tokenizer, stop: Callable[[], bool]
+    ) -> None:
+        self.path, self.recipe, self.tokenizer, self.stop = path, recipe, tokenizer, stop
+        self.length = recipe.text.sequence_length
+        self.held_out = recipe.text.held_out_sequences
+        self.special = SpecialIds(bos=tokenizer.bos_id, eos=tokenizer.eos_id, pad=tokenizer.pad_id)
+        self.documents = self.tokens = self.usable_total = 0
+        self.usable: list[np.ndarray] = []
+        self.digest = hashlib.sha256()
+
+    def run(self, sources: list[Source]) -> TokenSummary:
+        """Build the table; `tokens.json` makes it a table and is written last."""
+        if self.path.exists():
+            with disk_errors(self.path, doing="replace"):
+                shutil.rmtree(self.path)
+        make_folder(self.path)
+        layout = token_layout(self.path, 0, self.length)
+        array = layout.open(create=True)
+        written = 0
+        batches = pack(self._encoded(sources), length=self.length, special=self.special)
+        for rows in _regroup(self._counted(batches), layout.shard_rows):
+            with array_errors(layout.path, doing="write"):
+                array = array.resize(exclusive_max=[written + len(rows), None]).result()
+            write_shards(array, layout, start=written, rows=rows)
+            written += len(rows)
+        self._require_sequences(written)
+        counts = self._write_counts(written)
+        summary = TokenSummary(
+            format_version=FORMAT_VERSION,
+            special_ids=self.special,
+            token_hash=self.digest.hexdigest(),
+            documents=self.documents,
+            tokens=self.tokens,
+            sequences=written,
+            usable_rows=int(counts[: written - self.held_out].sum(dtype=np.int64)),
+            **dict(self.recipe),
+        )
+        write_record(self.path / TOKENS_FILE, summary)
+        return summary
+
+    def _encoded(self, sources: list[Source]) -> Iterator[list[list[int]]]:
+        """Token ids of the documents, batch by batch, with a progress meter."""
+        streamed = any(source.streamed for source in sources)
+        total = None if streamed else sum(source.size or 0 for source in sources)
+        unit = "documents" if streamed else "B"
+        with ProgressMeter("tokenising", total=total, unit=unit) as meter:
+            for texts, position in _batches(sources):
+                if self.stop():
+                    raise Interrupted("stopped while tokenising: it begins anew next time")
+                encoded = self.tokenizer.encode_batch(texts)
+                self.documents += len(encoded)
+                self.tokens += sum(map(len, encoded))
+                yield encoded
+                # The consumer has packed and counted what was yielded by now.
+                meter.update(self.documents if streamed else position)
+                if self._enough():
+                    return
+
+    def _enough(self) -> bool:
+        """Whether a stream can be left off, whatever the held-out sequences hold."""
+        if self.recipe.rows_wanted is None:
+            return False
+        held_out = self.held_out * (self.length - 1)
+        return self.usable_total >= self.recipe.rows_wanted + held_out
+
+    def _counted(self, parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Pass sequences through, hashing them and counting their usable tokens."""
+        for tokens in parts:
+            self.digest.update(np.ascontiguousarray(tokens, "<i4").data)
+            counts = usable_tokens(tokens, self.special).sum(axis=1, dtype=np.int32)
+            self.usable.append(counts)
+            self.usable_total += int(counts.sum(dtype=np.int64))
+            yield tokens
+
+    def _require_sequences(self, sequences: int) -> None:
+        if self.documents == 0:
+            raise UserError(f"text.source {self.recipe.text.source} holds no documents at all.")
+        if sequences <= self.held_out:
+            raise UserError(
+                f"the text makes {sequences} sequences of {self.length} tokens and "
+                f"text.held_out_sequences keeps {self.held_out} of them from being harvested: none "
+                "is left. Lower text.held_out_sequences or text.sequence_length, or add text."
+            )
+
+    def _write_counts(self, sequences: int) -> Int32[np.ndarray, "N"]:
+        counts = np.concatenate(self.usable)
+        layout = count_layout(self.path, sequences, self.length)
+        write_shards(layout.open(create=True), layout, start=0, rows=counts)
+        return counts
