@@ -48,6 +48,8 @@ class SaeConfig(Section):
     bandwidth: Positive = 0.001
     threshold: ThresholdConfig = ThresholdConfig()
     pre_encoder_bias: bool = True
+    # Gemma Scope starts b_dec at zero; a run of a few hundred steps can't carry it to the mean.
+    b_dec_init: Literal["zeros", "mean"] = "zeros"
 
 
 class LearningRateConfig(Section):

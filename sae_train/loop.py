@@ -27,11 +27,11 @@ from sae_train.checkpoint import Checkpoints, checkpoint_meta, refuse_difference
 from sae_train.config import Config
 from sae_train.config_file import write_config
 from sae_train.metrics import FILE, MetricsLog, read_metrics
+from sae_train.prepare import prepare_start
 from sae_train.schedule import scheduled
 from sae_train.sharding import BATCH_DIMS, make_mesh, sharding
 from sae_train.state import TrainState, abstract_state, init_state
 from sae_train.step import StepMetrics, make_train_step
-from sae_train.threshold_check import threshold_warning
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ def _train_locked(
             )
         )
         if done == 0:
-            _warn(config, state=state, reader=reader, input_scale=input_scale)
+            state = prepare_start(config, state=state, batch=reader.batch, input_scale=input_scale)
         log = stack.enter_context(
             MetricsLog(folder, from_step=done, tensorboard=config.train.tensorboard)
         )
@@ -249,12 +249,3 @@ def _start_state(
 def _last_row(folder: Path) -> Mapping[str, Any]:
     rows = read_metrics(folder) if (folder / FILE).exists() else []
     return rows[-1] if rows else {}
-
-
-def _warn(
-    config: Config, *, state: TrainState, reader: ActivationReader, input_scale: float
-) -> None:
-    x_BD = np.asarray(reader.batch(0)[:256], np.float32) / np.float32(input_scale)
-    warning = threshold_warning(config, params=state.params, x_BD=x_BD)
-    if warning:
-        logger.warning("%s", warning)

@@ -1,16 +1,21 @@
-"""Before training: can the thresholds get to where the data is in the steps configured?
+"""Before a run's first step: b_dec at the data's mean if asked, and a look at the thresholds.
 
-With log θ and Adam, θ moves by at most the learning rate in relative terms per step: one e-fold
-per 14,286 steps at 7e-5. From 0.001 to 0.05 is 3.9 of them, 56,000 steps. Short runs with that
-parametrisation end with the L0 they started with, and their users lose days.
+Can they get to where the data is in the steps configured? With log θ and Adam, θ moves by at
+most the learning rate in relative terms per step: one e-fold per 14,286 steps at 7e-5. From
+0.001 to 0.05 is 3.9 of them, 56,000 steps. A short run with that parametrisation ends with the
+L0 it started with.
 
-Legend: B rows of a batch, F latents.
+Legend: B rows of a batch, D model width, F latents.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import math
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -18,9 +23,40 @@ from jaxtyping import Array, Float
 from sae_train.config import Config, TargetL0Penalty
 from sae_train.sae import Params, pre_activations
 from sae_train.schedule import total_learning_rate
+from sae_train.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 # What an L0 penalty is after when it names no target: the released SAEs' canonical L0.
 TYPICAL_L0 = 100.0
+
+# Rows that b_dec's mean is taken over: its error is then a hundredth of a standard deviation.
+MEAN_ROWS = 16_384
+
+
+def prepare_start(
+    config: Config,
+    *,
+    state: TrainState,
+    batch: Callable[[int], np.ndarray],
+    input_scale: float,
+) -> TrainState:
+    """The state a run starts from, and a warning where its thresholds can't reach the data.
+
+    Args:
+        batch: the reader's `batch(step)`, raw rows [B, D]; the first of the stream are looked at.
+    """
+    if config.sae.b_dec_init == "mean":
+        count = -(-MEAN_ROWS // config.train.batch_size)
+        means = [batch(step).astype(np.float64).mean(axis=0) for step in range(count)]
+        b_dec_D = (np.mean(means, axis=0) / input_scale).astype(np.float32)
+        placed = jax.device_put(b_dec_D, state.params["b_dec"].sharding)
+        state = dataclasses.replace(state, params=state.params | {"b_dec": placed})
+    x_BD = batch(0)[:256].astype(np.float32) / np.float32(input_scale)
+    warning = threshold_warning(config, params=state.params, x_BD=x_BD)
+    if warning:
+        logger.warning("%s", warning)
+    return state
 
 
 def reachable_threshold(config: Config) -> float:
@@ -49,7 +85,7 @@ def threshold_warning(
     """
     penalty = config.train.sparsity
     l0 = penalty.target if isinstance(penalty, TargetL0Penalty) else TYPICAL_L0
-    pre_BF = pre_activations(params, jnp.asarray(x_BD[:256]), config=config.sae)
+    pre_BF = pre_activations(params, jnp.asarray(x_BD), config=config.sae)
     needed, reachable = needed_threshold(pre_BF, l0=l0), reachable_threshold(config)
     if reachable >= needed:
         return None

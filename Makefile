@@ -1,0 +1,44 @@
+# Every target sets up what it needs in .venv; a fresh machine needs Python, pip and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python
+
+.PHONY: demo test check format lint types clean
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/python -m launch.demo demo-data
+	$(BIN)/sae sweep configs/demo.yaml
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: format lint types test
+
+format: $(VENV)/test.stamp
+	$(BIN)/ruff format --check .
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+
+types: $(VENV)/test.stamp
+	$(BIN)/mypy
+
+$(VENV)/uv.stamp:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+	touch $@
+
+$(VENV)/demo.stamp: pyproject.toml $(VENV)/uv.stamp
+	$(INSTALL) --editable '.[demo]'
+	touch $@
+
+# torch by pip and by number: where pip is set up with a CPU build it is taken, and then the
+# test extra's own range is satisfied and nothing larger is fetched.
+$(VENV)/test.stamp: pyproject.toml $(VENV)/uv.stamp
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(INSTALL) --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
