@@ -84,7 +84,7 @@ class LanguageModel:
 def _activations(
     config: GemmaConfig, taps: tuple[Tap, ...], params: Params, tokens: Array
 ) -> dict[Tap, Array]:
-    output = Gemma(config).apply({"params": params}, tokens, taps=taps, logits=False)
+    output: Any = Gemma(config).apply({"params": params}, tokens, taps=taps, logits=False)
     return output.taps
 
 
@@ -100,7 +100,10 @@ def _losses(
     splice = None
     if tap is not None and replace is not None:
         splice = Splice(tap, replace, arguments)
-    return Gemma(config).apply({"params": params}, tokens, splice=splice, method=Gemma.losses)
+    losses: Any = Gemma(config).apply(
+        {"params": params}, tokens, splice=splice, method=Gemma.losses
+    )
+    return losses
 
 
 def conversion_folder(cache: CacheConfig) -> Path:

@@ -129,5 +129,5 @@ def write_safetensors(
     encoded += b" " * (-len(encoded) % 8)
     file.write(struct.pack("<Q", len(encoded)) + encoded)
     for (name, values), wanted in zip(tensors, shapes, strict=True):
-        assert name == wanted and values.shape == shapes[name], (name, wanted, values.shape)
+        assert (name, values.shape) == (wanted, shapes[wanted]), (name, values.shape, wanted)
         file.write(np.ascontiguousarray(values, dtype=np.float32).data)
