@@ -13,6 +13,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def _train_all(runs: list[Run], *, stop: StopFlag, failures: _Failures) -> None:
             logger.info("%s is trained already", label)
             continue
         logger.info("%s", label)
-        _attempt(run, "train", lambda run=run: _train(run, stop=stop), failures=failures)
+        _attempt(run, "train", partial(_train, run, stop=stop), failures=failures)
 
 
 def _train(run: Run, *, stop: StopFlag) -> None:
@@ -162,7 +163,7 @@ def _evaluate_and_export(runs: list[Run], *, failures: _Failures) -> None:
                 failures.add(run.name, error)
     for run in runs:
         if stages.needs_release(run.folder):
-            _attempt(run, "export", lambda run=run: stages.export([run.folder]), failures=failures)
+            _attempt(run, "export", partial(stages.export, [run.folder]), failures=failures)
 
 
 def _attempt(run: Run, stage: str, work: Callable[[], Any], *, failures: _Failures) -> None:

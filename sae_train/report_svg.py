@@ -1,0 +1,250 @@
+"""Charts as SVG text: axes, lines, points, bars. Colours of the frame come from the page's CSS.
+
+Sized to be read at phone width: on a wide page several stand side by side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+WIDTH, HEIGHT = 400, 280
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 14, 14, 44
+_LABEL_WIDTH, _LABEL_HEIGHT = 6.6, 13  # of a character of the 12 px label type, measured
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis: its words, whether it is logarithmic, its range (None: from the data).
+
+    A tight axis ends where the data end; others at a round number.
+    """
+
+    label: str
+    log: bool = False
+    low: float | None = None
+    high: float | None = None
+    tight: bool = False
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points of one colour, joined by a line, marked, or both; `key` ties it to a run.
+
+    `titles` are what a pointer over each mark shows; `labels` are written beside the marks.
+    """
+
+    x: Sequence[float]
+    y: Sequence[float]
+    color: str
+    key: str = ""
+    line: bool = True
+    marks: bool = False
+    hollow: bool = False
+    titles: Sequence[str] = ()
+    labels: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A histogram: `heights[i]` between `edges[i]` and `edges[i + 1]`."""
+
+    edges: Sequence[float]
+    heights: Sequence[float]
+    color: str
+    key: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure with two axes; `title` is read aloud and shown by the page."""
+
+    title: str
+    x: Axis
+    y: Axis
+    series: Sequence[Series] = ()
+    bars: Sequence[Bars] = ()
+
+
+@dataclass
+class _Scale:
+    """Maps data to pixels along one axis."""
+
+    axis: Axis
+    low: float
+    high: float
+    start: float
+    end: float
+    ticks: list[float] = field(default_factory=list)
+
+    def __call__(self, value: float) -> float:
+        low, high = self.low, self.high
+        if self.axis.log:
+            value, low, high = math.log10(value), math.log10(low), math.log10(high)
+        return self.start + (value - low) / (high - low) * (self.end - self.start)
+
+    def shows(self, value: float) -> bool:
+        return math.isfinite(value) and (value > 0 or not self.axis.log)
+
+
+def render(chart: Chart) -> str:
+    """The chart as one `<svg>` element; a note instead where it has nothing to show."""
+    xs = [x for one in chart.series for x in one.x] + [e for one in chart.bars for e in one.edges]
+    ys = [y for one in chart.series for y in one.y]
+    ys += [h for one in chart.bars for h in (0.0, *one.heights)]
+    x = _scale(chart.x, xs, start=_LEFT, end=WIDTH - _RIGHT)
+    y = _scale(chart.y, ys, start=HEIGHT - _BOTTOM, end=_TOP)
+    if x is None or y is None:
+        return '<p class="empty">Nothing measured yet.</p>'
+    parts = [
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(chart.title)}">',
+        _frame(x, y),
+        *(_bars(one, x, y) for one in chart.bars),
+        *(_series(one, x, y) for one in chart.series),
+        _labels(chart.series, x, y),
+        "</svg>",
+    ]
+    return "\n".join(parts)
+
+
+def compact(value: float) -> str:
+    """1200000 -> '1.2M', 0.00031 -> '3.1e-4', 12.0 -> '12': for ticks and tiles."""
+    if value == 0:
+        return "0"
+    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= limit:
+            unit = 1e3 if suffix == "k" else limit
+            return f"{value / unit:.4g}{suffix}"
+    if abs(value) < 1e-3:
+        mantissa, _, exponent = f"{value:.1e}".partition("e")
+        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    return f"{value:.4g}"
+
+
+def _scale(axis: Axis, values: Sequence[float], *, start: float, end: float) -> _Scale | None:
+    shown = [v for v in values if math.isfinite(v) and (v > 0 or not axis.log)]
+    if not shown:
+        return None
+    low = min(shown) if axis.low is None else axis.low
+    high = max(shown) if axis.high is None else axis.high
+    if axis.log:
+        low, high = (low / 1.1, high * 1.1) if low < high else (low / 2, high * 2)
+        return _Scale(axis, low, high, start, end, _log_ticks(low, high))
+    if low == high:
+        low, high = low - abs(low or 1) * 0.1, high + abs(high or 1) * 0.1
+    step = _nice_step((high - low) / 5)
+    if axis.low is None and not axis.tight:
+        low = math.floor(low / step) * step
+    if axis.high is None and not axis.tight:
+        high = math.ceil(high / step - 1e-9) * step
+    first = math.ceil(low / step - 1e-9)
+    count = int((high - first * step) / step + 1e-9) + 1
+    return _Scale(axis, low, high, start, end, [(first + i) * step for i in range(count)])
+
+
+def _nice_step(rough: float) -> float:
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9))
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    span = math.log10(high / low)
+    multiples = (1, 1.5, 2, 3, 4, 5, 6, 8) if span < 0.6 else (1, 2, 5) if span < 2.5 else (1,)
+    ticks = [m * 10.0**d for d in decades for m in multiples]
+    return [tick for tick in ticks if low <= tick <= high]
+
+
+def _frame(x: _Scale, y: _Scale) -> str:
+    bottom, right = HEIGHT - _BOTTOM, WIDTH - _RIGHT
+    parts = ['<g class="frame">']
+    for tick in y.ticks:
+        at = y(tick)
+        parts.append(f'<path class="grid" d="M{_LEFT} {at:.1f}H{right}"/>')
+        parts.append(f'<text x="{_LEFT - 7}" y="{at + 4:.1f}" class="end">{compact(tick)}</text>')
+    for tick in x.ticks:
+        at = x(tick)
+        parts.append(f'<path class="grid" d="M{at:.1f} {_TOP}V{bottom}"/>')
+        parts.append(f'<text x="{at:.1f}" y="{bottom + 17}" class="mid">{compact(tick)}</text>')
+    parts.append(f'<path class="axis" d="M{_LEFT} {_TOP}V{bottom}H{right}"/>')
+    middle = (_LEFT + right) / 2
+    label = escape(x.axis.label)
+    parts.append(f'<text x="{middle}" y="{HEIGHT - 8}" class="mid name">{label}</text>')
+    height = (_TOP + bottom) / 2
+    parts.append(
+        f'<text transform="translate(13 {height}) rotate(-90)" class="mid name">'
+        f"{escape(y.axis.label)}</text></g>"
+    )
+    return "".join(parts)
+
+
+def _bars(bars: Bars, x: _Scale, y: _Scale) -> str:
+    shapes = []
+    for left, right, height in zip(bars.edges, bars.edges[1:], bars.heights, strict=False):
+        if height > 0:
+            top, width = y(height), max(x(right) - x(left) - 0.8, 0.8)
+            title = f"{compact(height)} between {compact(left)} and {compact(right)}"
+            shapes.append(
+                f'<rect x="{x(left):.1f}" y="{top:.1f}" width="{width:.1f}" '
+                f'height="{y(0) - top:.1f}"><title>{title}</title></rect>'
+            )
+    return f'<g data-run="{escape(bars.key)}" fill="{bars.color}">{"".join(shapes)}</g>'
+
+
+def _series(series: Series, x: _Scale, y: _Scale) -> str:
+    points = [
+        (x(a), y(b), index)
+        for index, (a, b) in enumerate(zip(series.x, series.y, strict=True))
+        if x.shows(a) and y.shows(b)
+    ]
+    parts = [f'<g data-run="{escape(series.key)}" style="color:{series.color}">']
+    if series.line and len(points) > 1:
+        path = "L".join(f"{px:.1f} {py:.1f}" for px, py, _ in points)
+        parts.append(f'<path class="line" d="M{path}"/>')
+    if series.marks or len(points) == 1:
+        for px, py, index in points:
+            title = f"<title>{escape(series.titles[index])}</title>" if series.titles else ""
+            kind = "mark hollow" if series.hollow else "mark"
+            parts.append(
+                f'<circle class="{kind}" cx="{px:.1f}" cy="{py:.1f}" r="5">{title}</circle>'
+            )
+    return "".join(parts) + "</g>"
+
+
+def _labels(all_series: Sequence[Series], x: _Scale, y: _Scale) -> str:
+    """Write each label where it covers no mark and no other label, or leave it to the tooltip."""
+    marked = [
+        (x(a), y(b), label)
+        for one in all_series
+        if one.labels
+        for a, b, label in zip(one.x, one.y, one.labels, strict=True)
+        if x.shows(a) and y.shows(b)
+    ]
+    taken = [(px - 6, py - 6, px + 6, py + 6) for px, py, _ in marked]
+    parts = []
+    for px, py, label in marked:
+        width = len(label) * _LABEL_WIDTH
+        for left, top in (
+            (px + 5, py - 20),
+            (px + 9, py - 8),
+            (px - 6 - width, py + 6),
+            (px - 9 - width, py - 8),
+            (px - width / 2, py - 22),
+            (px - width / 2, py + 9),
+        ):
+            box = (left, top, left + width, top + _LABEL_HEIGHT)
+            inside = box[0] > _LEFT + 2 and box[2] < WIDTH - 2 and box[1] > 0
+            inside = inside and box[3] < HEIGHT - _BOTTOM
+            if inside and not any(_overlap(box, other) for other in taken):
+                taken.append(box)
+                parts.append(
+                    f'<text class="label" x="{left:.1f}" y="{top + 11:.1f}">{escape(label)}</text>'
+                )
+                break
+    return "".join(parts)
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
