@@ -90,8 +90,8 @@ class ArrayLayout:
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         }
 
-    def open(self, *, create: bool = False) -> ts.TensorStore:
-        """Open the array, creating its metadata if asked to.
+    def open(self, *, create: bool = False, context: ts.Context | None = None) -> ts.TensorStore:
+        """Open the array, creating its metadata if asked to; `context` sets caching and threads.
 
         A chunk that isn't there is an error and not zeros, and chunks of zeros are written.
 
@@ -106,7 +106,7 @@ class ArrayLayout:
             "store_data_equal_to_fill_value": True,
         }
         with array_errors(self.path, doing="create" if create else "open"):
-            return ts.open(spec, open=True, create=create).result()
+            return ts.open(spec, open=True, create=create, context=context).result()
 
 
 def write_shards(

@@ -98,8 +98,12 @@ class Manifest(Section):
 
 def write_record(path: Path, record: BaseModel) -> None:
     """Write a small JSON record with a checksum over the rest of it, atomically."""
-    content = record.model_dump(mode="json")
-    write_json(path, {**content, "checksum": _checksum(content)})
+    write_json(path, {**record.model_dump(mode="json"), "checksum": record_hash(record)})
+
+
+def record_hash(record: BaseModel) -> str:
+    """SHA-256 of a record's canonical JSON: the checksum it is stored with."""
+    return _checksum(record.model_dump(mode="json"))
 
 
 def read_record(path: Path, kind: type[Record]) -> Record:

@@ -89,12 +89,7 @@ def prepare_tokens(
         Interrupted: `stop` turned true; the table is begun anew next time.
     """
     sources = find_sources(text)
-    recipe = Recipe(
-        text=text,
-        sources=[SourceEntry(name=s.name, size=s.size, sha256=s.content_hash()) for s in sources],
-        tokenizer_hash=tokenizer.fingerprint,
-        rows_wanted=rows if any(source.streamed for source in sources) else None,
-    )
+    recipe = _recipe(text, sources, tokenizer_hash=tokenizer.fingerprint, rows=rows)
     if (path / TOKENS_FILE).exists():
         table = open_tokens(path)
         difference = recipe.difference(table.summary)
@@ -110,6 +105,25 @@ def prepare_tokens(
     summary = _TableBuilder(path, recipe, tokenizer, stop).run(sources)
     logger.info("tokens: %s", summary)
     return TokenTable(path, summary)
+
+
+def describe_text(text: TextConfig, *, like: TokenSummary) -> Recipe:
+    """The recipe `text` makes today, with the tokenizer and rows of a stored table.
+
+    Raises:
+        UserError: a source can't be found or read.
+    """
+    rows = like.rows_wanted or 1
+    return _recipe(text, find_sources(text), tokenizer_hash=like.tokenizer_hash, rows=rows)
+
+
+def _recipe(text: TextConfig, sources: list[Source], *, tokenizer_hash: str, rows: int) -> Recipe:
+    return Recipe(
+        text=text,
+        sources=[SourceEntry(name=s.name, size=s.size, sha256=s.content_hash()) for s in sources],
+        tokenizer_hash=tokenizer_hash,
+        rows_wanted=rows if any(source.streamed for source in sources) else None,
+    )
 
 
 def pack(
