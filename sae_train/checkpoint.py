@@ -58,25 +58,25 @@ class Trained:
         input_scale: C of x = x_raw / C.
         step: optimiser steps done.
         config: the run's config.
-        store: what identifies the activations it was trained on.
+        store: the identity of the activation store it was trained on.
     """
 
     params: Mapping[str, Float[np.ndarray, "..."]]
     input_scale: float
     step: int
     config: Config
-    store: Mapping[str, Any]
+    store: str
 
 
 def checkpoint_meta(
-    config: Config, *, input_scale: float, d_model: int, store: Mapping[str, Any]
+    config: Config, *, input_scale: float, d_model: int, store: str
 ) -> dict[str, Any]:
     """The JSON beside a state."""
     return {
         "format_version": FORMAT_VERSION,
         "input_scale": input_scale,
         "d_model": d_model,
-        "store": dict(store),
+        "store": store,
         "config": config.model_dump(mode="json"),
     }
 
@@ -147,9 +147,7 @@ class Checkpoints:
             self._manager.delete(step)
 
 
-def refuse_difference(
-    config: Config, meta: Mapping[str, Any], *, store: Mapping[str, Any], folder: Path
-) -> None:
+def refuse_difference(config: Config, meta: Mapping[str, Any], *, store: str, folder: Path) -> None:
     """Raise `UserError` naming the fields in which a checkpoint belongs to another run."""
     earlier = Config.model_validate(meta["config"])
     differing = [
@@ -166,10 +164,10 @@ def refuse_difference(
             f"{folder} holds a run with another config: {changes}. Put the old value back to go "
             "on with it, choose another output, or give --fresh to delete it and start anew."
         )
-    if dict(meta["store"]) != dict(store):
+    if meta["store"] != store:
         raise UserError(
             f"{folder} holds a run trained on another activation store "
-            f"({dict(meta['store'])}, now {dict(store)}): point cache.path at the old store, choose "
+            f"({meta['store'][:16]}, now {store[:16]}): point cache.path at the old store, choose "
             "another output, or give --fresh to delete the run and start anew."
         )
 

@@ -26,7 +26,7 @@ from activation_cache.taps import Tap
 from sae_train.checkpoint import Checkpoints, checkpoint_meta, refuse_difference
 from sae_train.config import Config
 from sae_train.config_file import write_config
-from sae_train.metrics import FILE, MetricsLog, read_metrics
+from sae_train.metrics import MetricsLog, read_metrics
 from sae_train.prepare import prepare_start
 from sae_train.schedule import scheduled
 from sae_train.sharding import BATCH_DIMS, make_mesh, sharding
@@ -155,97 +155,110 @@ def train(
         checkpoints = stack.enter_context(Checkpoints(folder, keep=config.checkpoint.keep))
         if fresh:
             checkpoints.delete_all()
-        return _train_locked(config, store=store, checkpoints=checkpoints, stop=stop)
+        run = _begin(config, store=store, checkpoints=checkpoints)
+        write_config(config, folder)
+        if run.done >= config.train.steps:
+            logger.info("%s is trained already: %d steps", folder, run.done)
+            rows = read_metrics(folder)
+            return TrainResult(folder=folder, step=run.done, metrics=rows[-1] if rows else {})
+        batch_size = config.train.batch_size
+        reader = ActivationReader(
+            store, run.tap, batch_size=batch_size, seed=config.train.seed, start_step=run.done
+        )
+        stack.enter_context(reader)
+        log = MetricsLog(folder, from_step=run.done, tensorboard=config.train.tensorboard)
+        meter = ProgressMeter(
+            config.name,
+            total=config.train.steps * batch_size,
+            unit="tokens",
+            initial=run.done * batch_size,
+        )
+        journal = _Journal(
+            config=config, log=stack.enter_context(log), meter=stack.enter_context(meter)
+        )
+        _steps(run, reader=reader, journal=journal, checkpoints=checkpoints, stop=stop)
+    return TrainResult(folder=folder, step=config.train.steps, metrics=journal.last_row)
 
 
-def _train_locked(
-    config: Config, *, store: Store, checkpoints: Checkpoints, stop: Callable[[], bool]
-) -> TrainResult:
-    folder, steps = Path(config.output), config.train.steps
+@dataclass(frozen=True)
+class _Run:
+    """Where a start of a run stands: the state it goes on from and `done` steps behind it."""
+
+    config: Config
+    tap: Tap
+    mesh: jax.sharding.Mesh
+    meta: Mapping[str, Any]
+    state: TrainState
+    done: int
+
+    @property
+    def input_scale(self) -> float:
+        """C of x = x_raw / C."""
+        return self.meta["input_scale"]
+
+
+def _begin(config: Config, *, store: Store, checkpoints: Checkpoints) -> _Run:
+    """Initialise, or restore the newest checkpoint."""
     tap = Tap(site=config.sae.site, layer=config.sae.layer)
     info = store.tap_info(tap)
-    input_scale = float(np.sqrt(info.mean_squared_norm))
-    meta = checkpoint_meta(
-        config, input_scale=input_scale, d_model=info.width, store=store.identity
-    )
     mesh = make_mesh(config.mesh)
-    state, done = _start_state(
-        config, checkpoints=checkpoints, meta=meta, d_model=info.width, mesh=mesh
+    meta = checkpoint_meta(
+        config,
+        input_scale=float(np.sqrt(info.mean_squared_norm)),
+        d_model=info.width,
+        store=store.identity,
     )
-    write_config(config, folder)
-    if done >= steps:
-        logger.info("%s is trained already: %d of %d steps", folder, done, steps)
-        return TrainResult(folder=folder, step=done, metrics=_last_row(folder))
-    with ExitStack() as stack:
-        reader = stack.enter_context(
-            ActivationReader(
-                store,
-                tap,
-                batch_size=config.train.batch_size,
-                seed=config.train.seed,
-                start_step=done,
-            )
-        )
-        if done == 0:
-            state = prepare_start(config, state=state, batch=reader.batch, input_scale=input_scale)
-        log = stack.enter_context(
-            MetricsLog(folder, from_step=done, tensorboard=config.train.tensorboard)
-        )
-        batch_size = config.train.batch_size
-        meter = ProgressMeter(
-            config.name, total=steps * batch_size, unit="tokens", initial=done * batch_size
-        )
-        journal = _Journal(config=config, log=log, meter=stack.enter_context(meter))
-        train_step = make_train_step(config, input_scale=input_scale, mesh=mesh)
-        placement = sharding(mesh, BATCH_DIMS)
-        pending: tuple[int, StepMetrics] | None = None
-        for step in range(done, steps):
-            stopping = stop()
-            if stopping or (step > done and step % config.checkpoint.every_steps == 0):
-                if pending is not None:
-                    journal.record(*pending)
-                    pending = None
-                    log.flush()
-                    checkpoints.save(state, step=step, meta=meta)
-            if stopping:
-                checkpoints.wait()
-                raise Interrupted(f"{folder}: stopped by a signal at step {step} of {steps}, saved")
-            with journal.clock.waiting():
-                rows_BD = reader.batch(step)
-            batch_BD = jax.make_array_from_process_local_data(placement, rows_BD)
-            state, metrics = train_step(state, batch_BD, scheduled(config.train, step=step))
-            # Read the previous step's metrics only now, with this step already dispatched.
-            if pending is not None:
-                journal.record(*pending)
-            pending = (step + 1, metrics)
-        if pending is not None:
-            journal.record(*pending)
-        log.flush()
-        checkpoints.save(state, step=steps, meta=meta)
-    return TrainResult(folder=folder, step=steps, metrics=journal.last_row)
-
-
-def _start_state(
-    config: Config,
-    *,
-    checkpoints: Checkpoints,
-    meta: Mapping[str, Any],
-    d_model: int,
-    mesh: jax.sharding.Mesh,
-) -> tuple[TrainState, int]:
-    """The state to go on from and the steps it has behind it."""
     saved = checkpoints.steps()
     if not saved:
-        state = init_state(config.sae, d_model=d_model, seed=config.train.seed, mesh=mesh)
-        return state, 0
-    newest = saved[-1]
-    earlier = checkpoints.read_meta(newest)
-    refuse_difference(config, earlier, store=meta["store"], folder=Path(config.output))
-    abstract = abstract_state(config.sae, d_model=d_model, mesh=mesh)
-    logger.info("%s: going on from the checkpoint at step %d", config.output, newest)
-    return checkpoints.restore(abstract, step=newest), newest
+        state = init_state(config.sae, d_model=info.width, seed=config.train.seed, mesh=mesh)
+        return _Run(config=config, tap=tap, mesh=mesh, meta=meta, state=state, done=0)
+    done = saved[-1]
+    earlier = checkpoints.read_meta(done)
+    refuse_difference(config, earlier, store=store.identity, folder=Path(config.output))
+    logger.info("%s: going on from the checkpoint at step %d", config.output, done)
+    abstract = abstract_state(config.sae, d_model=info.width, mesh=mesh)
+    state = checkpoints.restore(abstract, step=done)
+    return _Run(config=config, tap=tap, mesh=mesh, meta=meta, state=state, done=done)
 
 
-def _last_row(folder: Path) -> Mapping[str, Any]:
-    rows = read_metrics(folder) if (folder / FILE).exists() else []
-    return rows[-1] if rows else {}
+def _steps(
+    run: _Run,
+    *,
+    reader: ActivationReader,
+    journal: _Journal,
+    checkpoints: Checkpoints,
+    stop: Callable[[], bool],
+) -> None:
+    """The loop: save if due, next batch, step, read the metrics of the step before."""
+    config, state = run.config, run.state
+    if run.done == 0:
+        state = prepare_start(config, state=state, batch=reader.batch, input_scale=run.input_scale)
+    train_step = make_train_step(config, input_scale=run.input_scale, mesh=run.mesh)
+    placement = sharding(run.mesh, BATCH_DIMS)
+    pending: tuple[int, StepMetrics] | None = None
+    for step in range(run.done, config.train.steps):
+        stopping = stop()
+        if pending and (stopping or step % config.checkpoint.every_steps == 0):
+            # Judged before it is saved: a state that isn't finite never reaches a checkpoint.
+            journal.record(*pending)
+            pending = None
+            journal.log.flush()
+            checkpoints.save(state, step=step, meta=run.meta)
+        if stopping:
+            checkpoints.wait()
+            raise Interrupted(
+                f"{config.output}: stopped by a signal at step {step} of {config.train.steps}; "
+                "everything is saved, the same command goes on"
+            )
+        with journal.clock.waiting():
+            rows_BD = reader.batch(step)
+        batch_BD = jax.make_array_from_process_local_data(placement, rows_BD)
+        state, metrics = train_step(state, batch_BD, scheduled(config.train, step=step))
+        if pending:
+            # Only now, with the next step dispatched: reading waits for the device.
+            journal.record(*pending)
+        pending = (step + 1, metrics)
+    if pending:
+        journal.record(*pending)
+    journal.log.flush()
+    checkpoints.save(state, step=config.train.steps, meta=run.meta)

@@ -32,7 +32,9 @@ def read_metrics(run_folder: str | Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except ValueError as error:
-            raise UserError(f"{path} line {number} is not JSON ({error}): mend or delete the line")
+            raise UserError(
+                f"{path} line {number} is not JSON ({error}): mend or delete the line"
+            ) from error
     return rows
 
 

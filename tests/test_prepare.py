@@ -77,9 +77,7 @@ def test_learning_rate_warms_up_by_a_cosine_and_decays_linearly():
 
 
 def test_sparsity_warms_up_from_zero_and_bias_is_corrected():
-    config = make_config(
-        tokens=64 * 1000, sparsity={"coefficient": 2.0, "warmup_steps": 4}
-    ).train
+    config = make_config(tokens=64 * 1000, sparsity={"coefficient": 2.0, "warmup_steps": 4}).train
     found = [float(scheduled(config, step=step).sparsity_coefficient) for step in range(6)]
     assert found == [0.0, 0.5, 1.0, 1.5, 2.0, 2.0]
     corrections = [float(scheduled(config, step=step).bias_correction) for step in (0, 1, 999)]
