@@ -49,13 +49,13 @@ def target_folder(target: str) -> Path:
     return Path(target) if Path(target).is_dir() else Path(target_config(target).output)
 
 
-def _trained_folders(target: str, overrides: Sequence[str] = ()) -> list[Path]:
-    """The runs below a target that have a checkpoint; those without are left out with a warning.
+def _trained_folders(config: Config) -> list[Path]:
+    """The runs of a config that have a checkpoint; those without are left out with a warning.
 
     Raises:
         UserError: none has one.
     """
-    folder = Path(target_config(target, overrides).output)
+    folder = Path(config.output)
     runs = run_folders(folder)
     trained = [run for run in runs if newest_checkpoint(run) is not None]
     if not trained:
@@ -92,15 +92,18 @@ def train(arguments: argparse.Namespace, stop: StopFlag) -> int:
 
 
 def evaluate(arguments: argparse.Namespace, stop: StopFlag) -> int:
-    folders = _trained_folders(arguments.target, arguments.overrides)
+    config = target_config(arguments.target, arguments.overrides)
+    overridden = any(override.startswith("evaluation") for override in arguments.overrides)
     with stop.at_once():
-        stages.evaluate(folders)
+        stages.evaluate(
+            _trained_folders(config), settings=config.evaluation if overridden else None
+        )
     return 0
 
 
 def export(arguments: argparse.Namespace, stop: StopFlag) -> int:
     with stop.at_once():
-        stages.export(_trained_folders(arguments.target))
+        stages.export(_trained_folders(target_config(arguments.target)))
     return 0
 
 
@@ -128,7 +131,7 @@ def status(arguments: argparse.Namespace, stop: StopFlag) -> int:
 
 
 def inspect(arguments: argparse.Namespace, stop: StopFlag) -> int:
-    from launch.inspect import inspect_path
+    from launch.inspection import inspect_path
 
     with stop.at_once():
         inspect_path(Path(arguments.target), verify=arguments.verify)

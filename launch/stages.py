@@ -10,9 +10,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sae_train.config import Config
+from sae_train.config import Config, EvaluationConfig
 from sae_train.config_file import differing_fields, read_run_config, resolved_yaml
-from sae_train.run_folder import EVALUATION, newest_checkpoint, read_run
+from sae_train.run_folder import (
+    CHECKPOINTS,
+    EVALUATION,
+    RunFolder,
+    newest_checkpoint,
+    read_run,
+)
 
 if TYPE_CHECKING:
     from sae_train.loop import TrainResult
@@ -40,11 +46,11 @@ def train(config: Config, *, fresh: bool, stop: Callable[[], bool]) -> TrainResu
     return run_train(config, fresh=fresh, stop=stop)
 
 
-def evaluate(folders: Sequence[Path]) -> None:
-    """Evaluate trained runs in one pass of the model."""
+def evaluate(folders: Sequence[Path], *, settings: EvaluationConfig | None = None) -> None:
+    """Evaluate trained runs in one pass of the model; `settings` replace those of the runs."""
     from sae_train.evaluate import evaluate as run_evaluate
 
-    run_evaluate(folders)
+    run_evaluate(folders, settings=settings)
 
 
 def export(folders: Sequence[Path]) -> None:
@@ -77,17 +83,25 @@ def is_trained(config: Config) -> bool:
 
 
 def needs_evaluation(folder: Path) -> bool:
-    """Is a trained run's evaluation missing, or of another checkpoint?"""
-    if not (folder / EVALUATION).exists():
-        return True
+    """Is a trained run's evaluation missing, of another checkpoint or under other settings?
+
+    Judged by the files' words and times, without loading anything; `evaluate` itself compares
+    fingerprints.
+    """
     run = read_run(folder)
-    return run.evaluation is None or run.evaluation.get("step") != run.checkpoint_step
+    if run.evaluation is None or run.evaluation.get("step") != run.checkpoint_step:
+        return True
+    if run.evaluation.get("settings") != run.config.evaluation.model_dump():
+        return True
+    return _older_than_checkpoint(run, folder / EVALUATION)
 
 
 def needs_release(folder: Path) -> bool:
     """Is a trained run's release missing, or older than its newest checkpoint?"""
     run = read_run(folder)
-    if not run.release or run.checkpoint_step is None:
-        return True
-    made = min((folder / file).stat().st_mtime for file in run.release)
-    return made < (folder / "checkpoints" / str(run.checkpoint_step)).stat().st_mtime
+    return not run.release or any(_older_than_checkpoint(run, folder / f) for f in run.release)
+
+
+def _older_than_checkpoint(run: RunFolder, file: Path) -> bool:
+    checkpoint = run.path / CHECKPOINTS / str(run.checkpoint_step)
+    return file.stat().st_mtime < checkpoint.stat().st_mtime

@@ -136,6 +136,7 @@ def _train_all(runs: list[Run], *, stop: StopFlag, failures: _Failures) -> None:
         label = f"run {number} of {len(runs)}: {run.name}"
         if stages.is_trained(run.config):
             logger.info("%s is trained already", label)
+            write_config(run.config, run.folder)  # its evaluation's settings may be new
             continue
         logger.info("%s", label)
         _attempt(run, "train", partial(_train, run, stop=stop), failures=failures)
@@ -153,17 +154,23 @@ def _evaluate_and_export(runs: list[Run], *, failures: _Failures) -> None:
     waiting = [run for run in runs if stages.needs_evaluation(run.folder)]
     if waiting:
         logger.info("evaluating %d of %d runs", len(waiting), len(runs))
-        try:
-            stages.evaluate([run.folder for run in waiting])
-        except Interrupted:
-            raise
-        except Exception as error:
-            _tell("evaluation", "evaluate", error)
-            for run in waiting:
-                failures.add(run.name, error)
+        _evaluate(waiting, failures=failures)
     for run in runs:
         if stages.needs_release(run.folder):
             _attempt(run, "export", partial(stages.export, [run.folder]), failures=failures)
+
+
+def _evaluate(runs: list[Run], *, failures: _Failures) -> None:
+    """Evaluate all in one pass, or, where that fails, each for itself to find the one at fault."""
+    try:
+        stages.evaluate([run.folder for run in runs])
+    except Interrupted:
+        raise
+    except Exception as error:
+        logger.warning("evaluating %d runs at once failed, trying each: %s", len(runs), error)
+        for run in runs:
+            work = partial(stages.evaluate, [run.folder])
+            _attempt(run, "evaluate", work, failures=failures)
 
 
 def _attempt(run: Run, stage: str, work: Callable[[], Any], *, failures: _Failures) -> None:

@@ -191,8 +191,9 @@ def _loss_words(runs: Sequence[ReportRun]) -> str:
     evaluation = measured.folder.evaluation or {}
     loss, zero = evaluation["loss"], evaluation.get("loss_zero_ablated")
     words = (
-        f"On {evaluation.get('sequences', 0):,} held-out sequences the model's loss is "
-        f"{loss:.3f} nats per token; delta loss is what splicing the SAE's reconstruction in adds."
+        f"On {evaluation.get('loss_sequences', 0):,} held-out sequences the model's loss is "
+        f"{loss:.3f} nats per token; delta loss is what splicing the SAE's reconstruction in adds, "
+        "the special tokens left as they are."
     )
     if zero is not None:
         words += (
@@ -205,6 +206,7 @@ _COLUMNS = (
     ("l0", "L0", ".1f"),
     ("fvu", "FVU", ".3f"),
     ("delta_loss", "delta loss", ".4f"),
+    ("delta_loss_all_positions", "with BOS spliced", ".4f"),
     ("loss_recovered", "loss recovered", ".1%"),
     ("alive_fraction", "alive", ".1%"),
 )
@@ -222,7 +224,7 @@ def _table(runs: Sequence[ReportRun], *, page: Path) -> str:
 
 def _row(run: ReportRun, *, page: Path) -> str:
     folder = run.folder
-    cells = "".join(f"<td>{_cell(_column(run, name), form)}</td>" for name, _, form in _COLUMNS)
+    cells = "".join(f"<td>{_cell(run.measured(name), form)}</td>" for name, _, form in _COLUMNS)
     done = folder.checkpoint_step or 0
     rate = run.trained("tokens_per_second")
     return (
@@ -232,16 +234,6 @@ def _row(run: ReportRun, *, page: Path) -> str:
         f"<td>{'–' if rate is None else compact(rate)}</td>"
         f'<td class="left files">{_links(folder, page=page)}</td></tr>'
     )
-
-
-def _column(run: ReportRun, name: str) -> float | None:
-    if name != "loss_recovered":
-        return run.measured(name)
-    loss, spliced = run.measured("loss"), run.measured("loss_spliced")
-    zero = run.measured("loss_zero_ablated")
-    if loss is None or spliced is None or zero is None or zero == loss:
-        return None
-    return (zero - spliced) / (zero - loss)
 
 
 def _cell(value: float | None, form: str) -> str:
@@ -279,8 +271,8 @@ def _frequencies(runs: Sequence[ReportRun]) -> str:
         chart = histogram_chart(run)
         if chart is not None:
             alive = run.measured("alive_fraction")
-            caption = "" if alive is None else f"{alive:.1%} of latents fired at least once."
-            figures += _figure(chart, heading=run.label, caption=caption)
+            words = "" if alive is None else f"{alive:.1%} of latents fired at least once."
+            figures += _figure(chart, heading=run.label, caption=words)
     if not figures:
         return ""
     return (

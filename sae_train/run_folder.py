@@ -87,10 +87,16 @@ def run_folders(folder: str | os.PathLike[str]) -> list[Path]:
     root = Path(folder)
     if read_run_config(root).sweep is None:
         return [root]
-    inside = [path for path in root.iterdir() if (path / FILE_NAME).is_file()]
+    inside = [path for path in root.iterdir() if _is_run(path)]
     if not inside:
         raise UserError(f"{root} is a sweep without any run yet: start it with `sae sweep`")
     return sorted(inside, key=_natural)
+
+
+def _is_run(path: Path) -> bool:
+    """Has it a run's config? An activation store inside the sweep's folder keeps one too."""
+    store = any((path / name).exists() for name in ("manifest.json", "plan.json"))
+    return (path / FILE_NAME).is_file() and not store
 
 
 def newest_checkpoint(folder: Path) -> int | None:

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sae_train.config import Config
+from sae_train.config import Config, EvaluationConfig
 from sae_train.config_file import write_config
 from tests.configs import make_config
 
@@ -72,11 +72,15 @@ def evaluation(*, l0: float, step: int) -> dict[str, Any]:
         "l0": l0,
         "fvu": 0.6 / math.sqrt(l0),
         "delta_loss": delta,
+        "delta_loss_all_positions": delta * 1.3,
+        "loss_recovered": 1 - delta / (zero - loss),
         "loss": loss,
         "loss_spliced": loss + delta,
         "loss_zero_ablated": zero,
         "alive_fraction": 0.93 - l0 / 2000,
         "sequences": 64,
+        "loss_sequences": 64,
+        "settings": EvaluationConfig().model_dump(),
         "frequency_histogram": {
             "log10_edges": [-6 + x / 4 for x in range(25)],
             "counts": counts,
