@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from sae_train.checkpoint import Trained
-from sae_train.config import Config
+from sae_train.checkpoint import Checkpoints, Trained, checkpoint_meta
+from sae_train.config import Config, MeshConfig
+from sae_train.config_file import write_config
 from sae_train.release import Sae, fold
+from sae_train.sharding import make_mesh
+from sae_train.state import init_state
 
 
 def make_config(*, width: int = 24, site: str = "resid_post", layer: int = 1, **sae: Any) -> Config:
@@ -45,7 +51,7 @@ def make_trained(
         input_scale=scale,
         step=128,
         config=make_config(width=F, **config),
-        store={"model": "tiny"},
+        store="0" * 64,
     )
 
 
@@ -65,3 +71,20 @@ def reference_reconstruction(sae: Sae, x: np.ndarray) -> np.ndarray:
     """f W_dec + b_dec in float64."""
     t = {name: tensor.astype(np.float64) for name, tensor in sae.tensors.items()}
     return reference_latents(sae, x) @ t["W_dec"] + t["b_dec"]
+
+
+def save_run(folder: Path, trained: Trained) -> Path:
+    """A run's folder with one checkpoint, as training would leave it."""
+    params = {name: jnp.asarray(value) for name, value in trained.params.items()}
+    if trained.config.sae.threshold.parametrisation == "log":
+        params["threshold"] = jnp.log(params["threshold"])
+    d_model = len(trained.params["b_dec"])
+    state = init_state(trained.config.sae, d_model=d_model, seed=0, mesh=make_mesh(MeshConfig()))
+    state = dataclasses.replace(state, params=params, step=jnp.int32(trained.step))
+    meta = checkpoint_meta(
+        trained.config, input_scale=trained.input_scale, d_model=d_model, store=trained.store
+    )
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(state, step=trained.step, meta=meta)
+    write_config(trained.config, folder)
+    return folder

@@ -1,0 +1,110 @@
+"""`export`: a run's newest checkpoint as a release tree, every file read back and compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from activation_cache.errors import UserError
+from activation_cache.storage import make_folder, write_text
+from sae_train.checkpoint import load_trained
+from sae_train.config import Config
+from sae_train.config_file import FILE_NAME, read_run_config
+from sae_train.evaluation import Evaluation, read_evaluation, read_frequencies
+from sae_train.formats import write_gemma_scope, write_gemma_scope_2, write_sae_lens
+from sae_train.load import load_sae
+from sae_train.model_card import model_card
+from sae_train.release import TENSORS, Sae, fold
+from sae_train.run_folder import RELEASE, newest_checkpoint, run_folders
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Release:
+    """What was written: the folder, its files, the SAE, the evaluation it quotes if any."""
+
+    folder: Path
+    files: tuple[Path, ...]
+    sae: Sae
+    evaluation: Evaluation | None
+
+
+def export(folder: Path) -> list[Release]:
+    """Write `release/` in a run's folder, or in every trained run of a sweep's folder.
+
+    Numbers of an evaluation are quoted only if it is of the exported weights.
+
+    Returns:
+        One release per run.
+
+    Raises:
+        UserError: no trained run there; weights that aren't finite; a disk error; a file that
+            reads back other than it was written.
+    """
+    runs = [folder]
+    # A run's folder is taken as it is: a release needs its checkpoint and no config.yaml.
+    if newest_checkpoint(folder) is None and (folder / FILE_NAME).is_file():
+        runs = [run for run in run_folders(folder) if newest_checkpoint(run) is not None]
+    if not runs:
+        raise UserError(f"{folder} holds no trained run yet: start with `sae train` or `sae sweep`")
+    return [_export_run(run) for run in runs]
+
+
+def _export_run(folder: Path) -> Release:
+    trained = load_trained(folder)
+    sae = fold(trained)
+    evaluation = _evaluation_of(sae, folder)
+    frequency_F = None
+    if evaluation is not None:
+        frequency_F = read_frequencies(folder, evaluation)
+        sae.metadata["l0"] = evaluation.l0
+    target = make_folder(folder / RELEASE)
+    files = [
+        *write_gemma_scope(sae, target / "gemma_scope"),
+        *write_gemma_scope_2(sae, target / "gemma_scope_2"),
+        *write_sae_lens(sae, target / "sae_lens", frequency_F=frequency_F),
+    ]
+    for path in files:
+        if path.name in ("params.npz", "params.safetensors", "sae_weights.safetensors"):
+            check_same(sae, load_sae(path), path=path)
+    card = target / "README.md"
+    write_text(card, model_card(sae, config=_config(folder, trained.config), evaluation=evaluation))
+    logger.info("%s: step %d released in three formats", target, trained.step)
+    return Release(target, (*files, card), sae, evaluation)
+
+
+def _config(folder: Path, trained: Config) -> Config:
+    """The run's config.yaml; where there is none, the config the checkpoint remembers."""
+    return read_run_config(folder) if (folder / FILE_NAME).is_file() else trained
+
+
+def _evaluation_of(sae: Sae, folder: Path) -> Evaluation | None:
+    evaluation = read_evaluation(folder)
+    if evaluation is None or evaluation.fingerprints.get("sae") == sae.fingerprint:
+        return evaluation
+    logger.warning(
+        "%s: evaluation.json is of step %d and other weights; the release won't quote it. Run "
+        "`sae evaluate` and export again.",
+        folder,
+        evaluation.step,
+    )
+    return None
+
+
+def check_same(sae: Sae, read: Sae, *, path: Path) -> None:
+    """Raise `UserError` when what `path` reads back as isn't what was written to it."""
+    for name in TENSORS:
+        if not np.array_equal(sae.tensors[name], read.tensors[name]):
+            raise UserError(
+                f"{path} reads back with another {name} than was written: the disk or the file "
+                "system is at fault. Export to another disk"
+            )
+    for key, value in dataclasses.asdict(read)["metadata"].items():
+        # Gemma Scope 2 keeps the L0 rounded.
+        if key != "l0" and sae.metadata.get(key) != value:
+            raise UserError(f"{path} reads back with {key} {value!r}: export again")

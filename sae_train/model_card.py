@@ -1,0 +1,104 @@
+"""release/README.md: how an SAE was made, how it was measured, how to load it."""
+
+from __future__ import annotations
+
+import json
+
+from sae_train.config import Config
+from sae_train.config_file import resolved_yaml
+from sae_train.evaluation import Evaluation
+from sae_train.release import Sae
+
+_LICENCE = """\
+These weights were trained on activations of a Gemma model. Gemma is provided under and subject to
+the Gemma Terms of Use, <https://ai.google.dev/gemma/terms>; whoever publishes or uses them decides
+what those terms ask of them. This card grants no licence of its own.
+"""
+
+_LOADING = """\
+| folder | format | read by |
+| --- | --- | --- |
+| `gemma_scope/` | Gemma Scope `params.npz` | DeepMind's tutorial, SAEBench |
+| `gemma_scope_2/` | Gemma Scope 2 `config.json`, `params.safetensors` | Gemma Scope 2's tools |
+| `sae_lens/` | SAELens 6 `cfg.json`, `sae_weights.safetensors` | SAELens, Neuronpedia's tools |
+
+```python
+from sae_train import load_sae          # any of the three folders
+sae = load_sae("sae_lens")
+latents = sae.encode(activations)       # raw activations, float32 [..., D]
+reconstruction = sae.decode(latents)
+
+from sae_lens import SAE
+sae = SAE.load_from_disk("sae_lens")
+```
+
+All three hold the same numbers: inputs are raw activations, the input scaling and the pre-encoder
+bias of training are folded in, `latents = relu(z) * (z > threshold)` with `z = x @ W_enc + b_enc`.
+"""
+
+
+def model_card(sae: Sae, *, config: Config, evaluation: Evaluation | None) -> str:
+    """The text of README.md, Markdown with the front matter of a Hub model card."""
+    D, F = sae.W_enc.shape
+    training = sae.metadata["training"]
+    penalty = ", ".join(f"{key} {value}" for key, value in training["sparsity"].items())
+    facts = [
+        ("model", f"{sae.metadata['model_name']} ({config.model.dtype})"),
+        ("site", f"{config.sae.site} of layer {config.sae.layer}, `{sae.metadata['hook_name']}`"),
+        ("architecture", f"JumpReLU, {F:,} latents on vectors of {D:,}"),
+        ("trained on", f"{training['tokens']:,} tokens in {training['step']:,} steps"),
+        ("text", sae.metadata["dataset_path"]),
+        ("context", f"{config.text.sequence_length} tokens, each beginning with BOS"),
+        ("sparsity penalty", penalty),
+        ("input scale C, folded in", f"{training['input_scale']:.6g}"),
+        ("made with", training["library"]),
+    ]
+    return (
+        f"{_front_matter(config)}# {config.name}\n\n"
+        "A JumpReLU sparse autoencoder in the manner of Gemma Scope (arXiv 2408.05147).\n\n"
+        f"{_table(facts)}\n## Measured\n\n{_measured(evaluation)}\n"
+        f"## Loading\n\n{_LOADING}\n## Licence\n\n{_LICENCE}\n"
+        f"## Config\n\n```yaml\n{resolved_yaml(config).rstrip()}\n```\n"
+    )
+
+
+def _front_matter(config: Config) -> str:
+    lines = ["library_name: saelens", "tags: [sparse-autoencoder, jumprelu, interpretability]"]
+    weights = config.model.weights
+    if weights.startswith("google/"):
+        lines.append(f"base_model: {json.dumps(weights)}")
+    return "---\n" + "\n".join(lines) + "\n---\n\n"
+
+
+def _measured(evaluation: Evaluation | None) -> str:
+    if evaluation is None:
+        return "Not evaluated.\n"
+    e = evaluation
+    rows = [
+        ("L0", f"{e.l0:.2f}"),
+        ("FVU (squared error over variance)", _number(e.fvu)),
+        ("delta LM loss, nats per token", _number(e.delta_loss)),
+        ("loss without / with the SAE", f"{_number(e.loss)} / {_number(e.loss_spliced)}"),
+        ("loss with the site zero-ablated", _number(e.loss_zero_ablated)),
+        ("loss recovered", _number(e.loss_recovered)),
+        ("delta LM loss, spliced at BOS too", _number(e.delta_loss_all_positions)),
+        ("latents alive", f"{e.alive_fraction:.1%}"),
+        (
+            "latents firing on over 10% of tokens",
+            f"{e.frequency_histogram['fraction_above_0.1']:.2%}",
+        ),
+    ]
+    return (
+        f"{_table(rows)}\nOn {e.sequences:,} held-out sequences of {e.sequence_length} tokens "
+        f"({e.loss_sequences:,} for the losses). BOS, EOS and padding are masked in every mean "
+        "and, but where said, keep the model's own activations when the SAE is spliced in.\n"
+    )
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    lines = ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows)]
+    return "\n".join(lines) + "\n"
