@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import io
 import json
 import logging
 import os
@@ -145,15 +144,32 @@ def _lines(file: BinaryIO, name: str, *, compressed: bool) -> Iterator[bytes]:
     if not compressed:
         yield from file
         return
+    rest = b""
+    for part in _decompressed(file, name):
+        *lines, rest = (rest + part).split(b"\n")
+        yield from lines
+    if rest:
+        yield rest
+
+
+def _decompressed(file: BinaryIO, name: str) -> Iterator[bytes]:
+    """Every frame of a zstandard file. (The library's stream reader ends a cut file in silence.)"""
     import zstandard
 
-    reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+    decompressor = zstandard.ZstdDecompressor()
+    frame = None
     try:
-        yield from io.BufferedReader(reader, buffer_size=2**20)
+        while chunk := file.read(2**20):
+            while chunk:
+                frame = frame or decompressor.decompressobj()
+                yield frame.decompress(chunk)
+                if not frame.eof:
+                    break
+                chunk, frame = frame.unused_data, None
     except zstandard.ZstdError as error:
-        raise UserError(
-            f"{name} is not readable zstandard ({error}): the file is damaged"
-        ) from error
+        raise UserError(f"{name} is not readable zstandard ({error}): it is damaged") from error
+    if frame is not None:
+        raise UserError(f"{name} ends within a zstandard frame: the file was cut short")
 
 
 def _read_parquet(name: str, field: str) -> Iterator[Document]:

@@ -1,0 +1,141 @@
+"""The reader: a pure function of the step, read ahead, loud about damage."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from activation_cache.errors import UserError
+from activation_cache.order import BlockOrder
+from activation_cache.reader import ActivationReader
+from activation_cache.store import Store
+from activation_cache.taps import Tap
+from tests.stores import TAP, make_manifest, numbered_rows, write_store
+
+ROWS, WIDTH = 203, 8  # three full buckets and a short one, the last block short
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return write_store(tmp_path_factory.mktemp("store"), make_manifest(rows=ROWS, width=WIDTH))
+
+
+def read(store: Store, steps: list[int], **options) -> list[np.ndarray]:
+    with ActivationReader(store, TAP, **options) as reader:
+        return [reader.batch(step) for step in steps]
+
+
+def row_numbers(batch: np.ndarray) -> list[int]:
+    return [round(float(value)) for value in batch[:, 0]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 20, 64, 500])
+def test_batches_are_the_documented_stream(store: Store, batch_size: int):
+    steps = list(range(6))
+    batches = read(store, steps, batch_size=batch_size, seed=3)
+    order = BlockOrder(rows=ROWS, block_rows=8, seed=3)
+    for step, batch in zip(steps, batches, strict=True):
+        segments = order.segments(step * batch_size, (step + 1) * batch_size)
+        expected = [numbered_rows(s.start, s.start + s.count, WIDTH) for s in segments]
+        np.testing.assert_array_equal(batch, np.concatenate(expected))
+
+
+def test_each_epoch_reads_each_row_once(store: Store):
+    batches = read(store, list(range(ROWS)), batch_size=2, seed=0)
+    numbers = row_numbers(np.concatenate(batches))
+    for epoch in (0, 1):
+        assert sorted(numbers[epoch * ROWS : (epoch + 1) * ROWS]) == list(range(ROWS))
+
+
+def test_starting_at_any_step_gives_the_same_batches(store: Store):
+    last, options = 22, {"batch_size": 20, "seed": 1}  # past two epochs
+    sequential = read(store, list(range(last)), **options)
+    for start in range(last):
+        resumed = read(store, list(range(start, last)), **options, start_step=start)
+        np.testing.assert_array_equal(np.stack(resumed), np.stack(sequential[start:]))
+
+
+def test_steps_may_come_in_any_order(store: Store):
+    options = {"batch_size": 20, "seed": 1}
+    sequential = read(store, list(range(12)), **options)
+    steps = [5, 6, 0, 11, 11, 3, 4, 5]
+    for step, batch in zip(steps, read(store, steps, **options, read_ahead=2), strict=True):
+        np.testing.assert_array_equal(batch, sequential[step])
+
+
+def test_seeds_differ(store: Store):
+    assert not np.array_equal(
+        read(store, [0], batch_size=64, seed=0), read(store, [0], batch_size=64, seed=1)
+    )
+
+
+def test_a_batch_is_never_overwritten(store: Store):
+    with ActivationReader(store, TAP, batch_size=16, seed=0, read_ahead=1) as reader:
+        batches = [reader.batch(step) for step in range(8)]
+        copies = [batch.copy() for batch in batches]
+        for step in range(8, 40):
+            reader.batch(step)
+    np.testing.assert_array_equal(batches, copies)
+
+
+def test_bfloat16_rows_come_as_stored(tmp_path: Path):
+    store = write_store(tmp_path, make_manifest(rows=100, width=5, dtype="bfloat16"))
+    (batch,) = read(store, [0], batch_size=100, seed=0)
+    assert batch.dtype == ml_dtypes.bfloat16
+    stored = store.read(TAP, start=0, stop=100)
+    np.testing.assert_array_equal(np.sort(batch[:, 0]), np.sort(stored[:, 0]))
+    np.testing.assert_array_equal(stored, numbered_rows(0, 100, 5, "bfloat16"))
+
+
+def test_reading_ahead_is_done_before_it_is_asked_for_and_no_further(tmp_path: Path):
+    store = write_store(tmp_path / "store", make_manifest(rows=ROWS, width=WIDTH))
+    with ActivationReader(store, TAP, batch_size=8, seed=0, read_ahead=3) as reader:
+        while not all(future.done() for future in reader._queue):
+            time.sleep(0.01)
+        (tmp_path / "store" / TAP.name / "c").rename(tmp_path / "gone")
+        for step in range(3):
+            assert reader.batch(step).shape == (8, WIDTH)
+        with pytest.raises(UserError, match="missing"):
+            reader.batch(3)
+        (tmp_path / "gone").rename(tmp_path / "store" / TAP.name / "c")
+        assert reader.batch(3).shape == (8, WIDTH)  # asked again, it is read again
+
+
+def test_memory_is_bounded_and_stated(store: Store):
+    row = WIDTH * 4
+    with ActivationReader(store, TAP, batch_size=64, seed=0, read_ahead=2) as reader:
+        assert reader.memory_bytes == 2 * 3 * 64 * row
+        for step in range(5):
+            reader.batch(step)
+            assert len(reader._queue) == 2
+
+
+@pytest.mark.parametrize("place", ["data", "index", "cut", "gone"])
+def test_a_damaged_shard_is_named(tmp_path: Path, place: str):
+    store = write_store(tmp_path, make_manifest(rows=ROWS, width=WIDTH))
+    shard = tmp_path / TAP.name / "c" / "1" / "0"
+    content = bytearray(shard.read_bytes())
+    if place == "gone":
+        shard.unlink()
+    else:
+        content[100 if place == "data" else -20] ^= 1
+        shard.write_bytes(content[:-50] if place == "cut" else content)
+    with pytest.raises(UserError, match=f"{shard} is"):
+        read(store, list(range(4)), batch_size=64, seed=0)
+
+
+def test_a_damaged_array_description_is_named(tmp_path: Path):
+    store = write_store(tmp_path, make_manifest(rows=ROWS, width=WIDTH))
+    description = tmp_path / TAP.name / "zarr.json"
+    description.write_text(description.read_text().replace(str(ROWS), str(ROWS - 1)))
+    with pytest.raises(UserError, match="resid_post.1"):
+        read(store, [0], batch_size=8, seed=0)
+
+
+def test_a_tap_that_was_not_harvested_is_refused(store: Store):
+    with pytest.raises(UserError, match=r"no mlp_out\.2: it was harvested at resid_post\.1"):
+        ActivationReader(store, Tap("mlp_out", 2), batch_size=8, seed=0)
