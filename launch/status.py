@@ -48,7 +48,7 @@ def status_table(config: Config) -> Table:
 def _add_run(table: Table, run: RunFolder) -> None:
     last: dict[str, Any] = dict(run.metrics[-1]) if run.metrics else {}
     state = Text(run.state, style=_STYLES.get(run.state, ""))
-    if run.state == "failed":
+    if run.failure is not None:
         state.append(f": {run.failure}", style="default")
     table.add_row(
         run.name,

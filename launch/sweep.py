@@ -103,6 +103,8 @@ def run_sweep(config: Config, *, stop: StopFlag) -> int:
     with folder_lock(config.output):
         write_config(config, config.output)
         failures = _Failures()
+        for run in runs:
+            clear_failure(run.folder)
         untrained = [run for run in runs if not stages.is_trained(run.config)]
         if untrained or any(stages.needs_evaluation(run.folder) for run in runs):
             stages.harvest(config, stop=stop)
@@ -143,7 +145,6 @@ def _train_all(runs: list[Run], *, stop: StopFlag, failures: _Failures) -> None:
 
 
 def _train(run: Run, *, stop: StopFlag) -> None:
-    clear_failure(run.folder)
     if not (run.folder / FILE_NAME).exists():
         write_config(run.config, run.folder)  # so that a run that fails at once can be reported
     stages.train(run.config, fresh=False, stop=stop)

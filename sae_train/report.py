@@ -144,7 +144,7 @@ def _problems(runs: Sequence[ReportRun]) -> str:
     """Runs that failed, or that are not finished or measured yet."""
     lines = []
     for run in runs:
-        if run.folder.state == "failed":
+        if run.folder.failure is not None:
             lines.append(f"<b>{escape(run.label)}</b> failed: {escape(run.folder.failure or '')}")
         elif run.folder.state != "trained":
             lines.append(

@@ -74,7 +74,7 @@ def read_run(path: str | os.PathLike[str]) -> RunFolder:
         checkpoint_step=newest_checkpoint(folder),
         evaluation=read_json(evaluation) if evaluation.exists() else None,
         release=release_files(folder),
-        failure=read_json(failure)["reason"] if failure.exists() else None,
+        failure="{reason} (in {stage})".format(**read_json(failure)) if failure.exists() else None,
     )
 
 
