@@ -1,0 +1,287 @@
+"""The report: one page, whole by itself, right in its numbers and links, legible on a phone."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+from activation_cache.errors import UserError
+from launch.cli import main
+from launch.sweep import expand
+from sae_train.config import Config
+from sae_train.config_file import write_config
+from sae_train.report import describe_runs, write_report
+from sae_train.report_svg import Axis, Bars, Chart, Series, compact, render
+from sae_train.run_folder import read_run, record_failure, run_folders
+from tests.browser import measure, screenshot
+from tests.run_folders import STEPS, sweep_config, write_run
+
+VOID = {"meta", "link", "br", "img", "hr", "input", "path", "rect", "circle"}
+
+
+class Page(HTMLParser):
+    """Collects what a page links to and loads; fails on tags that don't match."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.loads: list[str] = []
+        self.text: list[str] = []
+        self.open: list[str] = []
+        self.counts: dict[str, int] = {}
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if tag == "a" and name == "href":
+                self.links.append(value or "")
+            elif name in ("src", "href", "srcset", "data", "poster", "action"):
+                self.loads.append(value or "")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open, f"</{tag}> closes nothing"
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    @property
+    def words(self) -> str:
+        return " ".join(" ".join(self.text).replace("\u00a0", " ").split())
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Eight runs: five whole, one stopped, one not evaluated, one failed at once."""
+    root = tmp_path / "a sweep"
+    config = sweep_config(root, coefficients=[2e-4, 1e-3, 4e-3, 1e-2], widths=[2048, 4096])
+    write_config(config, root)
+    for index, (run, l0) in enumerate(
+        zip(expand(config), (139, 121, 96, 82, 55, 47, 21, 18), strict=True)
+    ):
+        if index == 7:
+            write_config(run.config, run.folder)
+            record_failure(run.folder, stage="train", reason="loss <nan> is not finite")
+        else:
+            write_run(
+                run.config,
+                l0=l0,
+                steps=STEPS if index != 6 else 200,
+                evaluated=index not in (5, 6),
+            )
+    return root
+
+
+def single(folder: Path) -> Config:
+    config = sweep_config(folder, coefficients=[1e-3], widths=[2048])
+    return config.model_copy(update={"sweep": None})
+
+
+def test_the_page_is_whole_by_itself(sweep: Path) -> None:
+    page = Page(write_report(sweep))
+    assert page.loads == []
+    assert not re.search(r"url\(|@import|https?://(?!www\.w3\.org)", page.source)
+    assert page.counts["svg"] == 2 + 6 + 5 + 3
+
+
+def test_every_link_leads_to_a_file(sweep: Path) -> None:
+    path = write_report(sweep)
+    page = Page(path)
+    assert len(page.links) == 5 * 5 + 2 * 2 + 1
+    for link in page.links:
+        assert not link.startswith("/")
+        assert (path.parent / unquote(link)).is_file(), link
+
+
+def test_the_numbers_of_the_table(sweep: Path) -> None:
+    words = Page(write_report(sweep)).words
+    assert "width 2048, λ 0.0002 trained 139.0 0.051 0.0984 0.1279 98.9% 86.1% 400 / 400" in words
+    assert "width 4096, λ 0.01 failed – – – – – – 0 / 400 –" in words
+    assert "6 of 8 runs trained" in words
+    assert "55–139 L0" in words
+    assert "loss is 3.162 nats per token" in words
+    assert "to 11.874, that is +8.712" in words
+
+
+def test_incomplete_runs_are_named(sweep: Path) -> None:
+    page = Page(write_report(sweep))
+    assert "width 2048, λ 0.01 is stopped, not trained to its end" in page.words
+    assert "width 4096, λ 0.004 has not been evaluated" in page.words
+    assert "width 4096, λ 0.01 failed: loss <nan> is not finite" in page.words
+    assert "<nan>" not in page.source, "what others wrote is escaped"
+
+
+def test_families_join_runs_that_differ_in_sparsity_alone(sweep: Path) -> None:
+    runs = describe_runs([read_run(path) for path in run_folders(sweep)])
+    assert [run.family for run in runs] == ["width\u00a02048"] * 4 + ["width\u00a04096"] * 4
+    first = [run.measured("l0") for run in runs[:3]]
+    assert first == [139, 96, 55], "dense to sparse"
+    assert len({run.color for run in runs}) == 8
+
+
+def test_a_single_run_and_one_without_anything(tmp_path: Path) -> None:
+    write_run(single(tmp_path / "one"), l0=60)
+    page = Page(write_report(tmp_path / "one"))
+    assert page.links[0] == "../config.yaml"
+    assert page.counts["svg"] == 2 + 6 + 1 + 3
+
+    write_config(single(tmp_path / "bare"), tmp_path / "bare")
+    page = Page(write_report(tmp_path / "bare"))
+    assert "No run has been evaluated yet" in page.words
+    assert "is not started" in page.words
+    assert "svg" not in page.counts
+
+
+def test_a_store_inside_the_sweep_is_no_run(sweep: Path) -> None:
+    store = sweep / "store"
+    store.mkdir()
+    (store / "config.yaml").write_text((sweep / "config.yaml").read_text())
+    (store / "manifest.json").write_text("{}")
+    assert len(run_folders(sweep)) == 8
+
+
+def test_metrics_with_a_torn_last_line(tmp_path: Path) -> None:
+    folder = write_run(single(tmp_path / "one"), l0=60)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 410, "lo')
+    write_report(folder)
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        write_report(tmp_path / "nothing")
+    config = sweep_config(tmp_path / "empty", coefficients=[1e-3], widths=[2048])
+    write_config(config, tmp_path / "empty")
+    with pytest.raises(UserError, match="without any run yet"):
+        write_report(tmp_path / "empty")
+    folder = write_run(single(tmp_path / "one"), l0=60)
+    (folder / "evaluation.json").write_text("{")
+    assert main(["report", str(folder)]) == 2
+    assert "evaluation.json is not valid JSON" in capsys.readouterr().err
+
+
+def test_evaluations_with_nothing_finite(tmp_path: Path) -> None:
+    folder = write_run(single(tmp_path / "one"), l0=60)
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    for name in ("fvu", "delta_loss", "loss", "loss_spliced", "loss_zero_ablated"):
+        evaluation[name] = None
+    evaluation["by_position"]["fvu"][0] = None
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    Page(write_report(folder))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (1.5, "1.5"),
+        (0.3 - 0.1, "0.2"),
+        (12_000, "12k"),
+        (1.2e6, "1.2M"),
+        (4e9, "4G"),
+        (3.1e-4, "3.1e-4"),
+        (1e-5, "1e-5"),
+        (-0.25, "-0.25"),
+        (9999, "9999"),
+    ],
+)
+def test_numbers_on_axes(value: float, text: str) -> None:
+    assert compact(value) == text
+
+
+def numbers(pattern: str, svg: str) -> list[tuple[float, ...]]:
+    return [tuple(map(float, found.groups())) for found in re.finditer(pattern, svg)]
+
+
+def test_points_stand_where_their_numbers_say() -> None:
+    chart = Chart(
+        title="t",
+        x=Axis("x", log=True),
+        y=Axis("y", low=0.0),
+        series=[Series(x=[10, 100, 1000, 0], y=[0.0, 1.0, 2.0, 5.0], color="red", marks=True)],
+    )
+    marks = numbers(r'cx="([\d.]+)" cy="([\d.]+)"', render(chart))
+    assert len(marks) == 3, "no place for 0 on a log axis"
+    (x0, y0), (x1, y1), (x2, y2) = marks
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2), "decades are equally long"
+    assert y0 - y1 == pytest.approx(y1 - y2, abs=0.2)
+    assert x0 < x1 < x2
+    assert y0 > y1 > y2, "SVG counts downwards"
+
+
+def test_bars_are_as_high_as_their_counts() -> None:
+    chart = Chart(
+        title="t",
+        x=Axis("x", tight=True),
+        y=Axis("y", low=0.0),
+        bars=[Bars(edges=[0, 1, 2, 3], heights=[2, 0, 4], color="red")],
+    )
+    heights = numbers(r'<rect .*?height="([\d.]+)"', render(chart))
+    assert len(heights) == 2
+    assert heights[1][0] == pytest.approx(2 * heights[0][0], abs=0.2)
+
+
+def test_labels_cover_no_mark_and_no_label() -> None:
+    x = [10.0 * 1.08**index for index in range(12)]
+    labels = [f"λ {value:.4f}" for value in x]
+    chart = Chart(
+        title="t",
+        x=Axis("x", log=True),
+        y=Axis("y"),
+        series=[Series(x=x, y=[1 / a for a in x], color="red", marks=True, labels=labels)],
+    )
+    boxes = numbers(r'class="label" x="([\d.]+)" y="([\d.]+)"', render(chart))
+    assert len(boxes) > 3
+    for index, (left, top) in enumerate(boxes):
+        for other_left, other_top in boxes[:index]:
+            assert abs(top - other_top) >= 12 or abs(left - other_left) > 40
+
+
+def test_it_fits_a_phone_and_a_desktop(sweep: Path, tmp_path: Path) -> None:
+    page = write_report(sweep)
+    for width in (390, 1280):
+        # How wide the page is, its narrowest figure, and its smallest type in pixels as shown.
+        script = (
+            "[document.documentElement.scrollWidth,"
+            "Math.min(...[...document.querySelectorAll('figure')].map(f => f.clientWidth)),"
+            "Math.min(...[...document.querySelectorAll('svg')].map(svg => 12 *"
+            "svg.clientWidth / svg.viewBox.baseVal.width))].join()"
+        )
+        found = measure(page, script, width=width, workplace=tmp_path)
+        page_width, narrowest, smallest_type = map(float, found.split(","))
+        assert page_width <= width, "nothing sticks out sideways"
+        assert narrowest > 300
+        assert smallest_type > 9.5
+    picture = screenshot(page, tmp_path / "page.png", width=1280, height=1600)
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 50_000, "an empty page makes a small picture"
+
+
+def test_choosing_a_run_dims_the_others(sweep: Path, tmp_path: Path) -> None:
+    page = write_report(sweep)
+    script = (
+        "{ const button = document.querySelector('.legend button'); button.click();"
+        "const run = button.dataset.pick;"
+        "const shade = part => getComputedStyle(part).opacity;"
+        "const parts = [...document.querySelectorAll('svg.picked [data-run]')]"
+        ".filter(part => part.dataset.run);"
+        "return parts.length > 20 && parts.every(part =>"
+        "(shade(part) === '1') === (part.dataset.run === run)) }"
+    )
+    assert measure(page, script, width=1280, workplace=tmp_path) == "true"
