@@ -21,9 +21,13 @@ def make_config(
     layer: int = 1,
     checkpoint: dict[str, Any] | None = None,
     sae: dict[str, Any] | None = None,
+    rows: int = 1000,
     **train: Any,
 ) -> Config:
-    """A config whose `train` section takes the remaining keyword arguments."""
+    """A config whose `train` section takes the remaining keyword arguments.
+
+    It matches the stores of `tests.stores.make_manifest(rows=rows)`.
+    """
     penalty = {"penalty": "l0", "coefficient": 0.01, "warmup_steps": 0} | (sparsity or {})
     defaults = {"batch_size": 64, "tokens": 64 * 10, "log_every_steps": 1}
     threshold = {
@@ -34,11 +38,14 @@ def make_config(
     values = {
         "name": "test",
         "model": {"weights": "tiny", "dtype": "float32"},
-        "text": {"source": ["*.txt"], "sequence_length": 16, "held_out_sequences": 4},
+        "text": {"source": ["*.txt"], "sequence_length": 16, "held_out_sequences": 1},
         "cache": {
             "path": cache_path,
             "sites": [{"site": "resid_post", "layers": [layer]}],
-            "tokens": 1000,
+            "tokens": rows,
+            "shuffle_rows": 64,
+            "block_rows": 8,
+            "sequences_per_batch": 4,
         },
         "sae": {
             "site": "resid_post",
