@@ -7,8 +7,9 @@ norms of queries and keys before RoPE. In bfloat16 the scores, RoPE and the acti
 are computed in float32 and rounded once, where `transformers` rounds after each operation.
 
 Shapes: B sequences, S positions, D model width, V vocabulary, H query heads, G key-value heads,
-E head dim. Weights are [in, out]: measured 15 to 35 % faster than [out, in] on a CPU. The
-embedding stays [V, D]: it is looked up by row, and as the output projection it was faster so.
+R = H / G, E head dim, T keys. Weights are [in, out]: measured 15 to 35 % faster than [out, in]
+on a CPU. The embedding stays [V, D]: it is looked up by row, and as the output projection it was
+faster so.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from activation_cache.config import Site
 from activation_cache.gemma_config import GemmaConfig
@@ -33,6 +33,9 @@ PRECISION = jax.lax.Precision.HIGHEST
 
 # Logits of this many elements are alive at once in `Gemma.losses` (float32: 256 MiB).
 MAX_LOGIT_ELEMENTS = 2**26
+
+MIN_QUERY_BLOCK = 256
+MAX_QUERY_BLOCKS = 8
 
 Visit = Callable[[Site, Array], Array]
 
@@ -128,28 +131,63 @@ def attend(
     softcap: float | None,
     window: int | None,
 ) -> Float[Array, "B S H E"]:
-    """Grouped-query attention; scores, cap and softmax in float32.
+    """Causal grouped-query attention; scores, cap and softmax in float32.
+
+    Queries go in blocks, each against the keys it may see: what the mask would hide outside a
+    block's reach is not computed, and a block's scores fit a CPU's cache (3 to 4 times faster
+    than all at once for 1,024 positions). At most `MAX_QUERY_BLOCKS`, to bound the compile time.
 
     Args:
         window: keys with 0 <= query - key < window are seen; None sees all earlier keys.
     """
     batch, length, num_heads, head_dim = q_BSHE.shape
-    num_groups = k_BSGE.shape[2]
-    q_BSGRE = q_BSHE.reshape(batch, length, num_groups, num_heads // num_groups, head_dim)
-    scores = jnp.einsum(
-        "bsgre,btge->bgrst",
-        q_BSGRE,
-        k_BSGE,
-        precision=PRECISION,
-        preferred_element_type=jnp.float32,
-    )
-    scores = _soft_cap(scores * scale, softcap)
-    distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
-    visible = (distance >= 0) & (distance < (window or length))
+    groups = k_BSGE.shape[2]
+    q_BGRSE = q_BSHE.reshape(batch, length, groups, num_heads // groups, head_dim)
+    q_BGRSE = q_BGRSE.transpose(0, 2, 3, 1, 4)
+    k_BGSE, v_BGSE = k_BSGE.transpose(0, 2, 1, 3), v_BSGE.transpose(0, 2, 1, 3)
+    block = max(MIN_QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS))
+    out = []
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        first_key = 0 if window is None else max(0, start - window + 1)
+        keys = slice(first_key, stop)
+        distance = jnp.arange(start, stop)[:, None] - jnp.arange(first_key, stop)[None, :]
+        visible = (distance >= 0) & (distance < (window or length))
+        out.append(
+            _attend_block(
+                q_BGRSE[:, :, :, start:stop],
+                k_BGSE[:, :, keys],
+                v_BGSE[:, :, keys],
+                visible=visible,
+                scale=scale,
+                softcap=softcap,
+            )
+        )
+    return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(q_BSHE.shape)
+
+
+def _attend_block(
+    q_BGRSE: Float[Array, "B G R S E"],
+    k_BGTE: Float[Array, "B G T E"],
+    v_BGTE: Float[Array, "B G T E"],
+    *,
+    visible: Bool[Array, "S T"],
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "B G R S E"]:
+    """R query heads of each group against T keys; the softmax's division comes last."""
+    batch, groups, repeats, length, head_dim = q_BGRSE.shape
+    dot = functools.partial(jnp.einsum, precision=PRECISION, preferred_element_type=jnp.float32)
+    # One matrix product per group: the heads that share keys stand one below the other.
+    q_BGQE = q_BGRSE.reshape(batch, groups, repeats * length, head_dim)
+    scores = _soft_cap(dot("bgqe,bgte->bgqt", q_BGQE, k_BGTE) * scale, softcap)
+    scores = scores.reshape(batch, groups, repeats, length, -1)
     scores = jnp.where(visible[None, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSGE.dtype)
-    out = jnp.einsum("bgrst,btge->bsgre", weights, v_BSGE, precision=PRECISION)
-    return out.reshape(q_BSHE.shape)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights.reshape(batch, groups, repeats * length, -1).astype(v_BGTE.dtype)
+    out = dot("bgqt,bgte->bgqe", weights, v_BGTE).reshape(q_BGRSE.shape)
+    return (out / total).astype(q_BGRSE.dtype)
 
 
 class MLP(nn.Module):
@@ -288,9 +326,12 @@ def _project(
     embedding_VD: Float[Array, "V D"],
     *,
     softcap: float | None,
-    dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "*batch V"]:
     logits = jnp.einsum(
-        "...d,vd->...v", h_D, embedding_VD, precision=PRECISION, preferred_element_type=dtype
+        "...d,vd->...v",
+        h_D,
+        embedding_VD,
+        precision=PRECISION,
+        preferred_element_type=jnp.float32,
     )
     return _soft_cap(logits, softcap)

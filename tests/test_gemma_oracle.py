@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from activation_cache.config import ModelConfig
 from activation_cache.gemma import Gemma
 from activation_cache.model import LanguageModel, load_model
 from activation_cache.taps import Splice, Tap
-from tests.tiny_gemma import write_tiny_tokenizer
+from tests.tiny_gemma import write_tiny_gemma, write_tiny_tokenizer
 
 COMMON = {
     "vocab_size": 403,
@@ -46,22 +47,29 @@ BATCH, LENGTH = 3, 23
 def _gemma2() -> Any:
     # Small caps, so that both bite on logits of this size.
     config = transformers.Gemma2Config(
-        num_hidden_layers=5, attn_logit_softcapping=2.0, final_logit_softcapping=1.5, **COMMON
+        num_hidden_layers=4, attn_logit_softcapping=2.0, final_logit_softcapping=1.5, **COMMON
     )
     return transformers.Gemma2ForCausalLM(config)
 
 
-def _gemma3(rope: dict[str, Any] = GEMMA3_ROPE) -> Any:
-    config = transformers.Gemma3TextConfig(num_hidden_layers=7, rope_parameters=rope, **COMMON)
-    return transformers.Gemma3ForCausalLM(config)
+def _gemma3_text(rope: dict[str, Any]) -> Any:
+    kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    return transformers.Gemma3TextConfig(
+        num_hidden_layers=4, layer_types=kinds, rope_parameters=rope, **COMMON
+    )
+
+
+def _gemma3() -> Any:
+    return transformers.Gemma3ForCausalLM(_gemma3_text(GEMMA3_ROPE))
 
 
 def _gemma3_multimodal() -> Any:
-    text = transformers.Gemma3TextConfig(num_hidden_layers=7, rope_parameters=LINEAR_ROPE, **COMMON)
     vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
               "num_attention_heads": 1, "image_size": 28, "patch_size": 14}  # fmt: skip
     config = transformers.Gemma3Config(
-        text_config=text.to_dict(), vision_config=vision, attn_implementation="eager"
+        text_config=_gemma3_text(LINEAR_ROPE).to_dict(),
+        vision_config=vision,
+        attn_implementation="eager",
     )
     return transformers.Gemma3ForConditionalGeneration(config)
 
@@ -69,9 +77,14 @@ def _gemma3_multimodal() -> Any:
 BUILDERS: dict[str, Callable[[], Any]] = {
     "gemma2": _gemma2,
     "gemma3": _gemma3,
-    "gemma3_linear_rope": lambda: _gemma3(LINEAR_ROPE),
     "gemma3_multimodal": _gemma3_multimodal,
 }
+
+
+@pytest.fixture(autouse=True)
+def _small_query_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three blocks of queries for 23 positions, as 1,024 positions make four."""
+    monkeypatch.setattr(gemma_module, "MIN_QUERY_BLOCK", 9)
 
 
 @dataclass
@@ -157,8 +170,8 @@ def _their_losses(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return np.log(np.exp(shifted).sum(axis=-1)) - picked
 
 
-def _assert_close(ours: Any, theirs: np.ndarray, *, tolerance: float = 1e-4) -> None:
-    """Largest difference relative to the largest value."""
+def _assert_close(ours: Any, theirs: np.ndarray, *, tolerance: float = 1e-5) -> None:
+    """Largest difference relative to the largest value; 4e-7 to 3e-6 was measured."""
     ours = np.asarray(ours, np.float32)
     assert ours.shape == theirs.shape
     assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
@@ -172,25 +185,21 @@ def _all_taps(model: LanguageModel) -> list[Tap]:
 def test_logits_and_every_tap(pair: Pair) -> None:
     theirs = _their_forward(pair)
     taps = _all_taps(pair.ours)
-    output: Any = Gemma(pair.ours.config).apply(
-        {"params": pair.ours.params}, jnp.asarray(pair.tokens), taps=taps
-    )
-    _assert_close(output.logits, theirs[None], tolerance=1e-5)
     acts = pair.ours.activations(pair.tokens, taps)
     assert set(acts) == set(taps)
     for tap in taps:
-        _assert_close(acts[tap], theirs[tap], tolerance=1e-5)
-        _assert_close(output.taps[tap], theirs[tap], tolerance=1e-5)
+        _assert_close(acts[tap], theirs[tap])
+    forward = jax.jit(Gemma(pair.ours.config).apply)
+    output: Any = forward({"params": pair.ours.params}, jnp.asarray(pair.tokens))
+    _assert_close(output.logits, theirs[None])
 
 
 def test_losses_in_chunks_of_positions(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = _their_losses(_their_forward(pair)[None], pair.tokens)
-    for rows_at_a_time in (7, 1000):  # 66 rows: the last chunk is padded
-        monkeypatch.setattr(gemma_module, "MAX_LOGIT_ELEMENTS", rows_at_a_time * 403)
-        jax.clear_caches()
-        losses = pair.ours.losses(pair.tokens)
-        assert losses.dtype == jnp.float32
-        _assert_close(losses, expected, tolerance=1e-5)
+    # 44 rows, 7 at a time: the last chunk is padded. (`test_splice` has all rows in one chunk.)
+    monkeypatch.setattr(gemma_module, "MAX_LOGIT_ELEMENTS", 7 * COMMON["vocab_size"])
+    losses = pair.ours.losses(pair.tokens[:2])
+    assert losses.dtype == jnp.float32
+    _assert_close(losses, _their_losses(_their_forward(pair)[None], pair.tokens)[:2])
 
 
 def _halve_and_shift(acts: jax.Array, shift: jax.Array) -> jax.Array:
@@ -207,13 +216,12 @@ def test_splice(pair: Pair, site: Any) -> None:
             pair, replace=(tap, lambda x, s=shift: x * 0.5 + torch.from_numpy(s))
         )
         losses = pair.ours.losses(pair.tokens, Splice(tap, _halve_and_shift, shift))
-        _assert_close(losses, _their_losses(theirs[None], pair.tokens), tolerance=1e-5)
-    plain = pair.ours.losses(pair.tokens)
-    assert np.abs(np.asarray(plain) - np.asarray(losses)).max() > 1e-2
+        _assert_close(losses, _their_losses(theirs[None], pair.tokens))
 
 
+@pytest.mark.parametrize("pair", ["gemma2"], indirect=True)
 def test_bfloat16_stays_near_float32(pair: Pair) -> None:
-    """Tolerance 5 %: bfloat16 keeps 8 bits, and 5 to 7 layers add up their rounding."""
+    """Tolerance 5 %: bfloat16 keeps 8 bits, and four layers add up their rounding."""
     model = load_model(ModelConfig(weights=str(pair.folder), dtype="bfloat16"))
     tap = Tap("resid_post", 3)
     acts = model.activations(pair.tokens, [tap])[tap]
@@ -221,9 +229,8 @@ def test_bfloat16_stays_near_float32(pair: Pair) -> None:
     exact = np.asarray(pair.ours.activations(pair.tokens, [tap])[tap])
     error = np.linalg.norm(np.asarray(acts, np.float32) - exact) / np.linalg.norm(exact)
     assert 1e-4 < error < 0.05
-    losses, exact_losses = model.losses(pair.tokens), pair.ours.losses(pair.tokens)
-    assert losses.dtype == jnp.float32
-    assert abs(float(losses.mean() - exact_losses.mean())) < 0.05
+    # The losses leave bfloat16 before the vocabulary is summed over.
+    assert jax.eval_shape(model.losses, jnp.asarray(pair.tokens)).dtype == jnp.float32
 
 
 @pytest.fixture(scope="module")
@@ -243,27 +250,39 @@ def test_bfloat16_checkpoint_is_read_exactly(gemma2_pair: Path) -> None:
     np.testing.assert_array_equal(ours.params["layers_1"]["mlp"]["W_down"], weight.T)
 
 
-def _multiplications(function: Callable[[jax.Array], Any], tokens: np.ndarray) -> float:
-    analysis = jax.jit(function).lower(jnp.asarray(tokens)).compile().cost_analysis()
-    return analysis["flops"]
+def test_layers_past_the_deepest_tap_are_not_computed(tmp_path: Path) -> None:
+    folder = write_tiny_gemma(tmp_path / "tiny", d_model=32, d_ff=256)
+    model = load_model(ModelConfig(weights=str(folder), dtype="float32"))
+    tokens = jnp.full((2, 16), 5)
 
+    def flops(*taps: Tap) -> float:
+        function = jax.jit(lambda tokens: model.activations(tokens, taps))
+        return function.lower(tokens).compile().cost_analysis()["flops"]
 
-def test_layers_past_the_deepest_tap_are_not_computed(pair: Pair) -> None:
-    model = pair.ours
-
-    def cost(*taps: Tap) -> float:
-        return _multiplications(lambda tokens: model.activations(tokens, taps), pair.tokens)
-
-    one = cost(Tap("resid_post", 0))
-    assert cost(Tap("resid_post", 1)) == pytest.approx(2 * one, rel=0.1)
-    assert cost(Tap("resid_post", 1), Tap("mlp_out", 0)) == pytest.approx(2 * one, rel=0.1)
-    # Inside the deepest layer too: before W_O there is no MLP and no output projection.
-    assert cost(Tap("attn_out_prelinear", 0)) < 0.6 * one
-    # The parameters of later layers aren't even there to be used.
-    params = {k: v for k, v in model.params.items() if k in ("embedding", "layers_0")}
+    one = flops(Tap("resid_post", 0))
+    assert flops(Tap("resid_post", 1), Tap("mlp_out", 0)) == pytest.approx(2 * one, rel=0.1)
+    # Inside the deepest layer too: before W_O there is no MLP.
+    assert flops(Tap("attn_out_prelinear", 0)) < 0.3 * one
+    # The parameters of later layers need not even be there.
+    params = {key: model.params[key] for key in ("embedding", "layers_0")}
     taps = (Tap("resid_post", 0),)
-    output: Any = Gemma(model.config).apply(
-        {"params": params}, jnp.asarray(pair.tokens), taps=taps, logits=False
-    )
+    forward = functools.partial(Gemma(model.config).apply, taps=taps, logits=False)
+    output: Any = jax.eval_shape(forward, {"params": params}, tokens)
     assert output.logits is None
-    assert list(output.taps) == list(taps)
+    assert tuple(output.taps) == taps
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_query_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(rng.standard_normal((1, 700, heads, 8)), jnp.float32) for heads in (4, 2, 2)
+    )
+
+    def attended() -> jax.Array:
+        return gemma_module.attend(q, k, v, scale=0.3, softcap=5.0, window=window)
+
+    monkeypatch.setattr(gemma_module, "MIN_QUERY_BLOCK", 700)
+    whole = attended()
+    monkeypatch.setattr(gemma_module, "MIN_QUERY_BLOCK", 256)
+    np.testing.assert_allclose(attended(), whole, atol=1e-6)
