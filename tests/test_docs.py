@@ -1,0 +1,54 @@
+"""docs/config.md names every key with the default it has."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from activation_cache.config import Section
+from sae_train.checkpoint import FREE_FIELDS
+from sae_train.config import Config
+from sae_train.config_schema import alternatives, child, dotted_keys, sections
+from sae_train.strict_yaml import parse
+
+PAGE = (Path(__file__).parent.parent / "docs" / "config.md").read_text(encoding="utf-8")
+ROWS = dict(re.findall(r"^\| `([^`]+)` \| ([^|]+) \|", PAGE, flags=re.MULTILINE))
+
+
+def field_default(key: str) -> Any:
+    """The default as the page should give it."""
+    *parents, last = [int(part) if part.isdecimal() else part for part in key.split(".")]
+    annotations: list[Any] = [Config]
+    for part in parents:
+        annotations = [one for each in annotations for one in child(each, part)]
+    owners = [one for each in annotations for one in sections(each) if last in one.model_fields]
+    field = owners[0].model_fields[str(last)]
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    return "section" if isinstance(value, Section) else value
+
+
+def expected_keys() -> set[str]:
+    keys = set(dotted_keys())
+    (site,) = alternatives(child(Config, "cache")[0].model_fields["sites"].annotation)
+    (entry,) = site.__args__
+    return keys | {f"cache.sites.0.{name}" for name in entry.model_fields}
+
+
+def test_every_key_is_documented_and_no_other() -> None:
+    assert set(ROWS) == expected_keys()
+
+
+def test_defaults_are_the_code_s() -> None:
+    for key, shown in ROWS.items():
+        default = field_default(key)
+        found = parse(shown.strip(), name=key).value
+        assert found == default, key
+        assert type(found) is type(default), key
+
+
+def test_what_may_change_is_what_resume_allows() -> None:
+    tail = PAGE[PAGE.index("## What may change") :]
+    assert re.findall(r"`([a-z._]+)`", tail) == list(FREE_FIELDS)
