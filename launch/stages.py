@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sae_train.config import Config, EvaluationConfig
-from sae_train.config_file import differing_fields, read_run_config, resolved_yaml
+from sae_train.config_file import read_run_config, resolved_yaml
 from sae_train.run_folder import (
     CHECKPOINTS,
     EVALUATION,
@@ -73,13 +73,9 @@ def is_trained(config: Config) -> bool:
     folder = Path(config.output)
     if newest_checkpoint(folder) != config.train.steps:
         return False
-    from sae_train.checkpoint import FREE_FIELDS
+    from sae_train.checkpoint import numeric_differences
 
-    differing = differing_fields(read_run_config(folder), config)
-    return all(
-        any(field == free or field.startswith(f"{free}.") for free in FREE_FIELDS)
-        for field in differing
-    )
+    return not numeric_differences(read_run_config(folder), config)
 
 
 def needs_evaluation(folder: Path) -> bool:

@@ -147,14 +147,19 @@ class Checkpoints:
             self._manager.delete(step)
 
 
+def numeric_differences(a: Config, b: Config) -> list[str]:
+    """The dotted keys that give two runs different weights: all but `FREE_FIELDS`."""
+    return [
+        field
+        for field in differing_fields(a, b)
+        if not any(field == free or field.startswith(f"{free}.") for free in FREE_FIELDS)
+    ]
+
+
 def refuse_difference(config: Config, meta: Mapping[str, Any], *, store: str, folder: Path) -> None:
     """Raise `UserError` naming the fields in which a checkpoint belongs to another run."""
     earlier = Config.model_validate(meta["config"])
-    differing = [
-        field
-        for field in differing_fields(earlier, config)
-        if not any(field == free or field.startswith(free + ".") for free in FREE_FIELDS)
-    ]
+    differing = numeric_differences(earlier, config)
     if differing:
         before, now = earlier.model_dump(), config.model_dump()
         changes = ", ".join(
