@@ -123,22 +123,20 @@ class Checkpoints:
     def save(self, state: TrainState, *, step: int, meta: Mapping[str, Any]) -> None:
         """Copy the state off the devices and write it in the background."""
         arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),  # type: ignore[call-arg]
-            meta=ocp.args.JsonSave(dict(meta)),  # type: ignore[call-arg]
+            state=ocp.args.StandardSave(state),
+            meta=ocp.args.JsonSave(dict(meta)),
         )
         with disk_errors(self.folder, doing="save a checkpoint in"):
             self._manager.save(step, args=arguments)
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """The JSON of one checkpoint."""
-        arguments = ocp.args.Composite(meta=ocp.args.JsonRestore())  # type: ignore[call-arg]
+        arguments = ocp.args.Composite(meta=ocp.args.JsonRestore())
         return self._manager.restore(step, args=arguments)["meta"]
 
     def restore(self, abstract: TrainState, *, step: int) -> TrainState:
         """The state of one checkpoint, placed as `abstract` says."""
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract)  # type: ignore[call-arg]
-        )
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         return self._manager.restore(step, args=arguments)["state"]
 
     def delete_all(self) -> None:

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 
 from sae_train.config import AdamConfig, SaeConfig, TrainConfig
 from sae_train.sae import Params
+
+Scalar = Array | np.float32
 
 
 def remove_parallel(
@@ -36,8 +39,8 @@ def adam_step(
     gradient: Array,
     *,
     second_moment: Array,
-    learning_rate: Array,
-    bias_correction: Array,
+    learning_rate: Scalar,
+    bias_correction: Scalar,
     config: AdamConfig,
 ) -> tuple[Array, Array]:
     """One update of one tensor: (new parameter, new second moment).
@@ -56,8 +59,8 @@ def update(
     gradients: Params,
     *,
     second_moment: Params,
-    learning_rate: Array,
-    bias_correction: Array,
+    learning_rate: Scalar,
+    bias_correction: Scalar,
     sae: SaeConfig,
     train: TrainConfig,
 ) -> tuple[Params, Params]:

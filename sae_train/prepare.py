@@ -74,7 +74,9 @@ def needed_threshold(pre_BF: Float[Array, "B F"], *, l0: float) -> float:
     return float(np.quantile(np.asarray(pre_BF), share))
 
 
-def threshold_warning(config: Config, *, params: Params, x_BD: Float[Array, "B D"]) -> str | None:
+def threshold_warning(
+    config: Config, *, params: Params, x_BD: Float[np.ndarray, "B D"]
+) -> str | None:
     """A warning when `reachable_threshold` falls short of what the first batch asks for.
 
     Args:

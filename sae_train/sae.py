@@ -18,6 +18,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from sae_train.config import SaeConfig, Sparsity, TargetL0Penalty
@@ -113,7 +114,7 @@ def forward(params: Params, x_BD: Float[Array, "B D"], *, config: SaeConfig) -> 
 
 
 def sparsity_loss(
-    l0_B: Float[Array, " B"], *, coefficient: Float[Array, ""], penalty: Sparsity
+    l0_B: Float[Array, " B"], *, coefficient: Array | np.float32, penalty: Sparsity
 ) -> Float[Array, ""]:
     """The mean penalty of a batch, `coefficient` being the warmed-up λ.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jaxtyping import Array
 
 from sae_train.config import LearningRateConfig, TrainConfig
 
@@ -18,11 +19,11 @@ from sae_train.config import LearningRateConfig, TrainConfig
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Scheduled:
-    """The scalars of one step, float32."""
+    """The scalars of one step, float32: NumPy's on the host, traced inside the step."""
 
-    learning_rate: np.float32
-    sparsity_coefficient: np.float32
-    bias_correction: np.float32
+    learning_rate: Array | np.float32
+    sparsity_coefficient: Array | np.float32
+    bias_correction: Array | np.float32
 
 
 def learning_rate_factor(config: LearningRateConfig, *, step: int, steps: int) -> float:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from sae_train.config import Config, SaeConfig, TrainConfig
-from sae_train.optimiser import update
+from sae_train.optimiser import Scalar, update
 from sae_train.sae import Forward, Params, forward, sparsity_loss, threshold_of
 from sae_train.schedule import Scheduled
 from sae_train.sharding import BATCH_DIMS, sharding
@@ -52,7 +52,7 @@ TrainStep = Callable[[TrainState, Array, Scheduled], tuple[TrainState, StepMetri
 def loss_and_forward(
     params: Params,
     x_BD: Float[Array, "B D"],
-    coefficient: Float[Array, ""],
+    coefficient: Scalar,
     *,
     sae: SaeConfig,
     train: TrainConfig,
