@@ -24,6 +24,7 @@ from activation_cache.config import (
     SiteConfig,
     TextConfig,
 )
+from sae_train.launch_config import Launch, LocalLaunch
 
 
 class ThresholdConfig(Section):
@@ -166,12 +167,6 @@ class SweepConfig(Section):
         return self
 
 
-class LaunchConfig(Section):
-    """Where the stages run."""
-
-    on: Literal["local"] = "local"
-
-
 class Config(Section):
     """One YAML file, resolved."""
 
@@ -186,7 +181,7 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     output: Annotated[str, Field(min_length=1)]
     sweep: SweepConfig | None = None
-    launch: LaunchConfig = LaunchConfig()
+    launch: Launch = LocalLaunch()
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
