@@ -197,7 +197,7 @@ def _loss_words(runs: Sequence[ReportRun]) -> str:
     )
     if zero is not None:
         words += (
-            f" Zero-ablating the site instead brings it to {zero:.3f}, that is +{zero - loss:.3f}."
+            f" Zero-ablating the site instead brings it to {zero:.3f}, that is {zero - loss:+.3f}."
         )
     return words
 

@@ -12,6 +12,7 @@ from html import escape
 
 WIDTH, HEIGHT = 400, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 14, 14, 44
+_TICK_ROOM, _TICK_WIDTH = 30, 7.4  # the axis' name and gaps; a character of a tick, measured
 _LABEL_WIDTH, _LABEL_HEIGHT = 6.6, 13  # of a character of the 12 px label type, measured
 
 
@@ -94,8 +95,10 @@ def render(chart: Chart) -> str:
     xs = [x for one in chart.series for x in one.x] + [e for one in chart.bars for e in one.edges]
     ys = [y for one in chart.series for y in one.y]
     ys += [h for one in chart.bars for h in (0.0, *one.heights)]
-    x = _scale(chart.x, xs, start=_LEFT, end=WIDTH - _RIGHT)
     y = _scale(chart.y, ys, start=HEIGHT - _BOTTOM, end=_TOP)
+    longest = max((len(compact(tick)) for tick in y.ticks), default=0) if y else 0
+    left = max(_LEFT, _TICK_ROOM + longest * _TICK_WIDTH)
+    x = _scale(chart.x, xs, start=left, end=WIDTH - _RIGHT)
     if x is None or y is None:
         return '<p class="empty">Nothing measured yet.</p>'
     parts = [
@@ -133,7 +136,8 @@ def _scale(axis: Axis, values: Sequence[float], *, start: float, end: float) -> 
         low, high = (low / 1.1, high * 1.1) if low < high else (low / 2, high * 2)
         return _Scale(axis, low, high, start, end, _log_ticks(low, high))
     if low == high:
-        low, high = low - abs(low or 1) * 0.1, high + abs(high or 1) * 0.1
+        low = low if axis.low is not None else low - abs(low or 1) * 0.1
+        high = high + abs(high or 1) * 0.1
     step = _nice_step((high - low) / 5)
     if axis.low is None and not axis.tight:
         low = math.floor(low / step) * step
@@ -152,24 +156,29 @@ def _nice_step(rough: float) -> float:
 def _log_ticks(low: float, high: float) -> list[float]:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     span = math.log10(high / low)
-    multiples = (1, 1.5, 2, 3, 4, 5, 6, 8) if span < 0.6 else (1, 2, 5) if span < 2.5 else (1,)
+    if span < 0.3:
+        step = _nice_step((high - low) / 4)
+        return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    multiples = (1, 1.5, 2, 3, 4, 5, 6, 8) if span < 0.8 else (1, 2, 5) if span < 2.5 else (1,)
     ticks = [m * 10.0**d for d in decades for m in multiples]
     return [tick for tick in ticks if low <= tick <= high]
 
 
 def _frame(x: _Scale, y: _Scale) -> str:
-    bottom, right = HEIGHT - _BOTTOM, WIDTH - _RIGHT
+    left, bottom, right = x.start, HEIGHT - _BOTTOM, WIDTH - _RIGHT
     parts = ['<g class="frame">']
     for tick in y.ticks:
         at = y(tick)
-        parts.append(f'<path class="grid" d="M{_LEFT} {at:.1f}H{right}"/>')
-        parts.append(f'<text x="{_LEFT - 7}" y="{at + 4:.1f}" class="end">{compact(tick)}</text>')
+        parts.append(f'<path class="grid" d="M{left:.1f} {at:.1f}H{right}"/>')
+        parts.append(
+            f'<text x="{left - 7:.1f}" y="{at + 4:.1f}" class="end">{compact(tick)}</text>'
+        )
     for tick in x.ticks:
         at = x(tick)
         parts.append(f'<path class="grid" d="M{at:.1f} {_TOP}V{bottom}"/>')
         parts.append(f'<text x="{at:.1f}" y="{bottom + 17}" class="mid">{compact(tick)}</text>')
-    parts.append(f'<path class="axis" d="M{_LEFT} {_TOP}V{bottom}H{right}"/>')
-    middle = (_LEFT + right) / 2
+    parts.append(f'<path class="axis" d="M{left:.1f} {_TOP}V{bottom}H{right}"/>')
+    middle = (left + right) / 2
     label = escape(x.axis.label)
     parts.append(f'<text x="{middle}" y="{HEIGHT - 8}" class="mid name">{label}</text>')
     height = (_TOP + bottom) / 2
@@ -235,7 +244,7 @@ def _labels(all_series: Sequence[Series], x: _Scale, y: _Scale) -> str:
             (px - width / 2, py + 9),
         ):
             box = (left, top, left + width, top + _LABEL_HEIGHT)
-            inside = box[0] > _LEFT + 2 and box[2] < WIDTH - 2 and box[1] > 0
+            inside = box[0] > x.start + 2 and box[2] < WIDTH - 2 and box[1] > 0
             inside = inside and box[3] < HEIGHT - _BOTTOM
             if inside and not any(_overlap(box, other) for other in taken):
                 taken.append(box)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from activation_cache.errors import UserError
+from activation_cache.storage import folder_lock
 from launch.cli import main
 from launch.sweep import expand
 from sae_train.config import Config
@@ -211,3 +216,36 @@ def test_a_run_of_another_config_is_not_taken_for_done(
     assert "2 of 2 runs failed" in message
     assert "sae.bandwidth was 0.001 and is now 0.5" in message
     assert stamps(run_of(finished, "0.001")).items() >= before.items()
+
+
+def test_a_signal_ends_the_sweep_and_the_same_command_goes_on(finished: Path) -> None:
+    out = finished / "stopped"
+    overrides = [
+        f"output={out}",
+        "sweep.grid={train.seed: [0, 1]}",
+        "train.tokens=192_000",
+        "checkpoint.every_steps=1000",
+    ]
+    command = ["sweep", str(finished / "config.yaml"), *overrides]
+
+    def stop_in_the_first_run() -> None:
+        metrics = out / "seed_0" / "metrics.jsonl"
+        deadline = time.monotonic() + 60
+        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    watcher = threading.Thread(target=stop_in_the_first_run)
+    watcher.start()
+    assert main(command) == 75
+    watcher.join()
+    assert not (out / "seed_0" / "failure.json").exists(), "to be stopped is not to fail"
+    assert not (out / "seed_1").exists()
+    assert main(command) == 0
+    assert (out / "seed_1" / "evaluation.json").exists()
+
+
+def test_one_process_at_a_time(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with folder_lock(finished / "out"):
+        assert main(["sweep", str(finished / "config.yaml")]) == 2
+    assert "is in use by another process" in capsys.readouterr().err
