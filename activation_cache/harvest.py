@@ -284,8 +284,8 @@ def check_memory(plan: Manifest) -> None:
         fitting = plan.shuffling.bucket_rows * present // needed // 2
         raise UserError(
             f"buckets of {plan.shuffling.bucket_rows} rows at {len(plan.sites)} taps need "
-            f"{needed / 2**30:.1f} GiB of memory ({BUCKETS_IN_MEMORY} at once) and this machine "
-            f"has {present / 2**30:.1f}: lower cache.shuffle_rows to about {fitting}, or harvest "
+            f"{needed / 2**30:.3g} GiB of memory ({BUCKETS_IN_MEMORY} at once) and this machine "
+            f"has {present / 2**30:.3g}: lower cache.shuffle_rows to about {fitting}, or harvest "
             "fewer sites and layers into each store."
         )
 
@@ -296,7 +296,7 @@ def _log_sizes(path: Path, plan: Manifest, *, rows_left: int) -> None:
     to_write = per_bucket * rows_left // len(plan.bucket_span(0))
     free = shutil.disk_usage(path).free
     logger.info(
-        "%d buckets of %d rows: %.2f GiB of memory for %d at once, %.2f GiB to write, %.2f free",
+        "%d buckets of %d rows: %.3g GiB of memory for %d at once, %.3g GiB to write, %.3g free",
         plan.num_buckets,
         len(plan.bucket_span(0)),
         BUCKETS_IN_MEMORY * per_bucket / 2**30,
@@ -306,7 +306,7 @@ def _log_sizes(path: Path, plan: Manifest, *, rows_left: int) -> None:
     )
     if to_write > free:
         logger.warning(
-            "%s has %.2f GiB free and the rest of the store takes %.2f: it will not fit",
+            "%s has %.3g GiB free and the rest of the store takes %.3g: it will not fit",
             path,
             free / 2**30,
             to_write / 2**30,

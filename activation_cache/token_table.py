@@ -24,8 +24,9 @@ from activation_cache.manifest import read_record
 from activation_cache.order import Segment
 
 TOKENS_FILE = "tokens.json"
-_SHARD_BYTES = 64 * 2**20
-_CHUNK_SEQUENCES = 16
+_CHUNK_BYTES = 2**16  # sequences are read one by one in random order: a chunk is read for each
+_SHARD_CHUNKS = 1024
+_CHUNK_COUNTS = 1024
 
 
 class SpecialIds(Section):
@@ -42,6 +43,9 @@ class SourceEntry(Section):
     name: str
     size: Count | None
     sha256: str | None
+
+    def __str__(self) -> str:
+        return f"{self.size} bytes with hash {str(self.sha256)[:16]}"
 
 
 class TokenSummary(Section):
@@ -110,7 +114,7 @@ class TokenTable:
 
     def usable_counts(self) -> Int32[np.ndarray, "N"]:
         """Usable tokens of every sequence, held-out ones included."""
-        layout = count_layout(self.path, self.num_sequences, self.sequence_length)
+        layout = count_layout(self.path, self.num_sequences)
         return read_rows(layout.open(), layout, [Segment(0, self.num_sequences)])
 
     def require_rows(self, rows: int) -> None:
@@ -146,17 +150,21 @@ def token_layout(path: Path, sequences: int, length: int) -> ArrayLayout:
         path=path / "tokens",
         shape=(sequences, length),
         dtype="int32",
-        chunk_rows=_CHUNK_SEQUENCES,
-        shard_rows=_shard_sequences(length),
+        chunk_rows=_chunk_sequences(length),
+        shard_rows=_SHARD_CHUNKS * _chunk_sequences(length),
     )
 
 
-def count_layout(path: Path, sequences: int, length: int) -> ArrayLayout:
+def count_layout(path: Path, sequences: int) -> ArrayLayout:
     """The array of usable counts, int32 [sequences]."""
-    shard = _shard_sequences(length)
-    return ArrayLayout(path / "usable", (sequences,), "int32", chunk_rows=shard, shard_rows=shard)
+    return ArrayLayout(
+        path=path / "usable",
+        shape=(sequences,),
+        dtype="int32",
+        chunk_rows=_CHUNK_COUNTS,
+        shard_rows=_SHARD_CHUNKS * _CHUNK_COUNTS,
+    )
 
 
-def _shard_sequences(length: int) -> int:
-    chunk_bytes = 4 * length * _CHUNK_SEQUENCES
-    return _CHUNK_SEQUENCES * max(1, _SHARD_BYTES // chunk_bytes)
+def _chunk_sequences(length: int) -> int:
+    return max(1, _CHUNK_BYTES // (4 * length))

@@ -56,9 +56,10 @@ class Recipe(Section):
         old, new = stored.text.model_dump(), self.text.model_dump()
         pairs: list[tuple[str, object, object]] = [(f"text.{k}", old[k], new[k]) for k in old]
         files, stored_files = ({s.name: s for s in r.sources} for r in (self, stored))
+        common = [name for name in files if name in stored_files]
         pairs += [
             ("text.source (the files it matches)", list(stored_files), list(files)),
-            *((f"file {k}", stored_files[k], files[k]) for k in files if k in stored_files),
+            *((f"file {k}", *map(str, (stored_files[k], files[k]))) for k in common),
             ("the tokenizer", stored.tokenizer_hash, self.tokenizer_hash),
             ("cache.tokens (the text is a stream)", stored.rows_wanted, self.rows_wanted),
         ]
@@ -273,6 +274,6 @@ class _TableBuilder:
 
     def _write_counts(self, sequences: int) -> Int32[np.ndarray, "N"]:
         counts = np.concatenate(self.usable)
-        layout = count_layout(self.path, sequences, self.length)
+        layout = count_layout(self.path, sequences)
         write_shards(layout.open(create=True), layout, start=0, rows=counts)
         return counts

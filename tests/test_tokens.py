@@ -108,7 +108,8 @@ def test_small_batches_and_shards_make_the_same_table(
     table = prepare(corpus, tokenizer)
     whole, token_hash = table.read(range(table.num_sequences)), table.summary.token_hash
     monkeypatch.setattr(tokens, "_BATCH_DOCUMENTS", 1)
-    monkeypatch.setattr(token_table, "_SHARD_BYTES", 16 * 16 * 4)
+    monkeypatch.setattr(token_table, "_CHUNK_BYTES", 4 * 16 * 4)  # four sequences
+    monkeypatch.setattr(token_table, "_SHARD_CHUNKS", 4)
     (corpus.parent / "tokens" / "tokens.json").unlink()
     cut = prepare(corpus, tokenizer)
     shards = list((corpus.parent / "tokens" / "tokens" / "c").iterdir())
