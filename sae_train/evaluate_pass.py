@@ -91,7 +91,7 @@ class _Batch:
 
     tokens_BS: Int[np.ndarray, "B S"]
     usable_BS: Bool[np.ndarray, "B S"]
-    predictions: Bool[np.ndarray, "B S-1"]  # the losses that count
+    counted_BP: Bool[np.ndarray, "B P"]  # the losses that count; P = S - 1
 
 
 @dataclass
@@ -149,8 +149,8 @@ class Pass:
             )
             usable_BS = self.table.usable(tokens_BS)
             in_limit_B = start + np.arange(size) < self.loss_limit
-            predictions = usable_BS[:, :-1] & (tokens_BS[:, 1:] != pad) & in_limit_B[:, None]
-            yield _Batch(tokens_BS, usable_BS, predictions), bool(in_limit_B.any())
+            counted_BP = usable_BS[:, :-1] & (tokens_BS[:, 1:] != pad) & in_limit_B[:, None]
+            yield _Batch(tokens_BS, usable_BS, counted_BP), bool(in_limit_B.any())
 
     def _statistics(self, batch: _Batch) -> None:
         """L0, squared error and firing of every SAE, mean and spread of every tap."""
@@ -166,7 +166,7 @@ class Pass:
         where = {False: batch.usable_BS, True: np.ones_like(batch.usable_BS)}
 
         def measure(sums: LossSums, splice: Splice | None) -> None:
-            sums.add(self.model.losses(batch.tokens_BS, splice), batch.predictions)
+            sums.add(self.model.losses(batch.tokens_BS, splice), batch.counted_BP)
             self._advance(batch)
 
         measure(self.base, None)

@@ -2,7 +2,8 @@
 
 Everything is kept by sequence position, so the curves by position and the aggregates are one count.
 
-Legend: B sequences of a batch, S position, D model width, F latents, N rows = B·S, C rows at once.
+Legend: B sequences of a batch, S position, P = S - 1 predictions, D model width, F latents,
+N rows = B·S, C rows at once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from sae_train.release import Sae
+from sae_train.release import HostOrDevice, Sae
 
 # Latents of so many (row, latent) pairs exist at a time: 256 MB in float32 whatever the width.
 MAX_LATENT_ELEMENTS = 2**26
@@ -57,11 +58,13 @@ class SaeBatch:
 
 
 @jax.jit
-def sae_batch(sae: Sae, x_BSD: Float[Array, "B S D"], counted_BS: Bool[Array, "B S"]) -> SaeBatch:
+def sae_batch(
+    sae: Sae, x_BSD: Float[HostOrDevice, "B S D"], counted_BS: Bool[HostOrDevice, "B S"]
+) -> SaeBatch:
     """What one SAE does to one batch; `sae` is traced, so one compilation serves a shape."""
     batch, length, width = x_BSD.shape
-    x_ND = x_BSD.astype(jnp.float32).reshape(-1, width)
-    decoded_ND, l0_N, fired_F = reconstruct(sae, x_ND, counted_BS.reshape(-1))
+    x_ND = jnp.asarray(x_BSD).astype(jnp.float32).reshape(-1, width)
+    decoded_ND, l0_N, fired_F = reconstruct(sae, x_ND, jnp.asarray(counted_BS).reshape(-1))
     error_BS = jnp.square(x_ND - decoded_ND).sum(axis=1).reshape(batch, length)
     l0_BS = l0_N.reshape(batch, length)
     return SaeBatch(
@@ -140,7 +143,7 @@ class LossSums:
     sum_S: np.ndarray = field(default_factory=lambda: np.zeros(()))
     count_S: np.ndarray = field(default_factory=lambda: np.zeros((), np.int64))
 
-    def add(self, losses: Float[Array, "B S-1"], counted: Bool[np.ndarray, "B S-1"]) -> None:
+    def add(self, losses: Float[Array, "B P"], counted: Bool[np.ndarray, "B P"]) -> None:
         """Take in one batch; entry s of `losses` is the loss of predicting token s + 1."""
         values = np.where(counted, np.asarray(losses, np.float64), 0.0)
         self.sum_S = self.sum_S + values.sum(axis=0)

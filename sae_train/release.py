@@ -24,7 +24,7 @@ from sae_train.sae import PRECISION
 if TYPE_CHECKING:
     from sae_train.checkpoint import Trained
 
-Weights = np.ndarray | Array
+HostOrDevice = np.ndarray | Array
 
 TENSORS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 
@@ -42,25 +42,25 @@ class Sae:
             `hf_hook_name`, `context_size`, ...); empty where a format says nothing.
     """
 
-    W_enc: Float[Weights, "D F"]
-    W_dec: Float[Weights, "F D"]
-    b_enc: Float[Weights, " F"]
-    b_dec: Float[Weights, " D"]
-    threshold: Float[Weights, " F"]
+    W_enc: Float[HostOrDevice, "D F"]
+    W_dec: Float[HostOrDevice, "F D"]
+    b_enc: Float[HostOrDevice, " F"]
+    b_dec: Float[HostOrDevice, " D"]
+    threshold: Float[HostOrDevice, " F"]
     metadata: dict[str, Any] = field(default_factory=dict, compare=False)
 
-    def encode(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
+    def encode(self, x: Float[HostOrDevice, "... D"]) -> Float[Array, "... F"]:
         """Latents of raw activations, in float32 (Gemma Scope 2, released form)."""
         pre = jnp.matmul(_float32(x), jnp.asarray(self.W_enc), precision=PRECISION)
         pre = pre + _last(self.b_enc, pre.ndim)
         return jnp.where(pre > _last(self.threshold, pre.ndim), jax.nn.relu(pre), 0.0)
 
-    def decode(self, latents: Float[Array, "... F"]) -> Float[Array, "... D"]:
+    def decode(self, latents: Float[HostOrDevice, "... F"]) -> Float[Array, "... D"]:
         """The reconstruction f W_dec + b_dec, in float32."""
         decoded = jnp.matmul(_float32(latents), jnp.asarray(self.W_dec), precision=PRECISION)
         return decoded + _last(self.b_dec, decoded.ndim)
 
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    def __call__(self, x: Float[HostOrDevice, "... D"]) -> Float[Array, "... D"]:
         """Reconstruct raw activations."""
         return self.decode(self.encode(x))
 
@@ -79,11 +79,11 @@ class Sae:
         return digest.hexdigest()
 
 
-def _float32(x: Array) -> Array:
+def _float32(x: HostOrDevice) -> Array:
     return jnp.asarray(x).astype(jnp.float32)
 
 
-def _last(vector: Weights, ndim: int) -> Array:
+def _last(vector: HostOrDevice, ndim: int) -> Array:
     """A vector along the last of `ndim` dims: the tests forbid implicit rank promotion."""
     return jnp.asarray(vector).reshape((1,) * (ndim - 1) + (-1,))
 

@@ -401,21 +401,20 @@ def test_an_evaluation_that_is_current_is_left_alone(world, evaluations, monkeyp
         evaluate([run], model=world.ours)
 
 
-def test_batches_and_limits(world, tmp_path):
-    """A last batch that isn't full, and fewer sequences for the losses than for the rest."""
+def test_losses_can_be_limited_to_fewer_sequences(world, tmp_path):
+    """The limit falls inside a batch; L0 and FVU still use all sequences."""
     run = save_world_run(tmp_path, world.config, world.store, index=0)
 
     def measured(**settings) -> Evaluation:
-        return evaluate([run], model=world.ours, settings=EvaluationConfig(**settings))[0]
+        settings = EvaluationConfig(**settings, sequences_per_batch=3)
+        return evaluate([run], model=world.ours, settings=settings)[0]
 
-    whole = measured(sequences=5, sequences_per_batch=5)
-    close(measured(sequences=5, sequences_per_batch=3), whole)
-    few = measured(sequences=3, sequences_per_batch=3)
-    limited = measured(sequences=5, loss_sequences=3, sequences_per_batch=5)
-    assert (limited.l0, limited.fvu) == (pytest.approx(whole.l0), pytest.approx(whole.fvu))
-    assert limited.loss_spliced == pytest.approx(few.loss_spliced, abs=1e-6)
+    whole, few = measured(sequences=7), measured(sequences=4)
+    limited = measured(sequences=7, loss_sequences=4)
+    assert (limited.l0, limited.fvu, limited.tokens) == (whole.l0, whole.fvu, whole.tokens)
+    assert (limited.loss, limited.loss_spliced) == (few.loss, few.loss_spliced)
     assert limited.loss_tokens == few.loss_tokens < whole.loss_tokens
-    assert (limited.sequences, limited.loss_sequences) == (5, 3)
+    assert (limited.sequences, limited.loss_sequences) == (7, 4)
 
 
 def test_one_compilation_serves_all_saes_of_a_shape(world, evaluations):
