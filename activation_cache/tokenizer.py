@@ -16,6 +16,7 @@ from activation_cache.gemma_config import GemmaConfig
 from activation_cache.gguf_file import GgufFile, open_gguf
 from activation_cache.storage import read_json
 from activation_cache.tokenizer_pieces import (
+    SPACE,
     Pieces,
     pieces_from_model_file,
     tokenizer_from_pieces,
@@ -97,7 +98,8 @@ def tokenizer_from_gguf(file: GgufFile) -> Tokenizer:
             "Use a GGUF file converted with its tokenizer."
         )
     pieces = Pieces(
-        pieces=file.metadata[keys["tokens"]],
+        # llama.cpp's converter writes runs of spaces as they are, SentencePiece as runs of "▁".
+        pieces=[piece.replace(" ", SPACE) for piece in file.metadata[keys["tokens"]]],
         scores=file.metadata[keys["scores"]],
         types=file.metadata[keys["token_type"]],
     )

@@ -35,13 +35,19 @@ class Pieces:
 def tokenizer_from_pieces(vocabulary: Pieces, *, source: str) -> Tokenizer:
     """Build the tokenizer that gives SentencePiece's ids.
 
-    User-defined pieces (type 4: runs of line breaks, tabs and spaces, HTML tags) are matched
-    before anything is merged; without them runs of whitespace come out wrong.
+    User-defined pieces (type 4: runs of line breaks, tabs and spaces, HTML tags) are matched,
+    the longest first, before anything is merged; without them runs of whitespace come out wrong.
+    They are matched in normalised text, as SentencePiece does.
 
     Raises:
-        UserError: no unknown piece, or no byte pieces to fall back on.
+        UserError: lists of unequal lengths, no unknown piece, or no byte pieces.
     """
     pieces, types = vocabulary.pieces, vocabulary.types
+    if not len(pieces) == len(vocabulary.scores) == len(types):
+        raise UserError(
+            f"{source} holds {len(pieces)} pieces, {len(vocabulary.scores)} scores and "
+            f"{len(types)} types: one of each belongs to a token. The file is damaged."
+        )
     ids = {piece: index for index, piece in enumerate(pieces)}
     unknown = [piece for piece, kind in zip(pieces, types, strict=True) if kind == _UNKNOWN]
     # Some converters mark <unk> as a control piece.
@@ -67,7 +73,7 @@ def tokenizer_from_pieces(vocabulary: Pieces, *, source: str) -> Tokenizer:
     )
     kinds = zip(pieces, types, strict=True)
     added = [
-        AddedToken(piece, normalized=False, special=kind != _USER_DEFINED)
+        AddedToken(piece, normalized=kind == _USER_DEFINED, special=kind != _USER_DEFINED)
         for piece, kind in kinds
         if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
     ]
