@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +28,7 @@ from activation_cache.weight_source import (
 INDEX = "model.safetensors.index.json"
 
 
+@runtime_checkable
 class Checkpoint(Protocol):
     """A model on disk whose tensors have been checked: reading one can't miss."""
 
