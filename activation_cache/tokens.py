@@ -56,10 +56,11 @@ class Recipe(Section):
         old, new = stored.text.model_dump(), self.text.model_dump()
         pairs: list[tuple[str, object, object]] = [(f"text.{k}", old[k], new[k]) for k in old]
         files, stored_files = ({s.name: s for s in r.sources} for r in (self, stored))
-        common = [name for name in files if name in stored_files]
+        pairs.append(("text.source (the files it matches)", list(stored_files), list(files)))
+        for name, entry in files.items():
+            if name in stored_files:
+                pairs.append((f"file {name}", str(stored_files[name]), str(entry)))
         pairs += [
-            ("text.source (the files it matches)", list(stored_files), list(files)),
-            *((f"file {k}", *map(str, (stored_files[k], files[k]))) for k in common),
             ("the tokenizer", stored.tokenizer_hash, self.tokenizer_hash),
             ("cache.tokens (the text is a stream)", stored.rows_wanted, self.rows_wanted),
         ]

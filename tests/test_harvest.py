@@ -24,7 +24,7 @@ from activation_cache.config import CacheConfig, ModelConfig, SiteConfig, TextCo
 from activation_cache.errors import Interrupted, UserError
 from activation_cache.harvest import check_memory, harvest
 from activation_cache.model import load_model
-from activation_cache.order import sequence_order
+from activation_cache.order import bucket_order, sequence_order
 from activation_cache.storage import folder_lock
 from activation_cache.store import Store, open_store
 from activation_cache.taps import Tap
@@ -118,23 +118,37 @@ def test_rows_are_the_model_s_activations_at_their_provenance(finished: Store, g
         assert info.width == rows.shape[1]
 
 
-def test_rows_are_usable_never_held_out_and_in_the_seeded_order(finished: Store):
-    found, table = finished.provenance(start=0, stop=ROWS), finished.tokens
+def check_order(store: Store) -> None:
+    """Every row is where docs/store.md says it is."""
+    rows_in_all, size = store.rows, store.manifest.shuffling.bucket_rows
+    found, table = store.provenance(start=0, stop=rows_in_all), store.tokens
     assert found.sequence.max() < table.num_harvestable
     tokens = table.read(range(table.num_sequences))
     assert table.usable(tokens)[found.sequence, found.position].all()
     order = sequence_order(sequences=table.num_harvestable, seed=0)
-    sequences = order.forward(np.arange(table.num_harvestable))
     expected = [
         (int(sequence), int(position))
-        for sequence in sequences
+        for sequence in order.forward(np.arange(table.num_harvestable))
         for position in np.flatnonzero(table.usable(tokens[[sequence]])[0])
     ]
     rows = list(zip(found.sequence.tolist(), found.position.tolist(), strict=True))
-    for bucket in range(BUCKETS):  # the bucket's stretch of the harvest, in another order
-        span = slice(bucket * 128, min((bucket + 1) * 128, ROWS))
-        assert sorted(rows[span]) == sorted(expected[span])
-        assert rows[span] != expected[span]
+    for bucket in range(store.manifest.num_buckets):
+        start, stop = bucket * size, min((bucket + 1) * size, rows_in_all)
+        places = bucket_order(rows=stop - start, seed=0, bucket=bucket)
+        image = places.forward(np.arange(stop - start)).tolist()
+        assert [rows[start + place] for place in image] == expected[start:stop]
+
+
+def test_rows_are_usable_never_held_out_and_in_the_documented_order(finished: Store):
+    check_order(finished)
+
+
+def test_a_sequence_may_be_longer_than_a_bucket(gemma, corpus, tmp_path: Path):
+    made = sections(
+        gemma, corpus, tmp_path, text__sequence_length=64, cache__shuffle_rows=16, cache__tokens=100
+    )
+    harvest(**made)
+    check_order(open_store(tmp_path))
 
 
 def test_the_same_config_gives_the_same_bytes(finished: Store, gemma, corpus, tmp_path: Path):
