@@ -28,7 +28,7 @@ from activation_cache.order import bucket_order, sequence_order
 from activation_cache.storage import folder_lock
 from activation_cache.store import Store, open_store
 from activation_cache.taps import Tap
-from tests.stores import file_hashes, make_manifest
+from tests.stores import TAP, file_hashes, make_manifest
 from tests.tiny_gemma import write_tiny_gemma
 
 SITES = [
@@ -320,6 +320,34 @@ def test_writing_overlaps_computing(gemma, corpus, tmp_path, monkeypatch: pytest
     monkeypatch.setattr(writer, "write_shards", held_up)
     harvest(**sections(gemma, corpus, tmp_path))
     assert bucket_passes == list(range(BUCKETS))
+
+
+def test_at_most_one_bucket_is_written_while_one_is_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Memory is bounded: handing over the next bucket waits for the one before."""
+    manifest, disk_works = make_manifest(rows=128, mean_squared_norm=None), threading.Event()
+    write = writer.write_shards
+
+    def held_up(*arguments, **options):
+        assert disk_works.wait(timeout=60)
+        write(*arguments, **options)
+
+    monkeypatch.setattr(writer, "write_shards", held_up)
+    numbers = np.arange(64, dtype=np.int32)
+    buckets = [
+        writer.Bucket(n, {TAP: np.ones((64, 8), np.float32)}, numbers, numbers) for n in (0, 1)
+    ]
+    with writer.BucketWriter(tmp_path, manifest) as bucket_writer:
+        bucket_writer.submit(buckets[0])
+        second = threading.Thread(target=bucket_writer.submit, args=(buckets[1],))
+        second.start()
+        second.join(timeout=0.3)
+        assert second.is_alive()
+        disk_works.set()
+        second.join(timeout=60)
+        assert writer.commit_file(tmp_path, 0).exists()
+    assert sorted(writer.read_commits(tmp_path, manifest)) == [0, 1]
 
 
 def test_one_process_at_a_time(gemma, corpus, tmp_path: Path):
