@@ -68,7 +68,7 @@ def join() -> None:
 
     heartbeat = _integer(HEARTBEAT, minimum=5, default=_HEARTBEAT_SECONDS)
     # A process is given up after `heartbeat_timeout_seconds`; the news takes a moment more.
-    timings = {
+    timings: dict[str, Any] = {
         "heartbeat_timeout_seconds": max(3, heartbeat - 5),
         "initialization_timeout": _JOIN_SECONDS,
         "shutdown_timeout_seconds": heartbeat,

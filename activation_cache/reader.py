@@ -44,8 +44,13 @@ class ActivationReader:
         seed: int,
         start_step: int = 0,
         read_ahead: int = 4,
+        rows: slice | None = None,
     ) -> None:
         """Open the array and start reading.
+
+        Args:
+            rows: the part of each batch that is wanted, and all that is read; None for the whole.
+                With several processes, each reads what its devices need.
 
         Raises:
             UserError: the store hasn't the tap, or the array is missing or damaged.
@@ -53,13 +58,18 @@ class ActivationReader:
         assert batch_size >= 1, batch_size
         assert read_ahead >= 1, read_ahead
         self.batch_size, self.read_ahead = batch_size, read_ahead
+        wanted = range(batch_size)[slice(None) if rows is None else rows]
+        assert wanted, (rows, batch_size)
+        assert wanted.step == 1, rows
+        self._wanted = wanted
         self._layout = store.layout(tap)
         block_rows = store.manifest.shuffling.block_rows
         self._order = BlockOrder(rows=store.rows, block_rows=block_rows, seed=seed)
         block_bytes = block_rows * self._layout.row_bytes
-        batch_bytes = batch_size * self._layout.row_bytes
+        batch_bytes = len(wanted) * self._layout.row_bytes
         # A block that straddles batches is needed by each of them: keep it for the next.
-        cache_bytes = 0 if batch_size % block_rows == 0 else 2 * (batch_bytes + block_bytes)
+        aligned = all(place % block_rows == 0 for place in (batch_size, wanted.start, wanted.stop))
+        cache_bytes = 0 if aligned else 2 * (batch_bytes + block_bytes)
         self.memory_bytes = 2 * (read_ahead + 1) * batch_bytes + cache_bytes
         context = ts.Context(
             {
@@ -72,8 +82,9 @@ class ActivationReader:
         self._first = start_step  # the step at the head of the queue
         self._read_ahead()
         logger.info(
-            "reading %s: batches of %d rows, %d ahead, up to %.0f MiB",
+            "reading %s: %d of %d rows of each batch, %d batches ahead, up to %.0f MiB",
             tap.name,
+            len(wanted),
             batch_size,
             read_ahead,
             self.memory_bytes / 2**20,
@@ -91,7 +102,9 @@ class ActivationReader:
         self._drop()
 
     def batch(self, step: int) -> Float[np.ndarray, "B D"]:
-        """Rows `[step * B, (step + 1) * B)` of the stream, in the store's dtype.
+        """Rows `[step * B, (step + 1) * B)` of the stream, or the wanted part of them.
+
+        In the store's dtype.
 
         Steps in order come from memory, and the time spent here is the time waited for the
         disk. Any other step empties the queue and begins to read ahead from there.
@@ -114,7 +127,8 @@ class ActivationReader:
         with array_errors(self._layout.path, doing="read"):
             while len(self._queue) < self.read_ahead:
                 start = (self._first + len(self._queue)) * self.batch_size
-                segments = self._order.segments(start, start + self.batch_size)
+                wanted = self._wanted
+                segments = self._order.segments(start + wanted.start, start + wanted.stop)
                 self._queue.append(start_read(self._array, segments))
 
     def _drop(self) -> None:

@@ -2,33 +2,40 @@
 
 Layout: `<run>/checkpoints/<step>/{state,meta}`, `state` being the training state of
 `state.TrainState` and `meta` the JSON that says what it belongs to. Orbax writes a checkpoint
-under a temporary name and renames it when it is whole, so one that has its name is complete.
+under a temporary name and renames it when it is whole, so one that has its name was complete.
+What happens to it later is found out by checksums: `meta` has one of itself and one of each array.
+
+Saved by any number of processes on any mesh, a checkpoint restores on any other.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Float
 
+from activation_cache import distributed
 from activation_cache.errors import UserError
 from activation_cache.storage import disk_errors, make_folder
-from sae_train.config import Config, MeshConfig
+from sae_train.checksum import DamagedCheckpoint, seal_meta, state_checksums, unseal_meta
+from sae_train.config import Config
 from sae_train.config_file import differing_fields
-from sae_train.sharding import make_mesh
+from sae_train.sharding import local_mesh
 from sae_train.state import TrainState, abstract_state
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+Loaded = TypeVar("Loaded")
 
 # Fields that may change between two starts of one run: they name places and how much is said,
 # or, the mesh, where the arithmetic happens.
@@ -82,17 +89,26 @@ def checkpoint_meta(
 
 
 class Checkpoints:
-    """The checkpoints of one run folder; a context manager that waits for writes on leaving."""
+    """The checkpoints of one run folder; a context manager that waits for writes on leaving.
 
-    def __init__(self, run_folder: str | Path, *, keep: int | None = None) -> None:
-        self.folder = make_folder(Path(run_folder) / FOLDER).absolute()
+    With several processes, all call everything that writes, in the same order.
+    """
+
+    def __init__(
+        self, run_folder: str | Path, *, keep: int | None = None, read_only: bool = False
+    ) -> None:
+        """Open them; `read_only` disturbs nobody who may be writing there."""
+        self.folder = (Path(run_folder) / FOLDER).absolute()
+        if not read_only:
+            make_folder(self.folder)
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 enable_async_checkpointing=True,
                 # A kill in mid-write leaves a folder under a temporary name.
-                cleanup_tmp_directories=True,
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
             ),
             item_names=("state", "meta"),
         )
@@ -122,22 +138,80 @@ class Checkpoints:
 
     def save(self, state: TrainState, *, step: int, meta: Mapping[str, Any]) -> None:
         """Copy the state off the devices and write it in the background."""
+        sealed = seal_meta(meta, checksums=state_checksums(state))
         arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            meta=ocp.args.JsonSave(dict(meta)),
+            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(sealed)
         )
         with disk_errors(self.folder, doing="save a checkpoint in"):
             self._manager.save(step, args=arguments)
 
     def read_meta(self, step: int) -> dict[str, Any]:
-        """The JSON of one checkpoint."""
-        arguments = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=arguments)["meta"]
+        """The JSON of one checkpoint.
+
+        Raises:
+            DamagedCheckpoint: it isn't what was written.
+        """
+        file = self.folder / str(step) / "meta" / "metadata"
+        try:
+            return unseal_meta(file.read_bytes())
+        except FileNotFoundError as error:
+            raise DamagedCheckpoint(f"{file} is missing") from error
 
     def restore(self, abstract: TrainState, *, step: int) -> TrainState:
-        """The state of one checkpoint, placed as `abstract` says."""
-        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        return self._manager.restore(step, args=arguments)["state"]
+        """The state of one checkpoint, placed as `abstract` says, and checked.
+
+        Each process reads what its devices hold; none waits for another while it reads.
+
+        Raises:
+            DamagedCheckpoint: it can't be read, or isn't what was written.
+        """
+        expected = self.read_meta(step)["checksums"]
+        problem: str | None = None
+        try:
+            state = ocp.StandardCheckpointHandler().restore(
+                self.folder / str(step) / "state", args=ocp.args.StandardRestore(abstract)
+            )
+        except (ValueError, KeyError, FileNotFoundError) as error:  # missing or torn files
+            problem, state = f"it can't be read ({_first_line(error)})", None
+        # All or none: the checksums of arrays that lie on all processes need all of them.
+        problem = next(filter(None, distributed.gathered("restored", problem)), None)
+        if problem is None:
+            found = state_checksums(state)
+            wrong = [name for name in expected if found.get(name) != expected[name]]
+            problem = f"{', '.join(wrong)} failed the checksum" if wrong else None
+        if problem is not None:
+            raise DamagedCheckpoint(f"{self.folder / str(step)}: {problem}")
+        return state
+
+    def newest(
+        self, load: Callable[[int], Loaded], *, drop_damaged: bool = False
+    ) -> tuple[int, Loaded] | None:
+        """What `load` makes of the newest checkpoint that isn't damaged, and its step.
+
+        Those that `load` finds damaged are told of in a warning and passed over;
+        `drop_damaged` deletes them, so that the same step can be saved again.
+
+        Raises:
+            UserError: there are checkpoints, and all are damaged.
+        """
+        steps = self.steps()
+        damaged: list[str] = []
+        for step in reversed(steps):
+            try:
+                loaded = load(step)
+            except DamagedCheckpoint as error:
+                damaged.append(str(error))
+                logger.warning("skipping the damaged checkpoint at step %d: %s", step, error)
+                continue
+            for newer in [other for other in steps if other > step and drop_damaged]:
+                self._manager.delete(newer)
+            return step, loaded
+        if damaged:
+            raise UserError(
+                f"every checkpoint of {self.folder.parent} is damaged: {'; '.join(damaged)}. "
+                "Restore one from a copy, or give --fresh to delete them and start anew."
+            )
+        return None
 
     def delete_all(self) -> None:
         """Forget every checkpoint: for a run the user wants to start anew."""
@@ -175,6 +249,10 @@ def refuse_difference(config: Config, meta: Mapping[str, Any], *, store: str, fo
         )
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 def _lookup(tree: Any, key: str) -> Any:
     for part in key.split("."):
         tree = tree.get(part) if isinstance(tree, dict) else None
@@ -184,23 +262,30 @@ def _lookup(tree: Any, key: str) -> Any:
 def load_trained(run_folder: str | Path, *, step: int | None = None) -> Trained:
     """Read the SAE of a run folder: its last checkpoint, or the one at `step`.
 
+    A damaged last checkpoint is passed over, with a warning, for the one before.
+
     Raises:
-        UserError: the folder has no checkpoint, or none at `step`.
+        UserError: the folder has no checkpoint, none at `step`, or damaged ones only.
+        DamagedCheckpoint: the one at `step` is.
     """
     folder = Path(run_folder)
     if not (folder / FOLDER).is_dir():
         raise UserError(f"{folder} has no {FOLDER}/: give a run folder that `sae train` wrote")
-    with Checkpoints(folder) as checkpoints:
+    with Checkpoints(folder, read_only=True) as checkpoints:
+
+        def load(at: int) -> tuple[dict[str, Any], Config, TrainState]:
+            meta = checkpoints.read_meta(at)
+            config = Config.model_validate(meta["config"])
+            abstract = abstract_state(config.sae, d_model=meta["d_model"], mesh=local_mesh())
+            return meta, config, checkpoints.restore(abstract, step=at)
+
         steps = checkpoints.steps()
         if not steps or (step is not None and step not in steps):
             wanted = "" if step is None else f" at step {step}"
             raise UserError(f"{folder} has no checkpoint{wanted}; it has {steps or 'none at all'}")
-        chosen = steps[-1] if step is None else step
-        meta = checkpoints.read_meta(chosen)
-        config = Config.model_validate(meta["config"])
-        mesh = make_mesh(MeshConfig())
-        abstract = abstract_state(config.sae, d_model=meta["d_model"], mesh=mesh)
-        state = checkpoints.restore(abstract, step=chosen)
+        newest = checkpoints.newest(load) if step is None else (step, load(step))
+        assert newest is not None
+        chosen, (meta, config, state) = newest
     params = {name: np.array(value) for name, value in state.params.items()}
     if config.sae.threshold.parametrisation == "log":
         params["threshold"] = np.exp(params["threshold"])

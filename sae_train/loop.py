@@ -6,6 +6,7 @@ number alone, so a checkpoint needs no data state and a resumed run is bit-ident
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from activation_cache import distributed
 from activation_cache.errors import Interrupted, UserError
 from activation_cache.progress import ProgressMeter
 from activation_cache.reader import ActivationReader
@@ -29,7 +31,7 @@ from sae_train.config_file import write_config
 from sae_train.metrics import MetricsLog, read_metrics
 from sae_train.prepare import prepare_start
 from sae_train.schedule import scheduled
-from sae_train.sharding import BATCH_DIMS, make_mesh, sharding
+from sae_train.sharding import make_mesh, place_batch, rows_here
 from sae_train.state import TrainState, abstract_state, init_state
 from sae_train.step import StepMetrics, make_train_step
 
@@ -71,11 +73,11 @@ class _Clock:
 
 @dataclass
 class _Journal:
-    """Judges every step's metrics and writes those that are due."""
+    """Judges every step's metrics, in every process, and in the main one writes those due."""
 
     config: Config
-    log: MetricsLog
-    meter: ProgressMeter
+    log: MetricsLog | None = None
+    meter: ProgressMeter | None = None
     last_finite: tuple[int, StepMetrics] | None = None
     last_row: Mapping[str, Any] = field(default_factory=dict)
     clock: _Clock = field(default_factory=_Clock)
@@ -94,13 +96,20 @@ class _Journal:
         if step % train.log_every_steps and step != train.steps:
             return
         row = self._row(step, metrics) | self.clock.lap(train.batch_size)
-        self.log.write(row)
         self.last_row = row
+        if self.log is None or self.meter is None:
+            return
+        self.log.write(row)
         self.meter.update(
             step * train.batch_size,
             note=f"step {step}/{train.steps} loss {row['loss']:.4f} "
             f"L0 {row['l0']:.1f} FVU {row['fvu']:.3f}",
         )
+
+    def flush(self) -> None:
+        """Return when every row is on the disk."""
+        if self.log is not None:
+            self.log.flush()
 
     def _row(self, step: int, metrics: StepMetrics) -> dict[str, Any]:
         scalars = scheduled(self.config.train, step=step - 1)
@@ -142,6 +151,9 @@ def train(
         fresh: delete what an earlier run left in the folder and start anew.
         stop: asked before every step; when it says yes the state is saved and the loop left.
 
+    Several processes that have joined (`distributed.join`) train as one: each holds its devices'
+    part, all stop at the same step, and only the main one writes config and metrics.
+
     Raises:
         Interrupted: `stop` said yes; everything is saved.
         UserError: the store is missing or another one, the folder holds another run or is in
@@ -151,33 +163,45 @@ def train(
     store = open_store(config.cache.path)
     store.check_matches(model=config.model, text=config.text, cache=config.cache)
     with ExitStack() as stack:
-        stack.enter_context(folder_lock(folder))
+        distributed.told_by_main("lock", lambda: stack.enter_context(folder_lock(folder)))
         checkpoints = stack.enter_context(Checkpoints(folder, keep=config.checkpoint.keep))
         if fresh:
             checkpoints.delete_all()
         run = _begin(config, store=store, checkpoints=checkpoints)
-        write_config(config, folder)
+        distributed.told_by_main("config", lambda: write_config(config, folder))
         if run.done >= config.train.steps:
             logger.info("%s is trained already: %d steps", folder, run.done)
             rows = read_metrics(folder)
             return TrainResult(folder=folder, step=run.done, metrics=rows[-1] if rows else {})
-        batch_size = config.train.batch_size
+        if run.done == 0:
+            run = _prepared(run, store)
         reader = ActivationReader(
-            store, run.tap, batch_size=batch_size, seed=config.train.seed, start_step=run.done
+            store,
+            run.tap,
+            batch_size=config.train.batch_size,
+            seed=config.train.seed,
+            start_step=run.done,
+            rows=rows_here(run.mesh, batch_size=config.train.batch_size),
         )
         stack.enter_context(reader)
-        log = MetricsLog(folder, from_step=run.done, tensorboard=config.train.tensorboard)
-        meter = ProgressMeter(
-            config.name,
-            total=config.train.steps * batch_size,
-            unit="tokens",
-            initial=run.done * batch_size,
-        )
-        journal = _Journal(
-            config=config, log=stack.enter_context(log), meter=stack.enter_context(meter)
-        )
+        journal = _Journal(config)
+        distributed.told_by_main("metrics", lambda: _open_log(journal, stack, done=run.done))
         _steps(run, reader=reader, journal=journal, checkpoints=checkpoints, stop=stop)
+    distributed.barrier("trained")
     return TrainResult(folder=folder, step=config.train.steps, metrics=journal.last_row)
+
+
+def _open_log(journal: _Journal, stack: ExitStack, *, done: int) -> None:
+    """Open metrics and progress, for as long as the stack stands."""
+    config = journal.config
+    log = MetricsLog(config.output, from_step=done, tensorboard=config.train.tensorboard)
+    meter = ProgressMeter(
+        config.name,
+        total=config.train.steps * config.train.batch_size,
+        unit="tokens",
+        initial=done * config.train.batch_size,
+    )
+    journal.log, journal.meter = stack.enter_context(log), stack.enter_context(meter)
 
 
 @dataclass(frozen=True)
@@ -208,17 +232,32 @@ def _begin(config: Config, *, store: Store, checkpoints: Checkpoints) -> _Run:
         d_model=info.width,
         store=store.identity,
     )
-    saved = checkpoints.steps()
-    if not saved:
+
+    def load(step: int) -> TrainState:
+        earlier = checkpoints.read_meta(step)
+        refuse_difference(config, earlier, store=store.identity, folder=Path(config.output))
+        abstract = abstract_state(config.sae, d_model=info.width, mesh=mesh)
+        return checkpoints.restore(abstract, step=step)
+
+    newest = checkpoints.newest(load, drop_damaged=True)
+    if newest is None:
         state = init_state(config.sae, d_model=info.width, seed=config.train.seed, mesh=mesh)
         return _Run(config=config, tap=tap, mesh=mesh, meta=meta, state=state, done=0)
-    done = saved[-1]
-    earlier = checkpoints.read_meta(done)
-    refuse_difference(config, earlier, store=store.identity, folder=Path(config.output))
+    done, state = newest
     logger.info("%s: going on from the checkpoint at step %d", config.output, done)
-    abstract = abstract_state(config.sae, d_model=info.width, mesh=mesh)
-    state = checkpoints.restore(abstract, step=done)
     return _Run(config=config, tap=tap, mesh=mesh, meta=meta, state=state, done=done)
+
+
+def _prepared(run: _Run, store: Store) -> _Run:
+    """The run with the state it starts from; every process looks at the same whole batches."""
+    train = run.config.train
+    with ActivationReader(
+        store, run.tap, batch_size=train.batch_size, seed=train.seed, read_ahead=1
+    ) as whole:
+        state = prepare_start(
+            run.config, state=run.state, batch=whole.batch, input_scale=run.input_scale
+        )
+    return dataclasses.replace(run, state=state)
 
 
 def _steps(
@@ -230,19 +269,17 @@ def _steps(
     stop: Callable[[], bool],
 ) -> None:
     """The loop: save if due, next batch, step, read the metrics of the step before."""
-    config, state = run.config, run.state
-    if run.done == 0:
-        state = prepare_start(config, state=state, batch=reader.batch, input_scale=run.input_scale)
+    config, state, batch_size = run.config, run.state, run.config.train.batch_size
     train_step = make_train_step(config, input_scale=run.input_scale, mesh=run.mesh)
-    placement = sharding(run.mesh, BATCH_DIMS)
+    span = rows_here(run.mesh, batch_size=batch_size)
     pending: tuple[int, StepMetrics] | None = None
     for step in range(run.done, config.train.steps):
-        stopping = stop()
+        stopping = distributed.agree_to_stop(stop)
         if pending and (stopping or step % config.checkpoint.every_steps == 0):
             # Judged before it is saved: a state that isn't finite never reaches a checkpoint.
             journal.record(*pending)
             pending = None
-            journal.log.flush()
+            journal.flush()
             checkpoints.save(state, step=step, meta=run.meta)
         if stopping:
             checkpoints.wait()
@@ -252,7 +289,7 @@ def _steps(
             )
         with journal.clock.waiting():
             rows_BD = reader.batch(step)
-        batch_BD = jax.make_array_from_process_local_data(placement, rows_BD)
+        batch_BD = place_batch(rows_BD, mesh=run.mesh, batch_size=batch_size, span=span)
         state, metrics = train_step(state, batch_BD, scheduled(config.train, step=step))
         if pending:
             # Only now, with the next step dispatched: reading waits for the device.
@@ -260,5 +297,5 @@ def _steps(
         pending = (step + 1, metrics)
     if pending:
         journal.record(*pending)
-    journal.log.flush()
+    journal.flush()
     checkpoints.save(state, step=config.train.steps, meta=run.meta)

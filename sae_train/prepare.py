@@ -14,21 +14,25 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
-from sae_train.config import Config, TargetL0Penalty
+from sae_train.config import Config, SaeConfig, TargetL0Penalty
 from sae_train.sae import Params, pre_activations
 from sae_train.schedule import total_learning_rate
+from sae_train.sharding import mesh_of, sharding
 from sae_train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
 # What an L0 penalty is after when it names no target: the released SAEs' canonical L0.
 TYPICAL_L0 = 100.0
+
+# Pre-activations looked at for the warning: 64 MiB of them, on one device and on the host.
+LOOKED_AT = 2**24
 
 # Rows that b_dec's mean is taken over: its error is then a hundredth of a standard deviation.
 MEAN_ROWS = 16_384
@@ -44,15 +48,18 @@ def prepare_start(
     """The state a run starts from, and a warning where its thresholds can't reach the data.
 
     Args:
-        batch: the reader's `batch(step)`, raw rows [B, D]; the first of the stream are looked at.
+        batch: `batch(step)` of a reader of whole batches, raw rows [B, D] and the same in every
+            process; the first of the stream are looked at.
     """
     if config.sae.b_dec_init == "mean":
         count = -(-MEAN_ROWS // config.train.batch_size)
         means = [batch(step).astype(np.float64).mean(axis=0) for step in range(count)]
         b_dec_D = (np.mean(means, axis=0) / input_scale).astype(np.float32)
-        placed = jax.device_put(b_dec_D, state.params["b_dec"].sharding)
+        here = state.params["b_dec"].sharding
+        placed = jax.make_array_from_callback(b_dec_D.shape, here, lambda index: b_dec_D[index])
         state = dataclasses.replace(state, params=state.params | {"b_dec": placed})
-    x_BD = batch(0)[:256].astype(np.float32) / np.float32(input_scale)
+    count = max(1, min(256, LOOKED_AT // config.sae.width))
+    x_BD = batch(0)[:count].astype(np.float32) / np.float32(input_scale)
     warning = threshold_warning(config, params=state.params, x_BD=x_BD)
     if warning:
         logger.warning("%s", warning)
@@ -68,10 +75,19 @@ def reachable_threshold(config: Config) -> float:
     return threshold.init + travel
 
 
-def needed_threshold(pre_BF: Float[Array, "B F"], *, l0: float) -> float:
+def needed_threshold(pre_BF: Float[np.ndarray, "B F"], *, l0: float) -> float:
     """The common θ that would leave `l0` latents active per row."""
     share = min(max(1.0 - l0 / pre_BF.shape[1], 0.0), 1.0)
     return float(np.quantile(np.asarray(pre_BF), share))
+
+
+def _pre_activations_of_all(
+    params: Params, x_BD: Float[np.ndarray, "B D"], *, config: SaeConfig
+) -> Float[np.ndarray, "B F"]:
+    """Pre-activations on the host, whatever the mesh the parameters lie on."""
+    everywhere = sharding(mesh_of(params["W_enc"]), ())
+    compute = jax.jit(partial(pre_activations, config=config), out_shardings=everywhere)
+    return np.asarray(compute(params, x_BD))
 
 
 def threshold_warning(
@@ -85,7 +101,7 @@ def threshold_warning(
     """
     penalty = config.train.sparsity
     l0 = penalty.target if isinstance(penalty, TargetL0Penalty) else TYPICAL_L0
-    pre_BF = pre_activations(params, jnp.asarray(x_BD), config=config.sae)
+    pre_BF = _pre_activations_of_all(params, x_BD, config=config.sae)
     needed, reachable = needed_threshold(pre_BF, l0=l0), reachable_threshold(config)
     if reachable >= needed:
         return None

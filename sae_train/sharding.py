@@ -8,8 +8,9 @@ Dims: B rows of a batch, D model width, F latents. `axis` is a mesh axis, `dim` 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,10 +69,12 @@ BATCH_DIMS = ("B", "D")
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """A (data, model) mesh over the first devices.
+    """A (data, model) mesh over as many devices of every process.
+
+    Devices of one process are neighbours, so that its part of a batch is one run of rows.
 
     Raises:
-        UserError: fewer devices than the mesh has places.
+        UserError: fewer devices than the mesh has places, or processes without a part in it.
     """
     needed, found = config.data * config.model, jax.device_count()
     if needed > found:
@@ -79,9 +82,47 @@ def make_mesh(config: MeshConfig) -> Mesh:
             f"mesh {config.data} x {config.model} (data x model) needs {needed} devices and JAX "
             f"sees {found} ({jax.default_backend()}): make mesh.data * mesh.model at most {found}"
         )
-    devices = np.asarray(jax.devices()[:needed]).reshape(config.data, config.model)
+    processes = jax.process_count()
+    each, rest = divmod(needed, processes)
+    groups = [[d for d in jax.devices() if d.process_index == p] for p in range(processes)]
+    if rest or min(map(len, groups)) < each:
+        sizes = ", ".join(str(len(group)) for group in groups)
+        raise UserError(
+            f"mesh {config.data} x {config.model} (data x model) needs {needed} devices, equally "
+            f"many of each of {processes} processes, and these have {sizes}: make mesh.data * "
+            f"mesh.model a multiple of {processes} that they can share, or change the number of "
+            "processes"
+        )
+    return _mesh([group[:each] for group in groups], shape=(config.data, config.model))
+
+
+def local_mesh() -> Mesh:
+    """One device of this process alone."""
+    return _mesh(jax.local_devices()[:1], shape=(1, 1))
+
+
+def _mesh(devices: Sequence[Any], *, shape: tuple[int, int]) -> Mesh:
     kinds = (jax.sharding.AxisType.Auto,) * 2
-    return Mesh(devices, AXES, axis_types=kinds)
+    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=kinds)
+
+
+def rows_here(mesh: Mesh, *, batch_size: int) -> slice:
+    """The rows of a batch that devices of this process hold: one run of them."""
+    placement = sharding(mesh, BATCH_DIMS)
+    held = placement.addressable_devices_indices_map((batch_size, 1)).values()
+    spans = [index[0].indices(batch_size) for index in held if index is not None]
+    return slice(min(start for start, _, _ in spans), max(stop for _, stop, _ in spans))
+
+
+def place_batch(rows_BD: np.ndarray, *, mesh: Mesh, batch_size: int, span: slice) -> Array:
+    """The batch of all processes on its devices, from this one's rows: those of `span`."""
+
+    def part(index: Any) -> np.ndarray:
+        start, stop, _ = index[0].indices(batch_size)
+        return rows_BD[start - span.start : stop - span.start]
+
+    shape = (batch_size, rows_BD.shape[1])
+    return jax.make_array_from_callback(shape, sharding(mesh, BATCH_DIMS), part)
 
 
 def spec(dims: tuple[str, ...]) -> PartitionSpec:
@@ -92,6 +133,13 @@ def spec(dims: tuple[str, ...]) -> PartitionSpec:
 def sharding(mesh: Mesh, dims: tuple[str, ...]) -> NamedSharding:
     """Where a tensor with these dims lives."""
     return NamedSharding(mesh, spec(dims))
+
+
+def mesh_of(array: Array) -> Mesh:
+    """The mesh an array of ours lies on."""
+    assert isinstance(array.sharding, NamedSharding), array.sharding
+    assert isinstance(array.sharding.mesh, Mesh)
+    return array.sharding.mesh
 
 
 def shape_of(tensor: Tensor, *, width: int, d_model: int) -> tuple[int, ...]:
