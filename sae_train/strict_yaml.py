@@ -53,6 +53,15 @@ for _name, _pattern, _first in _RESOLVERS:
     _Dumper.add_implicit_resolver(_PREFIX + _name, _pattern, _first)
 
 
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    # YAML's own line breaks beyond \n: only between double quotes, escaped, do they survive.
+    style = '"' if re.search("[\x85\u2028\u2029]", text) else None
+    return dumper.represent_scalar(_PREFIX + "str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
 @dataclass(frozen=True)
 class Document:
     """A parsed YAML text: its value, and the line (from 1) at which each path stands."""
