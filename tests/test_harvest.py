@@ -181,6 +181,8 @@ def test_stopped_and_started_again_it_ends_the_same(finished: Store, gemma, corp
     committed = {p: p.stat().st_mtime_ns for p in (path / "commits").iterdir()}
     with pytest.raises(UserError, match="has not finished"):
         open_store(path)
+    for stray in ("resid_post.0/c/0/0.__lock", "commits/.bucket-000000.json.5eed.tmp"):
+        (path / stray).write_bytes(b"what a killed process leaves")
     harvest(**made)
     assert {p: p.stat().st_mtime_ns for p in committed} == committed  # not made again
     assert file_hashes(path) == file_hashes(finished.path)
