@@ -262,8 +262,11 @@ def test_changed_text_is_refused_by_file(gemma, corpus, tmp_path: Path, state: s
 
 def test_before_the_first_commit_the_config_may_change(finished: Store, gemma, corpus, tmp_path):
     path = tmp_path / "s"
+    other = [SiteConfig(site="resid_post", layers=[0, 1])]
+    begun = sections(gemma, corpus, path, cache__sites=other, cache__dtype="bfloat16")
     with pytest.raises(Interrupted):
-        harvest(**sections(gemma, corpus, path, cache__seed=5), stop=StopAfter(1))
+        harvest(**begun, stop=StopAfter(1))
+    assert (path / "resid_post.1").exists()
     harvest(**sections(gemma, corpus, path), resolved_config_yaml="name: test\n")
     assert file_hashes(path) == file_hashes(finished.path)
 
