@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -79,8 +80,9 @@ def save_run(folder: Path, trained: Trained) -> Path:
     if trained.config.sae.threshold.parametrisation == "log":
         params["threshold"] = jnp.log(params["threshold"])
     d_model = len(trained.params["b_dec"])
-    state = init_state(trained.config.sae, d_model=d_model, seed=0, mesh=make_mesh(MeshConfig()))
-    state = dataclasses.replace(state, params=params, step=jnp.int32(trained.step))
+    born = init_state(trained.config.sae, d_model=d_model, seed=0, mesh=make_mesh(MeshConfig()))
+    state = dataclasses.replace(born, params=params, step=jnp.int32(trained.step))
+    state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, born))
     meta = checkpoint_meta(
         trained.config, input_scale=trained.input_scale, d_model=d_model, store=trained.store
     )

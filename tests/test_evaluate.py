@@ -75,9 +75,9 @@ class World:
 
 
 def text(path: Path) -> Path:
-    """Documents of a few words: many EOS, and a last sequence that padding fills up."""
+    """Many EOS, a last sequence that padding fills up, and text that spells out padding."""
     random = np.random.default_rng(4)
-    words = ["the", "and", "of", "there", "inner", "on", "re", "x"]
+    words = ["the", "and", "of", "there", "inner", "on", "re", "<pad>"]
     documents = [" ".join(random.choice(words, random.integers(3, 9))) for _ in range(60)]
     path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
     return path
@@ -216,7 +216,9 @@ def test_held_out_text_has_all_that_must_be_masked(world):
     tokens = world.held_out
     assert (tokens[:, 0] == BOS).all()
     assert (tokens[:, 1:] == EOS).sum() > 3
-    assert (tokens == PAD).sum() > 1
+    assert (tokens[-1] == PAD).sum() > 1
+    usable = ~np.isin(tokens, [PAD, EOS, BOS])
+    assert (usable[:, :-1] & (tokens[:, 1:] == PAD)).any()  # padding right after text
 
 
 @pytest.mark.parametrize("index", range(len(TAPS)))
