@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array
 
 from sae_train.config import LearningRateConfig, TrainConfig
 
@@ -21,9 +21,9 @@ from sae_train.config import LearningRateConfig, TrainConfig
 class Scheduled:
     """The scalars of one step, float32: NumPy's on the host, traced inside the step."""
 
-    learning_rate: Array | np.float32
-    sparsity_coefficient: Array | np.float32
-    bias_correction: Array | np.float32
+    learning_rate: Any
+    sparsity_coefficient: Any
+    bias_correction: Any
 
 
 def learning_rate_factor(config: LearningRateConfig, *, step: int, steps: int) -> float:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from sae_train.config import SaeConfig
-from sae_train.sae import Params
 from sae_train.sharding import LAST_FIRED, PARAMS, Tensor, shape_of, sharding
 
 
@@ -24,12 +24,14 @@ class TrainState:
         second_moment: Adam's v for each of them.
         last_fired: for each latent the step (counted from 1) in which it last fired, 0 for never.
         step: optimiser steps done.
+
+    Its leaves are arrays; in its twins, their shardings or their abstract shapes.
     """
 
-    params: Params
-    second_moment: Params
-    last_fired: Int[Array, " F"]
-    step: Int[Array, ""]
+    params: dict[str, Any]
+    second_moment: dict[str, Any]
+    last_fired: Any
+    step: Any
 
 
 def _map_table(leaf, scalar) -> TrainState:
