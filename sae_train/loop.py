@@ -113,17 +113,16 @@ class _Journal:
 
     def _row(self, step: int, metrics: StepMetrics) -> dict[str, Any]:
         scalars = scheduled(self.config.train, step=step - 1)
-        host = jax.device_get(metrics)
         return {
             "step": step,
             "tokens": step * self.config.train.batch_size,
-            "loss": float(host.loss),
-            "mse": float(host.mse),
-            "fvu": float(host.fvu),
-            "l0": float(host.l0),
-            "dead_fraction": float(host.dead_fraction),
-            "threshold_mean": float(host.threshold_mean),
-            "gradient_norm": float(host.gradient_norm),
+            "loss": float(metrics.loss),
+            "mse": float(metrics.mse),
+            "fvu": float(metrics.fvu),
+            "l0": float(metrics.l0),
+            "dead_fraction": float(metrics.dead_fraction),
+            "threshold_mean": float(metrics.threshold_mean),
+            "gradient_norm": float(metrics.gradient_norm),
             "learning_rate": float(scalars.learning_rate),
             "sparsity_coefficient": float(scalars.sparsity_coefficient),
         }

@@ -1,0 +1,24 @@
+"""Train the given config files one after the other, as one process of a group."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from activation_cache import distributed
+from sae_train.config_file import load_config
+from sae_train.loop import train
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING)
+    distributed.join()
+    for path in sys.argv[1:]:
+        config = load_config(path)
+        result = train(config)
+        assert result.step == config.train.steps
+    distributed.leave()
+
+
+if __name__ == "__main__":
+    main()
