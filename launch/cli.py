@@ -24,6 +24,10 @@ logger = logging.getLogger(__name__)
 EXIT_DONE, EXIT_BUG, EXIT_MISTAKE, EXIT_STOPPED = 0, 1, 2, 75
 
 _TARGET = "a config file, or a folder that holds a resolved config.yaml"
+_DRY_RUN = (
+    "--dry-run",
+    "where launch.on names a cluster: write and print what would be submitted, submit nothing",
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ COMMANDS = (
         details="Writes the store that cache.path names. Stopped or killed, the same command goes "
         "on from the last committed shard.",
         example="sae harvest configs/demo.yaml cache.tokens=1e6",
+        options=(_DRY_RUN,),
     ),
     Command(
         name="train",
@@ -57,7 +62,10 @@ COMMANDS = (
         details="Writes config.yaml, metrics.jsonl and checkpoints/ into the folder that output "
         "names, and goes on from its last checkpoint if there is one.",
         example="sae train configs/demo.yaml sweep=null train.learning_rate.peak=1e-3",
-        options=(("--fresh", "delete what an earlier run left in the folder and start anew"),),
+        options=(
+            ("--fresh", "delete what an earlier run left in the folder and start anew"),
+            _DRY_RUN,
+        ),
     ),
     Command(
         name="evaluate",
@@ -85,6 +93,7 @@ COMMANDS = (
         "stop the rest. Started again it does only what is missing.",
         example="sae sweep configs/demo.yaml",
         metavar="CONFIG-or-FOLDER",
+        options=(_DRY_RUN,),
     ),
     Command(
         name="report",

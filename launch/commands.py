@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from activation_cache.errors import Interrupted, UserError
-from launch import stages
+from launch import backends, stages
 from launch.signals import StopFlag
 from sae_train.config import Config
 from sae_train.config_file import FILE_NAME, load_config, read_run_config
@@ -67,7 +67,10 @@ def _trained_folders(config: Config) -> list[Path]:
 
 
 def harvest(arguments: argparse.Namespace, stop: StopFlag) -> int:
-    stages.harvest(target_config(arguments.target, arguments.overrides), stop=stop)
+    config = target_config(arguments.target, arguments.overrides)
+    if backends.is_elsewhere(config, dry_run=arguments.dry_run):
+        return backends.submit(config, command="harvest", dry_run=arguments.dry_run, stop=stop)
+    stages.harvest(config, stop=stop)
     return 0
 
 
@@ -78,6 +81,10 @@ def train(arguments: argparse.Namespace, stop: StopFlag) -> int:
             f"{arguments.target} has a sweep: `sae sweep {arguments.target}` runs all of it. To "
             "train one SAE with the config's own values add the override sweep=null"
         )
+    if backends.is_elsewhere(config, dry_run=arguments.dry_run):
+        if arguments.fresh:
+            raise UserError("--fresh deletes what is in the run's folder: give it where that is")
+        return backends.submit(config, command="train", dry_run=arguments.dry_run, stop=stop)
     clear_failure(config.output)
     try:
         stages.train(config, fresh=arguments.fresh, stop=stop)
@@ -110,7 +117,10 @@ def export(arguments: argparse.Namespace, stop: StopFlag) -> int:
 def sweep(arguments: argparse.Namespace, stop: StopFlag) -> int:
     from launch.sweep import run_sweep
 
-    return run_sweep(target_config(arguments.target, arguments.overrides), stop=stop)
+    config = target_config(arguments.target, arguments.overrides)
+    if backends.is_elsewhere(config, dry_run=arguments.dry_run):
+        return backends.submit(config, command="sweep", dry_run=arguments.dry_run, stop=stop)
+    return run_sweep(config, stop=stop)
 
 
 def report(arguments: argparse.Namespace, stop: StopFlag) -> int:

@@ -110,7 +110,8 @@ def _message(detail: Any, place: Place) -> tuple[Path, str]:
         valid = _tags(place.annotation, name)
         return (*place.path, name), _unknown_choice(detail["input"].get(name), valid)
     if kind == "literal_error" and not place.undecided:
-        valid = [str(choice) for choice in get_args(place.annotation)]
+        literals = filter(_is_literal, config_schema.alternatives(place.annotation))
+        valid = [str(choice) for literal in literals for choice in get_args(literal)]
         return place.path, _unknown_choice(detail["input"], valid)
     return place.path, _broken_rule(detail, place)
 

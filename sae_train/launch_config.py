@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from activation_cache.config import Count, NonNegative, PositiveCount, Section
+from sae_train.launch_kubernetes import KubernetesLaunch
 
 
 class LocalLaunch(Section):
@@ -30,5 +31,7 @@ def _default_local(section: Any) -> Any:
     return section
 
 
-# A further back end joins as `Annotated[LocalLaunch | Other, Field(discriminator="on"), ...]`.
-Launch = Annotated[LocalLaunch, BeforeValidator(_default_local)]
+# A further back end joins the union.
+Launch = Annotated[
+    LocalLaunch | KubernetesLaunch, Field(discriminator="on"), BeforeValidator(_default_local)
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from activation_cache.config import Section
 from sae_train.checkpoint import FREE_FIELDS
@@ -30,11 +30,18 @@ def field_default(key: str) -> Any:
     return "section" if isinstance(value, Section) else value
 
 
-def expected_keys() -> set[str]:
-    keys = set(dotted_keys())
-    (site,) = alternatives(child(Config, "cache")[0].model_fields["sites"].annotation)
-    (entry,) = site.__args__
-    return keys | {f"cache.sites.0.{name}" for name in entry.model_fields}
+def expected_keys(annotation: Any = Config, prefix: str = "") -> set[str]:
+    """Every key; entries of lists of sections as `.0.`, values of named sections as `.NAME.`."""
+    keys = set(dotted_keys(annotation, prefix)) if not prefix else set()
+    for section in sections(annotation):
+        for name, field in section.model_fields.items():
+            keys |= {prefix + name} | expected_keys(field.annotation, f"{prefix}{name}.")
+    for one in alternatives(annotation):
+        if get_origin(one) is list:
+            keys |= expected_keys(get_args(one)[0], f"{prefix}0.")
+        if get_origin(one) is dict:
+            keys |= expected_keys(get_args(one)[1], f"{prefix}NAME.")
+    return keys
 
 
 def test_every_key_is_documented_and_no_other() -> None:

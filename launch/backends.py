@@ -1,0 +1,44 @@
+"""Which back end runs a command: this process, or a cluster it is handed to.
+
+A back end renders a stage (`harvest`, `train`) or the whole (`sweep`) into files that anybody can
+read and submit by hand, and submits them. The copy of the config that travels with them says
+`launch: {on: local}`, so that the same command, run there, does the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from activation_cache.errors import UserError
+from sae_train.config import Config
+
+Command = Literal["harvest", "train", "sweep"]
+
+
+def is_elsewhere(config: Config, *, dry_run: bool) -> bool:
+    """Does another machine run this config's stages?
+
+    Raises:
+        UserError: a dry run was asked for where nothing is submitted.
+    """
+    if config.launch.on != "local":
+        return True
+    if dry_run:
+        raise UserError(
+            "--dry-run shows what would be submitted to a cluster, and launch.on is local: leave "
+            "it out, or choose a cluster in the launch section (docs/clusters.md)"
+        )
+    return False
+
+
+def submit(config: Config, *, command: Command, dry_run: bool, stop: Callable[[], bool]) -> int:
+    """Render, write and (unless `dry_run`) submit a command; returns the exit status.
+
+    Raises:
+        UserError: the config can't run there, or the cluster's own command is missing or refuses.
+        Interrupted: a signal came while the submitter followed the stages; they go on.
+    """
+    from launch import kubectl
+
+    return kubectl.submit(config, command=command, dry_run=dry_run, stop=stop)
