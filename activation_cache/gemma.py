@@ -7,9 +7,8 @@ norms of queries and keys before RoPE. In bfloat16 the scores, RoPE and the acti
 are computed in float32 and rounded once, where `transformers` rounds after each operation.
 
 Shapes: B sequences, S positions, D model width, V vocabulary, H query heads, G key-value heads,
-R = H / G, E head dim, T keys. Weights are [in, out]: measured 15 to 35 % faster than [out, in]
-on a CPU. The embedding stays [V, D]: it is looked up by row, and as the output projection it was
-faster so.
+R = H / G, E head dim, T keys. Projections are [in, out], so that products read `x @ W` (on a CPU
+as fast as [out, in]); the embedding stays [V, D], as it is looked up by row.
 """
 
 from __future__ import annotations
@@ -66,6 +65,16 @@ def _weight(module: nn.Module, name: str, shape: tuple[int, int]) -> Array:
     return module.param(name, nn.initializers.lecun_normal(), shape, jnp.float32)
 
 
+def _product(x: Array, weight: Array) -> Array:
+    """x @ weight, accumulated in float32 and rounded once.
+
+    Saying so explicitly costs nothing elsewhere and is what lets XLA use a CPU's bfloat16 matrix
+    units: 4 times faster where there are any.
+    """
+    wide = jnp.dot(x, weight, precision=PRECISION, preferred_element_type=jnp.float32)
+    return wide.astype(x.dtype)
+
+
 def _soft_cap(x: Array, cap: float | None) -> Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
@@ -96,9 +105,7 @@ class Attention(nn.Module):
 
         def heads(name: str, count: int) -> Array:
             weight = _weight(self, name, (c.d_model, count * c.head_dim))
-            return jnp.dot(x_BSD, weight, precision=PRECISION).reshape(
-                batch, length, count, c.head_dim
-            )
+            return _product(x_BSD, weight).reshape(batch, length, count, c.head_dim)
 
         q_BSHE, k_BSGE = heads("W_Q", c.num_heads), heads("W_K", c.num_kv_heads)
         v_BSGE = heads("W_V", c.num_kv_heads)
@@ -119,7 +126,7 @@ class Attention(nn.Module):
         ).reshape(batch, length, c.num_heads * c.head_dim)
         out_BSD = visit("attn_out_prelinear", out_BSD)
         weight = _weight(self, "W_O", (c.num_heads * c.head_dim, c.d_model))
-        return jnp.dot(out_BSD, weight, precision=PRECISION)
+        return _product(out_BSD, weight)
 
 
 def attend(
@@ -198,11 +205,11 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         c = self.config
-        gate = jnp.dot(x_BSD, _weight(self, "W_gate", (c.d_model, c.d_ff)), precision=PRECISION)
-        up = jnp.dot(x_BSD, _weight(self, "W_up", (c.d_model, c.d_ff)), precision=PRECISION)
+        gate = _product(x_BSD, _weight(self, "W_gate", (c.d_model, c.d_ff)))
+        up = _product(x_BSD, _weight(self, "W_up", (c.d_model, c.d_ff)))
         active = jax.nn.gelu(gate.astype(jnp.float32), approximate=True).astype(x_BSD.dtype)
         down = _weight(self, "W_down", (c.d_ff, c.d_model))
-        return jnp.dot(active * up, down, precision=PRECISION)
+        return _product(active * up, down)
 
 
 class Block(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,10 +265,13 @@ def test_layers_past_the_deepest_tap_are_not_computed(tmp_path: Path) -> None:
     # The parameters of later layers need not even be there.
     params = {key: model.params[key] for key in ("embedding", "layers_0")}
     taps = (Tap("resid_post", 0),)
-    forward = functools.partial(Gemma(model.config).apply, taps=taps, logits=False)
-    output: Any = jax.eval_shape(forward, {"params": params}, tokens)
-    assert output.logits is None
-    assert tuple(output.taps) == taps
+
+    def forward(params: Any, tokens: jax.Array) -> dict[Tap, jax.Array]:
+        output: Any = Gemma(model.config).apply(params, tokens, taps=taps, logits=False)
+        assert output.logits is None
+        return output.taps
+
+    assert tuple(jax.eval_shape(forward, {"params": params}, tokens)) == taps
 
 
 @pytest.mark.parametrize("window", [None, 300])
