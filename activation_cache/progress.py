@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 LOG_INTERVAL_SECONDS = 15.0
 
 
-def _amount(value: float) -> str:
+def _amount(value: int | float) -> str:
     """1234567 -> '1.23M'."""
     for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit:
@@ -23,7 +23,7 @@ def _amount(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: int | float) -> str:
     whole = int(seconds)
     if whole >= 3600:
         return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

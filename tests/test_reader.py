@@ -132,7 +132,7 @@ def test_a_damaged_array_description_is_named(tmp_path: Path):
     store = write_store(tmp_path, make_manifest(rows=ROWS, width=WIDTH))
     description = tmp_path / TAP.name / "zarr.json"
     description.write_text(description.read_text().replace(str(ROWS), str(ROWS - 1)))
-    with pytest.raises(UserError, match="resid_post.1"):
+    with pytest.raises(UserError, match=r"resid_post\.1"):
         read(store, [0], batch_size=8, seed=0)
 
 
