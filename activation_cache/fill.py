@@ -28,9 +28,9 @@ from activation_cache.writer import Bucket
 class _Batch:
     """One forward pass under way: its sequences and the activations to come."""
 
-    sequences: Int64[np.ndarray, "B"]
-    tokens: Int32[np.ndarray, "B S"]
-    activations: dict[Tap, Float[Array, "B S D"]]
+    sequences: Int64[np.ndarray, "N"]
+    tokens: Int32[np.ndarray, "N S"]
+    activations: dict[Tap, Float[Array, "B S _"]]  # of the first N <= B sequences and filling
 
 
 class BucketFiller:
@@ -92,7 +92,7 @@ class BucketFiller:
         if ahead is not None:
             yield ahead
 
-    def _activations(self, tokens: Int32[np.ndarray, "B S"]) -> dict[Tap, Float[Array, "B S D"]]:
+    def _activations(self, tokens: Int32[np.ndarray, "B S"]) -> dict[Tap, Float[Array, "B S _"]]:
         found = self.model.activations(tokens, tuple(self.taps))
         if self.manifest.dtype == "bfloat16":  # rounded on the device: half the bytes to copy
             found = {tap: values.astype(jnp.bfloat16) for tap, values in found.items()}

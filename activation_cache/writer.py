@@ -36,7 +36,7 @@ class Bucket:
     """The rows of one bucket in the order they are stored. Legend: N rows, D width."""
 
     number: int
-    activations: dict[Tap, Float[np.ndarray, "N D"]]
+    activations: dict[Tap, Float[np.ndarray, "N _"]]
     sequence: Int32[np.ndarray, "N"]
     position: Int32[np.ndarray, "N"]
 
