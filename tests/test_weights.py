@@ -229,8 +229,10 @@ def test_fingerprint_follows_weights_and_config(folder: Path, tmp_path: Path) ->
     first = weight_fingerprint(model_of(folder))
     assert weight_fingerprint(model_of(write_tiny_gemma(tmp_path / "copy"))) == first
     assert weight_fingerprint(model_of(write_tiny_gemma(tmp_path / "other", seed=1))) != first
-    raw = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(raw | {"final_logit_softcapping": 30.0}))
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(
+        config.replace('"sliding_window": 5', '"sliding_window": 6')
+    )
     assert weight_fingerprint(model_of(folder)) != first
 
 
