@@ -11,7 +11,7 @@ from activation_cache.errors import Interrupted, UserError
 from launch import backends, stages
 from launch.signals import StopFlag
 from sae_train.config import Config
-from sae_train.config_file import FILE_NAME, load_config, read_run_config
+from sae_train.config_file import FILE_NAME, load_config, read_run_config, write_config
 from sae_train.run_folder import (
     clear_failure,
     newest_checkpoint,
@@ -56,7 +56,13 @@ def _trained_folders(config: Config) -> list[Path]:
         UserError: none has one.
     """
     folder = Path(config.output)
-    runs = run_folders(folder)
+    if config.sweep is not None and not (folder / FILE_NAME).exists():
+        from launch.sweep import expand
+
+        # Trained one by one on a cluster: nothing has written the sweep's own folder yet.
+        runs = [run.folder for run in expand(config)]
+    else:
+        runs = run_folders(folder)
     trained = [run for run in runs if newest_checkpoint(run) is not None]
     if not trained:
         raise UserError(f"{folder} holds no trained run yet: start with `sae train` or `sae sweep`")
@@ -126,8 +132,13 @@ def sweep(arguments: argparse.Namespace, stop: StopFlag) -> int:
 def report(arguments: argparse.Namespace, stop: StopFlag) -> int:
     from launch.console import print_line
 
+    folder = target_folder(arguments.target)
+    if not (folder / FILE_NAME).exists():
+        config = target_config(arguments.target)
+        if config.sweep is not None and folder.exists():
+            write_config(config, folder)  # a cluster trained its runs one by one
     with stop.at_once():
-        print_line(str(stages.report(target_folder(arguments.target))))
+        print_line(str(stages.report(folder)))
     return 0
 
 

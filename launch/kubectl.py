@@ -1,4 +1,4 @@
-"""Submitting manifests with kubectl, and following them: harvest, then the runs, then the report.
+"""Submitting manifests with kubectl and following them: harvest, runs, evaluation, report.
 
 JobSets know nothing of each other, so what keeps their order is the `sae sweep` that submitted
 them. It holds no state: stopped and started again it finds on the cluster what it submitted
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +24,7 @@ from activation_cache.errors import Interrupted, UserError
 from launch.backends import Command
 from launch.kubernetes import (
     Manifest,
+    Stage,
     dns_name,
     kubernetes_launch,
     render,
@@ -35,9 +37,24 @@ logger = logging.getLogger(__name__)
 
 State = Literal["absent", "at work", "done", "failed"]
 
+_ORDER: tuple[Stage, ...] = ("harvest", "train", "evaluate", "report")
 _POLL_SECONDS = 15.0
 _STOP_SECONDS = 0.5  # how soon a signal is answered
 _TRIES = 5  # of a question to the cluster, which may be away for a while
+
+
+@dataclass(frozen=True)
+class Found:
+    """A JobSet as the cluster tells of it.
+
+    Attributes:
+        digest: of the manifest that made it (`Manifest.digest`).
+        created: when, in a form that sorts.
+    """
+
+    state: State
+    digest: str | None = None
+    created: str = ""
 
 
 def submit(config: Config, *, command: Command, dry_run: bool, stop: Callable[[], bool]) -> int:
@@ -83,15 +100,17 @@ def manifest_folder(config: Config) -> Path:
 def _run_sweep(
     files: Sequence[tuple[Manifest, Path]], follower: Follower, *, at_once: int | None
 ) -> int:
-    of_stage = {
-        stage: [pair for pair in files if pair[0].stage == stage]
-        for stage in ("harvest", "train", "report")
-    }
-    if follower.run(of_stage["harvest"]):
-        logger.error("nothing was trained: mend the cause and give the same command")
-        return 1
-    failed = follower.run(of_stage["train"], at_once=at_once)
-    failed += follower.run(of_stage["report"])
+    """Stage after stage; without a store nothing goes on, a failed run leaves the others theirs."""
+    failed: list[Manifest] = []
+    newest = ""
+    for stage in _ORDER:
+        of_stage = [pair for pair in files if pair[0].stage == stage]
+        # What is evaluated or reported already is so only if nothing was trained since.
+        after = newest if stage in ("evaluate", "report") else ""
+        failed += follower.run(of_stage, at_once=at_once, after=after)
+        newest = max(newest, follower.newest)
+        if stage == "harvest" and failed:
+            break
     if failed:
         names = ", ".join(f"{one.stage} {one.run}" for one in failed)
         logger.error("failed: %s. The same command does only what is missing", names)
@@ -129,44 +148,47 @@ class Kubectl:
             raise UserError(f"kubectl {' '.join(arguments)} failed: {words}")
         return done.stdout
 
-    def look(self, manifest: Manifest) -> tuple[State, str | None]:
-        """Where a manifest's JobSet stands, and the digest of the manifest that made it."""
+    def look(self, manifest: Manifest) -> Found:
+        """Where a manifest's JobSet stands."""
         text = self.run("get", "jobset", manifest.name, "--ignore-not-found", "-o", "json")
         if not text.strip():
-            return "absent", None
+            return Found(state="absent")
         found = json.loads(text)
-        digest = found["metadata"].get("annotations", {}).get(f"{OUR_PREFIX}digest")
         conditions = found.get("status", {}).get("conditions", [])
         true = {one["type"] for one in conditions if one.get("status") == "True"}
         state: State = (
             "failed" if "Failed" in true else "done" if "Completed" in true else "at work"
         )
-        return state, digest
+        return Found(
+            state=state,
+            digest=found["metadata"].get("annotations", {}).get(f"{OUR_PREFIX}digest"),
+            created=found["metadata"].get("creationTimestamp", ""),
+        )
 
-    def submit(self, manifest: Manifest, file: Path) -> bool:
-        """Apply a manifest unless its JobSet is at work or done; returns whether it was applied.
+    def submit(self, manifest: Manifest, file: Path, *, after: str = "") -> None:
+        """Apply a manifest unless its JobSet is at work or done.
 
-        One that failed, or that is done and came from another config, is deleted first.
+        One that failed, and one that is done but came from another config or is not newer than
+        `after`, is deleted first.
 
         Raises:
             UserError: one from another config is at work, or kubectl refuses.
         """
-        state, digest = self.look(manifest)
-        same = digest == manifest.digest
-        if state == "at work" and not same:
+        found = self.look(manifest)
+        same = found.digest == manifest.digest
+        if found.state == "at work" and not same:
             raise UserError(
                 f"JobSet {manifest.name} is at work with another config, and both would write to "
                 "the same folder: wait for it, or end it with "
                 f"`{self.shown('delete', 'jobset', manifest.name)}`"
             )
-        if same and state in ("at work", "done"):
-            logger.info("%s %s is %s already", manifest.stage, manifest.run, state)
-            return False
-        if state != "absent":
+        if found.state == "at work" or (found.state == "done" and same and found.created >= after):
+            logger.info("%s %s is %s already", manifest.stage, manifest.run, found.state)
+            return
+        if found.state != "absent":
             self.run("delete", "jobset", manifest.name, "--wait=true")
         self.run("apply", "-f", os.fspath(file))
         logger.info("submitted %s %s as JobSet %s", manifest.stage, manifest.run, manifest.name)
-        return True
 
     def logs_command(self, manifest: Manifest, *, follow: bool = False) -> str:
         """The command line that shows what the pods of a stage say."""
@@ -184,9 +206,10 @@ class Follower:
     def __init__(self, kubectl: Kubectl, *, stop: Callable[[], bool]) -> None:
         self.kubectl = kubectl
         self.stop = stop
+        self.newest = ""  # when the newest JobSet that was followed was made
 
     def run(
-        self, files: Sequence[tuple[Manifest, Path]], *, at_once: int | None = None
+        self, files: Sequence[tuple[Manifest, Path]], *, at_once: int | None, after: str = ""
     ) -> list[Manifest]:
         """Submit manifests, at most `at_once` at a time, and return those that failed.
 
@@ -199,30 +222,35 @@ class Follower:
         while waiting or at_work:
             while waiting and (at_once is None or len(at_work) < at_once):
                 manifest, file = waiting.pop(0)
-                self.kubectl.submit(manifest, file)
+                self.kubectl.submit(manifest, file, after=after)
                 at_work.append(manifest)
-            states = {one.name: self._state(one) for one in at_work}
+            still = []
             for one in at_work:
-                if states[one.name] in ("failed", "absent"):
-                    failed.append(one)
-                    self._tell_failure(one, states[one.name])
-                elif states[one.name] == "done":
+                state = self._state(one)
+                if state == "at work":
+                    still.append(one)
+                elif state == "done":
                     logger.info("%s %s is done", one.stage, one.run)
-            finished = [one for one in at_work if states[one.name] != "at work"]
-            at_work = [one for one in at_work if states[one.name] == "at work"]
-            if at_work and not finished:
+                else:
+                    failed.append(one)
+                    self._tell_failure(one, state)
+            if len(still) == len(at_work):
                 self._pause()
+            at_work = still
         return failed
 
     def _state(self, manifest: Manifest) -> State:
         for left in reversed(range(_TRIES)):
             try:
-                return self.kubectl.look(manifest)[0]
+                found = self.kubectl.look(manifest)
             except UserError as error:
                 if not left:
                     raise
                 logger.warning("%s; asking again", error)
                 self._pause()
+            else:
+                self.newest = max(self.newest, found.created)
+                return found.state
         raise AssertionError("the loop returns or raises")
 
     def _tell_failure(self, manifest: Manifest, state: State) -> None:

@@ -32,13 +32,12 @@ from launch.sweep import expand
 from sae_train.config import Config
 from sae_train.config_file import resolved_yaml
 from sae_train.launch_config import LocalLaunch
-from sae_train.launch_kubernetes import CONFIG_FOLDER, OUR_PREFIX, KubernetesLaunch, TpuNodes
+from sae_train.launch_kubernetes import OUR_PREFIX, KubernetesLaunch, TpuNodes
 
-Stage = Literal["harvest", "train", "report"]
+Stage = Literal["harvest", "train", "evaluate", "report"]
 
 REPLICATED_JOB = "node"  # pods are <JobSet>-node-0-<index>
 _EXIT_MISTAKE, _EXIT_STOPPED = 2, 75
-_CONTAINER = "sae"
 _LONGEST_LABEL = 63
 # A pod's full name, <JobSet>-node-0-<index>-<5 letters>, has to be a DNS label too.
 _LONGEST_NAME = _LONGEST_LABEL - len(f"-{REPLICATED_JOB}-0-9999-abcde")
@@ -102,8 +101,8 @@ class Manifest:
 def render(config: Config, *, command: Command) -> list[Manifest]:
     """The manifests of a command, in the order in which their stages run.
 
-    `sweep` gives a harvest, one training per run and a report, which is the local `sae sweep`
-    finding everything but evaluation, release and report done.
+    `sweep` gives a harvest, one training per run, the evaluation of all runs in one pass of the
+    model, and their release and report, for which one pod without accelerators is enough.
 
     Raises:
         UserError: a path that no volume keeps, or a mesh that the nodes don't have.
@@ -119,7 +118,8 @@ def render(config: Config, *, command: Command) -> list[Manifest]:
                 ("train", f"1-train-{number:0{digits}}.yaml", run.config)
                 for number, run in enumerate(runs, 1)
             ),
-            ("report", "2-report.yaml", config),
+            ("evaluate", "2-evaluate.yaml", config),
+            ("report", "3-report.yaml", config),
         ]
     else:
         stages = [(command, f"{command}.yaml", config)]
@@ -232,12 +232,12 @@ def _job_set_spec(
     config_map: str,
     labels: dict[str, str],
 ) -> dict[str, Any]:
-    processes = launch.nodes.count
-    arguments = {"harvest": "harvest", "train": "train", "report": "sweep"}[stage]
+    light = stage == "report"
+    processes = 1 if light else launch.nodes.count
     pod = pod_template(
         launch,
-        container=_CONTAINER,
-        command=["sae", arguments, posixpath.join(CONFIG_FOLDER, CONFIG_KEY)],
+        commands=["export", "report"] if light else [stage],
+        light=light,
         config_map=config_map,
         coordinator=f"{name}-{REPLICATED_JOB}-0-0.{name}",
         labels=labels,
@@ -276,14 +276,10 @@ def _job_set_spec(
 def _pod_failure_rules() -> list[dict[str, Any]]:
     """The first rule that matches counts; a pod that none matches fails the Job."""
     return [
-        {"action": "FailJob", "onExitCodes": _exit_codes(_EXIT_MISTAKE)},
-        {"action": "Ignore", "onExitCodes": _exit_codes(_EXIT_STOPPED)},
+        {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [_EXIT_MISTAKE]}},
+        {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [_EXIT_STOPPED]}},
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
     ]
-
-
-def _exit_codes(*values: int) -> dict[str, Any]:
-    return {"containerName": _CONTAINER, "operator": "In", "values": list(values)}
 
 
 def _check_paths(config: Config, launch: KubernetesLaunch) -> None:

@@ -1,4 +1,4 @@
-"""The pod of a stage: one container that runs `sae`, what it needs and what it is told.
+"""The pod of a stage: the containers that run `sae`, what they need and what they are told.
 
 The processes find each other by the DNS name of pod 0 and count themselves by the Job's
 completion index (`activation_cache/distributed.py` reads the SAE_* variables).
@@ -6,6 +6,7 @@ completion index (`activation_cache/distributed.py` reads the SAE_* variables).
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,8 +42,8 @@ WAIT_FOR_HANDLER = (
 def pod_template(
     launch: KubernetesLaunch,
     *,
-    container: str,
-    command: Sequence[str],
+    commands: Sequence[str],
+    light: bool,
     config_map: str,
     coordinator: str,
     labels: dict[str, str],
@@ -50,37 +51,28 @@ def pod_template(
     """The pod template of a stage's Job, as plain data.
 
     Args:
-        command: what to run; no shell reads it.
+        commands: `sae` commands, run one after the other.
+        light: one pod that needs no accelerator, and may run on any node.
         config_map: the ConfigMap that is mounted at `CONFIG_FOLDER`.
         coordinator: the DNS name of pod 0, in the namespace.
         labels: of the pod, so that `kubectl logs -l` finds it.
     """
+    containers = [
+        _container(launch, command=command, light=light, coordinator=coordinator)
+        for command in commands
+    ]
+    *first, last = containers
     spec: dict[str, Any] = {
         "restartPolicy": "Never",  # the Job's pod failure policy decides, and asks for this
         "terminationGracePeriodSeconds": launch.grace_seconds,
-        "nodeSelector": {**_accelerator_selector(launch), **launch.node_selector},
+        "nodeSelector": {} if light else {**_accelerator_selector(launch), **launch.node_selector},
         "tolerations": [_toleration(one) for one in launch.tolerations],
         "priorityClassName": launch.priority_class,
         "serviceAccountName": launch.service_account,
         "imagePullSecrets": [{"name": name} for name in launch.image_pull_secrets],
-        "containers": [
-            {
-                "name": container,
-                "image": launch.image,
-                "command": list(command),
-                "workingDir": launch.working_dir,
-                "env": _environment(launch, coordinator=coordinator),
-                "envFrom": [{"secretRef": {"name": name}} for name in launch.env_from_secrets],
-                "resources": _resources(launch),
-                "volumeMounts": [
-                    {"name": _CONFIG_VOLUME, "mountPath": CONFIG_FOLDER, "readOnly": True},
-                    *(_mount(number, volume) for number, volume in enumerate(launch.volumes)),
-                ],
-                "lifecycle": {
-                    "preStop": {"exec": {"command": ["/bin/sh", "-c", WAIT_FOR_HANDLER]}}
-                },
-            }
-        ],
+        "initContainers": first,
+        # An init container may have no hooks.
+        "containers": [{**last, "lifecycle": {"preStop": _run_in_shell(WAIT_FOR_HANDLER)}}],
         "volumes": [
             {"name": _CONFIG_VOLUME, "configMap": {"name": config_map}},
             *(
@@ -89,8 +81,31 @@ def pod_template(
             ),
         ],
     }
-    spec["containers"] = [_without_empty(one) for one in spec["containers"]]
     return {"metadata": {"labels": labels}, "spec": _without_empty(spec)}
+
+
+def _container(
+    launch: KubernetesLaunch, *, command: str, light: bool, coordinator: str
+) -> dict[str, Any]:
+    return _without_empty(
+        {
+            "name": command,
+            "image": launch.image,
+            "command": ["sae", command, posixpath.join(CONFIG_FOLDER, CONFIG_KEY)],
+            "workingDir": launch.working_dir,
+            "env": _environment(launch, light=light, coordinator=coordinator),
+            "envFrom": [{"secretRef": {"name": name}} for name in launch.env_from_secrets],
+            "resources": _light_resources(launch) if light else _resources(launch),
+            "volumeMounts": [
+                {"name": _CONFIG_VOLUME, "mountPath": CONFIG_FOLDER, "readOnly": True},
+                *(_mount(number, volume) for number, volume in enumerate(launch.volumes)),
+            ],
+        }
+    )
+
+
+def _run_in_shell(script: str) -> dict[str, Any]:
+    return {"exec": {"command": ["/bin/sh", "-c", script]}}
 
 
 def _without_empty(section: dict[str, Any]) -> dict[str, Any]:
@@ -125,11 +140,20 @@ def _resources(launch: KubernetesLaunch) -> dict[str, Any]:
     )
 
 
-def _environment(launch: KubernetesLaunch, *, coordinator: str) -> list[dict[str, Any]]:
+def _light_resources(launch: KubernetesLaunch) -> dict[str, Any]:
+    memory = {"memory": launch.report_memory}
+    return {"requests": dict(memory), "limits": memory}
+
+
+def _environment(
+    launch: KubernetesLaunch, *, light: bool, coordinator: str
+) -> list[dict[str, Any]]:
     own: list[dict[str, Any]] = [
         {"name": "SAE_HEARTBEAT_SECONDS", "value": str(launch.heartbeat_seconds)}
     ]
-    if launch.nodes.count > 1:
+    if light:
+        own.append({"name": "JAX_PLATFORMS", "value": "cpu"})
+    elif launch.nodes.count > 1:
         own += [
             {"name": "SAE_COORDINATOR", "value": f"{coordinator}:{_COORDINATOR_PORT}"},
             {"name": "SAE_NUM_PROCESSES", "value": str(launch.nodes.count)},
@@ -140,7 +164,9 @@ def _environment(launch: KubernetesLaunch, *, coordinator: str) -> list[dict[str
         ]
     # Kubernetes expands $(NAME) in a value; $$ is how it spells a plain $.
     plain = [
-        {"name": name, "value": value.replace("$", "$$")} for name, value in launch.env.items()
+        {"name": name, "value": value.replace("$", "$$")}
+        for name, value in launch.env.items()
+        if name not in [one["name"] for one in own]
     ]
     secret = [
         {"name": name, "valueFrom": {"secretKeyRef": {"name": one.secret, "key": one.key}}}

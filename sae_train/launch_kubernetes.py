@@ -252,6 +252,7 @@ class KubernetesLaunch(Section):
     cpu: Quantity | None = None
     memory: Quantity | None = None
     ephemeral_storage: Quantity | None = None
+    report_memory: Quantity = "16Gi"  # of the pod without accelerators that exports and reports
     node_selector: dict[LabelName, LabelValue] = Field(default_factory=dict)
     tolerations: list[Toleration] = Field(default_factory=list)
     labels: dict[LabelName, LabelValue] = Field(default_factory=dict)

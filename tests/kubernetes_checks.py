@@ -63,17 +63,23 @@ def check_rules(job_set: dict[str, Any]) -> None:
 
 def _check_pod(pod: dict[str, Any], failure_rules: list[dict[str, Any]]) -> None:
     assert pod["restartPolicy"] == "Never", "a pod failure policy asks for it"
-    (container,) = pod["containers"]
     for rule in failure_rules:
         codes = rule.get("onExitCodes")
         assert ("onExitCodes" in rule) != ("onPodConditions" in rule), "one of the two"
         if codes is not None:
-            assert codes["containerName"] == container["name"]
             assert 0 not in codes["values"]
             assert codes["values"] == sorted(set(codes["values"]))
+    containers = [*pod.get("initContainers", []), *pod["containers"]]
+    assert len({one["name"] for one in containers}) == len(containers)
+    assert all("lifecycle" not in one for one in pod.get("initContainers", []))
     volumes = [one["name"] for one in pod["volumes"]]
-    mounts = [one["mountPath"] for one in container["volumeMounts"]]
     assert len(set(volumes)) == len(volumes)
+    for container in containers:
+        _check_container(container, volumes)
+
+
+def _check_container(container: dict[str, Any], volumes: list[str]) -> None:
+    mounts = [one["mountPath"] for one in container["volumeMounts"]]
     assert len(set(mounts)) == len(mounts)
     assert {one["name"] for one in container["volumeMounts"]} == set(volumes)
     variables = [one["name"] for one in container["env"]]

@@ -27,6 +27,7 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.read = 0  # lines of the log
         self.set_plan()
 
     def set_plan(self, *, failing: str = "") -> None:
@@ -35,8 +36,8 @@ class Cluster:
     def log(self) -> list[list[str]]:
         log = self.folder / "log.jsonl"
         lines = log.read_text().splitlines() if log.exists() else []
-        log.unlink(missing_ok=True)
-        return [json.loads(line) for line in lines]
+        news, self.read = lines[self.read :], len(lines)
+        return [json.loads(line) for line in news]
 
     def applied(self) -> list[str]:
         """The files applied since the last question, and what was deleted."""
@@ -76,7 +77,7 @@ def test_a_sweep_is_submitted_in_order(cluster: Cluster, tmp_path: Path) -> None
     log = cluster.log()
     applied = [Path(words[-1]).name for words in log if "apply" in words]
     trained = ["1-train-1.yaml", "1-train-2.yaml", "1-train-3.yaml"]
-    assert applied == ["0-harvest.yaml", *trained, "2-report.yaml"]
+    assert applied == ["0-harvest.yaml", *trained, "2-evaluate.yaml", "3-report.yaml"]
     ends = {name: json.loads(file.read_text()) for name, file in names(cluster)}
     assert {one["status"]["conditions"][1]["type"] for one in ends.values()} == {"Completed"}
     harvest_seen = [n for n, words in enumerate(log) if "get" in words and "harvest" in words[2]]
@@ -115,12 +116,17 @@ def test_a_failed_run_does_not_stop_the_rest(
     config = config_in(tmp_path, {"context": "prod", "namespace": "interp"}, **SWEEP)
     cluster.set_plan(failing="seed_1")
     assert submit(config) == 1
-    assert cluster.applied()[-1] == "2-report.yaml", "the others are reported"
+    assert cluster.applied()[-2:] == ["2-evaluate.yaml", "3-report.yaml"], "of the others"
     assert "train tiny-seed_1 failed" in caplog.text
     assert "kubectl --context prod --namespace interp describe jobset tiny-seed-1-" in caplog.text
     cluster.set_plan()
     assert submit(config) == 0
-    assert cluster.applied() == ["delete", "1-train-2.yaml"], "only what is missing"
+    again = ["1-train-2.yaml", "2-evaluate.yaml", "3-report.yaml"]
+    found = cluster.applied()
+    assert found[1::2] == again, "what is missing, and what was made without it"
+    assert found[::2] == ["delete"] * 3
+    assert submit(config) == 0
+    assert cluster.applied() == []
 
 
 def test_nothing_is_trained_without_a_store(cluster: Cluster, tmp_path: Path) -> None:
@@ -211,7 +217,7 @@ def test_a_dry_run_prints_and_writes_and_submits_nothing(
     assert main(["sweep", path, "--dry-run", f"launch.manifests={there}"]) == 0
     printed = capsys.readouterr().out
     documents = list(yaml.safe_load_all(printed))
-    assert [one["kind"] for one in documents] == ["ConfigMap", "JobSet"] * 5
+    assert [one["kind"] for one in documents] == ["ConfigMap", "JobSet"] * 6
     for document in documents:
         check(document)
     written = sorted((tmp_path / "manifests").iterdir())

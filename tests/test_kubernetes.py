@@ -96,7 +96,7 @@ def test_kubernetes_takes_every_manifest(kind: str) -> None:
     launch, mesh = NODES[kind]
     config = cluster_config(launch, mesh=mesh, **SWEEP)
     manifests = render(config, command="sweep")
-    assert [one.stage for one in manifests] == ["harvest", "train", "train", "report"]
+    assert [one.stage for one in manifests] == ["harvest", "train", "train", "evaluate", "report"]
     for manifest in manifests:
         documents = list(yaml.safe_load_all(manifest.text))
         assert documents == list(manifest.documents), "the file says what was meant"
@@ -165,6 +165,20 @@ def test_one_node_is_one_process_on_its_own() -> None:
     assert names == [distributed.HEARTBEAT]
 
 
+def test_release_and_report_need_no_accelerator() -> None:
+    manifest = render(cluster_config(EVERYTHING, **SWEEP), command="sweep")[-1]
+    pod, job = pod_of(manifest), manifest.documents[1]["spec"]["replicatedJobs"][0]["template"]
+    assert job["spec"]["completions"] == 1
+    assert "nodeSelector" not in pod
+    containers = [*pod["initContainers"], *pod["containers"]]
+    assert [one["command"][1] for one in containers] == ["export", "report"]
+    for container in containers:
+        assert container["resources"]["limits"] == {"memory": "16Gi"}
+        variables = {one["name"]: one.get("value") for one in container["env"]}
+        assert variables["JAX_PLATFORMS"] == "cpu"
+        assert distributed.NUM_PROCESSES not in variables
+
+
 def test_accelerators() -> None:
     def found(name: str) -> tuple[dict[str, str], dict[str, str]]:
         launch, mesh = NODES[name]
@@ -202,13 +216,12 @@ def test_a_slice_stays_in_one_node_pool() -> None:
 def test_the_config_travels_and_runs_there(tmp_path: Path) -> None:
     config = cluster_config(EVERYTHING, **SWEEP)
     manifests = render(config, command="sweep")
-    expected = {"harvest": [config], "report": [config]}
+    expected = {"harvest": [config], "evaluate": [config], "report": [config]}
     expected["train"] = [run.config for run in expand(config)]
-    commands = {"harvest": "harvest", "train": "train", "report": "sweep"}
     for manifest in manifests:
         container = container_of(manifest)
         executable, command, path = container["command"]
-        assert (executable, command) == ("sae", commands[manifest.stage])
+        assert (executable, command) == ("sae", manifest.stage)
         assert cli._parse(container["command"][1:]).command == command
         assert container["workingDir"] == "/data"
         folder, _, key = path.rpartition("/")
@@ -352,7 +365,7 @@ def test_files_sort_in_the_order_of_submission(tmp_path: Path) -> None:
     config = cluster_config(**{"sweep.grid": {"train.seed": list(range(12))}})
     files = write_manifests(render(config, command="sweep"), tmp_path)
     assert [file.name for file in files] == sorted(path.name for path in tmp_path.iterdir())
-    assert len(files) == 14
+    assert len(files) == 15
 
 
 def test_the_hook_waits_until_sigterm_is_heard() -> None:
