@@ -66,6 +66,17 @@ class ArrayLayout:
             int(np.prod(self.shape[1:], dtype=np.int64)) * ts.dtype(self.dtype).numpy_dtype.itemsize
         )
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all shards once every row is written; `zarr.json`, under 2 kB, is not counted.
+
+        Each chunk is whole (the last one is filled up) and followed by its crc32c; each shard ends
+        in an index of 16 bytes for each chunk it has room for, and the index's crc32c.
+        """
+        chunks, shards = (-(-self.shape[0] // n) for n in (self.chunk_rows, self.shard_rows))
+        index = 16 * (self.shard_rows // self.chunk_rows) + 4
+        return chunks * (self.chunk_rows * self.row_bytes + 4) + shards * index
+
     def shard_file(self, row: int) -> Path:
         """The file that holds `row`."""
         inner = ["0"] * (len(self.shape) - 1)

@@ -12,6 +12,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from activation_cache.errors import Interrupted, UserError
 from launch import commands
@@ -43,6 +44,7 @@ class Command:
     target: str = _TARGET
     overrides: bool = True
     options: tuple[tuple[str, str], ...] = ()
+    settings: tuple[tuple[str, Callable[[str], Any], Any, str], ...] = ()  # with a value
 
 
 COMMANDS = (
@@ -103,6 +105,23 @@ COMMANDS = (
         example="sae report runs/demo",
         metavar="CONFIG-or-FOLDER",
         overrides=False,
+    ),
+    Command(
+        name="plan",
+        handler=commands.plan,
+        summary="say what a config needs before anything is spent",
+        details="Bytes of the store, memory of a device, FLOPs, all-reduced bytes, hours and cost, "
+        "and the nearest mesh that fits where the config's doesn't. Opens no store and needs "
+        "neither weights nor devices. docs/plan.md explains the tables.",
+        example="sae plan configs/demo.yaml --accelerator h200 --mfu 0.4 --price 2.5",
+        metavar="CONFIG-or-FOLDER",
+        options=(("--json", "print one JSON object instead of tables"),),
+        settings=(
+            ("--accelerator", str, None, "v5e, v5p, v6e, a100, h100 or h200; else all of them"),
+            ("--devices", int, None, "how many there are; else as many as the mesh has places"),
+            ("--mfu", float, 0.4, "share of the accelerator's peak that is reached (0.4)"),
+            ("--price", float, None, "of one device for one hour; else no cost is given"),
+        ),
     ),
     Command(
         name="status",
@@ -200,6 +219,8 @@ def _add_command(parsers: argparse._SubParsersAction, command: Command) -> None:
         parser.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides")
     for flag, words in command.options:
         parser.add_argument(flag, action="store_true", help=words)
+    for flag, kind, default, words in command.settings:
+        parser.add_argument(flag, type=kind, default=default, help=words)
     parser.add_argument("-v", "--verbose", action="store_true", help="log more")
     parser.add_argument("-q", "--quiet", action="store_true", help="log warnings only")
     parser.set_defaults(handler=command.handler)

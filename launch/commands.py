@@ -142,6 +142,14 @@ def report(arguments: argparse.Namespace, stop: StopFlag) -> int:
     return 0
 
 
+def plan(arguments: argparse.Namespace, stop: StopFlag) -> int:
+    from launch.planning import show_plan
+
+    with stop.at_once():
+        show_plan(target_config(arguments.target, arguments.overrides), arguments)
+    return 0
+
+
 def status(arguments: argparse.Namespace, stop: StopFlag) -> int:
     from launch.console import print_table
     from launch.status import status_table

@@ -37,7 +37,7 @@ def harvested(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_command_of_the_contract_is_there() -> None:
-    contract = "harvest train evaluate export sweep report status inspect"
+    contract = "harvest train evaluate export sweep report plan status inspect"
     assert sorted(NAMES) == sorted(contract.split())
 
 
@@ -50,9 +50,10 @@ def test_help_has_an_example_that_parses(
     assert command.example in text
     words = shlex.split(command.example)
     assert words[:2] == ["sae", command.name]
-    assert cli._parse(words[1:]).command == command.name
+    arguments = cli._parse(words[1:])
+    assert arguments.command == command.name
     if words[2].endswith(".yaml"):
-        load_config(ROOT / words[2], words[3:])
+        load_config(ROOT / words[2], arguments.overrides)
 
 
 def test_overview_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:

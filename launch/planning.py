@@ -1,0 +1,244 @@
+"""`sae plan`: the plan of a config as tables, or as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+
+from rich.table import Table
+
+from launch.console import print_line, print_table
+from launch.sweep import expand
+from sae_train.accelerators import ACCELERATORS, accelerator
+from sae_train.config import Config, MeshConfig
+from sae_train.plan import (
+    AcceleratorPlan,
+    Assumptions,
+    Plan,
+    Verdict,
+    make_plan,
+    plan_record,
+)
+
+_FRACTION = "* more than JAX takes of a GPU by itself: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"
+
+
+def show_plan(config: Config, arguments: argparse.Namespace) -> None:
+    """Print the plan of `config` under the command line's assumptions.
+
+    Raises:
+        UserError: an accelerator, share, price or number of devices that can't be, or a model
+            whose shape is neither at hand nor known.
+    """
+    names = [arguments.accelerator] if arguments.accelerator else list(ACCELERATORS)
+    members = [(config.name, config)]
+    if config.sweep is not None:
+        members = [(run.name, run.config) for run in expand(config)]
+    plan = make_plan(
+        config,
+        runs=members,
+        accelerators=[accelerator(name) for name in names],
+        assumptions=Assumptions(
+            mfu=arguments.mfu, devices=arguments.devices, price=arguments.price
+        ),
+    )
+    if arguments.json:
+        print_line(json.dumps(plan_record(plan), indent=2, allow_nan=False))
+        return
+    for table in tables(plan):
+        print_table(table)
+
+
+def tables(plan: Plan) -> list[Table]:
+    """Store and harvest, then work and memory of each run, then the accelerators."""
+    on = plan.accelerators
+    last = _accelerator_table(plan, on[0]) if len(on) == 1 else _comparison_table(plan)
+    return [_store_table(plan), _work_table(plan), _memory_table(plan), last]
+
+
+def alike(plan: Plan) -> list[list[int]]:
+    """Numbers of the runs, those together that need the same of everything."""
+    groups: dict[str, list[int]] = {}
+    for number, run in enumerate(plan.runs):
+        groups.setdefault(repr(replace(run, name="")), []).append(number)
+    return list(groups.values())
+
+
+def _label(plan: Plan, group: list[int]) -> str:
+    name = plan.runs[group[0]].name
+    return name if len(group) == 1 else f"{name} and {len(group) - 1} like it, each"
+
+
+def _table(title: str, *headings: str, words: int = 1) -> Table:
+    """A table whose first `words` columns are words and the rest numbers."""
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    for number, heading in enumerate(headings):
+        if number == 0:
+            table.add_column(heading, overflow="fold")
+        else:
+            table.add_column(heading, justify="left" if number < words else "right", no_wrap=True)
+    return table
+
+
+def _store_table(plan: Plan) -> Table:
+    store, harvest = plan.store, plan.harvest
+    table = _table(f"{plan.name}, reading {plan.model_from}", "store", "bytes", "how much")
+    for name, size in store.tap_bytes.items():
+        rows = f"{store.rows:,} rows of {bytes_text(store.row_bytes[name])}"
+        table.add_row(name, bytes_text(size), rows)
+    provenance = bytes_text(store.provenance_bytes)
+    table.add_row("where rows came from", provenance, f"{store.rows:,} rows")
+    table.add_row("tokens, at least", bytes_text(store.token_bytes), f"{harvest.positions:,} read")
+    buckets = f"{store.buckets:,} buckets"
+    table.add_row("in all", bytes_text(store.total_bytes), buckets, style="bold")
+    table.add_section()
+    table.add_row("host memory to harvest", bytes_text(store.host_bytes), "buckets in flight")
+    layers = f"{harvest.layers} layers in {plan.model_dtype}, {flops_text(harvest.flops)}"
+    table.add_row("language model", bytes_text(harvest.weight_bytes), layers)
+    return table
+
+
+def _work_table(plan: Plan) -> Table:
+    headings = (
+        "run",
+        "tap",
+        "B x D x F",
+        "mesh",
+        "steps",
+        "a step, 10BDF",
+        "or 12BDF",
+        "all steps",
+    )
+    table = _table(
+        "work of training (mesh: data x model)", *headings, "all-reduced a step", "sent", words=2
+    )
+    for group in alike(plan):
+        run = plan.runs[group[0]]
+        shape = run.shape
+        parts = [f"{axis} {bytes_text(size)}" for axis, size in run.collectives.items()]
+        table.add_row(
+            _label(plan, group),
+            run.tap,
+            f"{shape.batch_size} x {shape.d_model} x {shape.width}",
+            mesh_text(shape.mesh),
+            f"{run.steps:,}",
+            flops_text(run.flops_per_step),
+            flops_text(run.paper_flops_per_step),
+            flops_text(float(run.flops_per_step) * run.steps),
+            "\n".join(parts) or "nothing",
+            bytes_text(run.sent_per_step),
+        )
+    return table
+
+
+def _memory_table(plan: Plan) -> Table:
+    items = list(plan.runs[0].memory.items)
+    headings = ("run", *items, "next batch", "in all", "biggest", "on CPUs")
+    table = _table("memory of each device while training", *headings)
+    for group in alike(plan):
+        memory, on_cpu = plan.runs[group[0]].memory, plan.runs[group[0]].memory_cpu
+        table.add_row(
+            _label(plan, group),
+            *(bytes_text(memory.items[name]) for name in items),
+            bytes_text(memory.next_batch),
+            bytes_text(memory.total),
+            memory.biggest,
+            bytes_text(on_cpu.total),
+        )
+    return table
+
+
+def _accelerator_table(plan: Plan, on: AcceleratorPlan) -> Table:
+    chip = on.accelerator
+    table = _table(
+        f"{chip.title} at {plan.assumptions.mfu:.0%} of its peak",
+        "stage", "fits", "a step", "bound by", "reads", "hours", "cost",
+    )  # fmt: skip
+    hours, cost = _hours(on.harvest_hours), _cost(on.harvest_cost)
+    table.add_row("harvest", "", "", "", "", hours, cost)
+    for group in alike(plan):
+        verdict = on.verdicts[group[0]]
+        rate = verdict.read_bytes_per_second
+        table.add_row(
+            _label(plan, group),
+            _fits(verdict),
+            seconds_text(verdict.step_seconds) if verdict.fits else "-",
+            verdict.bound if verdict.fits else "-",
+            "-" if rate is None else f"{bytes_text(rate)}/s",
+            _hours(verdict.hours),
+            _cost(verdict.cost),
+        )
+    hours, cost = _hours(on.total_hours), _cost(on.total_cost)
+    table.add_row("in all", "", "", "", "", hours, cost, style="bold")
+    table.caption = (
+        f"{bytes_text(on.usable_bytes)} of memory to use; peaks in TFLOP/s: bfloat16 "
+        f"{chip.bfloat16_flops / 1e12:.0f}, float32 {chip.float32_flops / 1e12:.3g}"
+    )
+    if any(verdict.above_default for verdict in on.verdicts):
+        table.caption += f"\n{_FRACTION}"
+    return table
+
+
+def _comparison_table(plan: Plan) -> Table:
+    table = _table(
+        f"{plan.name} at {plan.assumptions.mfu:.0%} of each accelerator's peak",
+        "accelerator", "memory to use", "fits", "harvest hours", "train hours", "hours", "cost",
+    )  # fmt: skip
+    for on in plan.accelerators:
+        misfits = [verdict for verdict in on.verdicts if not verdict.fits]
+        table.add_row(
+            on.accelerator.title,
+            bytes_text(on.usable_bytes),
+            "\n".join(dict.fromkeys(_fits(verdict) for verdict in misfits or on.verdicts)),
+            _hours(on.harvest_hours),
+            _hours(on.train_hours),
+            _hours(on.total_hours),
+            _cost(on.total_cost),
+        )
+    if any(verdict.above_default for on in plan.accelerators for verdict in on.verdicts):
+        table.caption = _FRACTION
+    return table
+
+
+def _fits(verdict: Verdict) -> str:
+    if verdict.fits:
+        return "yes*" if verdict.above_default else "yes"
+    return "no mesh does" if verdict.mesh is None else f"no, {mesh_text(verdict.mesh)} does"
+
+
+def _hours(hours: float | None) -> str:
+    return "-" if hours is None else f"{hours:,.1f}" if hours >= 10 else f"{hours:.2g}"
+
+
+def mesh_text(mesh: MeshConfig) -> str:
+    """Data x model: `2 x 4`."""
+    return f"{mesh.data} x {mesh.model}"
+
+
+def _cost(cost: float | None) -> str:
+    return "-" if cost is None else f"{cost:,.2f}"
+
+
+def seconds_text(seconds: float) -> str:
+    """`57.7 ms`, `1.26 s`."""
+    return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{seconds:,.3g} s"
+
+
+def _scaled(number: float, *, units: list[str]) -> str:
+    for unit in units[:-1]:
+        if number < 999.5:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:,.0f} {units[-1]}"
+
+
+def bytes_text(size: float) -> str:
+    """Bytes in words, three digits: `36.9 TB`, in powers of ten as disks are sold."""
+    return _scaled(size, units=["B", "kB", "MB", "GB", "TB", "PB"])
+
+
+def flops_text(flops: float) -> str:
+    """FLOPs in words, three digits: `1.5 TFLOP`."""
+    prefixes: list[str] = ["", "k", "M", "G", "T", "P", "E", "Z", "Y"]
+    return _scaled(flops, units=[f"{prefix}FLOP" for prefix in prefixes])

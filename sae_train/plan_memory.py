@@ -1,0 +1,141 @@
+"""What one device holds while it trains, item by item, before anything is allocated.
+
+The arguments of the compiled step (weights, second moments, the batch) follow from the table in
+`sharding`, byte for byte. Its temporaries follow from what the step keeps alive at its fullest,
+at the end of the backward pass:
+
+    gradients     of every parameter; W_dec's and W_enc's, [F, D] each, are what counts
+    activations   two [B, F]: pre-activations and latents, then their cotangents in their place;
+                  two [B, D]: the scaled rows and the error
+
+The state is donated, so new weights and moments are written over the old ones and cost nothing.
+XLA's TPU compiler was seen to need just this; its CPU compiler needs more, see `_cpu_temporaries`.
+docs/plan.md has both comparisons; tests/test_plan_memory.py holds the second within 10 %.
+
+Legend: B rows of a batch, D model width, F latents, each as one device holds them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+
+from activation_cache.config import Dtype
+from sae_train.config import MeshConfig
+from sae_train.sharding import AXIS_OF_DIM, BATCH_DIMS, LAST_FIRED, PARAMS, Tensor
+
+Backend = Literal["accelerator", "cpu"]
+FLOAT_BYTES = 4
+STEP_COUNTER_BYTES = 4
+SCALAR_BYTES = 12  # learning rate, coefficient, bias correction
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes a step is compiled for: global dims, and the mesh that cuts them."""
+
+    batch_size: int
+    d_model: int
+    width: int
+    mesh: MeshConfig
+
+    def local(self, dims: tuple[str, ...]) -> int:
+        """Elements of a tensor with these dims on one device."""
+        sizes = {"B": self.batch_size, "D": self.d_model, "F": self.width}
+        return math.prod(sizes[dim] // self._cuts(dim) for dim in dims)
+
+    def _cuts(self, dim: str) -> int:
+        axis = AXIS_OF_DIM[dim]
+        return 1 if axis is None else int(getattr(self.mesh, axis))
+
+    def table_bytes(self, tensors: Iterable[Tensor]) -> int:
+        """Bytes of rows of the sharding table on one device."""
+        return sum(self.local(tensor.dims) * tensor.dtype.itemsize for tensor in tensors)
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes on one device while the step runs, by item.
+
+    `items` maps a name to bytes; `next_batch` is the batch put there while the step computes on
+    the one before, which the compiled step doesn't know of.
+    """
+
+    items: dict[str, int]
+    next_batch: int
+
+    @property
+    def step(self) -> int:
+        """Bytes of the compiled step: arguments and temporaries."""
+        return sum(self.items.values())
+
+    @property
+    def total(self) -> int:
+        """Bytes the device must have."""
+        return self.step + self.next_batch
+
+    @property
+    def biggest(self) -> str:
+        """The name of the biggest item."""
+        return max(self.items, key=lambda name: self.items[name])
+
+
+def step_memory(
+    shape: Shape, *, store_dtype: Dtype = "float32", backend: Backend = "accelerator"
+) -> StepMemory:
+    """Memory of one device for the training step.
+
+    Args:
+        store_dtype: of the rows as they reach the device.
+        backend: whose compiler: TPU and GPU, or the CPU's.
+    """
+    params = shape.table_bytes(PARAMS.values())
+    batch = shape.local(BATCH_DIMS) * jnp.dtype(store_dtype).itemsize
+    items = {
+        "weights": params + shape.table_bytes([LAST_FIRED]) + STEP_COUNTER_BYTES,
+        "second moment": params,
+        "batch": batch + SCALAR_BYTES,
+    }
+    if backend == "cpu":
+        items |= _cpu_temporaries(shape)
+    else:
+        latents = shape.local(("B", "F")) * FLOAT_BYTES
+        rows = shape.local(("B", "D")) * FLOAT_BYTES
+        items |= {"gradients": params, "activations": 2 * latents + 2 * rows}
+    return StepMemory(items=items, next_batch=batch)
+
+
+def _cpu_temporaries(shape: Shape) -> dict[str, int]:
+    """Temporaries of XLA's CPU compiler, read off its live ranges.
+
+    Beyond what the step needs it keeps three [F, D] arrays that hold one scalar each (learning
+    rate, bias correction, ε: its fused library calls take no scalars), and copies of donated
+    weights, for it decides on copies before it fixes an order, and only an order shows that the
+    new weights come last. The old weights' places then serve other arrays of at most their size.
+    """
+    matrix = shape.local(("F", "D")) * FLOAT_BYTES
+    latents = shape.local(("B", "F")) * FLOAT_BYTES
+    rows = shape.local(("B", "D")) * FLOAT_BYTES
+    scalars = 3 * matrix
+    if shape.mesh.data > 1:
+        # One copy: W_dec's order is fixed by the all-reduce, which has its own two outputs. One
+        # of the four gradient-sized arrays, and [B, F] arrays that fit, lie in others' places.
+        copies, gradients = matrix, 3 * matrix
+        activations = max(rows, 2 * latents + 3 * rows - 2 * matrix)
+    else:
+        # One of the gradients lies in the place of donated weights; so does one of the three
+        # [B, F] arrays (pre-activations, their cotangent, the thresholds' pull) if it fits.
+        copies, gradients = 2 * matrix, matrix
+        backward = 2 * latents + rows if latents <= matrix else 3 * latents
+        decoding = 2 * latents + 3 * rows - scalars - gradients
+        activations = max(backward, decoding)
+    return {
+        "gradients": gradients,
+        "activations": activations,
+        "copies of donated weights": copies,
+        "scalars spread out": scalars,
+    }

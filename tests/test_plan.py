@@ -1,0 +1,392 @@
+"""`sae plan`: counted by hand, against real files, against the compiled step, and as a command."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from activation_cache.config import CacheConfig, ModelConfig, TextConfig
+from activation_cache.errors import UserError
+from activation_cache.gemma_params import parameter_table
+from activation_cache.known_models import KNOWN_SIZES, config_for_planning, known_config
+from activation_cache.layout import write_shards
+from activation_cache.token_table import count_layout, token_layout
+from launch.cli import main
+from launch.planning import bytes_text, flops_text
+from sae_train import plan_work
+from sae_train.accelerators import ACCELERATORS, accelerator
+from sae_train.config import Config, MeshConfig
+from sae_train.plan import USABLE_MEMORY, Assumptions, make_plan, nearest_mesh
+from sae_train.plan_memory import Shape, step_memory
+from tests.plan_shapes import compile_step
+from tests.stores import make_manifest, write_store
+from tests.test_collectives import COLLECTIVE, SHAPE
+from tests.tiny_gemma import write_tiny_gemma
+
+TEXT = TextConfig(source=["*.txt"], sequence_length=1024, held_out_sequences=16)
+
+
+def cache_config(**values: Any) -> CacheConfig:
+    sites = [{"site": "resid_post", "layers": [1]}]
+    return CacheConfig.model_validate({"path": "store", "sites": sites, "tokens": 1000} | values)
+
+
+def scope_config(**changes: Any) -> Config:
+    """Gemma Scope's 9B residual SAE of width 131k, on eight devices."""
+    values: dict[str, Any] = {
+        "name": "scope",
+        "model": {"weights": "google/gemma-2-9b"},
+        "text": {"source": ["*.txt"]},
+        "cache": {
+            "path": "gs://nowhere/store",
+            "sites": [{"site": "resid_post", "layers": [20]}],
+            "tokens": 8_000_000_000,
+        },
+        "sae": {"site": "resid_post", "layer": 20, "width": 131_072},
+        "train": {"tokens": 8_000_000_000, "sparsity": {"coefficient": 6e-4}},
+        "mesh": {"data": 1, "model": 8},
+        "output": "gs://nowhere/run",
+    }
+    for key, value in changes.items():
+        values[key] = values[key] | value
+    return Config.model_validate(values)
+
+
+def plan_of(config: Config, name: str = "h200", **given: Any):
+    chips = [accelerator(name)]
+    runs = [(config.name, config)]
+    return make_plan(config, runs=runs, accelerators=chips, assumptions=Assumptions(**given))
+
+
+# Parameters as the Gemma reports give them, in millions.
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("2-2b", 2614),
+        ("2-9b", 9242),
+        ("2-27b", 27_227),
+        ("3-270m", 268),
+        ("3-1b", 1000),
+        ("3-4b", 3880),
+        ("3-12b", 11_766),
+        ("3-27b", 27_009),
+    ],
+)
+def test_known_sizes_are_the_published_models(name: str, millions: int) -> None:
+    config = known_config(f"google/gemma-{name}-it")
+    assert config is not None
+    count = sum(math.prod(parameter.shape) for parameter in parameter_table(config))
+    assert round(count / 1e6) == millions
+
+
+def test_attention_widths_differ_from_the_model_s() -> None:
+    widths = {}
+    for name in ("gemma-2-2b", "gemma-2-9b", "gemma-2-27b"):
+        config = known_config(name)
+        assert config is not None
+        widths[name] = (config.d_model, config.num_heads * config.head_dim)
+    assert list(widths.values()) == [(2304, 2048), (3584, 4096), (4608, 4096)]
+    assert len(KNOWN_SIZES) == 8
+
+
+def test_a_checkpoint_at_hand_comes_before_its_name(tmp_path: Path) -> None:
+    folder = tmp_path / "gemma-2-2b"
+    write_tiny_gemma(folder)
+    config, source = config_for_planning(ModelConfig(weights=str(folder)))
+    assert config.d_model < 2304
+    assert source == str(folder)
+    config, source = config_for_planning(ModelConfig(weights=str(tmp_path / "a" / "gemma-2-2b")))
+    assert config.d_model == 2304
+    assert "published" in source
+
+
+def test_an_unknown_model_is_refused() -> None:
+    with pytest.raises(UserError, match="To plan without weights, name one of gemma-2-2b"):
+        config_for_planning(ModelConfig(weights="nowhere/llama.gguf"))
+    assert known_config("google/gemma-2-2bx") is None
+    assert known_config("google/gemma-2-4b") is None
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(1000, "float32"), (64, "bfloat16"), (65, "float32")])
+def test_the_store_s_bytes_are_those_of_a_real_one(tmp_path: Path, rows: int, dtype: Any) -> None:
+    """To the byte, but for `zarr.json` and the JSON records."""
+    manifest = make_manifest(rows=rows, width=2304, dtype=dtype, shuffle_rows=60, block_rows=8)
+    write_store(tmp_path, manifest)
+    sites = [{"site": "resid_post", "layers": [1]}]
+    cache = cache_config(tokens=rows, dtype=dtype, sites=sites, shuffle_rows=60, block_rows=8)
+    gemma = known_config("gemma-2-2b")
+    assert gemma is not None
+    planned = plan_work.store_plan(cache, TEXT, gemma)
+    assert planned.tap_bytes == {"resid_post.1": array_bytes(tmp_path / "resid_post.1")}
+    provenance = array_bytes(tmp_path / "sequence") + array_bytes(tmp_path / "position")
+    assert planned.provenance_bytes == provenance
+    assert planned.buckets == manifest.num_buckets
+    assert planned.total_bytes > sum(planned.tap_bytes.values()) + provenance
+
+
+def test_the_token_table_s_bytes_are_those_of_a_real_one(tmp_path: Path) -> None:
+    cache = cache_config(tokens=10_000)
+    gemma = known_config("gemma-2-2b")
+    assert gemma is not None
+    sequences = -(-10_000 // 1023) + 16
+    for layout in (token_layout(tmp_path, sequences, 1024), count_layout(tmp_path, sequences)):
+        rows = np.ones(layout.shape, np.int32)
+        write_shards(layout.open(create=True), layout, start=0, rows=rows)
+    planned = plan_work.store_plan(cache, TEXT, gemma)
+    assert planned.token_bytes == array_bytes(tmp_path)
+
+
+def array_bytes(folder: Path) -> int:
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "zarr.json"]
+    return sum(path.stat().st_size for path in files)
+
+
+def test_gemma_scope_s_store_is_as_large_as_the_paper_says() -> None:
+    """About 100 TiB for 8 billion tokens of one 9B site (section 3.3.2): 104.3 at d = 3584."""
+    store = plan_of(scope_config()).store
+    assert store.tap_bytes["resid_post.20"] / 2**40 == pytest.approx(104.3, abs=0.1)
+    # One crc32c per block of 256 rows, and 16 bytes of index.
+    assert store.tap_bytes["resid_post.20"] / (8e9 * 3584 * 4) - 1 < 1e-5
+
+
+def test_flops_counted_by_hand() -> None:
+    run = plan_of(scope_config()).runs[0]
+    assert run.flops_per_step == 10 * 4096 * 3584 * 131_072
+    assert run.paper_flops_per_step == 12 * 4096 * 3584 * 131_072
+    assert run.steps == 1_953_125
+    # Gemma Scope 3.3.1: 45 ms on eight TPUv3 (123 TFLOP/s each) is 50.8 % by their convention.
+    assert run.paper_flops_per_step / 45e-3 / (8 * 123e12) == pytest.approx(0.508, abs=0.02)
+
+
+def test_the_compiled_step_does_what_is_counted() -> None:
+    shape = Shape(512, 256, 4096, MeshConfig())
+    cost = compile_step(shape).cost_analysis()
+    assert isinstance(cost, dict)
+    # XLA adds everything elementwise, a few operations for each entry of [B, F] and [F, D].
+    assert cost["flops"] == pytest.approx(plan_work.step_flops(shape), rel=0.06)
+    assert cost["flops"] > plan_work.step_flops(shape)
+
+
+def test_harvest_flops_counted_by_hand() -> None:
+    gemma = known_config("gemma-3-270m")
+    assert gemma is not None
+    text = TextConfig(source=["*.txt"], sequence_length=1024)
+    cache = cache_config(tokens=1023 * 10)  # ten sequences
+    work = plan_work.harvest_work(cache, text, gemma, dtype="bfloat16")
+    # D 640, heads 4 x 256, one key-value head, d_ff 2048; layers 0 and 1 are local, window 512.
+    weights = 640 * (1024 + 256 + 256) + 1024 * 640 + 3 * 640 * 2048
+    pairs = 512 * 513 // 2 + 512 * 512
+    assert work.layers == 2
+    assert work.positions == 10 * 1024
+    assert work.flops == 10 * 2 * (1024 * 2 * weights + 4 * 4 * 256 * pairs)
+    norms = 4 * 640 + 2 * 256
+    assert work.weight_bytes == 2 * (262_144 * 640 + 2 * (weights + norms))
+    global_layer = plan_work.attention_flops(gemma, layer=5, length=1024)
+    assert global_layer == 4 * 4 * 256 * 1024 * 1025 // 2
+
+
+@pytest.mark.parametrize("mesh", [(1, 8), (8, 1), (2, 4)])
+def test_collectives_are_those_of_the_compiled_step(mesh: tuple[int, int]) -> None:
+    shape = Shape(512, 128, 2048, MeshConfig(data=mesh[0], model=mesh[1]))
+    found = 0
+    for match in COLLECTIVE.finditer(compile_step(shape).as_text()):
+        for dims in SHAPE.findall(match["type"]):
+            found += 4 * math.prod(int(size) for size in dims.split(",") if size)
+    planned = plan_work.collective_bytes(shape)
+    assert set(planned) == {axis for axis in ("data", "model") if getattr(shape.mesh, axis) > 1}
+    assert sum(planned.values()) == pytest.approx(found, rel=0.02)
+
+
+def test_sent_bytes_of_a_ring() -> None:
+    sizes = [("data", 2), ("model", 4)]
+    sent = plan_work.sent_bytes({"data": 100, "model": 1000}, sizes)
+    assert sent == 100 + 1500
+
+
+def test_hours_reads_and_cost() -> None:
+    plan = plan_of(scope_config(), "h200", mfu=0.5, price=3.0)
+    (on,) = plan.accelerators
+    (verdict,) = on.verdicts
+    seconds = 10 * 4096 * 3584 * 131_072 / (8 * 67e12 * 0.5)  # training multiplies in float32
+    assert verdict.fits
+    assert verdict.bound == "compute"
+    assert verdict.step_seconds == pytest.approx(seconds)
+    assert verdict.hours == pytest.approx(1_953_125 * seconds / 3600)
+    assert verdict.cost == pytest.approx(verdict.hours * 8 * 3.0)
+    assert verdict.read_bytes_per_second == pytest.approx(4096 * 3584 * 4 / seconds)
+    harvest = plan.harvest.flops / (8 * 989e12 * 0.5) / 3600  # the model in bfloat16
+    assert on.harvest_hours == pytest.approx(harvest)
+    assert on.total_hours == pytest.approx(harvest + verdict.hours)
+    assert on.total_cost == pytest.approx((harvest + verdict.hours) * 8 * 3.0)
+
+
+def test_small_batches_are_bound_by_memory() -> None:
+    config = scope_config(train={"batch_size": 64, "tokens": 8e9, "sparsity": {"coefficient": 1}})
+    (on,) = plan_of(config, "v6e").accelerators
+    assert on.verdicts[0].bound == "memory"
+
+
+def test_what_does_not_fit_names_the_nearest_mesh_that_does() -> None:
+    wide = scope_config(sae={"width": 1_048_576}, mesh={"model": 2})
+    (on,) = plan_of(wide, "v5p").accelerators
+    assert on.verdicts[0].fits
+    (on,) = plan_of(wide, "v5e").accelerators
+    (verdict,) = on.verdicts
+    assert not verdict.fits
+    assert (verdict.hours, on.total_hours, verdict.read_bytes_per_second) == (None, None, None)
+    assert verdict.mesh is not None
+    assert verdict.mesh.data * verdict.mesh.model > 2
+    usable = int(ACCELERATORS["v5e"].hbm_bytes * USABLE_MEMORY)
+
+    def total(data: int, model: int) -> int:
+        return step_memory(Shape(4096, 3584, 2**20, MeshConfig(data=data, model=model))).total
+
+    assert total(verdict.mesh.data, verdict.mesh.model) <= usable
+    # Everything as near or nearer (fewer doublings) is too small.
+    doublings = math.log2(verdict.mesh.data) + math.log2(verdict.mesh.model / 2)
+    for data, model in [(1, 2), (1, 4), (2, 2), (1, 8), (2, 4), (4, 2), (8, 2)]:
+        if math.log2(data) + math.log2(model / 2) < doublings:
+            assert total(data, model) > usable
+
+
+def test_the_number_of_devices_is_a_bound() -> None:
+    wide = scope_config(sae={"width": 1_048_576}, mesh={"model": 2})
+    (on,) = plan_of(wide, "v5e", devices=4).accelerators
+    assert on.verdicts[0].mesh is None
+    (on,) = plan_of(scope_config(), "h200", devices=4).accelerators
+    assert not on.verdicts[0].fits, "the mesh has eight places"
+    assert on.verdicts[0].mesh == MeshConfig(data=1, model=4)
+
+
+def test_a_mesh_always_divides() -> None:
+    shape = Shape(96, 2304, 49_152 * 3, MeshConfig(data=1, model=1))
+    usable = step_memory(shape).total // 5
+    mesh = nearest_mesh(shape, "float32", usable=usable, most=100)
+    assert mesh is not None
+    assert shape.batch_size % mesh.data == 0
+    assert shape.width % mesh.model == 0
+    assert nearest_mesh(shape, "float32", usable=1000, most=100) is None
+
+
+def test_more_than_jax_takes_of_a_gpu_is_said() -> None:
+    config = scope_config(sae={"width": 1_048_576}, mesh={"model": 1})
+    plan = plan_of(config, "h200")
+    (on,) = plan.accelerators
+    assert 0.75 * 141e9 < plan.runs[0].memory.total < 0.92 * 141e9
+    assert on.verdicts[0].fits
+    assert on.verdicts[0].above_default
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"mfu": 0.0}, "--mfu is 0"),
+        ({"mfu": 40.0}, "--mfu is 40"),
+        ({"mfu": math.nan}, "--mfu is nan"),
+        ({"devices": 0}, "--devices is 0"),
+        ({"price": -1.0}, "--price is -1"),
+        ({"price": math.inf}, "--price is inf"),
+    ],
+)
+def test_assumptions_that_cannot_be(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Assumptions(**given)
+
+
+def test_accelerators_have_sources() -> None:
+    assert list(ACCELERATORS) == ["v5e", "v5p", "v6e", "a100", "h100", "h200"]
+    for chip in ACCELERATORS.values():
+        assert chip.source
+        assert 0 < chip.float32_flops < chip.bfloat16_flops
+        assert 16 * 2**30 <= chip.hbm_bytes < 200 * 2**30
+    assert accelerator("H200").hbm_bytes == 141_000_000_000
+    with pytest.raises(UserError, match="b200 is not in the table: use one of v5e, v5p"):
+        accelerator("b200")
+
+
+CONFIG = """\
+name: wide
+model: {weights: google/gemma-2-2b}
+text: {source: ["*.txt"]}
+cache: {path: STORE, sites: [{site: resid_post, layers: [12]}], tokens: 1e8}
+sae: {site: resid_post, layer: 12}
+train: {tokens: 1e8, sparsity: {coefficient: 1e-3}}
+output: OUTPUT
+sweep: {grid: {sae.width: [16384, 65536], train.seed: [0, 1]}}
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    text = CONFIG.replace("STORE", str(tmp_path / "store"))
+    path.write_text(text.replace("OUTPUT", str(tmp_path / "output")))
+    return path
+
+
+def test_the_command_prints_tables_and_leaves_nothing(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--accelerator", "h200", "--price", "2.5", "--mfu", "0.4"]
+    assert main(["plan", str(config_file), *given]) == 0
+    text = capsys.readouterr().out
+    for words in ("resid_post.12", "and 1 like it, each", "4096 x 2304 x 65536", "activations"):
+        assert words in text
+    assert "NVIDIA H200" in text
+    assert main(["plan", str(config_file), "mesh.model=4", "sweep=null"]) == 0
+    text = capsys.readouterr().out
+    assert all(chip.title in text for chip in ACCELERATORS.values())
+    assert "1 x 4" in text
+    assert [path.name for path in config_file.parent.iterdir()] == ["config.yaml"]
+
+
+def test_json_holds_every_run_and_the_total(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(config_file), "--json", "--accelerator", "v5p", "--price", "1"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert [run["shape"]["width"] for run in record["runs"]] == [16_384, 16_384, 65_536, 65_536]
+    (on,) = record["accelerators"]
+    hours = [verdict["hours"] for verdict in on["verdicts"]]
+    assert on["train_hours"] == pytest.approx(sum(hours))
+    assert hours[2] == pytest.approx(4 * hours[0])
+    assert on["total_hours"] == pytest.approx(on["harvest_hours"] + sum(hours))
+    assert on["total_cost"] == pytest.approx(on["total_hours"])
+    assert record["store"]["total_bytes"] > 1e8 * 2304 * 4
+    memory = record["runs"][0]["memory"]
+    assert memory["total"] == sum(memory["items"].values()) + memory["next_batch"]
+    assert memory["biggest"] == "activations"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--accelerator tpuv9", "tpuv9 is not in the table"),
+        ("--mfu 40", "--mfu is 40"),
+        ("--mfu many", "invalid float value: 'many'"),
+        ("--devices 0", "--devices is 0"),
+        ("sae.layer=99 cache.sites.0.layers=[99]", "layer 99"),
+        ("model.weights=meta/llama.gguf", "To plan without weights"),
+        ("mesh.model=3", "not divisible by mesh axis 'model'"),
+    ],
+)
+def test_mistakes_are_told(
+    config_file: Path, line: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(config_file), *line.split()]) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.out == ""
+
+
+def test_numbers_in_words() -> None:
+    assert bytes_text(999) == "999 B"
+    assert bytes_text(999_600) == "1 MB"
+    assert bytes_text(36_900_000_000_000) == "36.9 TB"
+    assert bytes_text(2.5e18) == "2,500 PB"
+    assert flops_text(1.5e12) == "1.5 TFLOP"
