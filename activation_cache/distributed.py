@@ -10,19 +10,22 @@ Whatever involves several processes must be called by all of them in the same or
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from activation_cache.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,7 @@ AUTO_JOIN = "SAE_AUTO_JOIN"  # 1: let JAX find the group where nothing here tell
 _HEARTBEAT_SECONDS = 60
 _JOIN_SECONDS = 300  # machines of one job start minutes apart
 _WAIT_MS = 24 * 3600 * 1000  # a wait for another process ends when that process is lost
+_SEE_OFF_MS = 30 * 1000
 
 Value = TypeVar("Value")
 
@@ -175,11 +179,13 @@ def told_by_main(name: str, work: Callable[[], Value]) -> Value:
             result = work()
         except UserError as error:
             _client().key_value_set(key, json.dumps({"mistake": str(error)}))
+            _see_off(key)
             raise
         _client().key_value_set(key, json.dumps({"result": result}))
         return result
     told = json.loads(_client().blocking_key_value_get(key, _WAIT_MS))
     if "mistake" in told:
+        _see_off(key)
         raise UserError(told["mistake"])
     return told["result"]
 
@@ -210,11 +216,20 @@ def same_everywhere(label: str, value: str) -> None:
     for index, other in enumerate(values):
         if other != values[0]:
             here, there = _first_difference(values[0], other)
+            _see_off(f"sae/{_next_exchange()}/{label}")
             raise UserError(
                 f"process {index} was started with another {label} than process 0: it has "
                 f"{there!r} where process 0 has {here!r}. All processes of a group need the same "
                 f"{label}: start them with the same command from the same installation."
             )
+
+
+def _see_off(key: str) -> None:
+    """Before all end with the same mistake: the words pass through process 0, which goes last."""
+    with contextlib.suppress(Exception):
+        _client().wait_at_barrier(f"{key}/seen", _SEE_OFF_MS)
+    if is_main():
+        time.sleep(1.0)
 
 
 def _first_difference(a: str, b: str) -> tuple[str, str]:
@@ -229,6 +244,7 @@ def sums_of_all(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """
     if process_count() == 1:
         return dict(arrays)
+    import numpy as np
     from jax.experimental import multihost_utils
 
     summed = {}

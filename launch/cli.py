@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from activation_cache.distributed import launched_index
 from activation_cache.errors import Interrupted, UserError
-from launch import commands
+from launch import commands, group
 from launch.console import configure_logging, set_environment_defaults
 from launch.signals import StopFlag, stop_on_signals
 from sae_train.hooks import package_version
@@ -155,17 +156,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parse(sys.argv[1:] if argv is None else argv)
     except SystemExit as finished:  # argparse: 0 after --help, 2 after a wrong command line
         return finished.code if isinstance(finished.code, int) else EXIT_MISTAKE
-    configure_logging(verbosity=arguments.verbose - arguments.quiet)
     set_environment_defaults()
     try:
+        # Of several processes the first speaks, and the others where something is wrong.
+        quiet = max(arguments.quiet, min(1, launched_index()))
+        configure_logging(verbosity=-1 if quiet else arguments.verbose)
         with stop_on_signals() as stop:
-            return arguments.handler(arguments, stop)
+            code = arguments.handler(arguments, stop)
     except UserError as error:
-        sys.stderr.write(f"sae {arguments.command}: {error}\n")
-        return EXIT_MISTAKE
+        group.tell(arguments.command, str(error))
+        code = EXIT_MISTAKE
     except Interrupted as stopped:
-        sys.stderr.write(f"sae {arguments.command}: {stopped}. The same command goes on.\n")
-        return EXIT_STOPPED
+        group.tell(arguments.command, str(stopped), remedy=". The same command goes on.")
+        code = EXIT_STOPPED
+    except Exception:
+        group.end_broken()
+        raise
+    return group.end(code)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -107,10 +107,8 @@ def train(arguments: argparse.Namespace, stop: StopFlag) -> int:
 def evaluate(arguments: argparse.Namespace, stop: StopFlag) -> int:
     config = target_config(arguments.target, arguments.overrides)
     overridden = any(override.startswith("evaluation") for override in arguments.overrides)
-    with stop.at_once():
-        stages.evaluate(
-            _trained_folders(config), settings=config.evaluation if overridden else None
-        )
+    settings = config.evaluation if overridden else None
+    stages.evaluate(_trained_folders(config), config=config, settings=settings, stop=stop)
     return 0
 
 

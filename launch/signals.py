@@ -36,13 +36,13 @@ class StopFlag:
         Raises:
             Interrupted: on a signal, also on one that came just before the block.
         """
-        self._at_once = True
+        before, self._at_once = self._at_once, True
         try:
             if self._asked:
                 raise Interrupted(_MESSAGE)
             yield
         finally:
-            self._at_once = False
+            self._at_once = before
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The signal handler. Writes past `logging`: a handler may run inside a log call."""

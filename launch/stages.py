@@ -5,13 +5,20 @@ JAX and Orbax take seconds to import; `sae --help` and `sae status` should not w
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from activation_cache import distributed
+from activation_cache.storage import disk_errors, folder_lock
+from launch import group
+from launch.signals import StopFlag
 from sae_train.config import Config, EvaluationConfig
 from sae_train.config_file import read_run_config, resolved_yaml
+from sae_train.launch_config import LocalLaunch
 from sae_train.run_folder import (
     CHECKPOINTS,
     EVALUATION,
@@ -19,9 +26,6 @@ from sae_train.run_folder import (
     newest_checkpoint,
     read_run,
 )
-
-if TYPE_CHECKING:
-    from sae_train.loop import TrainResult
 
 logger = logging.getLogger(__name__)
 
@@ -39,18 +43,70 @@ def harvest(config: Config, *, stop: Callable[[], bool]) -> None:
     )
 
 
-def train(config: Config, *, fresh: bool, stop: Callable[[], bool]) -> TrainResult:
+def train(config: Config, *, fresh: bool, stop: Callable[[], bool]) -> None:
     """Train the run of `config`, going on from its last checkpoint."""
+    if group.starts_here(config):
+        _train_in_group(config, fresh=fresh, stop=stop)
+        return
+    group.join(config)
     from sae_train.loop import train as run_train
 
-    return run_train(config, fresh=fresh, stop=stop)
+    run_train(config, fresh=fresh, stop=stop)
 
 
-def evaluate(folders: Sequence[Path], *, settings: EvaluationConfig | None = None) -> None:
-    """Evaluate trained runs in one pass of the model; `settings` replace those of the runs."""
+def _train_in_group(config: Config, *, fresh: bool, stop: Callable[[], bool]) -> None:
+    folder = Path(config.output)
+    if fresh:
+        # Here and not there: a group that is started again must not start anew.
+        from activation_cache.store import open_store
+
+        store = open_store(config.cache.path)
+        store.check_matches(model=config.model, text=config.text, cache=config.cache)
+        with folder_lock(folder), disk_errors(folder, doing="delete the checkpoints of"):
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    group.run_stage(
+        "train",
+        config,
+        devices=config.mesh.data * config.mesh.model,
+        progress=lambda: newest_checkpoint(folder),
+        stop=stop,
+    )
+
+
+def evaluate(
+    folders: Sequence[Path],
+    *,
+    config: Config,
+    settings: EvaluationConfig | None = None,
+    stop: StopFlag,
+) -> None:
+    """Evaluate trained runs in one pass of the model; `settings` replace those of the runs.
+
+    Args:
+        config: says where it runs; all else is read from the runs' folders.
+
+    Raises:
+        Interrupted: a signal came; runs that are not evaluated yet are as they were.
+    """
+    if group.starts_here(config):
+        assert isinstance(config.launch, LocalLaunch)
+        # Several runs are those of one sweep; what is current there is passed over.
+        target = folders[0] if len(folders) == 1 else folders[0].parent
+        options = [f"evaluation={json.dumps(settings.model_dump())}"] if settings else []
+        group.run_stage(
+            "evaluate",
+            config,
+            devices=config.launch.processes,  # each measures its batches on one device
+            target=target,
+            options=options,
+            stop=stop,
+        )
+        return
+    group.join(config)
     from sae_train.evaluate import evaluate as run_evaluate
 
-    run_evaluate(folders, settings=settings)
+    with stop.at_once() if distributed.process_count() == 1 else nullcontext():
+        run_evaluate(folders, settings=settings, stop=stop)
 
 
 def export(folders: Sequence[Path]) -> None:

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from activation_cache import distributed
 from activation_cache.errors import UserError
@@ -74,6 +74,7 @@ def supervise(
     *,
     launch: LocalLaunch,
     devices: int = 1,
+    environment: Mapping[str, str] | None = None,
     progress: Callable[[], Any] = lambda: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> int:
@@ -82,6 +83,7 @@ def supervise(
     Args:
         command: what each process runs; it learns its place from its environment.
         devices: how many devices the mesh has, for CPUs made to look like several.
+        environment: what each finds there besides.
         progress: something that differs once work has been saved; restarts are counted from
             there.
         stop: when it says yes, every process gets SIGTERM.
@@ -94,7 +96,9 @@ def supervise(
     Raises:
         UserError: the processes can't share this machine's devices or the mesh.
     """
-    environments = _environments(launch, devices=devices)
+    environments = [
+        place | (dict(environment or {})) for place in _environments(launch, devices=devices)
+    ]
     output = _Output(write=sys.stderr.write)
     failures, before = 0, progress()
     while True:
@@ -201,10 +205,15 @@ def _judge(codes: Sequence[int | None], *, stopping: bool) -> int:
     ended = [code for code in codes if code is not None]
     if EXIT_MISTAKE in ended:
         return EXIT_MISTAKE
-    bad = [(index, code) for index, code in enumerate(codes) if code not in (None, 0, EXIT_STOPPED)]
+    bad = [
+        (index, code)
+        for index, code in enumerate(codes)
+        if code is not None and code not in (EXIT_DONE, EXIT_STOPPED)
+    ]
     if bad and not stopping:
-        index, code = bad[0]
-        how = signal.Signals(-code).name if code is not None and code < 0 else f"status {code}"
+        # One that a signal ended is the cause; one that found its peer gone is not.
+        index, code = min(bad, key=lambda one: one[1] >= 0)
+        how = signal.Signals(-code).name if code < 0 else f"status {code}"
         logger.warning("process %d was lost (%s): ending the others", index, how)
         return 128 - code if code < 0 else code
     # Stopped, and what a process lost meanwhile had in hand is done again by the next start.
@@ -230,16 +239,20 @@ def _started(
             process = subprocess.Popen(
                 command,
                 env={**environment, distributed.COORDINATOR: address},
-                stdout=None if index == 0 else subprocess.DEVNULL,
+                stdout=subprocess.PIPE if index == 0 else subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
                 errors="replace",
                 start_new_session=True,
             )
             processes.append(process)
-            reader = threading.Thread(target=_read, args=(process, index, output), daemon=True)
-            reader.start()
-            readers.append(reader)
+            streams = [(process.stderr, output)]
+            if index == 0:
+                streams.append((process.stdout, _Output(write=sys.stdout.write)))
+            for stream, sink in streams:
+                reader = threading.Thread(target=_read, args=(stream, index, sink), daemon=True)
+                reader.start()
+                readers.append(reader)
         yield processes
     finally:
         for process in processes:
@@ -250,10 +263,10 @@ def _started(
             reader.join(timeout=5)
 
 
-def _read(process: subprocess.Popen[str], index: int, output: _Output) -> None:
-    assert process.stderr is not None
-    with process.stderr as lines:
-        for line in lines:
+def _read(stream: IO[str] | None, index: int, output: _Output) -> None:
+    assert stream is not None
+    with stream:
+        for line in stream:
             output.take(index, line)
 
 

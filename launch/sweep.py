@@ -111,7 +111,7 @@ def run_sweep(config: Config, *, stop: StopFlag) -> int:
         _train_all(runs, stop=stop, failures=failures)
         trained = [run for run in runs if run.name not in failures.reasons]
         with stop.at_once():
-            _evaluate_and_export(trained, failures=failures)
+            _evaluate_and_export(trained, stop=stop, failures=failures)
             report = stages.report(Path(config.output))
     logger.info("report: %s", report)
     return _conclude(runs, failures)
@@ -150,27 +150,28 @@ def _train(run: Run, *, stop: StopFlag) -> None:
     stages.train(run.config, fresh=False, stop=stop)
 
 
-def _evaluate_and_export(runs: list[Run], *, failures: _Failures) -> None:
+def _evaluate_and_export(runs: list[Run], *, stop: StopFlag, failures: _Failures) -> None:
     """One pass of the model serves every run that lacks its evaluation."""
     waiting = [run for run in runs if stages.needs_evaluation(run.folder)]
     if waiting:
         logger.info("evaluating %d of %d runs", len(waiting), len(runs))
-        _evaluate(waiting, failures=failures)
+        _evaluate(waiting, stop=stop, failures=failures)
     for run in runs:
         if stages.needs_release(run.folder):
             _attempt(run, "export", partial(stages.export, [run.folder]), failures=failures)
 
 
-def _evaluate(runs: list[Run], *, failures: _Failures) -> None:
+def _evaluate(runs: list[Run], *, stop: StopFlag, failures: _Failures) -> None:
     """Evaluate all in one pass, or, where that fails, each for itself to find the one at fault."""
     try:
-        stages.evaluate([run.folder for run in runs])
+        folders = [run.folder for run in runs]
+        stages.evaluate(folders, config=runs[0].config, stop=stop)
     except Interrupted:
         raise
     except Exception as error:
         logger.warning("evaluating %d runs at once failed, trying each: %s", len(runs), error)
         for run in runs:
-            work = partial(stages.evaluate, [run.folder])
+            work = partial(stages.evaluate, [run.folder], config=run.config, stop=stop)
             _attempt(run, "evaluate", work, failures=failures)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,6 +61,7 @@ def evaluate(
     settings: EvaluationConfig | None = None,
     model: LanguageModel | None = None,
     force: bool = False,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[Evaluation]:
     """Evaluate the newest checkpoint of each run and write its evaluation.json.
 
@@ -71,6 +72,9 @@ def evaluate(
         settings: instead of the `evaluation` section of each run's config.
         model: loaded already; else each run's `model` is, once for all runs that share it.
         force: evaluate again even what is current.
+        stop: asked between batches.
+
+    Processes that have joined (`distributed.join`) share the batches; the main one writes.
 
     Returns:
         One evaluation per folder, in their order.
@@ -78,6 +82,7 @@ def evaluate(
     Raises:
         UserError: a run without a checkpoint; an SAE or a store that isn't of this model; text
             that is missing or too short.
+        Interrupted: `stop` said yes; runs not evaluated yet are as they were.
     """
     models = _Models(given=model)
     jobs = [_job(Path(folder), settings=settings, models=models) for folder in folders]
@@ -88,7 +93,7 @@ def evaluate(
         else:
             waiting.append(job)
     for group in _groups(waiting):
-        Pass(group, models.load(group[0].config)).run()
+        Pass(group, models.load(group[0].config), stop=stop).run()
     results = []
     for job in jobs:
         written = read_evaluation(job.folder)

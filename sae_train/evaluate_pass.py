@@ -3,25 +3,29 @@
 The activations, the base loss and the zero-ablated losses of a batch are computed once for all
 SAEs; an SAE's weights are on the device only while its turn lasts.
 
+With several processes each takes every n-th batch, and the sums of all are added up at the end.
+
 Legend: B sequences of a batch, S position, D model width, N rows = B·S.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from activation_cache.errors import UserError
+from activation_cache import distributed
+from activation_cache.errors import Interrupted, UserError
 from activation_cache.model import LanguageModel
 from activation_cache.progress import ProgressMeter
-from activation_cache.taps import Splice, Tap
+from activation_cache.taps import Splice, Tap, tap_width
 from activation_cache.token_table import TokenTable
 from sae_train.config import Config, EvaluationConfig
 from sae_train.evaluate_stats import LossSums, SaeSums, SiteSums, reconstruct, sae_batch
@@ -100,6 +104,7 @@ class Pass:
 
     jobs: list[Job]
     model: LanguageModel
+    stop: Callable[[], bool] = lambda: False
     sites: dict[Tap, SiteSums] = field(default_factory=dict)
     saes: list[SaeSums] = field(default_factory=list)
     base: LossSums = field(default_factory=LossSums)
@@ -126,15 +131,50 @@ class Pass:
         passes = 1 + 2 * len(self.taps) + 2 * len(self.jobs)
         total = length * (self.settings.sequences + passes * self.loss_limit)
         with ProgressMeter("evaluate", total=total, unit="tokens") as self.meter:
-            for batch, with_losses in self._batches():
-                self._statistics(batch)
-                if with_losses:
+            for number, (batch, with_losses) in enumerate(self._batches()):
+                turn = number % distributed.process_count()
+                if turn == 0 and distributed.agree_to_stop(self.stop):
+                    raise Interrupted("the evaluation was stopped and will begin anew")
+                mine = turn == distributed.process_index()
+                self._statistics(batch, mine=mine)
+                if with_losses and mine:
                     self._losses(batch)
+        self._add_up()
         if not self.base.count_S.sum():
             raise UserError(
                 f"the {self.loss_limit} held-out sequences measured hold nothing but special "
                 "tokens: raise evaluation.sequences, or harvest with other text"
             )
+        distributed.told_by_main("evaluation", self._write_all)
+
+    def _add_up(self) -> None:
+        """The sums of all processes in place of this one's."""
+        if distributed.process_count() == 1:
+            return
+        length = self.table.sequence_length
+        losses = [self.base, *self.zero.values(), *self.spliced.values()]
+        holders: list[tuple[Any, dict[str, tuple[int, ...]]]] = [
+            (sums, {"sum_S": (length - 1,), "count_S": (length - 1,)}) for sums in losses
+        ]
+        for tap, site in self.sites.items():
+            width = tap_width(self.model.config, tap.site)
+            shapes = {"sum_SD": (length, width), "square_S": (length,), "count_S": (length,)}
+            holders.append((site, shapes))
+        for job, sums in zip(self.jobs, self.saes, strict=True):
+            latents = (job.sae.W_enc.shape[1],)
+            shapes = {"squared_error_S": (length,), "active_S": (length,), "fired_F": latents}
+            holders.append((sums, shapes))
+        # A process that had no batch holds zeros without a shape.
+        own = {
+            f"{number}.{name}": np.broadcast_to(getattr(holder, name), shape)
+            for number, (holder, shapes) in enumerate(holders)
+            for name, shape in shapes.items()
+        }
+        for key, array in distributed.sums_of_all(own).items():
+            number, _, name = key.partition(".")
+            setattr(holders[int(number)][0], name, array)
+
+    def _write_all(self) -> None:
         for index in range(len(self.jobs)):
             self._write(index)
 
@@ -152,11 +192,21 @@ class Pass:
             counted_BP = usable_BS[:, :-1] & (tokens_BS[:, 1:] != pad) & in_limit_B[:, None]
             yield _Batch(tokens_BS, usable_BS, counted_BP), bool(in_limit_B.any())
 
-    def _statistics(self, batch: _Batch) -> None:
-        """L0, squared error and firing of every SAE, mean and spread of every tap."""
+    def _statistics(self, batch: _Batch, *, mine: bool) -> None:
+        """L0, squared error and firing of every SAE, mean and spread of every tap.
+
+        A batch that isn't `mine` is looked at only where the sums have no shift yet: all
+        processes take it from the same batch.
+        """
+        if not mine and all(site.shift_D is not None for site in self.sites.values()):
+            return
         acts = self.model.activations(batch.tokens_BS, self.taps)
         for tap in self.taps:
-            self.sites[tap].add(acts[tap], batch.usable_BS)
+            self.sites[tap].start(acts[tap], batch.usable_BS)
+            if mine:
+                self.sites[tap].add(acts[tap], batch.usable_BS)
+        if not mine:
+            return
         for job, sums in zip(self.jobs, self.saes, strict=True):
             sums.add(sae_batch(jax.device_put(job.sae), acts[job.tap], batch.usable_BS))
         self._advance(batch)
@@ -179,7 +229,7 @@ class Pass:
                 measure(self.spliced[index, everywhere], Splice(job.tap, splice_sae, arguments))
 
     def _advance(self, batch: _Batch) -> None:
-        done = self.meter.done + batch.tokens_BS.size
+        done = self.meter.done + batch.tokens_BS.size * distributed.process_count()
         self.meter.update(min(done, self.meter.total or done))
 
     def _write(self, index: int) -> None:

@@ -97,15 +97,19 @@ class SiteSums:
     square_S: np.ndarray = field(default_factory=lambda: np.zeros(()))
     count_S: np.ndarray = field(default_factory=lambda: np.zeros((), np.int64))
 
-    def add(self, x_BSD: Float[Array, "B S D"], counted_BS: Bool[np.ndarray, "B S"]) -> None:
-        """Take in one batch."""
-        if not counted_BS.any():
-            return
-        if self.shift_D is None:
-            self.shift_D = np.zeros(x_BSD.shape[-1], np.float32)
-            sum_SD, _ = _site_batch(x_BSD, counted_BS, self.shift_D)
+    def start(self, x_BSD: Float[Array, "B S D"], counted_BS: Bool[np.ndarray, "B S"]) -> None:
+        """Take the shift from the first batch that counts; where it is known, do nothing."""
+        if self.shift_D is None and counted_BS.any():
+            zero_D = np.zeros(x_BSD.shape[-1], np.float32)
+            sum_SD, _ = _site_batch(x_BSD, counted_BS, zero_D)
             mean_D = np.asarray(sum_SD, np.float64).sum(axis=0) / counted_BS.sum()
             self.shift_D = mean_D.astype(np.float32)
+
+    def add(self, x_BSD: Float[Array, "B S D"], counted_BS: Bool[np.ndarray, "B S"]) -> None:
+        """Take in one batch."""
+        self.start(x_BSD, counted_BS)
+        if self.shift_D is None:
+            return
         sum_SD, square_S = _site_batch(x_BSD, counted_BS, self.shift_D)
         self.sum_SD = self.sum_SD + np.asarray(sum_SD, np.float64)
         self.square_S = self.square_S + np.asarray(square_S, np.float64)

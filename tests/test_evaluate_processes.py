@@ -1,0 +1,58 @@
+"""Evaluation shared by two processes gives the numbers of one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from launch.cli import main
+from tests.pipeline import write_pipeline
+from tests.processes import child_environment
+
+# Three batches for two processes: one has less to do than the other.
+SETTINGS = ["evaluation={sequences: 3, sequences_per_batch: 1}"]
+
+
+def numbers(value: Any, path: str = "") -> dict[str, Any]:
+    """Every leaf of a JSON value by its path."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, inner in items for k, v in numbers(inner, f"{path}.{key}").items()}
+    return {path: value}
+
+
+def test_two_processes_measure_what_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "jax"))
+    config, run = str(write_pipeline(tmp_path)), tmp_path / "out"
+    assert main(["harvest", config]) == 0
+    assert main(["train", config]) == 0
+    assert main(["evaluate", config, *SETTINGS]) == 0
+    alone = json.loads((run / "evaluation.json").read_text())
+    counts = np.load(run / "firing_counts.npy")
+    (run / "evaluation.json").unlink()
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.cli", "evaluate", config, *SETTINGS, "launch.processes=2"],
+        env=child_environment(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "jax")),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "joined: process 0 of 2" in done.stderr
+    shared = json.loads((run / "evaluation.json").read_text())
+    np.testing.assert_array_equal(np.load(run / "firing_counts.npy"), counts)
+    left, right = numbers(alone), numbers(shared)
+    assert left.keys() == right.keys()
+    for key, value in left.items():
+        if isinstance(value, float):
+            assert right[key] == pytest.approx(value, rel=1e-6, abs=1e-9), key
+        else:
+            assert right[key] == value, key

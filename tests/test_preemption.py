@@ -1,0 +1,189 @@
+"""`sae train` on several processes, stopped, killed, misled: it ends bit-identical, or in words."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sae_train.config import Config
+from sae_train.config_file import load_config, write_config
+from sae_train.run_folder import newest_checkpoint
+from tests.processes import Group, child_environment, start_group
+from tests.training import assert_same_run, make_run
+
+STEPS = 400
+MESH = (2, 1)
+
+
+def make_file(folder: Path, name: str, **options) -> Path:
+    """A config file for a run of two processes."""
+    config = make_run(folder, steps=STEPS, output=name, mesh=MESH, **options)
+    launch = {"processes": 2, "restart_pause_seconds": 0.1, "heartbeat_seconds": 10}
+    config = Config.model_validate(config.model_dump() | {"launch": launch})
+    write_config(config, folder / f"{name}-config")
+    return folder / f"{name}-config" / "config.yaml"
+
+
+def start_processes(file: Path) -> Group:
+    """Both processes, started as a cluster would."""
+    command = ["-m", "launch.cli", "train", str(file)]
+    return start_group([command] * 2, environment={"SAE_HEARTBEAT_SECONDS": "10"})
+
+
+def start_supervised(*command: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch.cli", *command],
+        env=child_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def lines(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for(condition: Callable[[], bool], alive: Callable[[], bool]) -> bool:
+    """Poll until `condition()` or nobody is alive; says which."""
+    while alive():
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs are, an undisturbed one among them."""
+    folder = tmp_path_factory.mktemp("preemption")
+    process = start_supervised("train", str(make_file(folder, "undisturbed")))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert output.count("joined") <= 1, "one process speaks"
+    return folder
+
+
+def test_a_signal_to_any_process_stops_all_at_one_step(folder: Path):
+    file, run = make_file(folder, "stopped"), folder / "stopped"
+    stops = ((0, signal.SIGTERM), (1, signal.SIGTERM), (1, signal.SIGINT))
+    for number, (index, kind) in enumerate(stops):
+        goal = lines(run) + 20
+        group = start_processes(file)
+        if not wait_for(lambda goal=goal: lines(run) >= goal, group.alive):
+            pytest.fail("\n".join([str(group.wait()), *group.logs]))
+        group.processes[index].send_signal(kind)
+        codes = group.wait()
+        logs = "\n".join(group.logs)
+        assert codes == [75, 75], logs
+        assert "Traceback" not in logs
+        steps = set(re.findall(r"stopped by a signal at step (\d+)", logs))
+        assert steps == {str(newest_checkpoint(run))}, logs
+        assert newest_checkpoint(run) == lines(run), number
+    group = start_processes(file)
+    assert group.wait() == [0, 0], "\n".join(group.logs)
+    assert_same_run(folder / "undisturbed", run, step=STEPS)
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    """The processes a supervisor has started."""
+    return [
+        int(status.parent.name)
+        for status in Path("/proc").glob("[0-9]*/stat")
+        if _parent(status) == process.pid
+    ]
+
+
+def _parent(status: Path) -> int | None:
+    try:
+        return int(status.read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
+
+
+def test_a_killed_process_is_recovered_from(folder: Path):
+    file, run = make_file(folder, "killed"), folder / "killed"
+    supervisor = start_supervised("train", str(file))
+    for index, goal in ((1, 40), (0, 150)):
+        alive = lambda: supervisor.poll() is None  # noqa: E731
+        if not wait_for(lambda goal=goal: lines(run) >= goal, alive):
+            pytest.fail(str(supervisor.communicate()))
+        os.kill(sorted(children(supervisor))[index], signal.SIGKILL)
+        time.sleep(0.5)
+    output, _ = supervisor.communicate(timeout=300)
+    assert supervisor.returncode == 0, output
+    assert output.count("was lost (SIGKILL)") == 2, output
+    assert output.count("starting all 2 processes again") == 2, output
+    assert_same_run(folder / "undisturbed", run, step=STEPS)
+
+
+def test_the_others_notice_a_lost_process_by_themselves(folder: Path):
+    group = start_processes(make_file(folder, "noticed"))
+    assert wait_for(lambda: lines(folder / "noticed") >= 5, group.alive)
+    group.processes[1].kill()
+    begin = time.monotonic()
+    codes = group.wait(timeout=60)
+    assert time.monotonic() - begin < 20, "twice the heartbeat"
+    assert codes[0] not in (0, 2, 75), group.logs[0]
+
+
+def test_a_stop_through_the_supervisor(folder: Path):
+    file, run = make_file(folder, "through"), folder / "through"
+    supervisor = start_supervised("train", str(file))
+    assert wait_for(lambda: lines(run) >= 20, lambda: supervisor.poll() is None)
+    supervisor.send_signal(signal.SIGINT)
+    output, _ = supervisor.communicate(timeout=120)
+    assert supervisor.returncode == 75, output
+    assert output.count("stopped by a signal at step") == 1, output
+    assert "Traceback" not in output
+    assert not children(supervisor)
+
+
+def test_processes_of_different_configs_are_refused(folder: Path):
+    file = make_file(folder, "alike")
+    commands = [["-m", "launch.cli", "train", str(file), f"train.seed={index}"] for index in (0, 1)]
+    group = start_group(commands)
+    assert group.wait() == [2, 2], "\n".join(group.logs)
+    for log in group.logs:
+        assert "process 1 was started with another config than process 0" in log
+        assert "'seed: 1' where process 0 has 'seed: 0'" in log
+    assert not (folder / "alike").exists()
+
+
+def test_a_mistake_in_a_group_is_told_once_and_in_words(folder: Path):
+    file = make_file(folder, "mistaken")
+    process = start_supervised("train", str(file), f"cache.path={folder}/nowhere")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert output.count("sae harvest") == 1, output
+    process = start_supervised("train", str(file), "mesh.data=3", "train.batch_size=3")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert "launch.processes 2 does not divide the mesh's 3 devices" in output
+
+
+def test_fresh_starts_anew_once(folder: Path):
+    file, run = make_file(folder, "fresh"), folder / "fresh"
+    first = load_config(file).model_copy(update={"output": str(run)})
+    assert first.launch.processes == 2  # type: ignore[union-attr]
+    process = start_supervised("train", str(file), "sae.bandwidth=0.1", "train.tokens=960")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    process = start_supervised("train", str(file))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert output.count("holds a run with another config") == 1
+    process = start_supervised("train", str(file), "--fresh")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert_same_run(folder / "undisturbed", run, step=STEPS)
