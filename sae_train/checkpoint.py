@@ -171,8 +171,10 @@ class Checkpoints:
             state = ocp.StandardCheckpointHandler().restore(
                 self.folder / str(step) / "state", args=ocp.args.StandardRestore(abstract)
             )
-        except (ValueError, KeyError, FileNotFoundError) as error:  # missing or torn files
-            problem, state = f"it can't be read ({_first_line(error)})", None
+        except (PermissionError, MemoryError):
+            raise
+        except Exception as error:  # whatever Orbax makes of missing and torn files
+            problem, state = f"it can't be read ({_innermost(error)})", None
         # All or none: the checksums of arrays that lie on all processes need all of them.
         problem = next(filter(None, distributed.gathered("restored", problem)), None)
         if problem is None:
@@ -249,8 +251,11 @@ def refuse_difference(config: Config, meta: Mapping[str, Any], *, store: str, fo
         )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+def _innermost(error: BaseException) -> str:
+    """The words of the error that others were wrapped around."""
+    while inner := (error.exceptions[0] if isinstance(error, ExceptionGroup) else error.__cause__):
+        error = inner
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def _lookup(tree: Any, key: str) -> Any:

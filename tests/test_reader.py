@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 
@@ -139,3 +140,23 @@ def test_a_damaged_array_description_is_named(tmp_path: Path):
 def test_a_tap_that_was_not_harvested_is_refused(store: Store):
     with pytest.raises(UserError, match=r"no mlp_out\.2: it was harvested at resid_post\.1"):
         ActivationReader(store, Tap("mlp_out", 2), batch_size=8, seed=0)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 7])
+def test_processes_read_their_parts_of_the_same_batches(store: Store, parts: int):
+    options = {"batch_size": 20, "seed": 1}
+    sequential = read(store, list(range(12)), **options)
+    edges = np.linspace(0, 20, parts + 1).astype(int)
+    pieces = [
+        read(store, list(range(12)), **options, rows=slice(int(start), int(stop)))
+        for start, stop in itertools.pairwise(edges)
+    ]
+    for step, batch in enumerate(sequential):
+        np.testing.assert_array_equal(np.concatenate([piece[step] for piece in pieces]), batch)
+
+
+def test_a_part_of_each_batch_takes_a_part_of_the_memory(store: Store):
+    row = WIDTH * 4
+    with ActivationReader(store, TAP, batch_size=64, seed=0, rows=slice(16, 32)) as reader:
+        assert reader.memory_bytes == 2 * 5 * 16 * row
+        assert reader.batch(0).shape == (16, WIDTH)
