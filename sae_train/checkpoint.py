@@ -107,7 +107,7 @@ class Checkpoints:
                 max_to_keep=keep,
                 enable_async_checkpointing=True,
                 # A kill in mid-write leaves a folder under a temporary name.
-                cleanup_tmp_directories=not read_only,
+                cleanup_tmp_directories=True,
                 read_only=read_only,
             ),
             item_names=("state", "meta"),

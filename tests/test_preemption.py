@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from sae_train.config import Config
-from sae_train.config_file import load_config, write_config
+from sae_train.config_file import write_config
+from sae_train.loop import train
 from sae_train.run_folder import newest_checkpoint
 from tests.processes import Group, child_environment, start_group
 from tests.training import assert_same_run, make_run
@@ -172,17 +173,9 @@ def test_a_mistake_in_a_group_is_told_once_and_in_words(folder: Path):
     assert "launch.processes 2 does not divide the mesh's 3 devices" in output
 
 
-def test_fresh_starts_anew_once(folder: Path):
+def test_fresh_starts_anew(folder: Path):
     file, run = make_file(folder, "fresh"), folder / "fresh"
-    first = load_config(file).model_copy(update={"output": str(run)})
-    assert first.launch.processes == 2  # type: ignore[union-attr]
-    process = start_supervised("train", str(file), "sae.bandwidth=0.1", "train.tokens=960")
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    process = start_supervised("train", str(file))
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2, output
-    assert output.count("holds a run with another config") == 1
+    train(make_run(folder, steps=20, output="fresh", mesh=MESH, bandwidth=0.1))
     process = start_supervised("train", str(file), "--fresh")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
