@@ -39,6 +39,10 @@ def submit(config: Config, *, command: Command, dry_run: bool, stop: Callable[[]
         UserError: the config can't run there, or the cluster's own command is missing or refuses.
         Interrupted: a signal came while the submitter followed the stages; they go on.
     """
+    if config.launch.on == "slurm":
+        from launch import slurm
+
+        return slurm.submit(config, command=command, dry_run=dry_run)
     from launch import kubectl
 
     return kubectl.submit(config, command=command, dry_run=dry_run, stop=stop)

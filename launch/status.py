@@ -8,11 +8,12 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from launch.slurm_status import QueueView, queue_view
 from launch.stages import needs_evaluation, needs_release
 from launch.sweep import expand
 from sae_train.config import Config
 from sae_train.config_file import FILE_NAME
-from sae_train.run_folder import RunFolder, is_locked, read_run
+from sae_train.run_folder import RunFolder, State, is_locked, read_run
 
 _STYLES = {"trained": "green", "running": "cyan", "stopped": "yellow", "failed": "red"}
 
@@ -29,28 +30,38 @@ def status_table(config: Config) -> Table:
         else [(run.folder, run.config) for run in expand(config)]
     )
     busy = ", a process is at work" if is_locked(Path(config.output)) else ""
+    queue = queue_view(config)
     table = Table(title=f"{config.name} in {config.output}{busy}", title_justify="left")
+    if queue is not None and queue.others:
+        table.caption, table.caption_justify = Text(queue.others), "left"
     table.add_column("run", overflow="fold")
     table.add_column("state")
-    for heading in ("step", "loss", "L0", "FVU", "tokens/s", "checkpoint"):
+    for heading in ("step", "loss", "L0", "FVU", "tokens/s", "restarts", "checkpoint"):
         table.add_column(heading, justify="right")
     table.add_column("evaluated")
     table.add_column("released")
+    if queue is not None:
+        table.add_column("Slurm job")
     for folder, run_config in runs:
         if (folder / FILE_NAME).exists():
-            _add_run(table, read_run(folder))
+            row = _row(read_run(folder), queue)
         else:
-            steps = f"0/{run_config.train.steps}"
-            table.add_row(folder.name, "not started", steps, *["-"] * 7)
+            row = [folder.name, "not started", f"0/{run_config.train.steps}", *["-"] * 8]
+        if queue is not None:
+            row.append(queue.runs.get(folder.name, "-"))
+        table.add_row(*row)
     return table
 
 
-def _add_run(table: Table, run: RunFolder) -> None:
+def _row(run: RunFolder, queue: QueueView | None) -> list[str | Text]:
     last: dict[str, Any] = dict(run.metrics[-1]) if run.metrics else {}
-    state = Text(run.state, style=_STYLES.get(run.state, ""))
+    name: State = run.state
+    if name in ("not started", "stopped") and queue is not None and queue.is_running(run.name):
+        name = "running"  # on another machine, whose lock may not be seen from here
+    state = Text(name, style=_STYLES.get(name, ""))
     if run.failure is not None:
         state.append(f": {run.failure}", style="default")
-    table.add_row(
+    return [
         run.name,
         state,
         f"{max(last.get('step', 0), run.checkpoint_step or 0)}/{run.config.train.steps}",
@@ -58,10 +69,11 @@ def _add_run(table: Table, run: RunFolder) -> None:
         _number(last.get("l0"), ".1f"),
         _number(last.get("fvu"), ".3f"),
         _number(last.get("tokens_per_second"), ",.0f"),
+        str(run.restarts),
         "-" if run.checkpoint_step is None else str(run.checkpoint_step),
         _evaluated(run),
         _fresh(bool(run.release), stale=run.state == "trained" and needs_release(run.path)),
-    )
+    ]
 
 
 def _evaluated(run: RunFolder) -> str:

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from activation_cache.config import Count, NonNegative, PositiveCount, Section
 from sae_train.launch_kubernetes import KubernetesLaunch
+from sae_train.launch_slurm import SlurmLaunch
 
 
 class LocalLaunch(Section):
@@ -33,5 +34,7 @@ def _default_local(section: Any) -> Any:
 
 # A further back end joins the union.
 Launch = Annotated[
-    LocalLaunch | KubernetesLaunch, Field(discriminator="on"), BeforeValidator(_default_local)
+    LocalLaunch | SlurmLaunch | KubernetesLaunch,
+    Field(discriminator="on"),
+    BeforeValidator(_default_local),
 ]

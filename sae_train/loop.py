@@ -30,6 +30,7 @@ from sae_train.config import Config
 from sae_train.config_file import write_config
 from sae_train.metrics import MetricsLog, read_metrics
 from sae_train.prepare import prepare_start
+from sae_train.run_folder import record_start
 from sae_train.schedule import scheduled
 from sae_train.sharding import make_mesh, place_batch, rows_here
 from sae_train.state import TrainState, abstract_state, init_state
@@ -185,6 +186,7 @@ def train(
         stack.enter_context(reader)
         journal = _Journal(config)
         distributed.told_by_main("metrics", lambda: _open_log(journal, stack, done=run.done))
+        distributed.told_by_main("start", lambda: record_start(folder, step=run.done, anew=fresh))
         _steps(run, reader=reader, journal=journal, checkpoints=checkpoints, stop=stop)
     distributed.barrier("trained")
     return TrainResult(folder=folder, step=config.train.steps, metrics=journal.last_row)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from activation_cache.errors import UserError
-from activation_cache.storage import make_folder, read_json, write_json
+from activation_cache.storage import disk_errors, make_folder, read_json, write_json
 from sae_train.config import Config
 from sae_train.config_file import FILE_NAME, read_run_config
 from sae_train.metrics import read_metrics
@@ -20,6 +22,7 @@ CHECKPOINTS = "checkpoints"
 EVALUATION = "evaluation.json"
 FAILURE = "failure.json"
 RELEASE = "release"
+STARTS = "starts.jsonl"
 
 State = Literal["not started", "running", "stopped", "trained", "failed"]
 
@@ -34,6 +37,7 @@ class RunFolder:
         evaluation: evaluation.json, if there is one.
         release: the files of the release tree, relative to the run's folder.
         failure: why the last attempt at the run failed, if it did.
+        restarts: how often its training was taken up again.
     """
 
     path: Path
@@ -43,6 +47,7 @@ class RunFolder:
     evaluation: dict[str, Any] | None
     release: tuple[Path, ...]
     failure: str | None
+    restarts: int = 0
 
     @property
     def name(self) -> str:
@@ -75,6 +80,7 @@ def read_run(path: str | os.PathLike[str]) -> RunFolder:
         evaluation=read_json(evaluation) if evaluation.exists() else None,
         release=release_files(folder),
         failure="{reason} (in {stage})".format(**read_json(failure)) if failure.exists() else None,
+        restarts=max(0, count_starts(folder) - 1),
     )
 
 
@@ -121,6 +127,20 @@ def record_failure(folder: str | os.PathLike[str], *, stage: str, reason: str) -
 def clear_failure(folder: str | os.PathLike[str]) -> None:
     """A new attempt starts: forget why the last one failed."""
     (Path(folder) / FAILURE).unlink(missing_ok=True)
+
+
+def record_start(folder: str | os.PathLike[str], *, step: int, anew: bool = False) -> None:
+    """Training starts at a step: one more line; `anew` forgets the earlier ones."""
+    entry = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    path = Path(folder) / STARTS
+    with disk_errors(path, doing="write"), path.open("w" if anew else "a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def count_starts(folder: Path) -> int:
+    """How often training was started in this folder."""
+    path = folder / STARTS
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def is_locked(folder: Path) -> bool:

@@ -1,0 +1,479 @@
+"""Batch scripts without a Slurm: what they say, what they refuse, what they do as things end."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from activation_cache.errors import UserError
+from launch import slurm
+from launch.cli import main
+from launch.slurm_script import Script, render, sbatch_quote, script_folder
+from sae_train.config import Config
+from sae_train.config_file import load_config, with_values, write_config
+from sae_train.launch_slurm import time_seconds
+from tests.configs import make_config
+
+NASTY = 'it\'s a "run" $(touch hacked) `x` %j #1 ; & \u00e9'
+SWEEP = {"grid": {"train.sparsity.coefficient": [1e-3, 1e-2, 1e-1]}}
+
+
+def make(output: str = "run", *, sweep: bool = True, mesh=(1, 1), **launch: Any) -> Config:
+    values = {"launch": {"on": "slurm", **launch}} | ({"sweep": SWEEP} if sweep else {})
+    return with_values(make_config(output=output, mesh=mesh), values, source="test")
+
+
+def script(config: Config, stage: str = "train") -> Script:
+    command = "sweep" if config.sweep else stage
+    return next(one for one in render(config, command=command) if one.stage == stage)
+
+
+def sbatch_lines(text: str) -> list[str]:
+    return [line[8:] for line in text.splitlines() if line.startswith("#SBATCH ")]
+
+
+def test_a_sweep_is_four_jobs_and_what_is_asked_for_reaches_them() -> None:
+    config = make(
+        nodes=2,
+        tasks_per_node=4,
+        mesh=(2, 4),
+        partition="gpu,long",
+        account="p.123",
+        qos="high@x",
+        constraint="[a100*2&ib]|h100",
+        gres="gpu:a100:4",
+        time="1-12:00",
+        cpus_per_task=8,
+        memory="64G",
+        at_once=2,
+        sbatch=["--exclusive", "--mail-type=END,FAIL", '--comment="two words"'],
+        setup=["module load cuda", "export A='b c'"],
+        python="/opt/my env/bin/python",
+        signal_seconds=300,
+    )
+    scripts = render(config, command="sweep")
+    assert [one.stage for one in scripts] == ["harvest", "train", "evaluate", "report"]
+    train = script(config).text
+    assert sbatch_lines(train)[:4] == [
+        "--job-name=sae-train-test",
+        f"--chdir={sbatch_quote(os.getcwd())}",
+        f"--output={sbatch_quote(os.path.abspath('run/slurm/train-%A_%a.log'))}",
+        "--open-mode=append",
+    ]
+    assert set(sbatch_lines(train)[4:]) == {
+        "--requeue",
+        "--signal=B:USR1@300",
+        "--array=0-2%2",
+        "--partition=gpu,long",
+        "--account=p.123",
+        "--qos=high@x",
+        "--constraint=[a100*2&ib]|h100",
+        "--gres=gpu:a100:4",
+        "--time=1-12:00",
+        "--nodes=2",
+        "--ntasks-per-node=4",
+        "--cpus-per-task=8",
+        "--mem=64G",
+        "--exclusive",
+        "--mail-type=END,FAIL",
+        '--comment="two words"',
+    }
+    assert "\nmodule load cuda\nexport A='b c'\nsae=('/opt/my env/bin/python' -m" in train
+    assert "tasks=(--nodes=2 --ntasks=8 --cpus-per-task=8)" in train
+    report = sbatch_lines(script(config, "report").text)
+    assert {"--nodes=1", "--ntasks-per-node=1", "--partition=gpu,long"} <= set(report)
+    assert not [line for line in report if line.startswith(("--gres", "--constraint", "--array"))]
+
+
+def test_scripts_are_bash_and_configs_travel_as_local() -> None:
+    config = make(NASTY, heartbeat_seconds=20)
+    for one in render(config, command="sweep"):
+        subprocess.run(["bash", "-n"], input=one.text, text=True, check=True)
+        for name, text in one.files.items():
+            if name.endswith(".yaml"):
+                launch = yaml.safe_load(text)["launch"]
+                assert (launch["on"], launch["heartbeat_seconds"]) == ("local", 20)
+    train = script(config)
+    assert train.runs == ("coefficient_0.001", "coefficient_0.01", "coefficient_0.1")
+    assert sorted(train.files)[1] == "runs/coefficient_0.01.yaml"
+    assert f"{NASTY}/coefficient_0.01" in train.files["runs/coefficient_0.01.yaml"].replace(
+        "''", "'"
+    )
+
+
+BAD = [
+    ("partition", "two words", "one word"),
+    ("partition", "a'b", "one word"),
+    ("account", 'a"b', "one word"),
+    ("qos", "a\nb", "one word"),
+    ("gres", "gpu#1", "one word"),
+    ("constraint", "a\\b", "one word"),
+    ("partition", "--wrap=x", "starts with '-'"),
+    ("partition", "", "one word"),
+    ("time", "1h", "not one of Slurm's times"),
+    ("time", "2", "asked to stop"),
+    ("memory", "64 GB", "not an amount of memory"),
+    ("setup", ["a\nb"], "must be one line"),
+    ("setup", ["a\x00b"], "must be one line"),
+    ("sbatch", ["exclusive"], "not an option of sbatch"),
+    ("sbatch", ["--comment=a\n#SBATCH --wrap=x"], "must be one line"),
+    ("sbatch", ["--array=0-3"], "--array is set by the scripts"),
+    ("sbatch", ["-d afterok:1"], "-d is set by the scripts"),
+    ("sbatch", ["--no-requeue"], "--no-requeue is set by the scripts"),
+    ("sbatch", ["--comment=a # b"], "takes what follows '#'"),
+    ("python", "a\nb", "must be one line"),
+    ("nodes", 0, "1"),
+    ("heartbeat_seconds", 4, "5"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "words"), BAD)
+def test_what_a_script_cannot_hold_is_refused(
+    tmp_path: Path, key: str, value: Any, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(make(sweep=False), tmp_path)
+    override = f"launch={json.dumps({'on': 'slurm', key: value})}"
+    assert main(["train", str(tmp_path), override, "--dry-run"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert words in said
+    assert f"launch.{key}" in said
+    assert not (tmp_path / "slurm").exists()
+
+
+def test_processes_must_share_mesh_and_gpus() -> None:
+    with pytest.raises(UserError, match="4 processes, which do not divide the mesh's 2 devices"):
+        script(make(nodes=4, mesh=(1, 2)))
+    with pytest.raises(UserError, match="set tasks_per_node to 8"):
+        make(nodes=2, gres="tmp:1,gpu:h100:8", mesh=(2, 1))
+    make(nodes=1, gres="gpu:8")  # one process takes all
+    for bad in ("a\nb", "a\\b", "a\tb"):
+        with pytest.raises(UserError, match="can't be named in a batch script"):
+            script(make(bad))
+
+
+def test_times_are_read_as_slurm_does() -> None:
+    cases = {"90": 5400, "90:30": 5430, "1:2:3": 3723, "1-2": 93600, "1-2:3": 93780}
+    cases |= {"1-2:3:4": 93784, "0": 0, "1:": None, "1-": None, "1.5": None, "-1": None}
+    assert {text: time_seconds(text) for text in cases} == cases
+    assert make(time=90).launch.time == "90"
+
+
+def read_sbatch_value(line: str) -> str:
+    """One argument of a `#SBATCH` line, as sbatch's source reads it (src/sbatch/opt.c)."""
+    value, quote, escaped = "", "", False
+    for letter in line:
+        if escaped:
+            value, escaped = value + letter, False
+        elif letter == "\\":
+            escaped = True
+        elif quote and letter == quote:
+            quote = ""
+        elif not quote and letter in "\"'":
+            quote = letter
+        elif not quote and (letter == "#" or letter.isspace()):
+            break
+        else:
+            value += letter
+    return value
+
+
+@given(st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"])))
+def test_quoted_values_come_back(text: str) -> None:
+    if text:
+        assert read_sbatch_value(sbatch_quote(text)) == text
+
+
+def test_a_dry_run_writes_and_prints_and_submits_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    called = tmp_path / "called"
+    programs(tmp_path / "bin", monkeypatch, **dict.fromkeys(PROGRAMS, f"touch {called}"))
+    config = make(str(tmp_path / "out"))
+    write_config(config, tmp_path)
+    target = str(tmp_path / "config.yaml")
+    assert main(["sweep", target, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    for one in render(load_config(target), command="sweep"):
+        assert one.text in printed
+        for name, text in one.files.items():
+            assert (script_folder(config) / name).read_text() == text
+    assert not called.exists()
+    assert not (tmp_path / "out" / "slurm" / slurm.RECORD).exists()
+    assert main(["train", target, "sweep=null", "launch={on: local}", "--dry-run"]) == 2
+
+
+PROGRAMS = ("sbatch", "squeue", "scancel", "scontrol", "srun")
+
+
+def programs(folder: Path, monkeypatch: pytest.MonkeyPatch, **bodies: str) -> None:
+    """Put programs of ours before Slurm's on the PATH; those not given are no Slurm's at all."""
+    folder.mkdir(exist_ok=True)
+    for name, body in bodies.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+def refused(config: Config, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    write_config(config, folder)
+    assert main(["sweep", str(folder / "config.yaml")]) == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_a_slurm_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    said = refused(make(str(tmp_path / "out")), tmp_path, capsys)
+    assert "sbatch was not found on the PATH: this machine has no Slurm" in said
+    assert "Nothing was submitted" in said
+    assert (tmp_path / "out" / "slurm" / "train.sbatch").exists()
+
+
+FULL = "sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying"
+
+
+@pytest.mark.parametrize("end", ["exit 1", "exec sleep 60"])
+def test_a_full_queue_says_what_is_in_it_and_goes_on_from_there(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    end: str,
+) -> None:
+    monkeypatch.setattr(slurm, "_PATIENCE_SECONDS", 2.0)
+    calls, full = tmp_path / "calls", tmp_path / "full"
+    sbatch = f'echo "$@" >>{calls}; n=$(wc -l <{calls})\n'
+    sbatch += f'if [ -e {full} ] && [ "$n" -gt 1 ]; then echo "{FULL}" >&2; {end}; fi\n'
+    sbatch += 'echo "4$n;cluster"'
+    full.touch()
+    programs(tmp_path / "bin", monkeypatch, sbatch=sbatch, squeue="echo '41|N/A|41|PENDING|None'")
+    config = make(str(tmp_path / "out"))
+    said = refused(config, tmp_path, capsys)
+    assert "unable to accept job" in said
+    assert "In the queue: harvest (job 41). Not submitted: train, evaluate, report." in said
+    assert list(slurm.read_jobs(script_folder(config))) == ["harvest"]
+    full.unlink()
+    assert main(["sweep", str(tmp_path / "config.yaml")]) == 0
+    folder = script_folder(config)
+    assert [line.split() for line in calls.read_text().splitlines()[2:]] == [
+        [
+            "--parsable",
+            "--dependency=afterok:41",
+            "--kill-on-invalid-dep=yes",
+            str(folder / "train.sbatch"),
+        ],
+        ["--parsable", "--dependency=afterany:43", str(folder / "evaluate.sbatch")],
+        ["--parsable", "--dependency=afterany:44", str(folder / "report.sbatch")],
+    ]
+    record = json.loads((folder / slurm.RECORD).read_text())["jobs"]
+    assert [(job["stage"], job["number"], len(job["runs"])) for job in record] == [
+        ("harvest", "41", 0),
+        ("train", "43", 3),
+        ("evaluate", "44", 0),
+        ("report", "45", 0),
+    ]
+
+
+def test_jobs_of_another_config_in_the_queue_are_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queue = tmp_path / "queue"
+    queue.write_text("")
+    programs(tmp_path / "bin", monkeypatch, sbatch="echo 7", squeue=f"cat {queue}")
+    config = make(str(tmp_path / "out"))
+    write_config(config, tmp_path)
+    target = str(tmp_path / "config.yaml")
+    assert main(["sweep", target]) == 0
+    queue.write_text("7|0|8|COMPLETED|None\n7|1|9|RUNNING|None\n")
+    before = (tmp_path / "out/slurm/train.sbatch").read_text()
+    assert main(["sweep", target, "launch.nodes=1", "train.seed=1"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "from another config are in the queue" in said
+    assert "`scancel 7" in said
+    assert (tmp_path / "out/slurm/train.sbatch").read_text() == before
+    queue.write_text("7|0|8|COMPLETED|None\n7|1|9|CANCELLED|None\n")
+    assert main(["sweep", target, "train.seed=1"]) == 0
+    (tmp_path / "out/slurm" / slurm.RECORD).write_text('{"jobs": [{"stage": "train"}]}')
+    assert main(["sweep", target, "train.seed=1"]) == 2
+    assert "slurm.json is damaged" in " ".join(capsys.readouterr().err.split())
+
+
+class Job:
+    """A batch script under Slurm's own names, played here: steps are commands of ours."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, *, step: str, **launch: Any):
+        self.folder, self.calls = folder, folder / "calls"
+        self.calls.touch()
+        (folder / "state").write_text("RUNNING")
+        note = f'echo "$(basename "$0") $*" >>{self.calls}'
+        step = f"{note}\necho $$ >{folder}/step\nn=$(grep -c ^srun {self.calls})\n{step}"
+        state = f'[ "$1" != show ] || echo "JobId=5 JobState=$(cat {folder}/state) Reason=None"'
+        programs(
+            folder / "bin",
+            monkeypatch,
+            srun=step,
+            scancel=f"{note}\nkill -TERM $(cat {folder}/step)",
+            scontrol=f"{note}\n{state}",
+        )
+        settings = {"restart_pause_seconds": 0} | launch
+        config = make(str(folder / NASTY / "out"), sweep=False, **settings)
+        self.script = folder / "job.sbatch"
+        self.script.write_text(script(config).text)
+        self.run_folder = Path(config.output)
+
+    def start(self) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, "SLURM_JOB_ID": "5"}
+        with (self.folder / "log").open("w") as log:
+            return subprocess.Popen(["bash", str(self.script)], env=environment, stdout=log)
+
+    def finish(self) -> int:
+        return self.start().wait(timeout=60)
+
+    def count(self, start: str) -> int:
+        lines = self.calls.read_text().splitlines()
+        return sum(line.startswith(start) for line in lines)
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+WAITS = "trap 'sleep 0.3; exit 75' TERM; touch {folder}/ready; sleep 60 & wait $!"
+
+
+@pytest.mark.parametrize(
+    ("step", "status", "starts", "requeues"),
+    [
+        ("exit 0", 0, 1, 0),
+        ("exit 2", 2, 1, 0),
+        ("exit 75", 75, 1, 1),
+        ("exit 137", 137, 3, 0),
+        ("[ $n = 3 ] || exit 1", 0, 3, 0),
+        ("[ $n = 3 ] && exit 75; exit 1", 75, 3, 1),
+    ],
+)
+def test_how_a_job_ends(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    status: int,
+    starts: int,
+    requeues: int,
+) -> None:
+    job = Job(tmp_path, monkeypatch, step=step, restarts=2)
+    assert job.finish() == status
+    assert (job.count("srun"), job.count("scontrol requeue 5")) == (starts, requeues)
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_the_command_and_its_files_survive_quoting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(tmp_path, monkeypatch, step=f'printf "%s\\n" "$@" >{tmp_path}/arguments')
+    assert job.finish() == 0
+    words = (tmp_path / "arguments").read_text().splitlines()
+    command = [sys.executable, "-m", "launch.cli", "train", f"{job.run_folder}/slurm/train.yaml"]
+    assert words == ["--nodes=1", "--ntasks=1", "--kill-on-bad-exit=0", *command]
+
+
+def test_tries_are_counted_from_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saves = shlex.quote(f"{tmp_path}/{NASTY}/out/checkpoints") + '/"$n"'
+    step = f"case $n in 2 | 4) mkdir -p {saves} ;; esac\n[ $n = 6 ] || exit 1"
+    job = Job(tmp_path, monkeypatch, step=step, restarts=2)
+    assert job.finish() == 0
+    assert job.count("srun") == 6
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "COMPLETING", "CANCELLED"])
+def test_a_stopped_job_is_requeued_unless_slurm_is_ending_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    job = Job(tmp_path, monkeypatch, step="exit 75")
+    (tmp_path / "state").write_text(state)
+    assert job.finish() == 75
+    assert job.count("scontrol requeue 5") == (state == "RUNNING")
+
+
+@pytest.mark.parametrize("numbers", [["USR1"], ["TERM"], ["USR1", "TERM", "USR1"]])
+def test_a_signal_to_the_script_reaches_the_step_and_its_end_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, numbers: list[str]
+) -> None:
+    job = Job(tmp_path, monkeypatch, step=WAITS.format(folder=tmp_path))
+    process = job.start()
+    job.wait_until((tmp_path / "ready").exists)
+    for number in numbers:
+        process.send_signal(signal.Signals[f"SIG{number}"])
+        time.sleep(0.1)
+    assert process.wait(timeout=60) == 75
+    assert job.count("scancel --signal=TERM 5") >= 1
+    assert (job.count("srun"), job.count("scontrol requeue 5")) == (1, 1)
+
+
+def test_a_process_lost_while_stopping_is_for_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = WAITS.format(folder=tmp_path).replace("exit 75", "exit 134")
+    job = Job(tmp_path, monkeypatch, step=step)
+    process = job.start()
+    job.wait_until((tmp_path / "ready").exists)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=60) == 75
+    assert (job.count("srun"), job.count("scontrol requeue 5")) == (1, 1)
+
+
+def test_a_signal_in_a_pause_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(tmp_path, monkeypatch, step="exit 1", restart_pause_seconds=60)
+    process = job.start()
+    job.wait_until(lambda: "again in 60 s" in (tmp_path / "log").read_text())
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=30) == 75
+    assert (job.count("srun"), job.count("scontrol requeue 5")) == (1, 1)
+
+
+def test_pauses_double_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(tmp_path, monkeypatch, step="exit 1", restart_pause_seconds=200, restarts=4)
+    programs(tmp_path / "bin", monkeypatch, sleep=f'echo "sleep $1" >>{job.calls}')
+    assert job.finish() == 1
+    sleeps = [line for line in job.calls.read_text().splitlines() if line.startswith("sleep")]
+    assert sleeps == [f"sleep {seconds}" for seconds in (200, 400, 600, 600)]
+
+
+def test_the_array_task_finds_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(tmp_path, monkeypatch, step="exit 0")
+    config = make(str(tmp_path / NASTY / "out"))
+    job.script.write_text(script(config).text)
+    for index, run in itertools.islice(enumerate(script(config).runs), 1, None):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(index))
+        job.calls.write_text("")
+        assert job.finish() == 0
+        assert f"{NASTY}/out/slurm/runs/{run}.yaml" in job.calls.read_text()
+
+
+def test_evaluation_that_fails_does_not_keep_the_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(tmp_path, monkeypatch, step='case "$*" in *" evaluate "*) exit 2 ;; esac')
+    config = make(str(tmp_path / NASTY / "out"), nodes=2, mesh=(2, 1))
+    job.script.write_text(script(config, "evaluate").text)
+    assert job.finish() == 2
+    evaluated, exported = job.calls.read_text().splitlines()
+    assert "--nodes=2 --ntasks=2" in evaluated
+    assert "--nodes=1 --ntasks=1" in exported
