@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 CLUSTER = Path(os.environ["FAKE_CLUSTER"])
-LOOKS = 2  # at a JobSet until it ends
+LOOKS = 3  # at a JobSet until it ends
 
 
 def main(arguments: list[str]) -> int:
