@@ -25,7 +25,6 @@ from launch.backends import Command
 from launch.kubernetes import (
     Manifest,
     Stage,
-    dns_name,
     kubernetes_launch,
     render,
     write_manifests,
@@ -88,13 +87,9 @@ def submit(config: Config, *, command: Command, dry_run: bool, stop: Callable[[]
 
 
 def manifest_folder(config: Config) -> Path:
-    """Where the manifests go on this machine: beside the runs, unless those are in a bucket."""
+    """Where the manifests go on this machine: beside the runs, unless the config says otherwise."""
     chosen = kubernetes_launch(config).manifests
-    if chosen is not None:
-        return Path(chosen)
-    if "://" in config.output:
-        return Path("kubernetes") / dns_name(config.name, identity=config.output)
-    return Path(config.output) / "kubernetes"
+    return Path(config.output) / "kubernetes" if chosen is None else Path(chosen)
 
 
 def _run_sweep(

@@ -299,6 +299,7 @@ def test_mistakes_in_the_section(launch: dict[str, Any], words: str) -> None:
         ({"volumes": []}, {}, "cache.path /data/store would be lost with its pod"),
         ({"volumes": [{"kind": "empty", "mount": "/data"}]}, {}, "would be lost with its pod"),
         ({"volumes": [{**CLAIM, "read_only": True}]}, {}, "(found: none)"),
+        ({}, {"output": "gs://bucket/x"}, "output gs://bucket/x is a bucket, which stages can't"),
         ({}, {"mesh.model": 4}, "mesh.data * mesh.model must be 16"),
         ({"nodes": {"kind": "gpu"}}, {}, "mesh.data * mesh.model can be at most 8"),
     ],
@@ -308,12 +309,6 @@ def test_a_config_that_cannot_run_there(
 ) -> None:
     with pytest.raises(UserError, match=re.escape(words)):
         render(cluster_config(launch, **values), command="train")
-
-
-def test_a_bucket_needs_no_volume() -> None:
-    values = {"cache.path": "gs://bucket/store", "output": "s3://bucket/runs"}
-    (manifest,) = render(cluster_config({"volumes": []}, **values), command="train")
-    check(manifest.documents[1])
 
 
 @settings(deadline=None, max_examples=200)
