@@ -12,6 +12,7 @@ import contextlib
 import getpass
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -204,10 +205,21 @@ def _stop(folder: Path) -> None:
     for file in files:
         with contextlib.suppress(OSError, ValueError):
             process = int((folder / file).read_text())
-            os.kill(process, 15)
-            deadline = time.monotonic() + 15
+            os.kill(process, signal.SIGTERM)
+            deadline = time.monotonic() + 5
             while time.monotonic() < deadline and Path(f"/proc/{process}").exists():
                 time.sleep(0.05)
+    _kill_leftovers(folder)
+
+
+def _kill_leftovers(folder: Path) -> None:
+    """Steps outlive their slurmd. All that this cluster started knows its configuration."""
+    mark = f"SLURM_CONF={folder}/slurm.conf\0".encode()
+    for process in Path("/proc").iterdir():
+        if process.name.isdecimal() and int(process.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                if mark in (process / "environ").read_bytes() + b"\0":
+                    os.kill(int(process.name), signal.SIGKILL)
 
 
 if __name__ == "__main__":
