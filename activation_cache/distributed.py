@@ -17,8 +17,9 @@ import json
 import logging
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -40,6 +41,8 @@ _HEARTBEAT_SECONDS = 60
 _JOIN_SECONDS = 300  # machines of one job start minutes apart
 _WAIT_MS = 24 * 3600 * 1000  # a wait for another process ends when that process is lost
 _SEE_OFF_MS = 30 * 1000
+_STOP_KEY = "sae/stop_at"
+_STOP_NOTICE = 4  # calls: twice what two processes can be apart
 
 Value = TypeVar("Value")
 
@@ -51,7 +54,7 @@ class _Group:
     joined: bool = False
     exchanges: int = 0  # numbers what is exchanged; all processes count alike
     stop_questions: int = 0
-    stop_passed_on: bool = False
+    stop_at: int | None = None
 
 
 _group = _Group()
@@ -68,8 +71,6 @@ def join() -> None:
     """
     if _group.joined or not _started_in_a_group():
         return
-    import jax
-
     heartbeat = _integer(HEARTBEAT, minimum=5, default=_HEARTBEAT_SECONDS)
     # A process is given up after `heartbeat_timeout_seconds`; the news takes a moment more.
     timings: dict[str, Any] = {
@@ -77,6 +78,16 @@ def join() -> None:
         "initialization_timeout": _JOIN_SECONDS,
         "shutdown_timeout_seconds": heartbeat,
     }
+    with _own_signal_handlers():
+        _initialize(timings)
+    _group.joined = True
+    if process_count() > 1:
+        logger.info("joined: process %d of %d", process_index(), process_count())
+
+
+def _initialize(timings: dict[str, Any]) -> None:
+    import jax
+
     if os.environ.get(NUM_PROCESSES):
         count = _integer(NUM_PROCESSES, minimum=1)
         index = _integer(PROCESS_ID, minimum=0, maximum=count - 1)
@@ -86,9 +97,23 @@ def join() -> None:
         jax.distributed.initialize(address, count, index, **timings)
     else:
         jax.distributed.initialize(**timings)
-    _group.joined = True
-    if process_count() > 1:
-        logger.info("joined: process %d of %d", process_index(), process_count())
+
+
+@contextlib.contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Put back the signal handlers that JAX's runtime replaces with its own as it joins.
+
+    Its own notice of a SIGTERM reaches the others up to seconds later; `agree_to_stop` doesn't use
+    it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        if handler is not None:
+            signal.signal(number, handler)
 
 
 def leave() -> None:
@@ -260,19 +285,21 @@ def sums_of_all(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def agree_to_stop(stop: Callable[[], bool]) -> bool:
     """Should all processes stop now? The same answer everywhere, at the same call.
 
-    All call it equally often, with work between the calls that keeps them in step. One process
-    whose `stop` says yes, or that gets a SIGTERM, stops all of them a call or two later.
+    All call it equally often, and with work between the calls that keeps any two of them within
+    two calls of each other. The first whose `stop` says yes names a call that none can have
+    reached yet; everybody learns of it on the way there.
     """
     if process_count() == 1:
         return stop()
-    from jax.experimental import multihost_utils
-
-    if not _group.stop_passed_on and stop():
-        # JAX caught SIGTERM when this process joined; it is the notice that all come to know.
-        _group.stop_passed_on = True
-        os.kill(os.getpid(), signal.SIGTERM)
     _group.stop_questions += 1
-    return multihost_utils.reached_preemption_sync_point(_group.stop_questions)
+    if _group.stop_at is None and stop():
+        # Somebody else may have been first: then theirs counts, and setting ours fails.
+        with contextlib.suppress(Exception):
+            _client().key_value_set(_STOP_KEY, str(_group.stop_questions + _STOP_NOTICE))
+    if _group.stop_at is None:
+        with contextlib.suppress(Exception):  # not found: nobody has asked to stop
+            _group.stop_at = int(_client().key_value_try_get(_STOP_KEY))
+    return _group.stop_at is not None and _group.stop_questions >= _group.stop_at
 
 
 def code_version(*packages: Any) -> str:
