@@ -70,6 +70,7 @@ def test_learning_rate_warms_up_by_a_cosine_and_decays_linearly():
     ).train.learning_rate
     factors = [learning_rate_factor(config, step=step, steps=100) for step in range(100)]
     assert factors[0] == pytest.approx(0.1)
+    assert factors[2] == pytest.approx(0.1 + 0.9 * 0.0954915)  # (1 - cos 36°) / 2; a line has 0.2
     assert factors[5] == pytest.approx(0.55)
     assert factors[10:80] == [1.0] * 70
     assert factors[90] == pytest.approx(0.75)
