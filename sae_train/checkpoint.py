@@ -10,6 +10,7 @@ Saved by any number of processes on any mesh, a checkpoint restores on any other
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -109,6 +110,10 @@ class Checkpoints:
                 # A kill in mid-write leaves a folder under a temporary name.
                 cleanup_tmp_directories=True,
                 read_only=read_only,
+                # Several folders may be written at once; processes meet by these words.
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    barrier_sync_key_prefix=hashlib.sha256(str(self.folder).encode()).hexdigest()
+                ),
             ),
             item_names=("state", "meta"),
         )

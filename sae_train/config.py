@@ -106,6 +106,7 @@ class TrainConfig(Section):
     batch_size: PositiveCount = 4096
     tokens: PositiveCount
     seed: Count = 0
+    data_seed: Count | None = None  # of the order of batches; None: `seed` is that too
     learning_rate: LearningRateConfig = LearningRateConfig()
     adam: AdamConfig = AdamConfig()
     sparsity: Sparsity
@@ -126,6 +127,11 @@ class TrainConfig(Section):
     def steps(self) -> int:
         """Optimiser steps: the token budget in whole batches, at least one."""
         return max(1, self.tokens // self.batch_size)
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the order in which rows are read."""
+        return self.seed if self.data_seed is None else self.data_seed
 
 
 class MeshConfig(Section):
@@ -150,11 +156,18 @@ class EvaluationConfig(Section):
     sequences_per_batch: PositiveCount = 8
 
 
+class CohortConfig(Section):
+    """How many runs that read the same batches train side by side, sharing every read."""
+
+    max_members: PositiveCount = 8
+
+
 class SweepConfig(Section):
     """Dotted config keys and the values each takes: `grid` multiplies, `zip` walks in step."""
 
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
     zip: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
+    cohort: CohortConfig = CohortConfig()
 
     @model_validator(mode="after")
     def _coherent(self) -> SweepConfig:

@@ -1,40 +1,38 @@
-"""The training loop: next batch, step, read the previous step's metrics, write, save.
+"""The training loop: save if due, next batch, every member's step, read the step before's metrics.
+
+Runs that read the same batches train as one cohort (`cohort`): a batch is read and put on the
+devices once, and every member steps on it. A single run is a cohort of one.
 
 A run is a pure function of its config and its store: the batch of a step depends on the step
-number alone, so a checkpoint needs no data state and a resumed run is bit-identical.
+number alone, so a checkpoint needs no data state, a resumed run is bit-identical, and so is one
+that trained beside others. Members needn't be at the same step: the stream begins where the one
+furthest behind stands, and each joins when it comes by.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from activation_cache import distributed
 from activation_cache.errors import Interrupted, UserError
-from activation_cache.progress import ProgressMeter
 from activation_cache.reader import ActivationReader
-from activation_cache.storage import folder_lock
 from activation_cache.store import Store, open_store
 from activation_cache.taps import Tap
-from sae_train.checkpoint import Checkpoints, checkpoint_meta, refuse_difference
+from sae_train.cohort import check_cohort
+from sae_train.cohort_progress import CohortProgress
 from sae_train.config import Config
-from sae_train.config_file import write_config
-from sae_train.metrics import MetricsLog, read_metrics
-from sae_train.prepare import prepare_start
-from sae_train.run_folder import record_start
-from sae_train.schedule import scheduled
+from sae_train.journal import Diverged, InputClock
+from sae_train.member import Member
 from sae_train.sharding import make_mesh, place_batch, rows_here
-from sae_train.state import TrainState, abstract_state, init_state
-from sae_train.step import StepMetrics, make_train_step
+from sae_train.step import TrainStep, make_train_step, step_key
 
 logger = logging.getLogger(__name__)
 
@@ -48,255 +46,165 @@ class TrainResult:
     metrics: Mapping[str, Any]
 
 
-@dataclass
-class _Clock:
-    """Splits the time since the last logged step into waiting for input and all else."""
-
-    start: float = field(default_factory=time.monotonic)
-    waited: float = 0.0
-    steps: int = 0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        before = time.monotonic()
-        yield
-        self.waited += time.monotonic() - before
-
-    def lap(self, batch_size: int) -> dict[str, float]:
-        elapsed = max(time.monotonic() - self.start, 1e-9)
-        rates = {
-            "tokens_per_second": round(self.steps * batch_size / elapsed, 1),
-            "input_wait_fraction": round(self.waited / elapsed, 4),
-        }
-        self.start, self.waited, self.steps = time.monotonic(), 0.0, 0
-        return rates
-
-
-@dataclass
-class _Journal:
-    """Judges every step's metrics, in every process, and in the main one writes those due."""
-
-    config: Config
-    log: MetricsLog | None = None
-    meter: ProgressMeter | None = None
-    last_finite: tuple[int, StepMetrics] | None = None
-    last_row: Mapping[str, Any] = field(default_factory=dict)
-    clock: _Clock = field(default_factory=_Clock)
-
-    def record(self, step: int, metrics: StepMetrics) -> None:
-        """Take the metrics of the step that made `step` steps done; waits for the device.
-
-        Raises:
-            UserError: they are not finite.
-        """
-        if not bool(metrics.finite):
-            raise UserError(self._diverged(step, metrics))
-        self.last_finite = (step, metrics)
-        self.clock.steps += 1
-        train = self.config.train
-        if step % train.log_every_steps and step != train.steps:
-            return
-        row = self._row(step, metrics) | self.clock.lap(train.batch_size)
-        self.last_row = row
-        if self.log is None or self.meter is None:
-            return
-        self.log.write(row)
-        self.meter.update(
-            step * train.batch_size,
-            note=f"step {step}/{train.steps} loss {row['loss']:.4f} "
-            f"L0 {row['l0']:.1f} FVU {row['fvu']:.3f}",
-        )
-
-    def flush(self) -> None:
-        """Return when every row is on the disk."""
-        if self.log is not None:
-            self.log.flush()
-
-    def _row(self, step: int, metrics: StepMetrics) -> dict[str, Any]:
-        scalars = scheduled(self.config.train, step=step - 1)
-        return {
-            "step": step,
-            "tokens": step * self.config.train.batch_size,
-            "loss": float(metrics.loss),
-            "mse": float(metrics.mse),
-            "fvu": float(metrics.fvu),
-            "l0": float(metrics.l0),
-            "dead_fraction": float(metrics.dead_fraction),
-            "threshold_mean": float(metrics.threshold_mean),
-            "gradient_norm": float(metrics.gradient_norm),
-            "learning_rate": float(scalars.learning_rate),
-            "sparsity_coefficient": float(scalars.sparsity_coefficient),
-        }
-
-    def _diverged(self, step: int, metrics: StepMetrics) -> str:
-        before = "no step before it was finite"
-        if self.last_finite is not None:
-            good_step, good = self.last_finite
-            row = {name: f"{value:.6g}" for name, value in self._row(good_step, good).items()}
-            before = f"the last finite metrics, of step {good_step}, were {row}"
-        return (
-            f"training stopped at step {step}: its loss ({float(metrics.loss)}) or gradient norm "
-            f"({float(metrics.gradient_norm)}) is not finite; {before}. Nothing of this step was "
-            "saved. Lower train.learning_rate.peak, set train.gradient_clip, or check the store "
-            "with `sae inspect`; then start anew with --fresh or another output."
-        )
-
-
 def train(
     config: Config, *, fresh: bool = False, stop: Callable[[], bool] = lambda: False
 ) -> TrainResult:
-    """Train one SAE, going on from the newest checkpoint of its folder if there is one.
+    """Train one SAE: a cohort of one, see `train_cohort`."""
+    (result,) = train_cohort([config], fresh=fresh, stop=stop)
+    return result
+
+
+def train_cohort(
+    configs: Sequence[Config], *, fresh: bool = False, stop: Callable[[], bool] = lambda: False
+) -> list[TrainResult]:
+    """Train SAEs side by side, each going on from the newest checkpoint of its folder.
+
+    Each ends as it would alone, bit for bit. One that fails (its folder is another run's or in
+    use, its loss stops being finite) leaves; the others go on, and its failure is told at the end.
 
     Args:
-        fresh: delete what an earlier run left in the folder and start anew.
-        stop: asked before every step; when it says yes the state is saved and the loop left.
+        configs: of runs that read the same batches (`cohort.batch_key`).
+        fresh: delete what earlier runs left in the folders and start anew.
+        stop: asked before every step; when it says yes all is saved and the loop left.
 
     Several processes that have joined (`distributed.join`) train as one: each holds its devices'
-    part, all stop at the same step, and only the main one writes config and metrics.
+    part, all stop at the same step, and only the main one writes configs and metrics.
 
     Raises:
         Interrupted: `stop` said yes; everything is saved.
-        UserError: the store is missing or another one, the folder holds another run or is in
-            use, the mesh doesn't fit, or the loss stopped being finite.
+        UserError: the store is missing or another one, the mesh doesn't fit, or runs failed; the
+            reason of each is in its folder too.
     """
-    folder = Path(config.output)
-    store = open_store(config.cache.path)
-    store.check_matches(model=config.model, text=config.text, cache=config.cache)
+    check_cohort(configs)
+    first = configs[0]
+    store = open_store(first.cache.path)
+    store.check_matches(model=first.model, text=first.text, cache=first.cache)
+    mesh, clock = make_mesh(first.mesh), InputClock()
+    members = [Member(config, store=store, mesh=mesh, clock=clock) for config in configs]
     with ExitStack() as stack:
-        distributed.told_by_main("lock", lambda: stack.enter_context(folder_lock(folder)))
-        checkpoints = stack.enter_context(Checkpoints(folder, keep=config.checkpoint.keep))
-        if fresh:
-            checkpoints.delete_all()
-        run = _begin(config, store=store, checkpoints=checkpoints)
-        distributed.told_by_main("config", lambda: write_config(config, folder))
-        if run.done >= config.train.steps:
-            logger.info("%s is trained already: %d steps", folder, run.done)
-            rows = read_metrics(folder)
-            return TrainResult(folder=folder, step=run.done, metrics=rows[-1] if rows else {})
-        if run.done == 0:
-            run = _prepared(run, store)
-        reader = ActivationReader(
-            store,
-            run.tap,
-            batch_size=config.train.batch_size,
-            seed=config.train.seed,
-            start_step=run.done,
-            rows=rows_here(run.mesh, batch_size=config.train.batch_size),
-        )
-        stack.enter_context(reader)
-        journal = _Journal(config)
-        distributed.told_by_main("metrics", lambda: _open_log(journal, stack, done=run.done))
-        distributed.told_by_main("start", lambda: record_start(folder, step=run.done, anew=fresh))
-        _steps(run, reader=reader, journal=journal, checkpoints=checkpoints, stop=stop)
+        for member in members:
+            stack.enter_context(member)
+        _each(members, lambda member: member.begin(fresh=fresh))
+        at_work = [member for member in members if member.at_work]
+        if at_work:
+            _prepare([member for member in at_work if member.done == 0], store)
+            reader = stack.enter_context(_reader(at_work, store=store, mesh=mesh))
+            for member in at_work:
+                member.start(anew=fresh)
+            progress = stack.enter_context(CohortProgress(at_work))
+            _steps(at_work, reader=reader, mesh=mesh, clock=clock, progress=progress, stop=stop)
     distributed.barrier("trained")
-    return TrainResult(folder=folder, step=config.train.steps, metrics=journal.last_row)
+    distributed.told_by_main("failures", lambda: _tell_failures(members))
+    return [TrainResult(one.folder, one.done, one.journal.last_row) for one in members]
 
 
-def _open_log(journal: _Journal, stack: ExitStack, *, done: int) -> None:
-    """Open metrics and progress, for as long as the stack stands."""
-    config = journal.config
-    log = MetricsLog(config.output, from_step=done, tensorboard=config.train.tensorboard)
-    meter = ProgressMeter(
-        config.name,
-        total=config.train.steps * config.train.batch_size,
-        unit="tokens",
-        initial=done * config.train.batch_size,
-    )
-    journal.log, journal.meter = stack.enter_context(log), stack.enter_context(meter)
+def _each(
+    members: Sequence[Member],
+    work: Callable[[Member], Any],
+    *,
+    errors: type[UserError] = UserError,
+) -> None:
+    """Do something with every member; one that makes an error of this type fails, alone."""
+    for member in members:
+        try:
+            work(member)
+        except errors as error:
+            member.fail(error)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """Where a start of a run stands: the state it goes on from and `done` steps behind it."""
-
-    config: Config
-    tap: Tap
-    mesh: jax.sharding.Mesh
-    meta: Mapping[str, Any]
-    state: TrainState
-    done: int
-
-    @property
-    def input_scale(self) -> float:
-        """C of x = x_raw / C."""
-        return self.meta["input_scale"]
+def _tell_failures(members: Sequence[Member]) -> None:
+    failed = [member for member in members if member.failure is not None]
+    if not failed:
+        return
+    if len(members) == 1:
+        raise UserError(f"{failed[0].failure}")
+    lines = "\n".join(f"  {member.folder.name}: {member.failure}" for member in failed)
+    raise UserError(f"{len(failed)} of {len(members)} runs failed:\n{lines}")
 
 
-def _begin(config: Config, *, store: Store, checkpoints: Checkpoints) -> _Run:
-    """Initialise, or restore the newest checkpoint."""
+def _prepare(members: Sequence[Member], store: Store) -> None:
+    """Prepare new runs; every process looks at the same whole batches, each read once."""
+    if not members:
+        return
+    config = members[0].config
     tap = Tap(site=config.sae.site, layer=config.sae.layer)
-    info = store.tap_info(tap)
-    mesh = make_mesh(config.mesh)
-    meta = checkpoint_meta(
-        config,
-        input_scale=float(np.sqrt(info.mean_squared_norm)),
-        d_model=info.width,
-        store=store.identity,
+    train = config.train
+    with ActivationReader(
+        store, tap, batch_size=train.batch_size, seed=train.order_seed, read_ahead=1
+    ) as whole:
+        batch = functools.cache(whole.batch)
+        for member in members:
+            member.prepare(batch)
+
+
+def _reader(members: Sequence[Member], *, store: Store, mesh: jax.sharding.Mesh) -> Any:
+    config = members[0].config
+    return ActivationReader(
+        store,
+        Tap(site=config.sae.site, layer=config.sae.layer),
+        batch_size=config.train.batch_size,
+        seed=config.train.order_seed,
+        start_step=min(member.done for member in members),
+        rows=rows_here(mesh, batch_size=config.train.batch_size),
     )
 
-    def load(step: int) -> TrainState:
-        earlier = checkpoints.read_meta(step)
-        refuse_difference(config, earlier, store=store.identity, folder=Path(config.output))
-        abstract = abstract_state(config.sae, d_model=info.width, mesh=mesh)
-        return checkpoints.restore(abstract, step=step)
 
-    newest = checkpoints.newest(load, drop_damaged=True)
-    if newest is None:
-        state = init_state(config.sae, d_model=info.width, seed=config.train.seed, mesh=mesh)
-        return _Run(config=config, tap=tap, mesh=mesh, meta=meta, state=state, done=0)
-    done, state = newest
-    logger.info("%s: going on from the checkpoint at step %d", config.output, done)
-    return _Run(config=config, tap=tap, mesh=mesh, meta=meta, state=state, done=done)
-
-
-def _prepared(run: _Run, store: Store) -> _Run:
-    """The run with the state it starts from; every process looks at the same whole batches."""
-    train = run.config.train
-    with ActivationReader(
-        store, run.tap, batch_size=train.batch_size, seed=train.seed, read_ahead=1
-    ) as whole:
-        state = prepare_start(
-            run.config, state=run.state, batch=whole.batch, input_scale=run.input_scale
-        )
-    return dataclasses.replace(run, state=state)
+def _compiled(members: Sequence[Member], mesh: jax.sharding.Mesh) -> dict[str, TrainStep]:
+    """The steps of all members by `step_key`: what differs in numbers alone is compiled once."""
+    steps: dict[str, TrainStep] = {}
+    for member in members:
+        key = step_key(member.config)
+        if key not in steps:
+            steps[key] = make_train_step(member.config, input_scale=member.input_scale, mesh=mesh)
+    return steps
 
 
 def _steps(
-    run: _Run,
+    members: Sequence[Member],
     *,
     reader: ActivationReader,
-    journal: _Journal,
-    checkpoints: Checkpoints,
+    mesh: jax.sharding.Mesh,
+    clock: InputClock,
+    progress: CohortProgress,
     stop: Callable[[], bool],
 ) -> None:
-    """The loop: save if due, next batch, step, read the metrics of the step before."""
-    config, state, batch_size = run.config, run.state, run.config.train.batch_size
-    train_step = make_train_step(config, input_scale=run.input_scale, mesh=run.mesh)
-    span = rows_here(run.mesh, batch_size=batch_size)
-    pending: tuple[int, StepMetrics] | None = None
-    for step in range(run.done, config.train.steps):
+    """The loop: the members furthest behind take the next step, until none wants another."""
+    batch_size = reader.batch_size
+    span = rows_here(mesh, batch_size=batch_size)
+    compiled = _compiled(members, mesh)
+    train_step = {member: compiled[step_key(member.config)] for member in members}
+    while at_work := [member for member in members if member.at_work]:
+        step = min(member.done for member in at_work)
+        turn = [member for member in at_work if member.done == step]
         stopping = distributed.agree_to_stop(stop)
-        if pending and (stopping or step % config.checkpoint.every_steps == 0):
-            # Judged before it is saved: a state that isn't finite never reaches a checkpoint.
-            journal.record(*pending)
-            pending = None
-            journal.flush()
-            checkpoints.save(state, step=step, meta=run.meta)
+        _each([one for one in turn if stopping or one.is_save_due], Member.save, errors=Diverged)
         if stopping:
-            checkpoints.wait()
-            raise Interrupted(
-                f"{config.output}: stopped by a signal at step {step} of {config.train.steps}; "
-                "everything is saved, the same command goes on"
-            )
-        with journal.clock.waiting():
+            for member in at_work:
+                member.close()
+            raise _interrupted(members, step=step)
+        with clock.waiting():
             rows_BD = reader.batch(step)
-        batch_BD = place_batch(rows_BD, mesh=run.mesh, batch_size=batch_size, span=span)
-        state, metrics = train_step(state, batch_BD, scheduled(config.train, step=step))
-        if pending:
-            # Only now, with the next step dispatched: reading waits for the device.
-            journal.record(*pending)
-        pending = (step + 1, metrics)
-    if pending:
-        journal.record(*pending)
-    journal.flush()
-    checkpoints.save(state, step=config.train.steps, meta=run.meta)
+        batch_BD = place_batch(rows_BD, mesh=mesh, batch_size=batch_size, span=span)
+        turn = [member for member in turn if member.at_work]
+        for member in turn:
+            member.step(batch_BD, train_step=train_step[member])
+        # Only now, with the next steps dispatched: reading waits for the devices.
+        _each(turn, Member.judge, errors=Diverged)
+        _leave([member for member in turn if member.failure is None and not member.at_work])
+        progress.show(step + 1)
+
+
+def _leave(members: Sequence[Member]) -> None:
+    """Save the last state of those that are done, and only then wait for the disk."""
+    _each(members, Member.save, errors=Diverged)
+    for member in members:
+        member.close()
+
+
+def _interrupted(members: Sequence[Member], *, step: int) -> Interrupted:
+    saved = "everything is saved, the same command goes on"
+    if len(members) == 1:
+        folder, steps = members[0].folder, members[0].steps
+        return Interrupted(f"{folder}: stopped by a signal at step {step} of {steps}; {saved}")
+    names = ", ".join(member.folder.name for member in members)
+    return Interrupted(f"{names}: stopped by a signal at step {step}; {saved}")
