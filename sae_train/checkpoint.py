@@ -34,7 +34,7 @@ from sae_train.state import TrainState, abstract_state
 logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 Loaded = TypeVar("Loaded")
 

@@ -74,12 +74,24 @@ class AdamConfig(Section):
     epsilon: Positive = 1e-8
 
 
+class FrequencyPenalty(Section):
+    """A further price of latents that fire often: λ ω² / `scale` for each, ω its frequency.
+
+    With `penalty: l0` and the same λ the two make λ Σ ω (1 + ω / scale), the form of GDM's
+    progress update on high-frequency latents (2025), which used 0.1 and 0.01.
+    """
+
+    scale: Positive = 0.1
+    coefficient: NonNegative | None = None  # None: that of the penalty it stands beside
+
+
 class L0Penalty(Section):
     """Gemma Scope's penalty: coefficient times L0, per token."""
 
     penalty: Literal["l0"] = "l0"
     coefficient: NonNegative
     warmup_steps: Count = 10_000
+    frequency: FrequencyPenalty | None = None
 
 
 class TargetL0Penalty(Section):
@@ -95,9 +107,34 @@ class TargetL0Penalty(Section):
     form: Literal["batch_mean", "per_token"] = "batch_mean"
     coefficient: NonNegative = 1.0
     warmup_steps: Count = 10_000
+    frequency: FrequencyPenalty | None = None
+
+    @model_validator(mode="after")
+    def _frequency_priced(self) -> TargetL0Penalty:
+        # This λ is per squared distance from a target, no price of a latent.
+        if self.frequency is not None and self.frequency.coefficient is None:
+            raise ValueError(
+                "with penalty target_l0 frequency.coefficient must be given: try 1e-3, about "
+                "what an active latent costs with penalty l0"
+            )
+        return self
 
 
-Sparsity = Annotated[L0Penalty | TargetL0Penalty, Field(discriminator="penalty")]
+class MatchL0Penalty(Section):
+    """Coefficient times L0, the coefficient steered so that the mean L0 comes to `target`.
+
+    `coefficient` is where it starts; docs/recipes.md has the controller and what it reached.
+    """
+
+    penalty: Literal["match_l0"]
+    target: Annotated[Positive, Field(ge=1)]
+    coefficient: Positive = 1e-3
+    warmup_steps: Count = 10_000
+    settle_steps: PositiveCount | None = None  # None: a fiftieth of the run
+    frequency: FrequencyPenalty | None = None
+
+
+Sparsity = Annotated[L0Penalty | TargetL0Penalty | MatchL0Penalty, Field(discriminator="penalty")]
 
 
 class TrainConfig(Section):
@@ -200,6 +237,7 @@ class Config(Section):
     def _consistent(self) -> Config:
         mistakes = [
             *_check_tapped(self.sae, self.cache.sites),
+            *_check_target(self.train.sparsity, width=self.sae.width),
             *_check_divisible("train.batch_size", self.train.batch_size, "data", self.mesh.data),
             *_check_divisible("sae.width", self.sae.width, "model", self.mesh.model),
         ]
@@ -216,6 +254,15 @@ def _check_tapped(sae: SaeConfig, sites: list[SiteConfig]) -> list[str]:
     return [
         f"sae reads {sae.site} of layer {sae.layer}, which cache.sites does not harvest "
         f"(it has {has}): add it to cache.sites or change sae.site and sae.layer"
+    ]
+
+
+def _check_target(sparsity: Sparsity, *, width: int) -> list[str]:
+    if isinstance(sparsity, L0Penalty) or sparsity.target <= width:
+        return []
+    return [
+        f"train.sparsity.target {sparsity.target:g} is above sae.width {width}: no more latents "
+        f"can be active than there are; choose a target from 1 to {width}"
     ]
 
 

@@ -108,7 +108,7 @@ class Journal:
             "threshold_mean": float(metrics.threshold_mean),
             "gradient_norm": float(metrics.gradient_norm),
             "learning_rate": float(scalars.learning_rate),
-            "sparsity_coefficient": float(scalars.sparsity_coefficient),
+            "sparsity_coefficient": float(metrics.sparsity_coefficient),
         }
 
     def _diverged(self, step: int, metrics: StepMetrics) -> str:

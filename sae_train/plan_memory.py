@@ -30,7 +30,7 @@ from sae_train.sharding import AXIS_OF_DIM, BATCH_DIMS, LAST_FIRED, PARAMS, Tens
 
 Backend = Literal["accelerator", "cpu"]
 FLOAT_BYTES = 4
-STEP_COUNTER_BYTES = 4
+STATE_SCALAR_BYTES = 8  # the step, what steering added to log λ
 SCALAR_BYTES = 12  # learning rate, coefficient, bias correction
 
 
@@ -96,7 +96,7 @@ def step_memory(
     params = shape.table_bytes(PARAMS.values())
     batch = shape.local(BATCH_DIMS) * jnp.dtype(store_dtype).itemsize
     items = {
-        "weights": params + shape.table_bytes([LAST_FIRED]) + STEP_COUNTER_BYTES,
+        "weights": params + shape.table_bytes([LAST_FIRED]) + STATE_SCALAR_BYTES,
         "second moment": params,
         "batch": batch + SCALAR_BYTES,
     }

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from sae_train.config import Config, SaeConfig, TargetL0Penalty
+from sae_train.config import Config, L0Penalty, SaeConfig
 from sae_train.sae import Params, pre_activations
 from sae_train.schedule import total_learning_rate
 from sae_train.sharding import mesh_of, sharding
@@ -100,7 +100,7 @@ def threshold_warning(
         x_BD: scaled rows.
     """
     penalty = config.train.sparsity
-    l0 = penalty.target if isinstance(penalty, TargetL0Penalty) else TYPICAL_L0
+    l0 = TYPICAL_L0 if isinstance(penalty, L0Penalty) else penalty.target
     pre_BF = _pre_activations_of_all(params, x_BD, config=config.sae)
     needed, reachable = needed_threshold(pre_BF, l0=l0), reachable_threshold(config)
     if reachable >= needed:

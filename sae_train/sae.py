@@ -1,9 +1,9 @@
-"""The JumpReLU sparse autoencoder: forward pass, straight-through gradients, penalties.
+"""The JumpReLU sparse autoencoder: forward pass and straight-through gradients.
 
     pre  = (x - b_dec) W_encᵀ + b_enc            no ReLU before the jump
     f    = pre · 1[pre > θ]
     x̂    = f W_dec + b_dec
-    loss = mean over rows of ( |x - x̂|² + S(L0) )
+    loss = mean over rows of |x - x̂|², plus a penalty (sae_train/penalty.py)
 
 Sources: Gemma Scope (arXiv 2408.05147) section 2 and the JumpReLU paper (arXiv 2407.14435)
 equations 8-12. Inputs are scaled to unit mean squared norm; the bandwidth assumes it.
@@ -18,10 +18,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-from sae_train.config import SaeConfig, Sparsity, TargetL0Penalty
+from sae_train.config import SaeConfig
 
 # Gemma Scope trains in float32; without this a GPU would round products to TF32.
 PRECISION = jax.lax.Precision.HIGHEST
@@ -32,25 +31,33 @@ Params = dict[str, Array]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Forward:
-    """One pass over a batch; `l0_B` and `latents_BF` carry the straight-through gradients."""
+    """One pass over a batch; all but the reconstruction carry straight-through gradients.
+
+    `l0_B` counts the active latents of a row; `frequency_F` is the share of rows a latent is
+    active in.
+    """
 
     reconstruction_BD: Float[Array, "B D"]
     latents_BF: Float[Array, "B F"]
     l0_B: Float[Array, " B"]
+    frequency_F: Float[Array, " F"]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def jumprelu(
     pre_BF: Float[Array, "B F"], threshold_F: Float[Array, " F"], bandwidth: float
-) -> tuple[Float[Array, "B F"], Float[Array, " B"]]:
-    """Latents and the number active per row, with pseudo-derivatives in the threshold.
+) -> tuple[Float[Array, "B F"], Float[Array, " B"], Float[Array, " F"]]:
+    """Latents, the number active per row, and each latent's frequency in the batch.
 
-    JumpReLU paper, equations 11 and 12, K the rectangle 1[|u| < 1/2]:
-    ∂f/∂θ := -(θ/ε) K((pre - θ)/ε) and ∂L0/∂θ := -(1/ε) K((pre - θ)/ε) per latent. With respect to
-    `pre`, the latent passes 1[pre > θ] and L0 passes nothing.
+    Pseudo-derivatives in the threshold are the JumpReLU paper's, equations 11 and 12, K the
+    rectangle 1[|u| < 1/2]: ∂f/∂θ := -(θ/ε) K((pre - θ)/ε) and, of the step that counts a latent
+    as active, ∂H/∂θ := -(1/ε) K((pre - θ)/ε). With respect to `pre`, the latent passes
+    1[pre > θ] and the step passes nothing.
     """
     active_BF = pre_BF > threshold_F[None, :]
-    return jnp.where(active_BF, pre_BF, 0.0), active_BF.sum(axis=1, dtype=pre_BF.dtype)
+    l0_B = active_BF.sum(axis=1, dtype=pre_BF.dtype)
+    frequency_F = active_BF.sum(axis=0, dtype=pre_BF.dtype) / pre_BF.shape[0]
+    return jnp.where(active_BF, pre_BF, 0.0), l0_B, frequency_F
 
 
 def _jumprelu_forward(pre_BF, threshold_F, bandwidth):
@@ -59,11 +66,12 @@ def _jumprelu_forward(pre_BF, threshold_F, bandwidth):
 
 def _jumprelu_backward(bandwidth, residuals, cotangents):
     pre_BF, threshold_F = residuals
-    g_latents_BF, g_l0_B = cotangents
+    g_latents_BF, g_l0_B, g_frequency_F = cotangents
     distance_BF = pre_BF - threshold_F[None, :]
     window_BF = jnp.abs(distance_BF) < bandwidth / 2
     g_pre_BF = jnp.where(distance_BF > 0, g_latents_BF, 0.0)
-    pull_BF = threshold_F[None, :] * g_latents_BF + g_l0_B[:, None]
+    step_BF = g_l0_B[:, None] + g_frequency_F[None, :] / pre_BF.shape[0]
+    pull_BF = threshold_F[None, :] * g_latents_BF + step_BF
     g_threshold_F = -jnp.where(window_BF, pull_BF, 0.0).sum(axis=0) / bandwidth
     return g_pre_BF, g_threshold_F
 
@@ -106,23 +114,12 @@ def forward(params: Params, x_BD: Float[Array, "B D"], *, config: SaeConfig) -> 
         x_BD: activations divided by the input scale, so that E|x|² = 1.
     """
     pre_BF = pre_activations(params, x_BD, config=config)
-    latents_BF, l0_B = jumprelu(pre_BF, threshold_of(params, config=config), config.bandwidth)
+    theta_F = threshold_of(params, config=config)
+    latents_BF, l0_B, frequency_F = jumprelu(pre_BF, theta_F, config.bandwidth)
     decoded_BD = jnp.einsum("bf,fd->bd", latents_BF, params["W_dec"], precision=PRECISION)
     return Forward(
-        reconstruction_BD=decoded_BD + params["b_dec"][None, :], latents_BF=latents_BF, l0_B=l0_B
+        reconstruction_BD=decoded_BD + params["b_dec"][None, :],
+        latents_BF=latents_BF,
+        l0_B=l0_B,
+        frequency_F=frequency_F,
     )
-
-
-def sparsity_loss(
-    l0_B: Float[Array, " B"], *, coefficient: Array | np.float32, penalty: Sparsity
-) -> Float[Array, ""]:
-    """The mean penalty of a batch, `coefficient` being the warmed-up λ.
-
-    Linear: λ L0 (Gemma Scope, equation 4). `batch_mean`: λ (mean L0 / L* - 1)² (the JumpReLU
-    paper's target form). `per_token`: λ (2/L*) (L0 - L*)², Gemma Scope 2's equation 5 as printed.
-    """
-    if not isinstance(penalty, TargetL0Penalty):
-        return coefficient * l0_B.mean()
-    if penalty.form == "batch_mean":
-        return coefficient * jnp.square(l0_B.mean() / penalty.target - 1.0)
-    return coefficient * (2.0 / penalty.target) * jnp.square(l0_B - penalty.target).mean()

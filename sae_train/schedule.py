@@ -23,6 +23,7 @@ class Scheduled:
 
     learning_rate: Any
     sparsity_coefficient: Any
+    sparsity_warmup: Any  # the share of the coefficient that is in force, 0 to 1
     bias_correction: Any
 
 
@@ -51,13 +52,14 @@ def scheduled(config: TrainConfig, *, step: int) -> Scheduled:
     """The scalars of the step that turns `step` done steps into `step + 1`."""
     factor = learning_rate_factor(config.learning_rate, step=step, steps=config.steps)
     penalty = config.sparsity
-    warmed = penalty.coefficient * sparsity_factor(step=step, warmup_steps=penalty.warmup_steps)
+    warmup = sparsity_factor(step=step, warmup_steps=penalty.warmup_steps)
     beta2 = config.adam.beta2
     # 1 - β₂ᵗ for t = step + 1, without the cancellation.
     correction = -math.expm1((step + 1) * math.log(beta2)) if beta2 > 0 else 1.0
     return Scheduled(
         learning_rate=np.float32(config.learning_rate.peak * factor),
-        sparsity_coefficient=np.float32(warmed),
+        sparsity_coefficient=np.float32(penalty.coefficient * warmup),
+        sparsity_warmup=np.float32(warmup),
         bias_correction=np.float32(correction),
     )
 

@@ -24,6 +24,7 @@ class TrainState:
         second_moment: Adam's v for each of them.
         last_fired: for each latent the step (counted from 1) in which it last fired, 0 for never.
         step: optimiser steps done.
+        log_gain: what `match_l0` has added to the logarithm of its coefficient.
 
     Its leaves are arrays; in its twins, their shardings or their abstract shapes.
     """
@@ -32,22 +33,24 @@ class TrainState:
     second_moment: dict[str, Any]
     last_fired: Any
     step: Any
+    log_gain: Any
 
 
 def _map_table(leaf, scalar) -> TrainState:
-    """Build a state by calling `leaf(name, tensor)` for each row of the table."""
+    """Build a state: `leaf(name, tensor)` for each row of the table and `scalar(dtype)`."""
     params = {name: leaf(name, tensor) for name, tensor in PARAMS.items()}
     return TrainState(
         params=params,
         second_moment={name: leaf(f"second_moment.{name}", PARAMS[name]) for name in PARAMS},
         last_fired=leaf("last_fired", LAST_FIRED),
-        step=scalar,
+        step=scalar(jnp.int32),
+        log_gain=scalar(jnp.float32),
     )
 
 
 def state_shardings(mesh: Mesh) -> TrainState:
     """The NamedSharding of every leaf."""
-    return _map_table(lambda _, tensor: sharding(mesh, tensor.dims), sharding(mesh, ()))
+    return _map_table(lambda _, tensor: sharding(mesh, tensor.dims), lambda _: sharding(mesh, ()))
 
 
 def abstract_state(config: SaeConfig, *, d_model: int, mesh: Mesh) -> TrainState:
@@ -57,8 +60,9 @@ def abstract_state(config: SaeConfig, *, d_model: int, mesh: Mesh) -> TrainState
         shape = shape_of(tensor, width=config.width, d_model=d_model)
         return jax.ShapeDtypeStruct(shape, tensor.dtype, sharding=sharding(mesh, tensor.dims))
 
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding(mesh, ()))
-    return _map_table(leaf, step)
+    return _map_table(
+        leaf, lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=sharding(mesh, ()))
+    )
 
 
 def init_state(config: SaeConfig, *, d_model: int, seed: int, mesh: Mesh) -> TrainState:
@@ -76,6 +80,6 @@ def init_state(config: SaeConfig, *, d_model: int, seed: int, mesh: Mesh) -> Tra
                 return tensor.init(key, shape, config).astype(tensor.dtype)
             return jnp.zeros(shape, tensor.dtype)
 
-        return _map_table(leaf, jnp.zeros((), jnp.int32))
+        return _map_table(leaf, lambda dtype: jnp.zeros((), dtype))
 
     return jax.jit(init, out_shardings=state_shardings(mesh))()

@@ -20,8 +20,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from sae_train.config import Config, SaeConfig, TrainConfig
-from sae_train.optimiser import Scalar, update
-from sae_train.sae import Forward, Params, forward, sparsity_loss, threshold_of
+from sae_train.optimiser import update
+from sae_train.penalty import Priced, priced
+from sae_train.sae import Forward, Params, forward, threshold_of
 from sae_train.schedule import Scheduled
 from sae_train.sharding import BATCH_DIMS, sharding
 from sae_train.state import TrainState, state_shardings
@@ -33,8 +34,9 @@ class StepMetrics:
     """Scalars of one batch, measured before its update, in scaled units (E|x|² = 1).
 
     `mse` is the squared error summed over D, mean over rows. `fvu` is the summed squared error
-    over that of always predicting the batch's mean. `finite` covers loss and gradients, hence
-    the state after the step.
+    over that of always predicting the batch's mean. `sparsity_coefficient` is the λ that was in
+    force, warm-up and steering included. `finite` covers loss and gradients, hence the state
+    after the step.
     """
 
     loss: Float[Array, ""]
@@ -43,6 +45,7 @@ class StepMetrics:
     l0: Float[Array, ""]
     dead_fraction: Float[Array, ""]
     threshold_mean: Float[Array, ""]
+    sparsity_coefficient: Float[Array, ""]
     gradient_norm: Float[Array, ""]
     finite: Array
 
@@ -82,20 +85,28 @@ def step_key(config: Config) -> str:
 def loss_and_forward(
     params: Params,
     x_BD: Float[Array, "B D"],
-    coefficient: Scalar,
+    scalars: Scheduled,
     *,
+    log_gain: Float[Array, ""],
     sae: SaeConfig,
     train: TrainConfig,
-) -> tuple[Float[Array, ""], Forward]:
+) -> tuple[Float[Array, ""], tuple[Forward, Priced]]:
     """Squared error plus penalty, mean over rows (Gemma Scope, equation 4)."""
     out = forward(params, x_BD, config=sae)
     mse = jnp.square(x_BD - out.reconstruction_BD).sum(axis=1).mean()
-    penalty = sparsity_loss(out.l0_B, coefficient=coefficient, penalty=train.sparsity)
-    return mse + penalty, out
+    penalty = priced(out, scalars, log_gain=log_gain, train=train)
+    return mse + penalty.loss, (out, penalty)
 
 
 def _measure(
-    state: TrainState, out: Forward, *, x_BD: Array, loss: Array, norm: Array, config: Config
+    state: TrainState,
+    out: Forward,
+    *,
+    x_BD: Array,
+    loss: Array,
+    coefficient: Array,
+    norm: Array,
+    config: Config,
 ) -> tuple[StepMetrics, Array]:
     """The step's metrics and the new `last_fired`."""
     fired_F = (out.latents_BF > 0).any(axis=0)
@@ -111,6 +122,7 @@ def _measure(
         l0=out.l0_B.mean(),
         dead_fraction=(silent_F >= dead_steps).mean(),
         threshold_mean=threshold_of(state.params, config=config.sae).mean(),
+        sparsity_coefficient=coefficient,
         gradient_norm=norm,
         finite=jnp.isfinite(loss) & jnp.isfinite(norm),
     )
@@ -132,11 +144,17 @@ def make_train_step(config: Config, *, input_scale: float, mesh: Mesh) -> TrainS
         state: TrainState, rows_BD: Array, scalars: Scheduled
     ) -> tuple[TrainState, StepMetrics]:
         x_BD = rows_BD.astype(jnp.float32) * (1.0 / input_scale)
-        (loss, out), gradients = loss_gradient(
-            state.params, x_BD, scalars.sparsity_coefficient, sae=sae, train=train
+        (loss, (out, penalty)), gradients = loss_gradient(
+            state.params, x_BD, scalars, log_gain=state.log_gain, sae=sae, train=train
         )
         metrics, last_fired = _measure(
-            state, out, x_BD=x_BD, loss=loss, norm=optax.tree.norm(gradients), config=config
+            state,
+            out,
+            x_BD=x_BD,
+            loss=loss,
+            coefficient=penalty.coefficient,
+            norm=optax.tree.norm(gradients),
+            config=config,
         )
         params, second_moment = update(
             state.params,
@@ -148,7 +166,11 @@ def make_train_step(config: Config, *, input_scale: float, mesh: Mesh) -> TrainS
             train=train,
         )
         new_state = TrainState(
-            params=params, second_moment=second_moment, last_fired=last_fired, step=state.step + 1
+            params=params,
+            second_moment=second_moment,
+            last_fired=last_fired,
+            step=state.step + 1,
+            log_gain=penalty.log_gain,
         )
         return new_state, metrics
 

@@ -13,11 +13,18 @@ import numpy as np
 
 @dataclass
 class Sparsity:
-    """Which penalty: 'l0', 'batch_mean' or 'per_token'."""
+    """Which penalty: 'l0', 'batch_mean', 'per_token' or 'match'.
+
+    `frequency` adds (its first) Σ ω² / (its second). `log_gain` and `settle` are of 'match': what
+    steering has added to log λ, and the steps in which a distance of 1 adds 1.
+    """
 
     kind: str
     coefficient: float
     target: float = 1.0
+    frequency: tuple[float, float] | None = None
+    log_gain: float = 0.0
+    settle: float = 1.0
 
 
 def encode(params, x):
@@ -29,6 +36,11 @@ def encode(params, x):
 def penalty_and_slope(l0, sparsity):
     """Mean penalty of the batch, and for each row B times its derivative in that row's L0."""
     lam, target = sparsity.coefficient, sparsity.target
+    if sparsity.kind == "match":
+        distance = min(max(np.log(l0.mean() / target), -1.0), 1.0)
+        lam = lam * np.exp(sparsity.log_gain + distance)
+        sparsity.log_gain += distance / sparsity.settle
+        return lam * l0.mean(), np.full_like(l0, lam)
     if sparsity.kind == "l0":
         return lam * l0.mean(), np.full_like(l0, lam)
     if sparsity.kind == "per_token":
@@ -45,6 +57,11 @@ def loss_and_gradients(params, x, *, bandwidth, sparsity):
     residual = x - (latents @ params["W_dec"] + params["b_dec"])
     l0 = active.sum(axis=1).astype(float)
     penalty, slope = penalty_and_slope(l0, sparsity)
+    frequency, crowding = active.mean(axis=0), np.zeros(active.shape[1])
+    if sparsity.frequency is not None:
+        price, scale = sparsity.frequency
+        penalty += price * (frequency**2).sum() / scale
+        crowding = 2 * price * frequency / scale
     mse = (residual**2).sum(axis=1).mean()
 
     g_out = -2 * residual / rows
@@ -53,7 +70,7 @@ def loss_and_gradients(params, x, *, bandwidth, sparsity):
     window = np.abs((pre - params["threshold"]) / bandwidth) < 0.5
     g_threshold = np.zeros_like(params["threshold"])
     for row in range(rows):
-        pull = params["threshold"] * g_latents[row] + slope[row] / rows
+        pull = params["threshold"] * g_latents[row] + (slope[row] + crowding) / rows
         g_threshold -= np.where(window[row], pull, 0.0) / bandwidth
     gradients = {
         "W_enc": g_pre.T @ (x - params["b_dec"]),

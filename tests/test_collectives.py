@@ -46,8 +46,9 @@ def collectives(mesh: tuple[int, int], sparsity: dict) -> list[tuple[str, int]]:
         {"coefficient": 0.01},
         {"penalty": "target_l0", "target": 5.0, "form": "batch_mean"},
         {"penalty": "target_l0", "target": 5.0, "form": "per_token"},
+        {"penalty": "match_l0", "target": 5.0},
     ],
-    ids=["l0", "batch_mean", "per_token"],
+    ids=["l0", "batch_mean", "per_token", "match_l0"],
 )
 def test_a_model_mesh_sends_one_partial_reconstruction(sparsity: dict):
     found = collectives((1, 8), sparsity)
@@ -63,3 +64,12 @@ def test_a_data_mesh_sends_the_gradients_once():
     assert {kind for kind, _ in found} == {"all-reduce"}
     weights = [size for _, size in found if size >= WIDTH * D_MODEL]
     assert weights == [WIDTH * D_MODEL] * 2
+
+
+def test_frequencies_are_summed_over_the_batch_only_where_they_are_priced():
+    plain = collectives((8, 1), {"coefficient": 0.01})
+    priced = collectives((8, 1), {"coefficient": 0.01, "frequency": {"scale": 0.1}})
+    assert sorted(priced) == sorted([*plain, ("all-reduce", WIDTH)])
+    split = collectives((1, 8), {"coefficient": 0.01, "frequency": {"scale": 0.1}})
+    assert max(size for _, size in split) == BATCH * D_MODEL
+    assert sum(size for _, size in split) <= BATCH * D_MODEL + BATCH + D_MODEL + 16

@@ -252,6 +252,26 @@ def test_no_pydantic_words_reach_the_user(tmp_path: Path) -> None:
         assert word not in message
 
 
+@pytest.mark.parametrize("penalty", ["target_l0", "match_l0"])
+def test_a_target_no_sae_of_that_width_can_have(tmp_path: Path, penalty: str) -> None:
+    low = refusal(tmp_path, f"train.sparsity={{penalty: {penalty}, target: 0.9}}")
+    assert "train.sparsity.target: 0.9 is out of range: it must be at least 1" in low
+    high = refusal(tmp_path, f"train.sparsity={{penalty: {penalty}, target: 65}}", "sae.width=64")
+    assert "train.sparsity.target 65 is above sae.width 64" in high
+    assert "from 1 to 64" in high
+    most = load(tmp_path, f"train.sparsity={{penalty: {penalty}, target: 64}}", "sae.width=64")
+    assert most.sae.width == 64
+
+
+def test_a_frequency_penalty_beside_a_target_needs_its_own_price(tmp_path: Path) -> None:
+    section = "train.sparsity={penalty: target_l0, target: 80, frequency: {scale: 0.1}}"
+    assert "frequency.coefficient must be given: try 1e-3" in refusal(tmp_path, section)
+    section = "train.sparsity={coefficient: 1e-3, frequency: {}}"
+    frequency = load(tmp_path, section).train.sparsity.frequency
+    assert frequency is not None
+    assert (frequency.scale, frequency.coefficient) == (0.1, None)
+
+
 def test_a_site_may_be_listed_twice(tmp_path: Path) -> None:
     sites = "cache.sites=[{site: resid_post, layers: [12]}, {site: resid_post, layers: [3]}]"
     assert load(tmp_path, sites).sae.layer == 12
@@ -348,7 +368,7 @@ positive = st.floats(min_value=1e-300, max_value=1e300)
     coefficient=positive,
     tokens=st.integers(min_value=1, max_value=10**15),
     clip=st.none() | positive,
-    target=st.none() | st.floats(min_value=1, max_value=1e6),
+    target=st.none() | st.floats(min_value=1, max_value=128),
     values=st.lists(positive | st.integers() | names, min_size=1, max_size=3),
 )
 def test_resolved_config_round_trips(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import jax
@@ -49,10 +50,11 @@ def test_golden_numbers_of_the_authors():
     config = make_config(bandwidth=0.1, parametrisation="log", sparsity={"coefficient": 1.2})
     params, data = golden_inputs()
     with jax.enable_x64(True):
-        (loss, out), gradients = jax.value_and_grad(loss_and_forward, has_aux=True)(
+        (loss, (out, _)), gradients = jax.value_and_grad(loss_and_forward, has_aux=True)(
             jax.tree.map(jnp.asarray, params),
             jnp.asarray(data[0]),
-            jnp.asarray(1.2),
+            jax.tree.map(jnp.float64, scheduled(config.train, step=0)),
+            log_gain=jnp.asarray(0.0),
             sae=config.sae,
             train=config.train,
         )
@@ -80,6 +82,24 @@ PENALTIES = {
         {"penalty": "target_l0", "form": "per_token", "target": 6.0, "coefficient": 0.05},
         reference.Sparsity("per_token", 0.05, 6.0),
     ),
+    "match_l0": (
+        {"penalty": "match_l0", "target": 6.0, "coefficient": 0.02, "settle_steps": 20},
+        reference.Sparsity("match", 0.02, 6.0, settle=20),
+    ),
+    "frequency": (
+        {"penalty": "l0", "coefficient": 0.05, "frequency": {"scale": 0.1}},
+        reference.Sparsity("l0", 0.05, frequency=(0.05, 0.1)),
+    ),
+    "per_token_frequency": (
+        {
+            "penalty": "target_l0",
+            "form": "per_token",
+            "target": 6.0,
+            "coefficient": 0.02,
+            "frequency": {"scale": 0.1, "coefficient": 0.03},
+        },
+        reference.Sparsity("per_token", 0.02, 6.0, frequency=(0.03, 0.1)),
+    ),
 }
 
 
@@ -104,7 +124,7 @@ def biased_state(config: Config, *, d_model: int) -> TrainState:
 @pytest.mark.parametrize("parametrisation", ["log", "direct"])
 @pytest.mark.parametrize("penalty", sorted(PENALTIES))
 def test_forty_steps_follow_the_float64_reference(parametrisation: str, penalty: str):
-    config_penalty, oracle_penalty = PENALTIES[penalty]
+    config_penalty, oracle_penalty = copy.deepcopy(PENALTIES[penalty])
     config = make_config(
         width=96,
         bandwidth=0.05,
@@ -173,6 +193,35 @@ def test_one_maths_on_many_meshes(data: int, model: int):
     assert again_losses == meshed_losses
     jax.tree.map(np.testing.assert_array_equal, again, meshed)
     np.testing.assert_allclose(meshed.params["W_dec"], single.params["W_dec"], atol=2e-5)
+
+
+STEERED = {
+    "penalty": "match_l0",
+    "target": 8.0,
+    "coefficient": 0.01,
+    "warmup_steps": 5,
+    "settle_steps": 10,
+    "frequency": {"scale": 0.1},
+}
+
+
+@pytest.mark.parametrize(("data", "model"), [(8, 1), (2, 4)])
+def test_steering_and_frequencies_see_the_whole_batch_on_any_mesh(data: int, model: int):
+    common = {
+        "width": 128,
+        "bandwidth": 0.05,
+        "threshold_init": 0.02,
+        "batch_size": 64,
+        "tokens": 64 * 20,
+        "sparsity": STEERED,
+        "learning_rate": {"peak": 1e-3, "warmup_steps": 5},
+    }
+    single, losses = run_on_mesh(make_config(**common), 20)
+    meshed, meshed_losses = run_on_mesh(make_config(**common, mesh=(data, model)), 20)
+    np.testing.assert_allclose(meshed_losses, losses, rtol=1e-5)
+    np.testing.assert_allclose(meshed.log_gain, single.log_gain, rtol=1e-5)
+    assert float(single.log_gain) != 0.0
+    np.testing.assert_allclose(meshed.params["threshold"], single.params["threshold"], atol=2e-5)
 
 
 def test_decoder_rows_stay_unit_norm_and_rows_are_born_tied():

@@ -63,6 +63,29 @@ def test_resuming_at_any_step_is_bit_identical(tmp_path: Path, stop_step: int):
     assert_same_run(tmp_path / "whole", tmp_path / "parts", step=40)
 
 
+@pytest.mark.parametrize("stop_step", [3, 25])
+def test_steering_goes_on_where_it_was(tmp_path: Path, stop_step: int):
+    options = {
+        "sparsity": {
+            "penalty": "match_l0",
+            "target": 5.0,
+            "coefficient": 0.01,
+            "warmup_steps": 8,
+            "settle_steps": 10,
+            "frequency": {"scale": 0.1, "coefficient": 0.02},
+        }
+    }
+    train(make_run(tmp_path, output="whole", **options))
+    parts = make_run(tmp_path, output="parts", **options)
+    with pytest.raises(Interrupted):
+        train(parts, stop=stop_after(stop_step))
+    train(parts)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", step=40)
+    inforce = [row["sparsity_coefficient"] for row in read_metrics(tmp_path / "parts")]
+    assert inforce[0] == 0.0, "the warm-up begins at nothing"
+    assert len(set(inforce[8:])) > 25, "steering moves it from step to step"
+
+
 def test_a_checkpoint_is_the_state_at_its_step_though_the_loop_ran_on(tmp_path: Path):
     # Saving is asynchronous and the step donates its state: a copy taken too late would differ.
     config = make_run(tmp_path, output="long", checkpoint={"every_steps": 1, "keep": 100})
