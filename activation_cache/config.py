@@ -65,6 +65,13 @@ class SiteConfig(Section):
         return layers
 
 
+class MeshConfig(Section):
+    """Devices per mesh axis: what comes in rows is split over `data`, weights over `model`."""
+
+    data: PositiveCount = 1
+    model: PositiveCount = 1
+
+
 class CacheConfig(Section):
     """The activation store: where it is, what is tapped, how many rows, how they are shuffled."""
 
@@ -74,5 +81,6 @@ class CacheConfig(Section):
     dtype: Dtype = "float32"
     shuffle_rows: PositiveCount = 1_000_000  # rows per shuffle bucket
     block_rows: PositiveCount = 256  # rows per chunk: the unit the reader permutes
-    sequences_per_batch: PositiveCount = 8  # sequences per forward pass
+    sequences_per_batch: PositiveCount = 8  # per forward pass of one copy of the model
     seed: Count = 0
+    mesh: MeshConfig | None = None  # of the language model; None: the section `mesh`

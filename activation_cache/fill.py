@@ -2,13 +2,17 @@
 
 Each bucket is a pure function of the store's plan: its sequences are batched from its own first
 one and not from where a run happened to begin, so a bucket made after a restart has the bytes it
-would have had. A sequence that lies across two buckets is computed in both. Legend: B sequences
-per forward, S sequence length, N rows of a bucket, D width of a tap.
+would have had. A sequence that lies across two buckets is computed in both. Copies of the model
+take the batches in turn: which one it was makes no difference to the rows (`copies.py`).
+
+Legend: B sequences per forward, S sequence length, N rows of a bucket, D width of a tap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import collections
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -36,8 +40,10 @@ class _Batch:
 class BucketFiller:
     """Computes any bucket of a planned store."""
 
-    def __init__(self, manifest: Manifest, table: TokenTable, model: LanguageModel) -> None:
-        self.manifest, self.table, self.model = manifest, table, model
+    def __init__(
+        self, manifest: Manifest, table: TokenTable, copies: Sequence[LanguageModel]
+    ) -> None:
+        self.manifest, self.table, self.copies = manifest, table, copies
         self.taps = {entry.tap: entry.width for entry in manifest.sites}
         order = sequence_order(sequences=table.num_harvestable, seed=manifest.shuffling.seed)
         self._sequences = order.forward(np.arange(table.num_harvestable))
@@ -59,41 +65,55 @@ class BucketFiller:
         )
         order = bucket_order(rows=rows, seed=self.manifest.shuffling.seed, bucket=number)
         places = order.forward(np.arange(rows))
-        first = int(np.searchsorted(self._ends, span.start, side="right"))
-        last = int(np.searchsorted(self._ends, span.stop - 1, side="right"))
+        sequences = self._of(span)
+        first = sequences.start
         row = int(self._ends[first - 1]) - span.start if first else -span.start
         done = 0
 
         def before_forward() -> None:
             on_batch(done)
 
-        for batch in self._forward(self._sequences[first : last + 1], before_forward):
+        for batch in self._forward(self._sequences[sequences], before_forward):
             row = self._scatter(batch, bucket, places, row)
             done = min(max(row, 0), rows)
         assert done == rows, (done, rows)
         return bucket
 
+    def help_fill(self, number: int, *, on_batch: Callable[[int], None]) -> None:
+        """Do this process's part of the forward passes of a bucket that another one fills."""
+        span = self.manifest.bucket_span(number)
+        for batch in self._forward(self._sequences[self._of(span)], lambda: on_batch(0)):
+            jax.block_until_ready(batch.activations)  # so as not to run ahead without bound
+
+    def _of(self, span: range) -> slice:
+        """The places in the harvest of the sequences that have rows in a bucket."""
+        first = int(np.searchsorted(self._ends, span.start, side="right"))
+        last = int(np.searchsorted(self._ends, span.stop - 1, side="right"))
+        return slice(first, last + 1)
+
     def _forward(
         self, sequences: Int64[np.ndarray, "N"], before: Callable[[], None]
     ) -> Iterator[_Batch]:
-        """Forward passes, one ahead of the one yielded: the host copies while devices compute."""
+        """Forward passes, one ahead on each copy: the host copies rows while devices compute."""
         size = self.manifest.sequences_per_batch
-        ahead: _Batch | None = None
-        for start in range(0, len(sequences), size):
+        ahead: collections.deque[_Batch] = collections.deque()
+        for start, copy in zip(
+            range(0, len(sequences), size), itertools.cycle(self.copies), strict=False
+        ):
             before()
             chosen = sequences[start : start + size]
             tokens = self.table.read(chosen.tolist())
             # A short last batch repeats its last sequence: one shape, compiled once.
             full = tokens[np.minimum(np.arange(size), len(chosen) - 1)]
-            batch = _Batch(chosen, tokens, self._activations(full))
-            if ahead is not None:
-                yield ahead
-            ahead = batch
-        if ahead is not None:
-            yield ahead
+            ahead.append(_Batch(chosen, tokens, self._activations(copy, full)))
+            if len(ahead) > len(self.copies):
+                yield ahead.popleft()
+        yield from ahead
 
-    def _activations(self, tokens: Int32[np.ndarray, "B S"]) -> dict[Tap, Float[Array, "B S _"]]:
-        found = self.model.activations(tokens, tuple(self.taps))
+    def _activations(
+        self, copy: LanguageModel, tokens: Int32[np.ndarray, "B S"]
+    ) -> dict[Tap, Float[Array, "B S _"]]:
+        found = copy.activations(tokens, tuple(self.taps))
         if self.manifest.dtype == "bfloat16":  # rounded on the device: half the bytes to copy
             found = {tap: values.astype(jnp.bfloat16) for tap, values in found.items()}
         return found

@@ -21,10 +21,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from activation_cache.config import Site
 from activation_cache.gemma_config import GemmaConfig
+from activation_cache.gemma_params import on_all, on_model_axis
 from activation_cache.taps import Splice, Tap
 
 # Without it GPUs multiply float32 in TF32 and TPUs in bfloat16; bfloat16 inputs ignore it.
@@ -75,6 +77,30 @@ def _product(x: Array, weight: Array) -> Array:
     return wide.astype(x.dtype)
 
 
+def _sum_of_products(x: Array, weight: Array, mesh: Mesh | None) -> Array:
+    """x @ weight where x's columns and the weight's rows are cut over mesh axis `model`.
+
+    The devices' partial sums are added in the order of the devices: each device is sent a share of
+    the rows of all of them, adds, and the sums are sent to all. As many bytes move as in an
+    all-reduce, or fewer, but its order of additions is nobody's promise: it changes with the
+    transport, and so with how many processes the devices are in.
+    """
+    size = 1 if mesh is None else mesh.shape["model"]
+    if mesh is None or size == 1:
+        return _product(x, weight)
+    put = jax.lax.with_sharding_constraint
+    dot = functools.partial(jnp.einsum, precision=PRECISION, preferred_element_type=jnp.float32)
+    rows = x.reshape(-1, size, x.shape[-1] // size)
+    num_rows = len(rows)
+    rows = jnp.pad(rows, ((0, -num_rows % size), (0, 0), (0, 0)))
+    parts = dot("nmi,mid->mnd", rows, weight.reshape(size, -1, weight.shape[-1]))
+    parts = put(parts, on_model_axis(mesh, dim=0, ndim=3))
+    parts = put(parts, on_model_axis(mesh, dim=1, ndim=3))
+    total = functools.reduce(jnp.add, [parts[device] for device in range(size)])
+    total = put(total.astype(x.dtype), on_all(mesh))
+    return total[:num_rows].reshape(*x.shape[:-1], -1)
+
+
 def _soft_cap(x: Array, cap: float | None) -> Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
@@ -97,6 +123,7 @@ class Attention(nn.Module):
 
     config: GemmaConfig
     is_global: bool
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x_BSD: Float[Array, "B S D"], visit: Visit) -> Float[Array, "B S D"]:
@@ -126,7 +153,7 @@ class Attention(nn.Module):
         ).reshape(batch, length, c.num_heads * c.head_dim)
         out_BSD = visit("attn_out_prelinear", out_BSD)
         weight = _weight(self, "W_O", (c.num_heads * c.head_dim, c.d_model))
-        return _product(out_BSD, weight)
+        return _sum_of_products(out_BSD, weight, self.mesh)
 
 
 def attend(
@@ -201,6 +228,7 @@ class MLP(nn.Module):
     """down(gelu_tanh(gate x) * up x)."""
 
     config: GemmaConfig
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
@@ -209,7 +237,7 @@ class MLP(nn.Module):
         up = _product(x_BSD, _weight(self, "W_up", (c.d_model, c.d_ff)))
         active = jax.nn.gelu(gate.astype(jnp.float32), approximate=True).astype(x_BSD.dtype)
         down = _weight(self, "W_down", (c.d_ff, c.d_model))
-        return _product(active * up, down)
+        return _sum_of_products(active * up, down, self.mesh)
 
 
 class Block(nn.Module):
@@ -217,14 +245,15 @@ class Block(nn.Module):
 
     config: GemmaConfig
     is_global: bool
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, h_BSD: Float[Array, "B S D"], visit: Visit) -> Float[Array, "B S D"]:
         norm = functools.partial(RMSNorm, self.config.norm_epsilon)
-        attention = Attention(self.config, self.is_global, name="attention")
+        attention = Attention(self.config, self.is_global, self.mesh, name="attention")
         attended = attention(norm(name="pre_attention_norm")(h_BSD), visit)
         h_BSD = h_BSD + norm(name="post_attention_norm")(attended)
-        mlp_out = MLP(self.config, name="mlp")(norm(name="pre_mlp_norm")(h_BSD))
+        mlp_out = MLP(self.config, self.mesh, name="mlp")(norm(name="pre_mlp_norm")(h_BSD))
         h_BSD = h_BSD + visit("mlp_out", norm(name="post_mlp_norm")(mlp_out))
         return visit("resid_post", h_BSD)
 
@@ -233,16 +262,18 @@ class Gemma(nn.Module):
     """The language model: tokens to taps, logits or losses.
 
     Layers past the last one needed are not computed. Parameters: `embedding` [V, D],
-    `layers_0` ..., `final_norm`; `gemma_params.py` lists them all.
+    `layers_0` ..., `final_norm`; `gemma_params.py` lists them all, and how they are cut over `mesh`
+    if there is one.
     """
 
     config: GemmaConfig
+    mesh: Mesh | None = None
 
     def setup(self) -> None:
         c = self.config
         initialiser = nn.initializers.normal(1 / math.sqrt(c.d_model))
         self.embedding = self.param("embedding", initialiser, (c.vocab_size, c.d_model))
-        self.layers = [Block(c, is_global) for is_global in c.global_layers]
+        self.layers = [Block(c, is_global, self.mesh) for is_global in c.global_layers]
         self.final_norm = RMSNorm(c.norm_epsilon)
 
     def __call__(

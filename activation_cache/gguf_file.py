@@ -49,18 +49,21 @@ class GgufFile:
     tensors: Mapping[str, GgufTensor]
     header_bytes: bytes
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor as float32 values; quantised blocks are dequantised."""
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """One tensor, or a part of it, as float32 values; quantised blocks are dequantised."""
         tensor = self.tensors[name]
         *rows, row_length = tensor.shape
+        *of_rows, of_columns = (*index, *[slice(None)] * (len(tensor.shape) - len(index)))
         data = np.memmap(
             self.path, mode="r", offset=tensor.offset, shape=(tensor.num_bytes,), dtype=np.uint8
-        ).reshape(math.prod(rows), -1)
-        values = np.empty((len(data), row_length), np.float32)
+        ).reshape(*rows, -1)[tuple(of_rows)]
+        shape = (*data.shape[:-1], len(range(row_length)[of_columns]))
+        data = data.reshape(-1, data.shape[-1])
+        values = np.empty((len(data), shape[-1]), np.float32)
         for start in range(0, len(data), _ROWS_AT_A_TIME):
             part = slice(start, start + _ROWS_AT_A_TIME)
-            values[part] = dequantize(np.asarray(data[part]), tensor.kind)
-        return values.reshape(tensor.shape)
+            values[part] = dequantize(np.asarray(data[part]), tensor.kind)[:, of_columns]
+        return values.reshape(shape)
 
 
 class _Cursor:

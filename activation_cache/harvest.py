@@ -3,25 +3,33 @@
 What is checked comes first and is cheap; then the text is tokenised; then the plan is written,
 which ties the folder to this config; then buckets are computed while the ones before them are
 written. The manifest, written last, makes it a store.
+
+Of several processes the first does all but the buckets, and tells the others. The buckets are
+shared out among the teams (`copies.py`), each written and committed by one process; who it was
+can't be told from the bytes, so that a harvest goes on with any number of processes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import math
-import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-import tensorstore as ts
-
-from activation_cache.config import CacheConfig, ModelConfig, TextConfig
-from activation_cache.errors import Interrupted, UserError
-from activation_cache.fill import BucketFiller
+from activation_cache import distributed
+from activation_cache.config import CacheConfig, MeshConfig, ModelConfig, TextConfig
+from activation_cache.copies import place_copies
+from activation_cache.errors import UserError
 from activation_cache.gemma_config import GemmaConfig
+from activation_cache.gemma_params import check_model_axis
+from activation_cache.harvest_share import SHARED_DISK_SECONDS, Share
+from activation_cache.harvest_sizes import check_memory, log_sizes, memory_here
 from activation_cache.layout import bucket_rows, remove_stray_files
 from activation_cache.manifest import (
     FORMAT_VERSION,
@@ -33,9 +41,9 @@ from activation_cache.manifest import (
     read_record,
     write_record,
 )
-from activation_cache.model import conversion_folder, load_model
+from activation_cache.model import convert_once
 from activation_cache.order import ALGORITHM
-from activation_cache.progress import ProgressMeter
+from activation_cache.shared_work import shared
 from activation_cache.storage import disk_errors, folder_lock, write_text
 from activation_cache.store import (
     MANIFEST_FILE,
@@ -46,11 +54,11 @@ from activation_cache.store import (
     open_store,
 )
 from activation_cache.taps import resolve_taps, tap_width
-from activation_cache.token_table import TokenTable
+from activation_cache.token_table import TokenSummary, TokenTable
 from activation_cache.tokenizer import load_tokenizer
 from activation_cache.tokens import describe_text, prepare_tokens
 from activation_cache.weights import read_gemma_config, weight_fingerprint
-from activation_cache.writer import BUCKETS_IN_MEMORY, BucketWriter, read_commits
+from activation_cache.writer import BucketWriter, Commit, read_commits
 
 logger = logging.getLogger(__name__)
 
@@ -60,25 +68,40 @@ def harvest(
     model: ModelConfig,
     text: TextConfig,
     cache: CacheConfig,
+    mesh: MeshConfig | None = None,
     resolved_config_yaml: str | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Manifest:
     """Make the activation store at `cache.path`, or go on with one that was begun.
 
-    A finished store of this config is left as it is. `stop` is asked before each forward pass.
+    A finished store of this config is left as it is. Processes that have joined
+    (`distributed.join`) share the work. Rows depend on `cache.sequences_per_batch` and the size of
+    mesh axis `model` and on no other number of devices or processes.
+
+    Args:
+        mesh: of the language model; None is `cache.mesh`, or else one device.
+        stop: asked before each forward pass.
 
     Raises:
         UserError: anything the user can mend, such as a store of another config in the folder,
             too little text, or a full disk. What was committed before stays.
         Interrupted: `stop` turned true; every finished bucket is committed.
     """
-    job = _Harvest(Path(cache.path), model, text, cache, stop)
-    # A finished store is only read, so it may be shared, on a read-only disk.
-    if not (job.path / MANIFEST_FILE).exists():
-        with folder_lock(job.path):
-            if not (job.path / MANIFEST_FILE).exists():
-                return job.run(resolved_config_yaml)
-    return job.already_finished()
+    mesh = mesh or cache.mesh or MeshConfig()
+    job = _Harvest(Path(cache.path), model, text, cache, mesh, stop)
+    with contextlib.ExitStack() as held:
+
+        def begin() -> bool:
+            # A finished store is only read, so it may be shared, on a read-only disk.
+            if not job.is_finished():
+                place_copies(mesh)  # the mistakes that all processes would make are told by one
+                held.enter_context(folder_lock(job.path))
+            return job.is_finished()
+
+        if not distributed.told_by_main("store", begin):
+            return job.run(resolved_config_yaml)
+    told = distributed.told_by_main("finished store", job.already_finished)
+    return Manifest.model_validate_json(told)
 
 
 @dataclass(frozen=True)
@@ -89,10 +112,14 @@ class _Harvest:
     model: ModelConfig
     text: TextConfig
     cache: CacheConfig
+    mesh: MeshConfig
     stop: Callable[[], bool]
 
-    def already_finished(self) -> Manifest:
-        """Check that the finished store is the one asked for, and touch nothing."""
+    def is_finished(self) -> bool:
+        return (self.path / MANIFEST_FILE).exists()
+
+    def already_finished(self) -> str:
+        """Check that the finished store is the one asked for, and touch nothing; its manifest."""
         store = open_store(self.path)
         store.check_matches(model=self.model, text=self.text, cache=self.cache)
         self._compare_inputs(store)
@@ -102,13 +129,38 @@ class _Harvest:
             store.rows,
             ", ".join(tap.name for tap in store.taps),
         )
-        return store.manifest
+        return store.manifest.model_dump_json()
 
     def run(self, resolved_config_yaml: str | None) -> Manifest:
-        """Plan, compute what isn't committed, finish. The caller holds the folder."""
+        """Plan, compute what isn't committed, finish. The first process holds the folder."""
+        placement = place_copies(self.mesh)
+        prepare = functools.partial(self._prepare, resolved_config_yaml)
+        told = distributed.told_by_main("plan", prepare, stop=self.stop)
+        plan = Manifest.model_validate_json(told["plan"])
+        summary = TokenSummary.model_validate_json(told["tokens"])
+        table = TokenTable(self.path / TOKENS_FOLDER, summary)
+        share = Share(
+            self.path, self.model, plan, table, told["missing"], told["committed"], placement
+        )
+        machines = [(name, size) for name, size in distributed.gathered("memory", memory_here())]
+        distributed.told_by_main("enough memory", lambda: check_memory(plan, machines))
+        if share.missing:
+            convert = functools.partial(convert_once, self.model, folder=share.converted)
+            distributed.told_by_main("conversion", convert)
+        finished = shared(
+            "harvest",
+            functools.partial(share.compute, stop=self.stop),
+            finish=lambda: self._finish(plan).model_dump_json(),
+            stop=self.stop,
+        )
+        return Manifest.model_validate_json(finished)
+
+    def _prepare(self, resolved_config_yaml: str | None) -> dict[str, Any]:
+        """Check, tokenise and plan, in the first process; what it tells the others."""
         remove_stray_files(self.path)
         begun = self._begun()
         gemma = read_gemma_config(self.model)
+        check_model_axis(gemma, self.mesh.model)
         resolve_taps(self.cache.sites, gemma)  # a wrong layer is told before an hour of tokenising
         tokenizer = load_tokenizer(self.model)
         table = prepare_tokens(
@@ -117,17 +169,26 @@ class _Harvest:
             path=self.path / TOKENS_FOLDER,
             rows=self.cache.tokens,
             keep=begun is not None,
-            stop=self.stop,
+            stop=lambda: distributed.stop_asked(self.stop),
         )
         table.require_rows(self.cache.tokens)
         plan = self._plan(gemma, table)
-        check_memory(plan)
         if begun is None:
             self._start(plan, resolved_config_yaml)
         else:
             plan = self._go_on(begun, plan)
-        self._compute(plan, table)
-        return self._finish(plan)
+        done = read_commits(self.path, plan)
+        committed = sum(commit.rows for commit in done.values())
+        if committed:
+            logger.info("going on: %d of %d rows are committed", committed, plan.rows)
+        log_sizes(self.path, plan, rows_left=plan.rows - committed)
+        BucketWriter(self.path, plan)  # the arrays are there before anybody else opens them
+        return {
+            "plan": plan.model_dump_json(),
+            "tokens": table.summary.model_dump_json(),
+            "missing": [bucket for bucket in range(plan.num_buckets) if bucket not in done],
+            "committed": committed,
+        }
 
     def _begun(self) -> Manifest | None:
         """The plan of a harvest with committed rows; one without any binds nobody.
@@ -208,40 +269,9 @@ class _Harvest:
             "back to go on, or choose another cache.path (nothing was changed)."
         )
 
-    def _compute(self, plan: Manifest, table: TokenTable) -> None:
-        """Compute and commit the buckets that aren't committed yet."""
-        done = read_commits(self.path, plan)
-        missing = [bucket for bucket in range(plan.num_buckets) if bucket not in done]
-        if not missing:
-            return
-        committed = sum(commit.rows for commit in done.values())
-        if committed:
-            logger.info("going on: %d of %d rows are committed", committed, plan.rows)
-        _log_sizes(self.path, plan, rows_left=plan.rows - committed)
-        model = load_model(self.model, converted=conversion_folder(self.cache))
-        filler = BucketFiller(plan, table, model)
-        with (
-            ProgressMeter("harvest", total=plan.rows, unit="tokens", initial=committed) as meter,
-            BucketWriter(self.path, plan) as writer,
-        ):
-            for bucket in missing:
-
-                def on_batch(rows: int, base: int = committed) -> None:
-                    if self.stop():
-                        raise Interrupted(
-                            f"harvest stopped: the finished buckets of {self.path} are committed; "
-                            "give the same command again to go on"
-                        )
-                    meter.update(base + rows)
-
-                writer.submit(filler.fill(bucket, on_batch=on_batch))
-                committed += len(plan.bucket_span(bucket))
-                meter.update(committed)
-
     def _finish(self, plan: Manifest) -> Manifest:
         """Write the manifest: from here on it is a store."""
-        commits = read_commits(self.path, plan)
-        assert len(commits) == plan.num_buckets
+        commits = self._all_commits(plan)
         sites = []
         for entry in plan.sites:
             total = math.fsum(c.sum_of_squares[entry.tap.name] for c in commits.values())
@@ -251,6 +281,15 @@ class _Harvest:
         (self.path / PLAN_FILE).unlink()
         logger.info("the store at %s is finished: %d rows", self.path, manifest.rows)
         return manifest
+
+    def _all_commits(self, plan: Manifest) -> dict[int, Commit]:
+        """The records of all buckets, those that other machines wrote among them."""
+        until = time.monotonic() + SHARED_DISK_SECONDS
+        while len(commits := read_commits(self.path, plan)) < plan.num_buckets:
+            if distributed.process_count() == 1 or time.monotonic() > until:
+                raise AssertionError(f"{plan.num_buckets - len(commits)} buckets have no record")
+            time.sleep(0.5)
+        return commits
 
     def _compare_inputs(self, store: Store) -> None:
         """Compare weights and text with what the store was made of, where they are still here."""
@@ -267,47 +306,3 @@ class _Harvest:
                 f"the store at {self.path} was made of other text. {difference}. Go back to what "
                 "it was, or choose another cache.path (nothing was changed)."
             )
-
-
-def bucket_bytes(plan: Manifest) -> int:
-    """Bytes of one bucket of a store, all taps."""
-    itemsize = ts.dtype(plan.dtype).numpy_dtype.itemsize
-    row_bytes = itemsize * sum(entry.width for entry in plan.sites) + 8  # 8: provenance
-    return len(plan.bucket_span(0)) * row_bytes
-
-
-def check_memory(plan: Manifest) -> None:
-    """Raises `UserError` when the buckets in flight can't fit this machine's memory."""
-    needed = BUCKETS_IN_MEMORY * bucket_bytes(plan)
-    present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > present:
-        fitting = plan.shuffling.bucket_rows * present // needed // 2
-        raise UserError(
-            f"buckets of {plan.shuffling.bucket_rows} rows at {len(plan.sites)} taps need "
-            f"{needed / 2**30:.3g} GiB of memory ({BUCKETS_IN_MEMORY} at once) and this machine "
-            f"has {present / 2**30:.3g}: lower cache.shuffle_rows to about {fitting}, or harvest "
-            "fewer sites and layers into each store."
-        )
-
-
-def _log_sizes(path: Path, plan: Manifest, *, rows_left: int) -> None:
-    """Say what memory and disk the harvest takes; warn when the disk looks too small."""
-    per_bucket = bucket_bytes(plan)
-    to_write = per_bucket * rows_left // len(plan.bucket_span(0))
-    free = shutil.disk_usage(path).free
-    logger.info(
-        "%d buckets of %d rows: %.3g GiB of memory for %d at once, %.3g GiB to write, %.3g free",
-        plan.num_buckets,
-        len(plan.bucket_span(0)),
-        BUCKETS_IN_MEMORY * per_bucket / 2**30,
-        BUCKETS_IN_MEMORY,
-        to_write / 2**30,
-        free / 2**30,
-    )
-    if to_write > free:
-        logger.warning(
-            "%s has %.3g GiB free and the rest of the store takes %.3g: it will not fit",
-            path,
-            free / 2**30,
-            to_write / 2**30,
-        )

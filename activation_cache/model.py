@@ -11,22 +11,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from activation_cache.config import CacheConfig, Dtype, ModelConfig
+from activation_cache.config import Dtype, ModelConfig
 from activation_cache.conversion import converted_checkpoint
 from activation_cache.gemma import Gemma
 from activation_cache.gemma_config import GemmaConfig
+from activation_cache.gemma_params import check_model_axis, make_mesh, on_all
 from activation_cache.taps import Splice, Tap, check_tap
 from activation_cache.tokenizer import Tokenizer, load_tokenizer
 from activation_cache.weights import (
     Checkpoint,
     GgufCheckpoint,
+    Params,
     load_parameters,
     open_checkpoint,
 )
-
-Params = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class LanguageModel:
     """A Gemma with its weights and tokenizer.
 
     Attributes:
-        params: the tree that `gemma_params.parameter_table` describes.
+        params: the tree that `gemma_params.parameter_table` describes, on the devices of `mesh`.
         fingerprint: of the weights as they came (`weight_source.sampled_fingerprint`).
         dtype: the forward computes in it.
         source: `model.weights` of the config.
@@ -46,20 +47,23 @@ class LanguageModel:
     fingerprint: str
     dtype: Dtype
     source: str
+    mesh: Mesh
 
     def activations(
         self, tokens: Int[Array | np.ndarray, "B S"], taps: Sequence[Tap]
     ) -> dict[Tap, Float[Array, "B S D"]]:
         """Activations at each tap, in the model's dtype; nothing past the deepest is computed.
 
-        Compiled once per shape of `tokens` and set of taps.
+        Compiled once per shape of `tokens` and set of taps. On a mesh with devices of several
+        processes all of them call it with the same, and each gets the whole result.
 
         Raises:
             UserError: a layer the model doesn't have.
         """
         for tap in taps:
             check_tap(tap, self.config)
-        return _activations(self.config, tuple(sorted(set(taps))), self.params, jnp.asarray(tokens))
+        forward = _activations_on(self.mesh)
+        return forward(self.config, tuple(sorted(set(taps))), self.params, self._placed(tokens))
 
     def losses(
         self, tokens: Int[Array | np.ndarray, "B S"], splice: Splice | None = None
@@ -71,26 +75,40 @@ class LanguageModel:
         Raises:
             UserError: a splice at a layer the model doesn't have.
         """
-        tokens = jnp.asarray(tokens)
+        placed = self._placed(tokens)
         if splice is None:
-            return _losses(self.config, None, None, self.params, None, tokens)
+            return _losses(self.config, self.mesh, None, None, self.params, None, placed)
         check_tap(splice.tap, self.config)
-        return _losses(
-            self.config, splice.tap, splice.replace, self.params, splice.arguments, tokens
+        tap, replace, arguments = splice.tap, splice.replace, splice.arguments
+        return _losses(self.config, self.mesh, tap, replace, self.params, arguments, placed)
+
+    def _placed(self, tokens: Int[Array | np.ndarray, "B S"]) -> Int[Array, "B S"]:
+        if isinstance(tokens, jax.Array):
+            return tokens
+        # Not `device_put`, which in a group of processes would wait for all of them to compare.
+        return jax.make_array_from_callback(
+            tokens.shape, on_all(self.mesh), lambda index: tokens[index]
         )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _activations(
-    config: GemmaConfig, taps: tuple[Tap, ...], params: Params, tokens: Array
-) -> dict[Tap, Array]:
-    output: Any = Gemma(config).apply({"params": params}, tokens, taps=taps, logits=False)
-    return output.taps
+@functools.cache
+def _activations_on(mesh: Mesh) -> Callable[..., dict[Tap, Array]]:
+    """The forward to the deepest tap, compiled for a mesh: the same program for any of its size."""
+
+    def activations(
+        config: GemmaConfig, taps: tuple[Tap, ...], params: Params, tokens: Array
+    ) -> dict[Tap, Array]:
+        model = Gemma(config, mesh)
+        output: Any = model.apply({"params": params}, tokens, taps=taps, logits=False)
+        return output.taps
+
+    return jax.jit(activations, static_argnums=(0, 1), out_shardings=on_all(mesh))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _losses(
     config: GemmaConfig,
+    mesh: Mesh,
     tap: Tap | None,
     replace: Callable[[Array, Any], Array] | None,
     params: Params,
@@ -100,38 +118,68 @@ def _losses(
     splice = None
     if tap is not None and replace is not None:
         splice = Splice(tap, replace, arguments)
-    losses: Any = Gemma(config).apply(
+    losses: Any = Gemma(config, mesh).apply(
         {"params": params}, tokens, splice=splice, method=Gemma.losses
     )
     return losses
 
 
-def conversion_folder(cache: CacheConfig) -> Path:
+def conversion_folder(store: str | Path) -> Path:
     """Where GGUF conversions are kept: `weights/` beside the activation store."""
-    return Path(cache.path).parent / "weights"
+    return Path(store).parent / "weights"
 
 
-def load_model(model: ModelConfig, *, converted: Path | None = None) -> LanguageModel:
+def convert_once(model: ModelConfig, *, folder: Path) -> None:
+    """Convert a GGUF file that isn't converted yet, so that several processes then find it done.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    checkpoint = open_checkpoint(model)
+    if isinstance(checkpoint, GgufCheckpoint):
+        converted_checkpoint(checkpoint, load_tokenizer(model), folder=folder)
+
+
+def load_model(
+    model: ModelConfig, *, converted: Path | None = None, mesh: Mesh | None = None
+) -> LanguageModel:
     """Load weights and tokenizer.
 
     Args:
         model: what to load, and the dtype to compute in.
         converted: folder under which a GGUF file's float32 copy is kept and found again; None
             dequantises anew each time.
+        mesh: over whose axis `model` the weights are cut; None is one device of this process.
 
     Raises:
-        UserError: missing, truncated or wrong weights, or a tokenizer that doesn't match.
+        UserError: missing, truncated or wrong weights, or a tokenizer that doesn't match; a model
+            that can't be cut so.
     """
+    meshes = [mesh or make_mesh(jax.local_devices()[:1])]
+    return load_copies(model, converted=converted, meshes=meshes)[0]
+
+
+def load_copies(
+    model: ModelConfig, *, converted: Path | None = None, meshes: Sequence[Mesh]
+) -> list[LanguageModel]:
+    """Load a copy of the model for each mesh, reading each weight once; see `load_model`."""
     checkpoint: Checkpoint = open_checkpoint(model)
+    for mesh in meshes:
+        check_model_axis(checkpoint.config, mesh.shape["model"])
     fingerprint = checkpoint.fingerprint()
     tokenizer = load_tokenizer(model)
     if converted is not None and isinstance(checkpoint, GgufCheckpoint):
         checkpoint = converted_checkpoint(checkpoint, tokenizer, folder=converted)
-    return LanguageModel(
-        config=checkpoint.config,
-        params=load_parameters(checkpoint, dtype=jnp.dtype(model.dtype)),
-        tokenizer=tokenizer,
-        fingerprint=fingerprint,
-        dtype=model.dtype,
-        source=model.weights,
-    )
+    copies = load_parameters(checkpoint, dtype=jnp.dtype(model.dtype), meshes=meshes)
+    return [
+        LanguageModel(
+            config=checkpoint.config,
+            params=params,
+            tokenizer=tokenizer,
+            fingerprint=fingerprint,
+            dtype=model.dtype,
+            source=model.weights,
+            mesh=mesh,
+        )
+        for mesh, params in zip(meshes, copies, strict=True)
+    ]

@@ -1,4 +1,4 @@
-"""The safetensors format: checked headers, tensors as views of the file, streamed writing.
+"""The safetensors format: checked headers, tensors as views of the file, streaming.
 
 A file is an 8-byte little-endian header length, a JSON header giving each tensor's dtype, shape
 and byte range, then the bytes. Read here and not through the `safetensors` package because the
@@ -46,8 +46,8 @@ class SafetensorsFile:
     entries: Mapping[str, TensorEntry]
     header_bytes: bytes
 
-    def read(self, name: str) -> np.ndarray:
-        """A read-only view of one tensor.
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """A read-only view of one tensor, or of a part of it.
 
         Raises:
             UserError: a dtype other than F64, F32, F16 and BF16.
@@ -62,7 +62,7 @@ class SafetensorsFile:
         data = np.memmap(
             self.path, mode="r", offset=entry.offset, shape=(entry.num_bytes,), dtype=np.uint8
         )
-        return data.view(dtype).reshape(entry.shape)
+        return data.view(dtype).reshape(entry.shape)[index]
 
 
 def open_safetensors(path: Path) -> SafetensorsFile:

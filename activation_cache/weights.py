@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from activation_cache.config import ModelConfig
 from activation_cache.errors import UserError
 from activation_cache.gemma_config import GemmaConfig, config_from_gguf, config_from_hf
-from activation_cache.gemma_params import EMBEDDING_GGUF, EMBEDDING_HF, Parameter, parameter_table
+from activation_cache.gemma_params import (
+    EMBEDDING_GGUF,
+    EMBEDDING_HF,
+    Parameter,
+    parameter_table,
+    placement,
+)
 from activation_cache.gguf_file import GgufFile, open_gguf
 from activation_cache.safetensors_file import SafetensorsFile, open_safetensors
 from activation_cache.storage import read_json
@@ -27,6 +35,9 @@ from activation_cache.weight_source import (
 
 INDEX = "model.safetensors.index.json"
 
+Index = tuple[slice, ...]
+Params = dict[str, Any]
+
 
 @runtime_checkable
 class Checkpoint(Protocol):
@@ -37,8 +48,8 @@ class Checkpoint(Protocol):
     @property
     def config(self) -> GemmaConfig: ...
     def fingerprint(self) -> str: ...
-    def read(self, parameter: Parameter) -> np.ndarray:
-        """Values in the checkpoint's layout; norm gains as w, never 1 + w."""
+    def read(self, parameter: Parameter, index: Index = ()) -> np.ndarray:
+        """Values in the checkpoint's layout, or a part; norm gains as w, never 1 + w."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +65,9 @@ class FolderCheckpoint:
         files = [(file.path, file.header_bytes) for file in self.files]
         return sampled_fingerprint(files, extra=(self.path / "config.json").read_bytes())
 
-    def read(self, parameter: Parameter) -> np.ndarray:
+    def read(self, parameter: Parameter, index: Index = ()) -> np.ndarray:
         file, name = self.tensors[parameter.hf]
-        return file.read(name)
+        return file.read(name, index)
 
 
 @dataclass(frozen=True)
@@ -70,8 +81,8 @@ class GgufCheckpoint:
     def fingerprint(self) -> str:
         return sampled_fingerprint([(self.path, self.file.header_bytes)])
 
-    def read(self, parameter: Parameter) -> np.ndarray:
-        values = self.file.read(parameter.gguf)
+    def read(self, parameter: Parameter, index: Index = ()) -> np.ndarray:
+        values = self.file.read(parameter.gguf, index)
         # llama.cpp's converter stores norm gains as 1 + w.
         return values - np.float32(1) if parameter.is_norm else values
 
@@ -208,21 +219,51 @@ def _some(items: list[str]) -> str:
     return shown if len(items) <= 3 else f"{shown} and {len(items) - 3} more"
 
 
-def load_parameters(checkpoint: Checkpoint, *, dtype: DTypeLike) -> dict[str, Any]:
-    """Read all parameters into the tree that `gemma.Gemma` takes.
+def load_parameters(
+    checkpoint: Checkpoint, *, dtype: DTypeLike, meshes: Sequence[Mesh]
+) -> list[Params]:
+    """Read all parameters into the tree that `gemma.Gemma` takes, one copy for each mesh.
+
+    Of each tensor this process reads the parts that its devices hold, each part once, and has one
+    part in its memory at a time.
 
     Args:
         dtype: of the embedding and the projections; norm gains stay float32, which costs
             nothing and is what they are used in.
+        meshes: of distinct devices, those of other processes among them.
     """
-    tree: dict[str, Any] = {}
+    trees: list[Params] = [{} for _ in meshes]
     for parameter in parameter_table(checkpoint.config):
-        values = checkpoint.read(parameter)
-        if parameter.is_projection:
-            values = np.ascontiguousarray(values.T)
-        *parents, leaf = parameter.path
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[leaf] = jnp.asarray(values, jnp.float32 if parameter.is_norm else dtype)
-    return tree
+        arrays = _load_parameter(checkpoint, parameter, dtype=dtype, meshes=meshes)
+        for tree, array in zip(trees, arrays, strict=True):
+            *parents, leaf = parameter.path
+            node = tree
+            for key in parents:
+                node = node.setdefault(key, {})
+            node[leaf] = array
+    return trees
+
+
+def _load_parameter(
+    checkpoint: Checkpoint, parameter: Parameter, *, dtype: DTypeLike, meshes: Sequence[Mesh]
+) -> list[jax.Array]:
+    shape = parameter.tree_shape
+    placements = [placement(parameter, checkpoint.config, mesh) for mesh in meshes]
+    holders: dict[tuple[tuple[int, int], ...], list[tuple[int, jax.Device]]] = {}
+    for number, one in enumerate(placements):
+        for device, index in one.addressable_devices_indices_map(shape).items():
+            assert index is not None
+            bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+            holders.setdefault(bounds, []).append((number, device))
+    pieces: list[list[jax.Array]] = [[] for _ in meshes]
+    for bounds, places in holders.items():
+        part = tuple(slice(start, stop) for start, stop in bounds)
+        values = checkpoint.read(parameter, part[::-1] if parameter.is_projection else part)
+        values = values.T if parameter.is_projection else values
+        values = np.ascontiguousarray(values, jnp.float32 if parameter.is_norm else dtype)
+        for number, device in places:
+            pieces[number].append(jax.device_put(values, device))
+    return [
+        jax.make_array_from_single_device_arrays(shape, one, held)
+        for one, held in zip(placements, pieces, strict=True)
+    ]

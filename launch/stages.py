@@ -32,15 +32,33 @@ logger = logging.getLogger(__name__)
 
 def harvest(config: Config, *, stop: Callable[[], bool]) -> None:
     """Make the activation store of `config.cache`, or finish one that was begun."""
+    if group.starts_here(config):
+        store = Path(config.cache.path)
+        group.run_stage(
+            "harvest",
+            config,
+            devices=config.model_mesh.data * config.model_mesh.model,
+            progress=lambda: _saved(store),
+            stop=stop,
+        )
+        return
+    group.join(config)
     from activation_cache.harvest import harvest as run_harvest
 
     run_harvest(
         model=config.model,
         text=config.text,
         cache=config.cache,
+        mesh=config.model_mesh,
         resolved_config_yaml=resolved_yaml(config),
         stop=stop,
     )
+
+
+def _saved(store: Path) -> int:
+    """Grows with what a harvest has saved: its tokens, then buckets."""
+    finished_tokens = (store / "tokens" / "tokens.json").exists()
+    return finished_tokens + sum(1 for _ in store.glob("commits/bucket-*.json"))
 
 
 def train(config: Config, *, fresh: bool, stop: Callable[[], bool]) -> None:

@@ -15,6 +15,7 @@ from activation_cache.config import (
     CacheConfig,
     Count,
     Fraction,
+    MeshConfig,
     ModelConfig,
     NonNegative,
     Positive,
@@ -171,13 +172,6 @@ class TrainConfig(Section):
         return self.seed if self.data_seed is None else self.data_seed
 
 
-class MeshConfig(Section):
-    """Devices per mesh axis: the batch is split over `data`, the latents over `model`."""
-
-    data: PositiveCount = 1
-    model: PositiveCount = 1
-
-
 class CheckpointConfig(Section):
     """How often the training state is saved and how many saves are kept."""
 
@@ -232,6 +226,11 @@ class Config(Section):
     output: Annotated[str, Field(min_length=1)]
     sweep: SweepConfig | None = None
     launch: Launch = LocalLaunch()
+
+    @property
+    def model_mesh(self) -> MeshConfig:
+        """The mesh of the language model, while harvesting and evaluating."""
+        return self.cache.mesh or self.mesh
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

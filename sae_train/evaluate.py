@@ -50,7 +50,7 @@ class _Models:
             return self.given
         if self.loaded is None or self.loaded[0] != config.model:
             self.loaded = None  # let go of the one before first
-            model = load_model(config.model, converted=conversion_folder(config.cache))
+            model = load_model(config.model, converted=conversion_folder(config.cache.path))
             self.loaded = (config.model, model)
         return self.loaded[1]
 

@@ -25,6 +25,7 @@ from activation_cache import distributed
 from activation_cache.errors import Interrupted, UserError
 from activation_cache.model import LanguageModel
 from activation_cache.progress import ProgressMeter
+from activation_cache.shared_work import shared
 from activation_cache.taps import Splice, Tap, tap_width
 from activation_cache.token_table import TokenTable
 from sae_train.config import Config, EvaluationConfig
@@ -131,14 +132,8 @@ class Pass:
         passes = 1 + 2 * len(self.taps) + 2 * len(self.jobs)
         total = length * (self.settings.sequences + passes * self.loss_limit)
         with ProgressMeter("evaluate", total=total, unit="tokens") as self.meter:
-            for number, (batch, with_losses) in enumerate(self._batches()):
-                turn = number % distributed.process_count()
-                if turn == 0 and distributed.agree_to_stop(self.stop):
-                    raise Interrupted("the evaluation was stopped and will begin anew")
-                mine = turn == distributed.process_index()
-                self._statistics(batch, mine=mine)
-                if with_losses and mine:
-                    self._losses(batch)
+            # Nobody is stopped once all have measured: the sums then wait for nobody's share.
+            shared("measured", self._measure, finish=lambda: None, stop=self.stop)
         self._add_up()
         if not self.base.count_S.sum():
             raise UserError(
@@ -146,6 +141,16 @@ class Pass:
                 "tokens: raise evaluation.sequences, or harvest with other text"
             )
         distributed.told_by_main("evaluation", self._write_all)
+
+    def _measure(self) -> None:
+        """This process's share of the batches."""
+        for number, (batch, with_losses) in enumerate(self._batches()):
+            if distributed.stop_asked(self.stop):
+                raise Interrupted("the evaluation was stopped and will begin anew")
+            mine = number % distributed.process_count() == distributed.process_index()
+            self._statistics(batch, mine=mine)
+            if with_losses and mine:
+                self._losses(batch)
 
     def _add_up(self) -> None:
         """The sums of all processes in place of this one's."""

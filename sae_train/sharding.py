@@ -18,8 +18,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from activation_cache.errors import UserError
-from sae_train.config import MeshConfig, SaeConfig
+from activation_cache.config import MeshConfig
+from activation_cache.copies import devices_of_processes
+from sae_train.config import SaeConfig
 
 AXES = ("data", "model")
 AXIS_OF_DIM: dict[str, str | None] = {"B": "data", "F": "model", "D": None}
@@ -76,24 +77,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
     Raises:
         UserError: fewer devices than the mesh has places, or processes without a part in it.
     """
-    needed, found = config.data * config.model, jax.device_count()
-    if needed > found:
-        raise UserError(
-            f"mesh {config.data} x {config.model} (data x model) needs {needed} devices and JAX "
-            f"sees {found} ({jax.default_backend()}): make mesh.data * mesh.model at most {found}"
-        )
-    processes = jax.process_count()
-    each, rest = divmod(needed, processes)
-    groups = [[d for d in jax.devices() if d.process_index == p] for p in range(processes)]
-    if rest or min(map(len, groups)) < each:
-        sizes = ", ".join(str(len(group)) for group in groups)
-        raise UserError(
-            f"mesh {config.data} x {config.model} (data x model) needs {needed} devices, equally "
-            f"many of each of {processes} processes, and these have {sizes}: make mesh.data * "
-            f"mesh.model a multiple of {processes} that they can share, or change the number of "
-            "processes"
-        )
-    return _mesh([group[:each] for group in groups], shape=(config.data, config.model))
+    return _mesh(devices_of_processes(config), shape=(config.data, config.model))
 
 
 def local_mesh() -> Mesh:

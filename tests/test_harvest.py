@@ -18,11 +18,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from activation_cache import fill, writer
+from activation_cache import fill, harvest_share, writer
 from activation_cache import harvest as harvest_module
 from activation_cache.config import CacheConfig, ModelConfig, SiteConfig, TextConfig
 from activation_cache.errors import Interrupted, UserError
-from activation_cache.harvest import check_memory, harvest
+from activation_cache.harvest import harvest
+from activation_cache.harvest_sizes import check_memory
 from activation_cache.model import load_model
 from activation_cache.order import bucket_order, sequence_order
 from activation_cache.storage import folder_lock
@@ -274,7 +275,7 @@ def test_before_the_first_commit_the_config_may_change(finished: Store, gemma, c
 def test_too_few_tokens_is_said_before_the_model_is_loaded(
     gemma, corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(harvest_module, "load_model", None)
+    monkeypatch.setattr(harvest_share, "load_copies", None)
     with pytest.raises(UserError, match=r"asks for 100000 rows and the text has \d+ usable"):
         harvest(**sections(gemma, corpus, tmp_path, cache__tokens=100_000))
 
@@ -289,7 +290,9 @@ def test_a_layer_the_model_has_not_is_said_before_tokenising(gemma, corpus, tmp_
 def test_buckets_too_large_for_the_memory_are_refused():
     plan = make_manifest(rows=10**12, width=4096, shuffle_rows=10**10, block_rows=256)
     with pytest.raises(UserError, match=r"GiB of memory .* lower cache\.shuffle_rows to about"):
-        check_memory(plan)
+        check_memory(plan, [("here", 2**40)])
+    with pytest.raises(UserError, match="2 at once in each of 3 processes"):
+        check_memory(plan, [*[("here", 2**49)] * 3, ("there", 2**49)])
 
 
 def test_activations_that_are_not_finite_are_refused(gemma, corpus, tmp_path: Path):
@@ -321,7 +324,7 @@ def test_writing_overlaps_computing(gemma, corpus, tmp_path, monkeypatch: pytest
         assert second_begun.wait(timeout=60)
         write(*arguments, **options)
 
-    monkeypatch.setattr(harvest_module, "BucketFiller", Filler)
+    monkeypatch.setattr(harvest_share, "BucketFiller", Filler)
     monkeypatch.setattr(writer, "write_shards", held_up)
     harvest(**sections(gemma, corpus, tmp_path))
     assert bucket_passes == list(range(BUCKETS))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -19,10 +20,11 @@ from safetensors.numpy import save_file
 from activation_cache.config import CacheConfig, ModelConfig, SiteConfig
 from activation_cache.errors import UserError
 from activation_cache.gemma_config import config_from_hf, config_to_hf
-from activation_cache.gemma_params import parameter_table
+from activation_cache.gemma_params import make_mesh, parameter_table
 from activation_cache.model import LanguageModel, conversion_folder, load_model
 from activation_cache.taps import Splice, Tap, resolve_taps, tap_width
 from activation_cache.weights import (
+    Params,
     load_parameters,
     open_checkpoint,
     read_gemma_config,
@@ -35,6 +37,12 @@ TOKENS = np.array([[2, 40, 301, 17, 222, 90, 5, 333]], np.int32)
 
 def model_of(path: Path | str) -> ModelConfig:
     return ModelConfig(weights=str(path), dtype="float32")
+
+
+def parameters_of(path: Path) -> Params:
+    mesh = make_mesh(jax.devices()[:1])
+    checkpoint = open_checkpoint(model_of(path))
+    return load_parameters(checkpoint, dtype="float32", meshes=[mesh])[0]
 
 
 @pytest.fixture
@@ -205,14 +213,14 @@ def test_published_configs() -> None:
 
 def test_multimodal_prefixes(folder: Path) -> None:
     """4B and up: other tensors stand beside the language model's."""
-    expected = load_parameters(open_checkpoint(model_of(folder)), dtype="float32")
+    expected = parameters_of(folder)
     tensors = tiny_tensors(tiny_config())
     for prefix in ("language_model.model.", "model.language_model."):
         renamed = {prefix + name.removeprefix("model."): v for name, v in tensors.items()}
         renamed["vision_tower.patch.weight"] = np.zeros((2, 2), np.float32)
         renamed["language_model.lm_head.weight"] = tensors["model.embed_tokens.weight"]
         save_file(renamed, folder / "model.safetensors")
-        loaded = load_parameters(open_checkpoint(model_of(folder)), dtype="float32")
+        loaded = parameters_of(folder)
         _assert_same_tree(loaded, expected)
 
 
@@ -434,4 +442,4 @@ def test_layers_that_do_not_exist(folder: Path) -> None:
 
 def test_conversions_lie_beside_the_store() -> None:
     cache = CacheConfig(path="data/store", sites=[{"site": "mlp_out", "layers": "all"}], tokens=1)  # type: ignore[list-item]
-    assert conversion_folder(cache) == Path("data/weights")
+    assert conversion_folder(cache.path) == Path("data/weights")

@@ -1,0 +1,132 @@
+"""One process's share of a harvest: its part of the missing buckets, computed and committed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from activation_cache import distributed
+from activation_cache.config import ModelConfig
+from activation_cache.copies import Placement
+from activation_cache.errors import Interrupted, UserError
+from activation_cache.fill import BucketFiller
+from activation_cache.manifest import Manifest, read_record
+from activation_cache.model import conversion_folder, load_copies
+from activation_cache.progress import ProgressMeter
+from activation_cache.store import PLAN_FILE
+from activation_cache.token_table import TokenTable
+from activation_cache.writer import BucketWriter
+
+logger = logging.getLogger(__name__)
+
+SHARED_DISK_SECONDS = 120.0  # for so long a network file system may hide what others wrote
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a process knows before it computes.
+
+    Attributes:
+        missing: the buckets without a record, the same list in all processes.
+        committed: rows of the others.
+    """
+
+    path: Path
+    model: ModelConfig
+    plan: Manifest
+    table: TokenTable
+    missing: list[int]
+    committed: int
+    placement: Placement
+
+    @property
+    def converted(self) -> Path:
+        """Where a converted copy of the weights is kept."""
+        return conversion_folder(self.path)
+
+    def compute(self, *, stop: Callable[[], bool]) -> None:
+        """Compute this team's part of the missing buckets, and commit this process's part.
+
+        Raises:
+            UserError: weights or a folder that aren't those of the first process, or what
+                `BucketWriter` raises.
+            Interrupted: somebody was asked to stop.
+        """
+        place = self.placement
+        self._check_folder()
+        own = self.missing[place.team :: place.num_teams]
+        if not own:
+            self._tell_idle()
+            return
+        copies = load_copies(self.model, converted=self.converted, meshes=place.meshes)
+        self._check_weights(copies[0].fingerprint)
+        filler = BucketFiller(self.plan, self.table, copies)
+        total, scale = self.plan.rows, len(self.missing) / len(own)
+        with (
+            ProgressMeter("harvest", total=total, unit="tokens", initial=self.committed) as meter,
+            BucketWriter(self.path, self.plan) as writer,
+        ):
+            finished = 0
+            for turn, bucket in enumerate(own):
+
+                def on_batch(rows: int, before: int = finished) -> None:
+                    self._stop_if_asked(stop)
+                    # The others are taken to be as far as this process.
+                    meter.update(min(total, self.committed + int(scale * (before + rows))))
+
+                if turn % place.num_members == place.member:
+                    writer.submit(filler.fill(bucket, on_batch=on_batch))
+                else:
+                    filler.help_fill(bucket, on_batch=on_batch)
+                finished += len(self.plan.bucket_span(bucket))
+
+    def _stop_if_asked(self, stop: Callable[[], bool]) -> None:
+        def asked() -> bool:
+            return distributed.stop_asked(stop)
+
+        if self.placement.num_members > 1:
+            stopping = distributed.agree_to_stop(asked, scope=f"team {self.placement.team}")
+        else:
+            stopping = asked()
+        if stopping:
+            raise Interrupted(
+                f"harvest stopped: the finished buckets of {self.path} are committed; "
+                "give the same command again to go on"
+            )
+
+    def _check_folder(self) -> None:
+        """Is the folder the one that the first process prepared?"""
+        until = time.monotonic() + SHARED_DISK_SECONDS
+        while not (self.path / PLAN_FILE).exists():
+            if time.monotonic() > until:
+                raise UserError(
+                    f"process {distributed.process_index()} does not find {self.path / PLAN_FILE}, "
+                    "which process 0 wrote: all processes of a harvest write to one folder. Put "
+                    "cache.path on a disk that all of them share."
+                )
+            time.sleep(0.5)
+        found = read_record(self.path / PLAN_FILE, Manifest)
+        assert found == self.plan, "somebody else writes to this folder"
+
+    def _check_weights(self, fingerprint: str) -> None:
+        wanted = self.plan.model.fingerprint
+        if fingerprint != wanted:
+            raise UserError(
+                f"process {distributed.process_index()} finds other weights at "
+                f"{self.model.weights} (fingerprint {fingerprint[:16]}) than process 0 "
+                f"({wanted[:16]}): give every machine the same."
+            )
+
+    def _tell_idle(self) -> None:
+        if self.missing:
+            logger.warning(
+                "process %d has nothing to do: %d buckets are left for %d processes or groups of "
+                "them. Start fewer, or lower cache.shuffle_rows (%d) for more buckets in a store",
+                distributed.process_index(),
+                len(self.missing),
+                self.placement.num_teams,
+                self.plan.shuffling.shuffle_rows,
+            )

@@ -1,0 +1,164 @@
+"""Several processes harvest a store: the bytes of one process, whoever began, whoever ended."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from activation_cache.storage import folder_lock
+from launch.cli import main
+from tests.pipeline import write_pipeline
+from tests.processes import Group, child_environment, start_group
+from tests.stores import file_hashes
+from tests.tiny_gemma import write_tiny_gemma
+
+BUCKETS = 63  # of 16 rows
+OVERRIDES = ["cache.shuffle_rows=16", "cache.block_rows=16", "cache.sequences_per_batch=2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config, its inputs, and what JAX compiled; the language model can be cut in four."""
+    folder = tmp_path_factory.mktemp("harvest")
+    write_pipeline(folder)
+    write_tiny_gemma(folder / "gemma", num_kv_heads=4)
+    return folder
+
+
+def command(folder: Path, store: str, mesh: str, *overrides: str) -> list[str]:
+    config, path = folder / "config.yaml", folder / store
+    return ["harvest", str(config), f"cache.path={path}", f"cache.mesh={mesh}", *OVERRIDES,
+            *overrides]  # fmt: skip
+
+
+def start(folder: Path, processes: int, *arguments: str, devices: int = 4) -> Group:
+    return start_group(
+        [["-m", "launch.cli", *arguments]] * processes,
+        devices_each=devices // processes,
+        environment=environment(folder),
+    )
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {"SAE_HEARTBEAT_SECONDS": "10", "JAX_COMPILATION_CACHE_DIR": str(folder / "jax")}
+
+
+def commits(store: Path) -> int:
+    return len(list(store.glob("commits/bucket-*.json")))
+
+
+def rows_of(store: Path) -> dict[str, str]:
+    """Hashes of all but the config, which names the mesh."""
+    return {name: value for name, value in file_hashes(store).items() if name != "config.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "begun", "ended"),
+    [
+        # Each copy in two processes, then in one: in step with each other, then not.
+        ("{data: 2, model: 2}", 4, 2),
+        # One copy in four processes, then in two.
+        ("{data: 1, model: 4}", 4, 2),
+    ],
+)
+def test_begun_by_four_and_finished_by_two(folder: Path, mesh: str, begun: int, ended: int):
+    names = [f"{who}-{re.sub('[^0-9]+', '-', mesh)}" for who in ("shared", "alone")]
+    shared, alone = (folder / name for name in names)
+    group = start(folder, begun, *command(folder, names[0], mesh))
+    while group.alive() and commits(shared) < 5:
+        time.sleep(0.005)
+    group.processes[-1].send_signal(signal.SIGTERM)
+    assert group.wait() == [75] * begun, "\n".join(group.logs)
+    stopped_at = commits(shared)
+    assert 5 <= stopped_at < BUCKETS
+    assert all("Traceback" not in log for log in group.logs)
+    kept = {path: path.stat().st_mtime_ns for path in (shared / "commits").iterdir()}
+    group = start(folder, ended, *command(folder, names[0], mesh))
+    assert group.wait() == [0] * ended, "\n".join(group.logs)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "not made again"
+    assert main(command(folder, names[1], mesh)) == 0
+    assert commits(alone) == BUCKETS
+    assert rows_of(shared) == rows_of(alone)
+
+
+def test_more_processes_than_buckets(folder: Path):
+    """Those without a bucket say so and wait."""
+    few = ["cache.shuffle_rows=600", "cache.block_rows=32"]
+    arguments = command(folder, "few", "{data: 4, model: 1}", *few)
+    group = start(folder, 4, *arguments)
+    assert group.wait() == [0] * 4, "\n".join(group.logs)
+    idle = [log for log in group.logs if "has nothing to do: 2 buckets are left for 4" in log]
+    assert len(idle) == 2
+    assert main(["harvest", arguments[1], f"cache.path={folder / 'one'}", *OVERRIDES, *few]) == 0
+    assert rows_of(folder / "few") == rows_of(folder / "one"), "nor does the mesh `data` matter"
+
+
+def test_refusals_reach_all_processes_in_words(folder: Path):
+    """Another config in one process, a folder in use, a mesh they can't share."""
+    arguments = command(folder, "refused", "{data: 2, model: 1}")
+    both = [["-m", "launch.cli", *arguments, f"cache.seed={seed}"] for seed in (0, 1)]
+    group = start_group(both, environment=environment(folder))
+    assert group.wait() == [2, 2], "\n".join(group.logs)
+    for log in group.logs:
+        assert "process 1 was started with another config than process 0" in log
+    group = start(folder, 2, *command(folder, "refused", "{data: 3, model: 1}"), devices=4)
+    assert group.wait() == [2, 2], "\n".join(group.logs)
+    for log in group.logs:
+        assert "needs 3 devices, equally many of each of 2 processes" in log
+    with folder_lock(folder / "refused"):
+        group = start(folder, 2, *arguments)
+        assert group.wait() == [2, 2], "\n".join(group.logs)
+    for log in group.logs:
+        assert "is in use by another process" in log
+    assert not (folder / "refused" / "tokens").exists()
+
+
+def test_the_local_launcher_starts_the_group(folder: Path):
+    """Killed once, it starts both processes again; a stop through it is everybody's."""
+    arguments = command(
+        folder, "launched", "{data: 2, model: 1}",
+        "launch={processes: 2, restart_pause_seconds: 0.1, heartbeat_seconds: 10}",
+    )  # fmt: skip
+    supervisor = subprocess.Popen(
+        [sys.executable, "-m", "launch.cli", *arguments],
+        env=child_environment(JAX_COMPILATION_CACHE_DIR=str(folder / "jax")),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    store = folder / "launched"
+    while supervisor.poll() is None and commits(store) < 3:
+        time.sleep(0.005)
+    supervisor.send_signal(signal.SIGTERM)
+    output, _ = supervisor.communicate(timeout=120)
+    assert supervisor.returncode == 75, output
+    assert "Traceback" not in output
+    assert 3 <= commits(store) < BUCKETS
+    assert main([*arguments[:-1], "cache.mesh.data=1"]) == 0
+    assert commits(store) == BUCKETS
+
+
+@pytest.mark.parametrize(
+    ("case", "ended"),
+    [
+        ("done", "finished by 0"),
+        ("stopped_waiting", "Interrupted"),
+        ("stopped_working", "Interrupted"),
+        ("mistaken", "UserError: process 1 is mistaken"),
+        ("main_mistaken", "UserError: process 0 is mistaken"),
+    ],
+)
+def test_shared_work_ends_alike_everywhere(case: str, ended: str):
+    group = start_group(
+        [["-m", "tests.shared_child", case]] * 3,
+        environment={"SAE_HEARTBEAT_SECONDS": "10", "PATH": os.environ["PATH"]},
+    )
+    assert group.wait(timeout=60) == [0] * 3, "\n".join(group.logs)
+    assert [re.findall("ended: (.*)", log) for log in group.logs] == [[ended]] * 3
