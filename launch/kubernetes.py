@@ -123,8 +123,8 @@ def render(config: Config, *, command: Command) -> list[Manifest]:
         ]
     else:
         stages = [(command, f"{command}.yaml", config)]
-    for _, _, one in stages:
-        _check_mesh(one, launch)
+    for stage, _, one in stages:
+        _check_mesh(one, launch, stage=stage)
     group = dns_name(config.name, identity=config.output)
     return [_manifest(one, stage=stage, file_name=name, group=group) for stage, name, one in stages]
 
@@ -305,14 +305,15 @@ def _check_paths(config: Config, launch: KubernetesLaunch) -> None:
             )
 
 
-def _check_mesh(config: Config, launch: KubernetesLaunch) -> None:
+def _check_mesh(config: Config, launch: KubernetesLaunch, *, stage: Stage) -> None:
     """Refuse a mesh that would start only to fail, or leave processes without a part."""
-    mesh, nodes = config.mesh, launch.nodes
+    key, mesh = config.harvest_mesh if stage == "harvest" else ("mesh", config.mesh)
+    nodes = launch.nodes
     places = mesh.data * mesh.model
     if places > nodes.devices or (nodes.count > 1 and places != nodes.devices):
         rule = "must be" if nodes.count > 1 else "can be at most"
         raise UserError(
-            f"{config.name}: mesh {mesh.data} x {mesh.model} (data x model) has {places} places "
-            f"and launch.nodes gives {nodes.devices} devices on {nodes.count} nodes: mesh.data * "
-            f"mesh.model {rule} {nodes.devices}"
+            f"{config.name}: {key} {mesh.data} x {mesh.model} (data x model) has {places} places "
+            f"and launch.nodes gives {nodes.devices} devices on {nodes.count} nodes: {key}.data * "
+            f"{key}.model {rule} {nodes.devices}"
         )

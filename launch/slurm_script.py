@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from activation_cache.config import MeshConfig
 from activation_cache.errors import UserError
 from launch.backends import Command
 from launch.sweep import Run, expand
@@ -145,7 +146,7 @@ def render(config: Config, *, command: Command) -> list[Script]:
                 "character or a backslash. Choose another name"
             )
     if command != "sweep":
-        _check_mesh(config)
+        _check_mesh(config, stage=command)
         yaml_name = f"{command}.yaml"
         saved = config.cache.path if command == "harvest" else config.output
         body = _body(f"run {command} {_shell(_absolute(config, yaml_name))}", saved=saved)
@@ -153,8 +154,9 @@ def render(config: Config, *, command: Command) -> list[Script]:
         files = {f"{command}.sbatch": text, yaml_name: _travelling(config)}
         return [Script(stage=command, files=files)]
     runs = expand(config)
+    _check_mesh(config, stage="harvest")
     for run in runs:
-        _check_mesh(run.config)
+        _check_mesh(run.config, stage="train")
     return [
         _harvest_script(config),
         _train_script(config, runs),
@@ -215,7 +217,8 @@ def _script(config: Config, *, stage: Stage, body: str, options: Sequence[str] =
     lines = [*_options(config, stage=stage), *options, *_resources(launch, stage=stage)]
     several = stage != "report"
     processes = launch.processes if several else 1
-    places = config.mesh.data * config.mesh.model
+    _, mesh = _mesh_of(config, stage=stage)
+    places = mesh.data * mesh.model
     tasks = [f"--nodes={launch.nodes if several else 1}", f"--ntasks={processes}"]
     if launch.cpus_per_task and stage != "report":
         tasks.append(f"--cpus-per-task={launch.cpus_per_task}")  # srun doesn't inherit it
@@ -308,12 +311,17 @@ def _absolute(config: Config, name: str) -> str:
     return os.path.abspath(script_folder(config) / name)
 
 
-def _check_mesh(config: Config) -> None:
-    launch, mesh = slurm_launch(config), config.mesh
+def _mesh_of(config: Config, *, stage: Stage) -> tuple[str, MeshConfig]:
+    """The key and the mesh that a stage's processes make up."""
+    return config.harvest_mesh if stage == "harvest" else ("mesh", config.mesh)
+
+
+def _check_mesh(config: Config, *, stage: Stage) -> None:
+    launch, (key, mesh) = slurm_launch(config), _mesh_of(config, stage=stage)
     places = mesh.data * mesh.model
     if places % launch.processes:
         raise UserError(
             f"{config.name}: launch.nodes {launch.nodes} x tasks_per_node {launch.tasks_per_node} "
             f"are {launch.processes} processes, which do not divide the mesh's {places} devices "
-            "(mesh.data * mesh.model): make one a multiple of the other"
+            f"({key}.data * {key}.model): make one a multiple of the other"
         )

@@ -32,12 +32,13 @@ logger = logging.getLogger(__name__)
 
 def harvest(config: Config, *, stop: Callable[[], bool]) -> None:
     """Make the activation store of `config.cache`, or finish one that was begun."""
+    _, mesh = config.harvest_mesh
     if group.starts_here(config):
         store = Path(config.cache.path)
         group.run_stage(
             "harvest",
             config,
-            devices=config.model_mesh.data * config.model_mesh.model,
+            devices=mesh.data * mesh.model,
             progress=lambda: _saved(store),
             stop=stop,
         )
@@ -49,7 +50,7 @@ def harvest(config: Config, *, stop: Callable[[], bool]) -> None:
         model=config.model,
         text=config.text,
         cache=config.cache,
-        mesh=config.model_mesh,
+        mesh=mesh,
         resolved_config_yaml=resolved_yaml(config),
         stop=stop,
     )

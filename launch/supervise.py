@@ -140,8 +140,8 @@ def _environments(launch: LocalLaunch, *, devices: int) -> list[dict[str, str]]:
     count = launch.processes
     if devices % count:
         raise UserError(
-            f"launch.processes {count} does not divide the mesh's {devices} devices (mesh.data * "
-            "mesh.model): make one a multiple of the other"
+            f"launch.processes {count} does not divide the mesh's {devices} devices (data * "
+            "model): make one a multiple of the other"
         )
     shared = {
         distributed.NUM_PROCESSES: str(count),

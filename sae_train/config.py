@@ -228,9 +228,9 @@ class Config(Section):
     launch: Launch = LocalLaunch()
 
     @property
-    def model_mesh(self) -> MeshConfig:
-        """The mesh of the language model, while harvesting and evaluating."""
-        return self.cache.mesh or self.mesh
+    def harvest_mesh(self) -> tuple[str, MeshConfig]:
+        """The mesh of the language model while harvesting, after the key that gives it."""
+        return ("mesh", self.mesh) if self.cache.mesh is None else ("cache.mesh", self.cache.mesh)
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

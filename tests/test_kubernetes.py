@@ -311,6 +311,15 @@ def test_a_config_that_cannot_run_there(
         render(cluster_config(launch, **values), command="train")
 
 
+def test_a_harvest_has_a_mesh_of_its_own() -> None:
+    config = cluster_config(mesh=(2, 8), **{"cache.mesh": {"data": 16, "model": 1}})
+    render(config, command="harvest")
+    config = cluster_config(mesh=(2, 8), **{"cache.mesh": {"data": 8, "model": 1}})
+    with pytest.raises(UserError, match=re.escape("cache.mesh.data * cache.mesh.model must be 16")):
+        render(config, command="harvest")
+    render(config, command="train")
+
+
 @settings(deadline=None, max_examples=200)
 @given(st.text(), st.text(), st.text())
 def test_names_are_dns_labels_and_distinct(text: str, one: str, other: str) -> None:

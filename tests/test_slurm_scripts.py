@@ -154,6 +154,17 @@ def test_what_a_script_cannot_hold_is_refused(
     assert not (tmp_path / "slurm").exists()
 
 
+def test_a_harvest_has_a_mesh_of_its_own() -> None:
+    config = make(nodes=2, mesh=(1, 2))
+    config = with_values(config, {"cache.mesh": {"data": 4, "model": 3}}, source="test")
+    assert "--nodes=2 --ntasks=2" in script(config, "harvest").text
+    assert "JAX_NUM_CPU_DEVICES:-6}" in script(config, "harvest").text
+    assert "JAX_NUM_CPU_DEVICES:-1}" in script(config, "train").text
+    odd = with_values(config, {"cache.mesh": {"data": 3, "model": 1}}, source="test")
+    with pytest.raises(UserError, match=r"mesh's 3 devices \(cache\.mesh\.data \* cache\.mesh"):
+        script(odd)
+
+
 def test_processes_must_share_mesh_and_gpus() -> None:
     with pytest.raises(UserError, match="4 processes, which do not divide the mesh's 2 devices"):
         script(make(nodes=4, mesh=(1, 2)))
