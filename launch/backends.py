@@ -7,11 +7,14 @@ read and submit by hand, and submits them. The copy of the config that travels w
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Literal
 
 from activation_cache.errors import UserError
 from sae_train.config import Config
+
+logger = logging.getLogger(__name__)
 
 Command = Literal["harvest", "train", "sweep"]
 
@@ -39,6 +42,12 @@ def submit(config: Config, *, command: Command, dry_run: bool, stop: Callable[[]
         UserError: the config can't run there, or the cluster's own command is missing or refuses.
         Interrupted: a signal came while the submitter followed the stages; they go on.
     """
+    if command == "sweep":
+        from launch.cohorts import cohort_lines, cohorts_of
+        from launch.sweep import expand
+
+        for line in cohort_lines(cohorts_of(config, expand(config))):
+            logger.info("%s", line)
     if config.launch.on == "slurm":
         from launch import slurm
 

@@ -44,6 +44,7 @@ class Command:
     metavar: str = "CONFIG"
     target: str = _TARGET
     overrides: bool = True
+    words: str = "config overrides"
     options: tuple[tuple[str, str], ...] = ()
     settings: tuple[tuple[str, Callable[[str], Any], Any, str], ...] = ()  # with a value
 
@@ -61,14 +62,16 @@ COMMANDS = (
     Command(
         name="train",
         handler=commands.train,
-        summary="train one SAE on a harvested store",
+        summary="train one SAE on a harvested store, or several side by side",
         details="Writes config.yaml, metrics.jsonl and checkpoints/ into the folder that output "
-        "names, and goes on from its last checkpoint if there is one.",
+        "names, and goes on from its last checkpoint if there is one. Further configs are runs "
+        "that read the same batches: each batch is read once for all of them.",
         example="sae train configs/demo.yaml sweep=null train.learning_rate.peak=1e-3",
         options=(
             ("--fresh", "delete what an earlier run left in the folder and start anew"),
             _DRY_RUN,
         ),
+        words="further CONFIGs, and config overrides",
     ),
     Command(
         name="evaluate",
@@ -96,7 +99,13 @@ COMMANDS = (
         "stop the rest. Started again it does only what is missing.",
         example="sae sweep configs/demo.yaml",
         metavar="CONFIG-or-FOLDER",
-        options=(_DRY_RUN,),
+        options=(
+            (
+                "--dry-run",
+                "print the runs, which of them train together, and what would be submitted where "
+                "launch.on names a cluster; run and submit nothing",
+            ),
+        ),
     ),
     Command(
         name="report",
@@ -180,7 +189,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     # Overrides may stand on either side of an option, which argparse alone does not allow.
     arguments, rest = parser.parse_known_args(argv)
     takes_overrides = hasattr(arguments, "overrides")
-    stray = [one for one in rest if one.startswith("-") or "=" not in one or not takes_overrides]
+    several = arguments.command == "train"  # it tells further configs from overrides itself
+    stray = [
+        one
+        for one in rest
+        if one.startswith("-") or not takes_overrides or not ("=" in one or several)
+    ]
     if stray:
         parser.error(f"unrecognised arguments: {' '.join(stray)} (an override is key=value)")
     if takes_overrides:
@@ -223,7 +237,7 @@ def _add_command(parsers: argparse._SubParsersAction, command: Command) -> None:
     )
     parser.add_argument("target", metavar=command.metavar, help=command.target)
     if command.overrides:
-        parser.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides")
+        parser.add_argument("overrides", nargs="*", metavar="key=value", help=command.words)
     for flag, words in command.options:
         parser.add_argument(flag, action="store_true", help=words)
     for flag, kind, default, words in command.settings:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from activation_cache.errors import Interrupted, UserError
 from launch import backends, stages
 from launch.signals import StopFlag
+from sae_train.cohort import check_cohort
 from sae_train.config import Config
 from sae_train.config_file import FILE_NAME, load_config, read_run_config, write_config
 from sae_train.run_folder import (
     clear_failure,
     newest_checkpoint,
-    record_failure,
     run_folders,
 )
 
@@ -81,27 +82,52 @@ def harvest(arguments: argparse.Namespace, stop: StopFlag) -> int:
 
 
 def train(arguments: argparse.Namespace, stop: StopFlag) -> int:
-    config = target_config(arguments.target, arguments.overrides)
-    if config.sweep is not None:
-        raise UserError(
-            f"{arguments.target} has a sweep: `sae sweep {arguments.target}` runs all of it. To "
-            "train one SAE with the config's own values add the override sweep=null"
-        )
-    if backends.is_elsewhere(config, dry_run=arguments.dry_run):
+    configs = _training_configs(arguments)
+    if backends.is_elsewhere(configs[0], dry_run=arguments.dry_run):
         if arguments.fresh:
             raise UserError("--fresh deletes what is in the run's folder: give it where that is")
-        return backends.submit(config, command="train", dry_run=arguments.dry_run, stop=stop)
-    clear_failure(config.output)
+        if len(configs) > 1:
+            raise UserError(
+                f"{len(configs)} configs were given, and only a sweep is handed to a cluster as "
+                "cohorts: make them one with `sweep:` and give `sae sweep`"
+            )
+        return backends.submit(configs[0], command="train", dry_run=arguments.dry_run, stop=stop)
+    for config in configs:
+        clear_failure(config.output)
     try:
-        stages.train(config, fresh=arguments.fresh, stop=stop)
+        stages.train(configs, fresh=arguments.fresh, stop=stop)
     except Interrupted:
         raise
     except Exception as error:
-        # Only inside a run's folder: a mistake made before there was one leaves nothing behind.
-        if (Path(config.output) / FILE_NAME).exists():
-            record_failure(config.output, stage="train", reason=str(error))
+        stages.training_failures(configs, error)
         raise
     return 0
+
+
+def _training_configs(arguments: argparse.Namespace) -> list[Config]:
+    """The configs of a `sae train`: words that are no `key=value` are further ones.
+
+    Raises:
+        UserError: a mistake in one, or they can't train together.
+    """
+    further = [word for word in arguments.overrides if not re.match(r"[A-Za-z_][\w.]*=", word)]
+    for word in further:
+        if not Path(word).exists():
+            raise UserError(
+                f"'{word}' is neither a config that exists nor an override: write overrides as "
+                "key=value, e.g. train.batch_size=2048"
+            )
+    overrides = [word for word in arguments.overrides if word not in further]
+    targets = [arguments.target, *further]
+    configs = [target_config(target, overrides) for target in targets]
+    for target, config in zip(targets, configs, strict=True):
+        if config.sweep is not None:
+            raise UserError(
+                f"{target} has a sweep: `sae sweep {target}` runs all of it. To "
+                "train one SAE with the config's own values add the override sweep=null"
+            )
+    check_cohort(configs)
+    return configs
 
 
 def evaluate(arguments: argparse.Namespace, stop: StopFlag) -> int:
@@ -119,9 +145,12 @@ def export(arguments: argparse.Namespace, stop: StopFlag) -> int:
 
 
 def sweep(arguments: argparse.Namespace, stop: StopFlag) -> int:
-    from launch.sweep import run_sweep
+    from launch.sweep import expand, run_sweep, show_runs
 
     config = target_config(arguments.target, arguments.overrides)
+    if config.launch.on == "local" and arguments.dry_run:
+        show_runs(config, expand(config))
+        return 0
     if backends.is_elsewhere(config, dry_run=arguments.dry_run):
         return backends.submit(config, command="sweep", dry_run=arguments.dry_run, stop=stop)
     return run_sweep(config, stop=stop)

@@ -33,6 +33,7 @@ def run_stage(
     config: Config,
     *,
     devices: int,
+    beside: Sequence[Config] = (),
     target: Path | None = None,
     options: Sequence[str] = (),
     progress: Callable[[], Any] = lambda: None,
@@ -42,6 +43,7 @@ def run_stage(
 
     Args:
         devices: how many they need together, for CPUs made to look like several.
+        beside: further configs the command is given, of runs that train in the same processes.
         target: what the command is given instead of a file with this config.
         options: overrides and flags.
         progress: something that differs once work has been saved (`supervise`).
@@ -53,9 +55,12 @@ def run_stage(
     """
     assert isinstance(config.launch, LocalLaunch)
     with tempfile.TemporaryDirectory(prefix="sae-") as scratch:
-        file, words = Path(scratch, "config.yaml"), Path(scratch, "words")
-        file.write_text(resolved_yaml(config), encoding="utf-8")
-        command = [sys.executable, "-m", "launch.cli", stage, str(target or file), *options]
+        words = Path(scratch, "words")
+        targets = [] if target is None else [target]
+        for number, one in enumerate([] if target else [config, *beside]):
+            targets.append(Path(scratch, f"config{number or ''}.yaml"))
+            targets[-1].write_text(resolved_yaml(one), encoding="utf-8")
+        command = [sys.executable, "-m", "launch.cli", stage, *map(str, targets), *options]
         code = supervise(
             command + _verbosity(),
             launch=config.launch,
@@ -81,7 +86,7 @@ def _verbosity() -> list[str]:
     return ["-v"] if level <= logging.DEBUG else ["-q"] if level >= logging.WARNING else []
 
 
-def join(config: Config) -> None:
+def join(*configs: Config) -> None:
     """Join the group this process was started in, if any, and compare notes with the others.
 
     Raises:
@@ -95,7 +100,7 @@ def join(config: Config) -> None:
 
         version = distributed.code_version(activation_cache, sae_train, launch)
         distributed.same_everywhere("code version", version)
-        distributed.same_everywhere("config", resolved_yaml(config))
+        distributed.same_everywhere("config", "".join(map(resolved_yaml, configs)))
         if os.environ.get(SUPERVISOR):
             stop_with_supervisor()
 

@@ -8,8 +8,8 @@ A stage is an Indexed Job with one pod, and so one process, per node. Its failur
   (the user's mistake) is told apart by the reason and fails the JobSet; the rest, a lost machine
   or a bug, restarts all pods of the stage, at most `launch.restarts` times.
 
-Each run of a sweep is a JobSet of its own rather than one of many jobs in a single JobSet, for
-there the last failure of one run would end all. `launch.kubectl` submits them in order.
+Each cohort of a sweep is a JobSet of its own rather than one of many jobs in a single JobSet, for
+there the last failure of one would end all. `launch.kubectl` submits them in order.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ import yaml
 
 from activation_cache.errors import UserError
 from launch.backends import Command
-from launch.kubernetes_pod import CONFIG_KEY, pod_template
+from launch.cohorts import cohorts_of
+from launch.kubernetes_pod import pod_template
 from launch.sweep import expand
 from sae_train.config import Config
 from sae_train.config_file import resolved_yaml
@@ -68,7 +69,7 @@ class Manifest:
     """One stage as it is submitted.
 
     Attributes:
-        run: the config's name: of the run, or of the sweep.
+        run: the config's name: of the run, of the first of a cohort's, or of the sweep.
         name: of the JobSet.
         file_name: sorts in the order of submission.
         documents: the ConfigMap and the JobSet, as plain data.
@@ -101,7 +102,7 @@ class Manifest:
 def render(config: Config, *, command: Command) -> list[Manifest]:
     """The manifests of a command, in the order in which their stages run.
 
-    `sweep` gives a harvest, one training per run, the evaluation of all runs in one pass of the
+    `sweep` gives a harvest, one training per cohort, the evaluation of all runs in one pass of the
     model, and their release and report, for which one pod without accelerators is enough.
 
     Raises:
@@ -110,23 +111,27 @@ def render(config: Config, *, command: Command) -> list[Manifest]:
     launch = kubernetes_launch(config)
     _check_paths(config, launch)
     if command == "sweep":
-        runs = expand(config)
-        digits = len(str(len(runs)))
-        stages: list[tuple[Stage, str, Config]] = [
-            ("harvest", "0-harvest.yaml", config),
+        cohorts = cohorts_of(config, expand(config))
+        digits = len(str(len(cohorts)))
+        stages: list[tuple[Stage, str, list[Config]]] = [
+            ("harvest", "0-harvest.yaml", [config]),
             *(
-                ("train", f"1-train-{number:0{digits}}.yaml", run.config)
-                for number, run in enumerate(runs, 1)
+                ("train", f"1-train-{number:0{digits}}.yaml", cohort.configs)
+                for number, cohort in enumerate(cohorts, 1)
             ),
-            ("evaluate", "2-evaluate.yaml", config),
-            ("report", "3-report.yaml", config),
+            ("evaluate", "2-evaluate.yaml", [config]),
+            ("report", "3-report.yaml", [config]),
         ]
     else:
-        stages = [(command, f"{command}.yaml", config)]
-    for stage, _, one in stages:
-        _check_mesh(one, launch, stage=stage)
+        stages = [(command, f"{command}.yaml", [config])]
+    for stage, _, configs in stages:
+        for one in configs:
+            _check_mesh(one, launch, stage=stage)
     group = dns_name(config.name, identity=config.output)
-    return [_manifest(one, stage=stage, file_name=name, group=group) for stage, name, one in stages]
+    return [
+        _manifest(configs, stage=stage, file_name=name, group=group)
+        for stage, name, configs in stages
+    ]
 
 
 def kubernetes_launch(config: Config) -> KubernetesLaunch:
@@ -158,22 +163,28 @@ def dns_name(text: str, *, identity: str, longest: int = _LONGEST_NAME) -> str:
     return f"{words[: longest - 7].rstrip('-')}-{digest}"
 
 
-def _manifest(config: Config, *, stage: Stage, file_name: str, group: str) -> Manifest:
+def _manifest(configs: Sequence[Config], *, stage: Stage, file_name: str, group: str) -> Manifest:
+    """The manifest of a stage; of several runs that train together the first lends its name."""
+    config, *beside = configs
     launch = kubernetes_launch(config)
-    text = _travelling_config(config, launch)
+    data = _travelling_configs(configs, launch)
     identity = f"{config.output}\n{stage}"  # a run's folder is its own, so this is unique
     name = dns_name(
         config.name if stage == "train" else f"{stage}-{config.name}", identity=identity
     )
-    config_map = f"{name}-{_digest(text)[:8]}"  # immutable, so another config is another object
+    # Immutable, so another config is another object.
+    config_map = f"{name}-{_digest(chr(0).join(data.values()))[:8]}"
     labels = {f"{OUR_PREFIX}group": group, f"{OUR_PREFIX}stage": stage, **launch.labels}
     annotations = {
         f"{OUR_PREFIX}name": config.name,
         f"{OUR_PREFIX}output": config.output,
+        **({f"{OUR_PREFIX}beside": "\n".join(one.output for one in beside)} if beside else {}),
         **_exclusive_topology(launch),
         **launch.annotations,
     }
-    spec = _job_set_spec(name, launch, stage=stage, config_map=config_map, labels=labels)
+    spec = _job_set_spec(
+        name, launch, stage=stage, config_map=config_map, keys=list(data), labels=labels
+    )
     annotations[f"{OUR_PREFIX}digest"] = _digest(json.dumps([labels, annotations, spec]))
     namespace = {"namespace": launch.namespace} if launch.namespace else {}
     documents = (
@@ -182,7 +193,7 @@ def _manifest(config: Config, *, stage: Stage, file_name: str, group: str) -> Ma
             "kind": "ConfigMap",
             "metadata": {"name": config_map, **namespace, "labels": labels},
             "immutable": True,
-            "data": {CONFIG_KEY: text},
+            "data": data,
         },
         {
             "apiVersion": "jobset.x-k8s.io/v1alpha2",
@@ -197,20 +208,29 @@ def _manifest(config: Config, *, stage: Stage, file_name: str, group: str) -> Ma
         },
     )
     return Manifest(
-        run=config.name, stage=stage, name=name, file_name=file_name, documents=documents
+        run=f"{config.name} and {len(beside)} more" if beside else config.name,
+        stage=stage,
+        name=name,
+        file_name=file_name,
+        documents=documents,
     )
 
 
-def _travelling_config(config: Config, launch: KubernetesLaunch) -> str:
+def _travelling_configs(configs: Sequence[Config], launch: KubernetesLaunch) -> dict[str, str]:
+    """The data of the ConfigMap: a key for each config, in their order."""
     there = LocalLaunch(heartbeat_seconds=launch.heartbeat_seconds)
-    text = resolved_yaml(config.model_copy(update={"launch": there}))
-    size = len(text.encode())
+    data = {
+        f"config{number or ''}.yaml": resolved_yaml(one.model_copy(update={"launch": there}))
+        for number, one in enumerate(configs)
+    }
+    size = sum(len(text.encode()) for text in data.values())
     if size > _LONGEST_CONFIG:
         raise UserError(
-            f"{config.name}: the resolved config has {size:,} bytes and a ConfigMap holds at most "
-            f"{_LONGEST_CONFIG:,}: split the sweep, or list sources with globs"
+            f"{configs[0].name}: the resolved configs have {size:,} bytes and a ConfigMap holds at "
+            f"most {_LONGEST_CONFIG:,}: split the sweep, lower sweep.cohort.max_members, or list "
+            "sources with globs"
         )
-    return text
+    return data
 
 
 def _digest(text: str) -> str:
@@ -230,6 +250,7 @@ def _job_set_spec(
     *,
     stage: Stage,
     config_map: str,
+    keys: Sequence[str],
     labels: dict[str, str],
 ) -> dict[str, Any]:
     light = stage == "report"
@@ -239,6 +260,7 @@ def _job_set_spec(
         commands=["export", "report"] if light else [stage],
         light=light,
         config_map=config_map,
+        keys=keys,
         coordinator=f"{name}-{REPLICATED_JOB}-0-0.{name}",
         labels=labels,
     )

@@ -22,7 +22,6 @@ from sae_train.launch_kubernetes import (
     Volume,
 )
 
-CONFIG_KEY = "config.yaml"
 _CONFIG_VOLUME = "config"
 _COORDINATOR_PORT = 8476  # JAX's customary one
 _COMPLETION_INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
@@ -45,6 +44,7 @@ def pod_template(
     commands: Sequence[str],
     light: bool,
     config_map: str,
+    keys: Sequence[str],
     coordinator: str,
     labels: dict[str, str],
 ) -> dict[str, Any]:
@@ -54,11 +54,12 @@ def pod_template(
         commands: `sae` commands, run one after the other.
         light: one pod that needs no accelerator, and may run on any node.
         config_map: the ConfigMap that is mounted at `CONFIG_FOLDER`.
+        keys: of the configs in it that the commands are given.
         coordinator: the DNS name of pod 0, in the namespace.
         labels: of the pod, so that `kubectl logs -l` finds it.
     """
     containers = [
-        _container(launch, command=command, light=light, coordinator=coordinator)
+        _container(launch, command=command, light=light, keys=keys, coordinator=coordinator)
         for command in commands
     ]
     *first, last = containers
@@ -85,13 +86,13 @@ def pod_template(
 
 
 def _container(
-    launch: KubernetesLaunch, *, command: str, light: bool, coordinator: str
+    launch: KubernetesLaunch, *, command: str, light: bool, keys: Sequence[str], coordinator: str
 ) -> dict[str, Any]:
     return _without_empty(
         {
             "name": command,
             "image": launch.image,
-            "command": ["sae", command, posixpath.join(CONFIG_FOLDER, CONFIG_KEY)],
+            "command": ["sae", command, *(posixpath.join(CONFIG_FOLDER, key) for key in keys)],
             "workingDir": launch.working_dir,
             "env": _environment(launch, light=light, coordinator=coordinator),
             "envFrom": [{"secretRef": {"name": name}} for name in launch.env_from_secrets],

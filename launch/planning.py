@@ -15,6 +15,7 @@ from sae_train.config import Config, MeshConfig
 from sae_train.plan import (
     AcceleratorPlan,
     Assumptions,
+    CohortVerdict,
     Plan,
     Verdict,
     make_plan,
@@ -54,7 +55,8 @@ def tables(plan: Plan) -> list[Table]:
     """Store and harvest, then work and memory of each run, then the accelerators."""
     on = plan.accelerators
     last = _accelerator_table(plan, on[0]) if len(on) == 1 else _comparison_table(plan)
-    return [_store_table(plan), _work_table(plan), _memory_table(plan), last]
+    cohorts = [_cohort_table(plan)] if any(len(one.runs) > 1 for one in plan.cohorts) else []
+    return [_store_table(plan), _work_table(plan), _memory_table(plan), *cohorts, last]
 
 
 def alike(plan: Plan) -> list[list[int]]:
@@ -147,6 +149,39 @@ def _memory_table(plan: Plan) -> Table:
             bytes_text(on_cpu.total),
         )
     return table
+
+
+def _cohort_table(plan: Plan) -> Table:
+    """Runs that train together: one device's memory for all of them, and what they read once."""
+    headings = ("cohort", "runs", "a batch", "batches", "instead of", "states", "in all", "on CPUs")
+    table = _table("runs that train together, each batch read once", *headings, "fits", "reads")
+    for number, cohort in enumerate(plan.cohorts):
+        runs = [plan.runs[index] for index in cohort.runs]
+        memory = cohort.memory
+        verdicts = [(on, on.cohorts[number]) for on in plan.accelerators]
+        rate = verdicts[0][1].read_bytes_per_second if len(verdicts) == 1 else None
+        table.add_row(
+            runs[0].name if len(runs) == 1 else f"{runs[0].name} and {len(runs) - 1} more",
+            str(len(runs)),
+            bytes_text(cohort.batch_bytes),
+            f"{cohort.batches:,}",
+            f"{sum(run.steps for run in runs):,}",
+            bytes_text(memory.items["weights"] + memory.items["second moment"]),
+            bytes_text(memory.total),
+            bytes_text(cohort.memory_cpu.total),
+            "\n".join(
+                _cohort_fits(on, verdict, alone=len(verdicts) == 1) for on, verdict in verdicts
+            ),
+            "-" if rate is None else f"{bytes_text(rate)}/s",
+        )
+    if not all(verdict.fits for on in plan.accelerators for verdict in on.cohorts):
+        table.caption = "where only some fit, set sweep.cohort.max_members to their number"
+    return table
+
+
+def _cohort_fits(on: AcceleratorPlan, verdict: CohortVerdict, *, alone: bool) -> str:
+    words = "yes" if verdict.fits else f"no, {verdict.at_once} do" if verdict.at_once else "no"
+    return words if alone else f"{on.accelerator.name}: {words}"
 
 
 def _accelerator_table(plan: Plan, on: AcceleratorPlan) -> Table:

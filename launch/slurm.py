@@ -1,4 +1,4 @@
-"""Submitting batch scripts to Slurm: harvest, then the runs as an array, evaluation, the report.
+"""Submitting batch scripts to Slurm: harvest, then training as an array, evaluation, the report.
 
 Slurm itself keeps their order, so nothing of ours has to stay: the runs wait for a harvest that
 ended well, evaluation for the end of all runs whatever it was, the report for evaluation's end.
@@ -22,6 +22,7 @@ from activation_cache.errors import UserError
 from activation_cache.storage import make_folder, read_json, write_json, write_text
 from launch import stages
 from launch.backends import Command
+from launch.cohorts import cohorts_of
 from launch.slurm_script import Script, Stage, render, script_folder
 from launch.sweep import Run, expand
 from sae_train.config import Config
@@ -53,13 +54,14 @@ class Job:
     Attributes:
         number: Slurm's, of the whole array where it is one.
         digest: of the script and the configs it was submitted with (`Script.digest`).
-        runs: names by array index; empty where it is no array.
+        cohorts: the names of runs that train together, by array index; empty where it is no
+            array.
     """
 
     stage: Stage
     number: str
     digest: str
-    runs: tuple[str, ...] = ()
+    cohorts: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,9 @@ def read_jobs(folder: Path) -> dict[Stage, Job]:
         return {}
     try:
         entries = read_json(path)["jobs"]
-        jobs = [Job(**{**entry, "runs": tuple(entry["runs"])}) for entry in entries]
+        jobs = [
+            Job(**{**entry, "cohorts": tuple(map(tuple, entry["cohorts"]))}) for entry in entries
+        ]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} is damaged ({error}): look with squeue for jobs of it, then delete the file"
@@ -178,8 +182,13 @@ def _queued(scripts: Sequence[Script], *, jobs: Mapping[Stage, Job], folder: Pat
 
 
 def _wanted(config: Config, *, runs: Sequence[Run]) -> dict[Stage, str]:
-    """The stages a sweep needs, and for the runs the array's indices; `%` bounds them in Slurm."""
-    missing = [i for i, run in enumerate(runs) if not stages.is_trained(run.config)]
+    """The stages a sweep needs, and for training the array's indices, those of the cohorts."""
+    cohorts = cohorts_of(config, runs)
+    missing = [
+        index
+        for index, cohort in enumerate(cohorts)
+        if not all(stages.is_trained(one) for one in cohort.configs)
+    ]
     evaluating = missing or any(
         stages.needs_evaluation(run.folder) or stages.needs_release(run.folder) for run in runs
     )
@@ -187,7 +196,7 @@ def _wanted(config: Config, *, runs: Sequence[Run]) -> dict[Stage, str]:
     if evaluating and not _has_store(config):
         wanted["harvest"] = ""
     if missing:
-        wanted["train"] = ",".join(map(str, missing)) if len(missing) < len(runs) else ""
+        wanted["train"] = ",".join(map(str, missing)) if len(missing) < len(cohorts) else ""
     if evaluating:
         wanted["evaluate"] = ""
     return wanted | {"report": ""}
@@ -236,7 +245,7 @@ def _submit_all(
         except UserError as error:
             left = [one.stage for one in scripts[position:] if one.stage in {*wanted} - queued]
             raise UserError(_told(error, jobs, [*scripts[:position]], left)) from error
-        before = Job(script.stage, number, digest=script.digest, runs=script.runs)
+        before = Job(script.stage, number, digest=script.digest, cohorts=script.cohorts)
         jobs[script.stage] = before
         write_json(folder / RECORD, {"jobs": [asdict(job) for job in jobs.values()]})
         logger.info("%s: job %s", script.stage, number)
@@ -253,7 +262,7 @@ def _order(stage: Stage, before: Job | None) -> list[str]:
 
 
 def _indices(script: Script, indices: str) -> list[str]:
-    """`--array` for a part of the runs, under the bound that the script has."""
+    """`--array` for a part of the cohorts, under the bound that the script has."""
     if not indices:
         return []
     bound = script.text.partition("#SBATCH --array=")[2].partition("\n")[0].partition("%")[2]

@@ -26,7 +26,8 @@ from typing import Literal
 from activation_cache.config import MeshConfig
 from activation_cache.errors import UserError
 from launch.backends import Command
-from launch.sweep import Run, expand
+from launch.cohorts import Cohort, cohorts_of
+from launch.sweep import expand
 from sae_train.config import Config
 from sae_train.config_file import resolved_yaml
 from sae_train.launch_config import LocalLaunch, SlurmLaunch
@@ -98,12 +99,13 @@ class Script:
     Attributes:
         files: contents by path relative to the folder of the scripts: the script's own file
             first, then the configs it reads.
-        runs: names by array index; none where the job is no array.
+        cohorts: the names of runs that train together, by array index; none where the job is no
+            array.
     """
 
     stage: Stage
     files: dict[str, str]
-    runs: tuple[str, ...] = ()
+    cohorts: tuple[tuple[str, ...], ...] = ()
 
     @property
     def file_name(self) -> str:
@@ -159,7 +161,7 @@ def render(config: Config, *, command: Command) -> list[Script]:
         _check_mesh(run.config, stage="train")
     return [
         _harvest_script(config),
-        _train_script(config, runs),
+        _train_script(config, cohorts_of(config, runs)),
         _evaluate_script(config),
         _report_script(config),
     ]
@@ -171,20 +173,26 @@ def _harvest_script(config: Config) -> Script:
     return Script("harvest", {"harvest.sbatch": text, "sweep.yaml": _travelling(config)})
 
 
-def _train_script(config: Config, runs: Sequence[Run]) -> Script:
-    names = "\n".join(f"    {_shell(run.name)}" for run in runs)
-    configs = _shell(_absolute(config, RUNS))
+def _train_script(config: Config, cohorts: Sequence[Cohort]) -> Script:
+    """An array over the cohorts; names of runs hold no spaces."""
+    names = "\n".join(f"    {_shell(' '.join(cohort.names))}" for cohort in cohorts)
     body = (
-        f"runs=(\n{names}\n)\n"
-        'run=${runs[SLURM_ARRAY_TASK_ID]}\necho "sae: run $run"\n'
-        f'progress() {{ ls {_shell(_whole(config.output))}/"$run"/checkpoints 2>/dev/null; }}\n'
-        f'run train {configs}/"$run".yaml\n'
+        "# Runs that read the same batches train together: a cohort for each index.\n"
+        f"cohorts=(\n{names}\n)\n"
+        'read -ra runs <<<"${cohorts[SLURM_ARRAY_TASK_ID]}"\necho "sae: ${runs[*]}"\n'
+        'configs=() saved=()\nfor name in "${runs[@]}"; do\n'
+        f'    configs+=({_shell(_absolute(config, RUNS))}/"$name".yaml)\n'
+        f'    saved+=({_shell(_whole(config.output))}/"$name"/checkpoints)\n'
+        'done\nprogress() { ls "${saved[@]}" 2>/dev/null; }\n'
+        'run train "${configs[@]}"\n'
     )
-    bound = min(len(runs), slurm_launch(config).at_once or len(runs))
-    text = _script(config, stage="train", body=body, options=[f"--array=0-{len(runs) - 1}%{bound}"])
+    count = len(cohorts)
+    bound = min(count, slurm_launch(config).at_once or count)
+    text = _script(config, stage="train", body=body, options=[f"--array=0-{count - 1}%{bound}"])
     files = {"train.sbatch": text}
+    runs = [run for cohort in cohorts for run in cohort.runs]
     files |= {f"{RUNS}/{run.name}.yaml": _travelling(run.config) for run in runs}
-    return Script("train", files, runs=tuple(run.name for run in runs))
+    return Script("train", files, cohorts=tuple(cohort.names for cohort in cohorts))
 
 
 def _evaluate_script(config: Config) -> Script:

@@ -53,9 +53,11 @@ def queue_view(config: Config) -> QueueView | None:
 
 
 def _runs(job: Job, states: Mapping[str, TaskState], *, alone: str) -> dict[str, str]:
-    if not job.runs:
+    if not job.cohorts:
         return {alone: _words(job.number, states)}
-    names = {name: f"{job.number}_{index}" for index, name in enumerate(job.runs)}
+    names = {
+        name: f"{job.number}_{index}" for index, cohort in enumerate(job.cohorts) for name in cohort
+    }
     return {name: _words(number, states) for name, number in names.items()}
 
 

@@ -13,18 +13,21 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from activation_cache import distributed
-from activation_cache.storage import disk_errors, folder_lock
+from activation_cache.errors import UserError
+from activation_cache.storage import disk_errors, folder_lock, read_json
 from launch import group
 from launch.signals import StopFlag
 from sae_train.config import Config, EvaluationConfig
-from sae_train.config_file import read_run_config, resolved_yaml
+from sae_train.config_file import FILE_NAME, read_run_config, resolved_yaml
 from sae_train.launch_config import LocalLaunch
 from sae_train.run_folder import (
     CHECKPOINTS,
     EVALUATION,
+    FAILURE,
     RunFolder,
     newest_checkpoint,
     read_run,
+    record_failure,
 )
 
 logger = logging.getLogger(__name__)
@@ -62,34 +65,65 @@ def _saved(store: Path) -> int:
     return finished_tokens + sum(1 for _ in store.glob("commits/bucket-*.json"))
 
 
-def train(config: Config, *, fresh: bool, stop: Callable[[], bool]) -> None:
-    """Train the run of `config`, going on from its last checkpoint."""
-    if group.starts_here(config):
-        _train_in_group(config, fresh=fresh, stop=stop)
+def train(configs: Sequence[Config], *, fresh: bool, stop: Callable[[], bool]) -> None:
+    """Train runs side by side (one, or a cohort), each going on from its last checkpoint.
+
+    Raises:
+        Interrupted: a signal came; everything is saved.
+        UserError: runs failed by a mistake; the others have ended as they should.
+    """
+    if group.starts_here(configs[0]):
+        _train_in_group(configs, fresh=fresh, stop=stop)
         return
-    group.join(config)
-    from sae_train.loop import train as run_train
+    group.join(*configs)
+    from sae_train.loop import train_cohort
 
-    run_train(config, fresh=fresh, stop=stop)
+    train_cohort(configs, fresh=fresh, stop=stop)
 
 
-def _train_in_group(config: Config, *, fresh: bool, stop: Callable[[], bool]) -> None:
-    folder = Path(config.output)
+def _train_in_group(configs: Sequence[Config], *, fresh: bool, stop: Callable[[], bool]) -> None:
+    first, *beside = configs
+    folders = [Path(config.output) for config in configs]
     if fresh:
         # Here and not there: a group that is started again must not start anew.
         from activation_cache.store import open_store
 
-        store = open_store(config.cache.path)
-        store.check_matches(model=config.model, text=config.text, cache=config.cache)
-        with folder_lock(folder), disk_errors(folder, doing="delete the checkpoints of"):
-            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        store = open_store(first.cache.path)
+        store.check_matches(model=first.model, text=first.text, cache=first.cache)
+        for folder in folders:
+            with folder_lock(folder), disk_errors(folder, doing="delete the checkpoints of"):
+                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     group.run_stage(
         "train",
-        config,
-        devices=config.mesh.data * config.mesh.model,
-        progress=lambda: newest_checkpoint(folder),
+        first,
+        beside=beside,
+        devices=first.mesh.data * first.mesh.model,
+        progress=lambda: [newest_checkpoint(folder) for folder in folders],
         stop=stop,
     )
+
+
+def training_failures(configs: Sequence[Config], error: Exception) -> dict[str, str]:
+    """After a training that failed: why, by the output of each run that isn't trained.
+
+    A run that failed by itself has said so in its folder; of the rest `error` is the reason, and
+    is left there too if the folder is a run's.
+    """
+    reasons: dict[str, str] = {}
+    for config in configs:
+        folder = Path(config.output)
+        if is_trained(config):
+            continue
+        if not (folder / FAILURE).exists() and (folder / FILE_NAME).exists():
+            record_failure(folder, stage="train", reason=reason_of(error))
+        own = read_json(folder / FAILURE) if (folder / FAILURE).exists() else {}
+        reasons[config.output] = own.get("reason", reason_of(error))
+    return reasons
+
+
+def reason_of(error: Exception) -> str:
+    """A mistake in its own words; a bug with the kind of exception before them."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 def evaluate(

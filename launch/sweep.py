@@ -22,6 +22,7 @@ from rich.table import Table
 from activation_cache.errors import Interrupted, UserError
 from activation_cache.storage import folder_lock
 from launch import stages
+from launch.cohorts import cohort_lines, cohort_table, cohorts_of
 from launch.signals import StopFlag
 from sae_train.config import Config
 from sae_train.config_file import FILE_NAME, with_values, write_config
@@ -54,7 +55,7 @@ class _Failures:
     bug: bool = False
 
     def add(self, name: str, error: Exception) -> str:
-        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        reason = stages.reason_of(error)
         self.reasons[name] = reason
         self.bug = self.bug or not isinstance(error, UserError)
         return reason
@@ -108,7 +109,7 @@ def run_sweep(config: Config, *, stop: StopFlag) -> int:
         untrained = [run for run in runs if not stages.is_trained(run.config)]
         if untrained or any(stages.needs_evaluation(run.folder) for run in runs):
             stages.harvest(config, stop=stop)
-        _train_all(runs, stop=stop, failures=failures)
+        _train_all(config, runs, stop=stop, failures=failures)
         trained = [run for run in runs if run.name not in failures.reasons]
         with stop.at_once():
             _evaluate_and_export(trained, stop=stop, failures=failures)
@@ -118,36 +119,55 @@ def run_sweep(config: Config, *, stop: StopFlag) -> int:
 
 
 def show_runs(config: Config, runs: list[Run]) -> None:
-    """Print the table of runs."""
+    """Print the table of runs, and which of them train together."""
     from launch.console import print_table
 
     table = Table(title=f"{config.name}: {len(runs)} runs in {config.output}", title_justify="left")
     table.add_column("run", overflow="fold")
+    cohorts = cohorts_of(config, runs)
+    places = {name: str(at) for at, cohort in enumerate(cohorts, 1) for name in cohort.names}
     keys = list(runs[0].settings)
     for key in keys:
         table.add_column(key, justify="right")
     table.add_column("steps", justify="right")
+    table.add_column("cohort", justify="right")
     for run in runs:
         values = [_value_text(run.settings[key]) for key in keys]
-        table.add_row(run.name, *values, f"{run.config.train.steps:,}")
+        table.add_row(run.name, *values, f"{run.config.train.steps:,}", places[run.name])
     print_table(table)
+    print_table(cohort_table(cohorts))
 
 
-def _train_all(runs: list[Run], *, stop: StopFlag, failures: _Failures) -> None:
-    for number, run in enumerate(runs, 1):
-        label = f"run {number} of {len(runs)}: {run.name}"
-        if stages.is_trained(run.config):
-            logger.info("%s is trained already", label)
+def _train_all(config: Config, runs: list[Run], *, stop: StopFlag, failures: _Failures) -> None:
+    cohorts = cohorts_of(config, runs)
+    for cohort, line in zip(cohorts, cohort_lines(cohorts), strict=True):
+        trained = [run for run in cohort.runs if stages.is_trained(run.config)]
+        for run in trained:
+            logger.info("%s is trained already", run.name)
             write_config(run.config, run.folder)  # its evaluation's settings may be new
-            continue
-        logger.info("%s", label)
-        _attempt(run, "train", partial(_train, run, stop=stop), failures=failures)
+        missing = [run for run in cohort.runs if run not in trained]
+        if missing:
+            logger.info("%s", line)
+            _train(missing, stop=stop, failures=failures)
 
 
-def _train(run: Run, *, stop: StopFlag) -> None:
-    if not (run.folder / FILE_NAME).exists():
-        write_config(run.config, run.folder)  # so that a run that fails at once can be reported
-    stages.train(run.config, fresh=False, stop=stop)
+def _train(runs: list[Run], *, stop: StopFlag, failures: _Failures) -> None:
+    for run in runs:
+        if not (run.folder / FILE_NAME).exists():
+            write_config(run.config, run.folder)  # so that one that fails at once can be reported
+    configs = [run.config for run in runs]
+    try:
+        stages.train(configs, fresh=False, stop=stop)
+    except Interrupted:
+        raise
+    except Exception as error:
+        _tell(", ".join(run.name for run in runs), "train", error)
+        reasons = stages.training_failures(configs, error)
+        failed = {
+            run.name: reasons[run.config.output] for run in runs if run.config.output in reasons
+        }
+        failures.reasons |= failed
+        failures.bug = failures.bug or not isinstance(error, UserError)
 
 
 def _evaluate_and_export(runs: list[Run], *, stop: StopFlag, failures: _Failures) -> None:

@@ -38,6 +38,35 @@ def batch_key(config: Config) -> str:
     return json.dumps(_what_is_read(config), sort_keys=True)
 
 
+# What the step is given as arrays, or never looks at: it may differ without another compilation.
+_NOT_COMPILED_IN = (
+    "sae.site",
+    "sae.layer",
+    "sae.threshold.init",
+    "sae.b_dec_init",
+    "train.tokens",
+    "train.seed",
+    "train.data_seed",
+    "train.learning_rate",
+    "train.sparsity.coefficient",
+    "train.sparsity.warmup_steps",
+    "train.log_every_steps",
+    "train.tensorboard",
+)
+
+
+def step_key(config: Config) -> str:
+    """Runs of a cohort with equal keys have one compiled step (`step.make_train_step`)."""
+    sections = config.model_dump(mode="json", include={"sae", "train"})
+    for key in _NOT_COMPILED_IN:
+        *path, last = key.split(".")
+        holder = sections
+        for part in path:
+            holder = holder[part]
+        holder.pop(last, None)
+    return json.dumps(sections, sort_keys=True)
+
+
 def group_cohorts(runs: Sequence[tuple[Run, Config]], *, max_members: int) -> list[tuple[Run, ...]]:
     """Runs by cohort: in their order, each cohort where its first run stands.
 

@@ -26,13 +26,13 @@ from activation_cache.errors import Interrupted, UserError
 from activation_cache.reader import ActivationReader
 from activation_cache.store import Store, open_store
 from activation_cache.taps import Tap
-from sae_train.cohort import check_cohort
+from sae_train.cohort import check_cohort, step_key
 from sae_train.cohort_progress import CohortProgress
 from sae_train.config import Config
 from sae_train.journal import Diverged, InputClock
 from sae_train.member import Member
 from sae_train.sharding import make_mesh, place_batch, rows_here
-from sae_train.step import TrainStep, make_train_step, step_key
+from sae_train.step import TrainStep, make_train_step
 
 logger = logging.getLogger(__name__)
 

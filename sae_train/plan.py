@@ -17,8 +17,9 @@ from activation_cache.gemma_config import GemmaConfig
 from activation_cache.known_models import config_for_planning
 from activation_cache.taps import Tap, check_tap, tap_width
 from sae_train.accelerators import Accelerator
+from sae_train.cohort import group_cohorts
 from sae_train.config import Config, MeshConfig
-from sae_train.plan_memory import Shape, StepMemory, step_memory
+from sae_train.plan_memory import Shape, StepMemory, cohort_memory, step_memory
 from sae_train.plan_work import (
     HarvestWork,
     StorePlan,
@@ -88,6 +89,38 @@ class RunPlan:
 
 
 @dataclass(frozen=True)
+class CohortPlan:
+    """Runs that train together: what a device holds for all of them, and what they read once.
+
+    Attributes:
+        runs: numbers of the runs, counted from 0.
+        batches: read for all of them, as many as the longest run has steps.
+    """
+
+    runs: tuple[int, ...]
+    memory: StepMemory
+    memory_cpu: StepMemory
+    batches: int
+    batch_bytes: int
+
+
+@dataclass(frozen=True)
+class CohortVerdict:
+    """One cohort on one accelerator.
+
+    Attributes:
+        fits: memory and number of devices both suffice.
+        at_once: how many of its runs fit together, the widest first.
+        read_bytes_per_second: for all its runs; None where it doesn't fit.
+    """
+
+    fits: bool
+    at_once: int
+    step_seconds: float
+    read_bytes_per_second: float | None
+
+
+@dataclass(frozen=True)
 class Verdict:
     """One run on one accelerator.
 
@@ -119,6 +152,7 @@ class AcceleratorPlan:
     harvest_hours: float
     harvest_cost: float | None
     verdicts: tuple[Verdict, ...]
+    cohorts: tuple[CohortVerdict, ...]
     train_hours: float | None
     total_hours: float | None
     total_cost: float | None
@@ -136,6 +170,7 @@ class Plan:
     store: StorePlan
     harvest: HarvestWork
     runs: tuple[RunPlan, ...]
+    cohorts: tuple[CohortPlan, ...]
     accelerators: tuple[AcceleratorPlan, ...]
 
 
@@ -158,6 +193,7 @@ def make_plan(
     store = store_plan(config.cache, config.text, gemma)
     harvest = harvest_work(config.cache, config.text, gemma, dtype=config.model.dtype)
     run_plans = tuple(_run_plan(name, one, gemma) for name, one in runs)
+    cohorts = _cohort_plans(config, [one for _, one in runs], run_plans)
     return Plan(
         name=config.name,
         model=config.model.weights,
@@ -167,10 +203,31 @@ def make_plan(
         store=store,
         harvest=harvest,
         runs=run_plans,
+        cohorts=cohorts,
         accelerators=tuple(
-            _on_accelerator(one, config, harvest, run_plans, assumptions) for one in accelerators
+            _on_accelerator(one, config, harvest, run_plans, cohorts, assumptions)
+            for one in accelerators
         ),
     )
+
+
+def _cohort_plans(
+    config: Config, runs: Sequence[Config], plans: Sequence[RunPlan]
+) -> tuple[CohortPlan, ...]:
+    most = config.sweep.cohort.max_members if config.sweep else 1
+    found = []
+    for numbers in group_cohorts(list(enumerate(runs)), max_members=most):
+        members = [plans[number] for number in numbers]
+        found.append(
+            CohortPlan(
+                runs=numbers,
+                memory=cohort_memory([one.memory for one in members]),
+                memory_cpu=cohort_memory([one.memory_cpu for one in members]),
+                batches=max(one.steps for one in members),
+                batch_bytes=members[0].batch_bytes,
+            )
+        )
+    return tuple(found)
 
 
 def _run_plan(name: str, config: Config, gemma: GemmaConfig) -> RunPlan:
@@ -207,6 +264,7 @@ def _on_accelerator(
     config: Config,
     harvest: HarvestWork,
     runs: Sequence[RunPlan],
+    cohorts: Sequence[CohortPlan],
     assumptions: Assumptions,
 ) -> AcceleratorPlan:
     usable = int(chip.hbm_bytes * USABLE_MEMORY)
@@ -223,10 +281,34 @@ def _on_accelerator(
         harvest_hours=harvest_hours,
         harvest_cost=harvest_cost,
         verdicts=verdicts,
+        cohorts=tuple(
+            _cohort_verdict(cohort, runs, verdicts, usable=usable, assumptions=assumptions)
+            for cohort in cohorts
+        ),
         train_hours=train_hours,
         total_hours=_sum([harvest_hours, train_hours]),
         total_cost=_sum([harvest_cost, train_cost]),
     )
+
+
+def _cohort_verdict(
+    cohort: CohortPlan,
+    runs: Sequence[RunPlan],
+    verdicts: Sequence[Verdict],
+    *,
+    usable: int,
+    assumptions: Assumptions,
+) -> CohortVerdict:
+    members = [runs[number] for number in cohort.runs]
+    memories = sorted((one.memory for one in members), key=lambda memory: -memory.total)
+    enough = members[0].devices <= (assumptions.devices or _MOST_DEVICES)
+    counts = range(1, len(members) + 1)
+    fitting = [n for n in counts if cohort_memory(memories[:n]).total <= usable]
+    at_once = max(fitting, default=0) if enough else 0
+    seconds = sum(verdicts[number].step_seconds for number in cohort.runs)
+    fits = at_once == len(members)
+    rate = cohort.batch_bytes / seconds if fits else None
+    return CohortVerdict(fits, at_once, seconds, rate)
 
 
 def _verdict(
@@ -313,6 +395,9 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         entry["shape"]["mesh"] = mesh.model_dump()
         entry["devices"] = run.devices
         for key, memory in (("memory", run.memory), ("memory_cpu", run.memory_cpu)):
+            entry[key] |= {"step": memory.step, "total": memory.total, "biggest": memory.biggest}
+    for cohort, entry in zip(plan.cohorts, record["cohorts"], strict=True):
+        for key, memory in (("memory", cohort.memory), ("memory_cpu", cohort.memory_cpu)):
             entry[key] |= {"step": memory.step, "total": memory.total, "biggest": memory.biggest}
     for chip, entry in zip(plan.accelerators, record["accelerators"], strict=True):
         for verdict, inner in zip(chip.verdicts, entry["verdicts"], strict=True):

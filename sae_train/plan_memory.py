@@ -18,7 +18,7 @@ Legend: B rows of a batch, D model width, F latents, each as one device holds th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +32,8 @@ Backend = Literal["accelerator", "cpu"]
 FLOAT_BYTES = 4
 STATE_SCALAR_BYTES = 8  # the step, what steering added to log λ
 SCALAR_BYTES = 12  # learning rate, coefficient, bias correction
+_STATE = ("weights", "second moment")
+_HELD = (*_STATE, "batch")  # from one step to the next; the other items are temporaries
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,24 @@ def step_memory(
         rows = shape.local(("B", "D")) * FLOAT_BYTES
         items |= {"gradients": params, "activations": 2 * latents + 2 * rows}
     return StepMemory(items=items, next_batch=batch)
+
+
+def cohort_memory(members: Sequence[StepMemory]) -> StepMemory:
+    """Memory of one device for runs that train together.
+
+    The states of all are there; steps run one after the other, so that of temporaries only the
+    most that any of them needs is; a batch is there once for all.
+    """
+
+    def temporaries(memory: StepMemory) -> dict[str, int]:
+        return {name: size for name, size in memory.items.items() if name not in _HELD}
+
+    fullest = max(members, key=lambda memory: sum(temporaries(memory).values()))
+    states = {name: sum(memory.items[name] for memory in members) for name in _STATE}
+    return StepMemory(
+        items=states | {"batch": fullest.items["batch"]} | temporaries(fullest),
+        next_batch=fullest.next_batch,
+    )
 
 
 def _cpu_temporaries(shape: Shape) -> dict[str, int]:

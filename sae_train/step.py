@@ -9,7 +9,6 @@ Legend: B rows of a batch, D model width, F latents.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -51,35 +50,6 @@ class StepMetrics:
 
 
 TrainStep = Callable[[TrainState, Array, Scheduled], tuple[TrainState, StepMetrics]]
-
-
-# What the step is given as arrays, or never looks at: it may differ without another compilation.
-_NOT_COMPILED_IN = (
-    "sae.site",
-    "sae.layer",
-    "sae.threshold.init",
-    "sae.b_dec_init",
-    "train.tokens",
-    "train.seed",
-    "train.data_seed",
-    "train.learning_rate",
-    "train.sparsity.coefficient",
-    "train.sparsity.warmup_steps",
-    "train.log_every_steps",
-    "train.tensorboard",
-)
-
-
-def step_key(config: Config) -> str:
-    """Configs with equal keys have one compiled step, on one mesh and with one input scale."""
-    sections = config.model_dump(mode="json", include={"sae", "train"})
-    for key in _NOT_COMPILED_IN:
-        *path, last = key.split(".")
-        holder = sections
-        for part in path:
-            holder = holder[part]
-        holder.pop(last, None)
-    return json.dumps(sections, sort_keys=True)
 
 
 def loss_and_forward(

@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 from activation_cache.errors import Interrupted, UserError
 from activation_cache.storage import folder_lock
 from sae_train import loop
-from sae_train.cohort import batch_key, check_cohort, group_cohorts
+from sae_train.cohort import batch_key, check_cohort, group_cohorts, step_key
 from sae_train.cohort_progress import label, steps_to_read
 from sae_train.config import Config
 from sae_train.loop import train, train_cohort
 from sae_train.metrics import read_metrics
 from sae_train.run_folder import newest_checkpoint, read_run
-from sae_train.step import step_key
 from tests.configs import make_config
 from tests.training import assert_same_run, make_run
 

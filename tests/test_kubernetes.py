@@ -28,7 +28,11 @@ from sae_train.strict_yaml import parse
 from tests.configs import make_config
 from tests.kubernetes_checks import check
 
-SWEEP = {"sweep.grid": {"train.sparsity.coefficient": [1e-3, 1e-4]}}
+# Two cohorts: of two runs and of one.
+SWEEP = {
+    "sweep.grid": {"train.sparsity.coefficient": [1e-3, 1e-4, 1e-5]},
+    "sweep.cohort.max_members": 2,
+}
 CLAIM = {"kind": "claim", "claim": "sae-data", "mount": "/data"}
 TPU_SLICE = {"kind": "tpu", "accelerator": "tpu-v5-lite-podslice", "topology": "4x4"}
 EVERYTHING = {
@@ -216,24 +220,43 @@ def test_a_slice_stays_in_one_node_pool() -> None:
 def test_the_config_travels_and_runs_there(tmp_path: Path) -> None:
     config = cluster_config(EVERYTHING, **SWEEP)
     manifests = render(config, command="sweep")
-    expected = {"harvest": [config], "evaluate": [config], "report": [config]}
-    expected["train"] = [run.config for run in expand(config)]
-    for manifest in manifests:
+    runs = [run.config for run in expand(config)]
+    expected = [[config], runs[:2], runs[2:], [config], [config]]
+    for manifest, configs in zip(manifests, expected, strict=True):
         container = container_of(manifest)
-        executable, command, path = container["command"]
+        executable, command, *paths = container["command"]
         assert (executable, command) == ("sae", manifest.stage)
         assert cli._parse(container["command"][1:]).command == command
         assert container["workingDir"] == "/data"
-        folder, _, key = path.rpartition("/")
+        (folder,) = {path.rpartition("/")[0] for path in paths}
         volume = next(one for one in container["volumeMounts"] if one["mountPath"] == folder)
         assert pod_of(manifest)["volumes"][0]["name"] == volume["name"]
         config_map = pod_of(manifest)["volumes"][0]["configMap"]["name"]
         assert config_map == manifest.documents[0]["metadata"]["name"]
-        file = tmp_path / "config.yaml"
-        file.write_text(manifest.documents[0]["data"][key])
-        there = load_config(file)
-        assert there.launch.on == "local"
-        assert there.model_copy(update={"launch": config.launch}) in expected[manifest.stage]
+        data = manifest.documents[0]["data"]
+        assert len(data) == len(paths)
+        for path, one in zip(paths, configs, strict=True):
+            file = tmp_path / "config.yaml"
+            file.write_text(data[path.rpartition("/")[2]])
+            there = load_config(file)
+            assert there.launch.on == "local"
+            assert there.model_copy(update={"launch": config.launch}) == one
+
+
+def test_a_cohort_is_known_by_its_first_run() -> None:
+    """So that one which has grown is not taken for another, and trained beside itself."""
+    before = render(cluster_config(**SWEEP), command="sweep")[1]
+    grown = cluster_config(**SWEEP | {"sweep.cohort.max_members": 3})
+    after = render(grown, command="sweep")[1]
+    assert (after.name, after.file_name) == (before.name, before.file_name)
+    assert after.digest != before.digest
+    assert (before.run, after.run) == (
+        "test-coefficient_0.001 and 1 more",
+        "test-coefficient_0.001 and 2 more",
+    )
+    beside = "open-gemma-scope/beside"
+    annotations = after.documents[1]["metadata"]["annotations"]
+    assert annotations[beside] == "run/coefficient_0.0001\nrun/coefficient_1e-05"
 
 
 def test_secrets_are_named_never_given() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from activation_cache.config import CacheConfig, ModelConfig, TextConfig
 from activation_cache.errors import UserError
@@ -17,12 +19,13 @@ from activation_cache.known_models import KNOWN_SIZES, config_for_planning, know
 from activation_cache.layout import write_shards
 from activation_cache.token_table import count_layout, token_layout
 from launch.cli import main
-from launch.planning import bytes_text, flops_text
+from launch.planning import bytes_text, flops_text, tables
+from launch.sweep import expand
 from sae_train import plan_work
 from sae_train.accelerators import ACCELERATORS, accelerator
-from sae_train.config import Config, MeshConfig
+from sae_train.config import Config, MeshConfig, SweepConfig
 from sae_train.plan import USABLE_MEMORY, Assumptions, make_plan, nearest_mesh
-from sae_train.plan_memory import Shape, step_memory
+from sae_train.plan_memory import Shape, cohort_memory, step_memory
 from tests.plan_shapes import compile_step
 from tests.stores import make_manifest, write_store
 from tests.test_collectives import COLLECTIVE, SHAPE
@@ -387,3 +390,66 @@ def test_numbers_in_words() -> None:
     assert bytes_text(36_900_000_000_000) == "36.9 TB"
     assert bytes_text(2.5e18) == "2,500 PB"
     assert flops_text(1.5e12) == "1.5 TFLOP"
+
+
+def test_a_cohort_s_memory_is_its_states_and_one_step() -> None:
+    sweep = {"grid": {"sae.width": [16_384, 262_144], "train.sparsity.coefficient": [1e-4, 1e-3]}}
+    config = scope_config(mesh={"data": 1, "model": 2}).model_copy(
+        update={"sweep": SweepConfig.model_validate(sweep)}
+    )
+    runs = [(run.name, run.config) for run in expand(config)]
+    plan = make_plan(
+        config,
+        runs=runs,
+        accelerators=[accelerator("v5e"), accelerator("h200")],
+        assumptions=Assumptions(),
+    )
+    (cohort,) = plan.cohorts
+    assert cohort.runs == (0, 1, 2, 3)
+    narrow, wide = plan.runs[0].memory, plan.runs[2].memory
+    state = 2 * sum(one.items["weights"] + one.items["second moment"] for one in (narrow, wide))
+    temporaries = wide.items["gradients"] + wide.items["activations"]
+    # The batch is there once, and once more the one put there meanwhile.
+    assert cohort.memory.total == state + temporaries + wide.items["batch"] + wide.next_batch
+    assert cohort_memory([wide]) == wide
+    small, large = (chip.cohorts[0] for chip in plan.accelerators)
+    assert (small.fits, small.at_once, large.fits, large.at_once) == (False, 0, True, 4)
+    assert small.read_bytes_per_second is None
+    rates = [one.read_bytes_per_second for one in plan.accelerators[1].verdicts]
+    # Of steps one after the other, each with its batch, a quarter of the batches is left.
+    assert large.read_bytes_per_second == pytest.approx(1 / sum(1 / rate for rate in rates if rate))
+    assert [chip.train_hours for chip in plan.accelerators][1] == pytest.approx(
+        sum(one.hours for one in plan.accelerators[1].verdicts if one.hours)
+    )
+
+
+def test_how_many_of_a_cohort_fit() -> None:
+    config = scope_config(sae={"width": 1_048_576}, mesh={"model": 4}).model_copy(
+        update={
+            "sweep": SweepConfig(
+                grid={"train.sparsity.coefficient": [0.1 * n for n in range(1, 7)]}
+            )
+        }
+    )
+    runs = [(run.name, run.config) for run in expand(config)]
+    plan = make_plan(
+        config, runs=runs, accelerators=[accelerator("a100")], assumptions=Assumptions()
+    )
+    (verdict,) = plan.accelerators[0].cohorts
+    usable = plan.accelerators[0].usable_bytes
+    one = plan.runs[0].memory
+    assert not verdict.fits
+    for count in range(1, 7):
+        fits = cohort_memory([one] * count).total <= usable
+        assert fits == (count <= verdict.at_once)
+    assert 1 < verdict.at_once < 6
+    text = "\n".join(rendered(tables(plan)))
+    assert f"no, {verdict.at_once} do" in text
+    assert "sweep.cohort.max_members" in text
+
+
+def rendered(found: list[Any]) -> list[str]:
+    console = Console(width=250, record=True, file=io.StringIO())
+    for table in found:
+        console.print(table)
+    return console.export_text().splitlines()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shlex
@@ -29,7 +28,10 @@ from sae_train.launch_slurm import time_seconds
 from tests.configs import make_config
 
 NASTY = 'it\'s a "run" $(touch hacked) `x` %j #1 ; & \u00e9'
-SWEEP = {"grid": {"train.sparsity.coefficient": [1e-3, 1e-2, 1e-1]}}
+SWEEP = {
+    "grid": {"train.sparsity.coefficient": [1e-3, 1e-2, 1e-1]},
+    "cohort": {"max_members": 2},
+}
 
 
 def make(output: str = "run", *, sweep: bool = True, mesh=(1, 1), **launch: Any) -> Config:
@@ -77,7 +79,7 @@ def test_a_sweep_is_four_jobs_and_what_is_asked_for_reaches_them() -> None:
     assert set(sbatch_lines(train)[4:]) == {
         "--requeue",
         "--signal=B:USR1@300",
-        "--array=0-2%2",
+        "--array=0-1%2",
         "--partition=gpu,long",
         "--account=p.123",
         "--qos=high@x",
@@ -108,7 +110,7 @@ def test_scripts_are_bash_and_configs_travel_as_local() -> None:
                 launch = yaml.safe_load(text)["launch"]
                 assert (launch["on"], launch["heartbeat_seconds"]) == ("local", 20)
     train = script(config)
-    assert train.runs == ("coefficient_0.001", "coefficient_0.01", "coefficient_0.1")
+    assert train.cohorts == (("coefficient_0.001", "coefficient_0.01"), ("coefficient_0.1",))
     assert sorted(train.files)[1] == "runs/coefficient_0.01.yaml"
     assert f"{NASTY}/coefficient_0.01" in train.files["runs/coefficient_0.01.yaml"].replace(
         "''", "'"
@@ -291,9 +293,9 @@ def test_a_full_queue_says_what_is_in_it_and_goes_on_from_there(
         ["--parsable", "--dependency=afterany:44", str(folder / "report.sbatch")],
     ]
     record = json.loads((folder / slurm.RECORD).read_text())["jobs"]
-    assert [(job["stage"], job["number"], len(job["runs"])) for job in record] == [
+    assert [(job["stage"], job["number"], len(job["cohorts"])) for job in record] == [
         ("harvest", "41", 0),
-        ("train", "43", 3),
+        ("train", "43", 2),
         ("evaluate", "44", 0),
         ("report", "45", 0),
     ]
@@ -467,15 +469,28 @@ def test_pauses_double_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert sleeps == [f"sleep {seconds}" for seconds in (200, 400, 600, 600)]
 
 
-def test_the_array_task_finds_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_array_task_finds_its_cohort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job(tmp_path, monkeypatch, step="exit 0")
     config = make(str(tmp_path / NASTY / "out"))
     job.script.write_text(script(config).text)
-    for index, run in itertools.islice(enumerate(script(config).runs), 1, None):
+    for index, names in enumerate(script(config).cohorts):
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(index))
         job.calls.write_text("")
         assert job.finish() == 0
-        assert f"{NASTY}/out/slurm/runs/{run}.yaml" in job.calls.read_text()
+        configs = [f"{tmp_path}/{NASTY}/out/slurm/runs/{name}.yaml" for name in names]
+        assert job.calls.read_text().strip().endswith(f" launch.cli train {' '.join(configs)}")
+
+
+def test_progress_of_any_member_is_progress_of_the_cohort(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make(str(tmp_path / NASTY / "out"), restarts=1, restart_pause_seconds=0)
+    saved = shlex.quote(f"{config.output}/coefficient_0.01/checkpoints/")
+    step = f"mkdir -p {saved}$n\n[ $n -lt 6 ] || exit 2\nexit 1"
+    job = Job(tmp_path, monkeypatch, step=step)
+    job.script.write_text(script(config).text)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    assert job.finish() == 2, "five failures, each with something new, are not two in a row"
 
 
 def test_evaluation_that_fails_does_not_keep_the_release(
