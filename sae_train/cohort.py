@@ -44,7 +44,6 @@ _NOT_COMPILED_IN = (
     "sae.layer",
     "sae.threshold.init",
     "sae.b_dec_init",
-    "train.tokens",
     "train.seed",
     "train.data_seed",
     "train.learning_rate",

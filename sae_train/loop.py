@@ -181,7 +181,10 @@ def _steps(
         if stopping:
             for member in at_work:
                 member.close()
-            raise _interrupted(members, step=step)
+            going_on = [member for member in at_work if member.at_work]
+            if going_on:
+                raise _interrupted(going_on, alone=len(members) == 1, step=step)
+            return  # the last of them has just failed
         with clock.waiting():
             rows_BD = reader.batch(step)
         batch_BD = place_batch(rows_BD, mesh=mesh, batch_size=batch_size, span=span)
@@ -201,9 +204,9 @@ def _leave(members: Sequence[Member]) -> None:
         member.close()
 
 
-def _interrupted(members: Sequence[Member], *, step: int) -> Interrupted:
+def _interrupted(members: Sequence[Member], *, alone: bool, step: int) -> Interrupted:
     saved = "everything is saved, the same command goes on"
-    if len(members) == 1:
+    if alone:
         folder, steps = members[0].folder, members[0].steps
         return Interrupted(f"{folder}: stopped by a signal at step {step} of {steps}; {saved}")
     names = ", ".join(member.folder.name for member in members)
