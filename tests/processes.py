@@ -86,3 +86,19 @@ def start_group(
             )
         )
     return Group(processes)
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    """The processes a supervisor has started."""
+    return [
+        int(status.parent.name)
+        for status in Path("/proc").glob("[0-9]*/stat")
+        if _parent(status) == process.pid
+    ]
+
+
+def _parent(status: Path) -> int | None:
+    try:
+        return int(status.read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None

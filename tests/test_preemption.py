@@ -17,7 +17,7 @@ from sae_train.config import Config
 from sae_train.config_file import write_config
 from sae_train.loop import train
 from sae_train.run_folder import newest_checkpoint
-from tests.processes import Group, child_environment, start_group
+from tests.processes import Group, child_environment, children, start_group
 from tests.training import assert_same_run, make_run
 
 STEPS = 400
@@ -94,22 +94,6 @@ def test_a_signal_to_any_process_stops_all_at_one_step(folder: Path):
     group = start_processes(file)
     assert group.wait() == [0, 0], "\n".join(group.logs)
     assert_same_run(folder / "undisturbed", run, step=STEPS)
-
-
-def children(process: subprocess.Popen[str]) -> list[int]:
-    """The processes a supervisor has started."""
-    return [
-        int(status.parent.name)
-        for status in Path("/proc").glob("[0-9]*/stat")
-        if _parent(status) == process.pid
-    ]
-
-
-def _parent(status: Path) -> int | None:
-    try:
-        return int(status.read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return None
 
 
 def test_a_killed_process_is_recovered_from(folder: Path):
