@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -12,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from activation_cache.gemma_params import parameter_table
 from activation_cache.storage import folder_lock
 from launch.cli import main
 from tests.pipeline import write_pipeline
 from tests.processes import Group, child_environment, start_group
 from tests.stores import file_hashes
-from tests.tiny_gemma import write_tiny_gemma
+from tests.tiny_gemma import tiny_config, write_tiny_gemma
 
 BUCKETS = 63  # of 16 rows
 OVERRIDES = ["cache.shuffle_rows=16", "cache.block_rows=16", "cache.sequences_per_batch=2"]
@@ -86,6 +88,37 @@ def test_begun_by_four_and_finished_by_two(folder: Path, mesh: str, begun: int, 
     assert main(command(folder, names[1], mesh)) == 0
     assert commits(alone) == BUCKETS
     assert rows_of(shared) == rows_of(alone)
+
+
+def test_a_process_reads_only_its_part_of_the_weights(tmp_path: Path):
+    """Two processes with two devices each, a copy over all four."""
+    sizes = {"num_heads": 8, "num_kv_heads": 8, "d_ff": 32, "vocab_size": 408}
+    weights = write_tiny_gemma(tmp_path / "gemma", **sizes)
+    group = start_group([["-m", "tests.weights_child", str(weights)]] * 2, devices_each=2)
+    assert group.wait() == [0, 0], "\n".join(group.logs)
+    table = parameter_table(tiny_config(**sizes))
+    whole = sum(4 * math.prod(p.shape) for p in table if len(p.shape) == 1)
+    cut = sum(4 * math.prod(p.shape) for p in table if len(p.shape) == 2)
+    for log in group.logs:
+        read, largest = map(int, re.search(r"read (\d+) (\d+)", log).groups())  # type: ignore[union-attr]
+        assert read == whole + cut // 2
+        assert largest == 4 * 408 * 20 // 4, "a quarter of the embedding"
+
+
+def test_the_others_notice_a_lost_process_by_themselves(folder: Path):
+    """Nothing watches these two; what was committed is gone on with."""
+    arguments = command(folder, "noticed", "{data: 2, model: 1}")
+    group = start(folder, 2, *arguments, devices=2)
+    while group.alive() and commits(folder / "noticed") < 3:
+        time.sleep(0.005)
+    os.kill(group.processes[1].pid, signal.SIGSTOP)  # as good as dead, but not seen to die
+    begin = time.monotonic()
+    while group.processes[0].poll() is None and time.monotonic() - begin < 60:
+        time.sleep(0.1)
+    assert time.monotonic() - begin < 20, "twice the heartbeat"
+    group.processes[1].kill()
+    assert group.wait()[0] not in (0, 2, 75), group.logs[0]
+    assert main([*arguments, "cache.mesh.data=1"]) == 0
 
 
 def test_more_processes_than_buckets(folder: Path):
