@@ -163,10 +163,12 @@ def test_the_forward_moves_activations_and_no_weights(gemma: Path):
 
 GEMMA_2_2B = tiny_config("gemma2", num_heads=8, num_kv_heads=4, d_ff=9216)
 GEMMA_3_1B = tiny_config("gemma3", num_heads=4, num_kv_heads=1, d_ff=6912)
+NARROW = tiny_config("gemma3", num_heads=8, d_ff=28)
 
 
 @pytest.mark.parametrize(
-    ("config", "size", "use"), [(GEMMA_2_2B, 3, "1, 2, 4, 8"), (GEMMA_3_1B, 8, "1, 2, 4")]
+    ("config", "size", "use"),
+    [(GEMMA_2_2B, 3, "1, 2, 4, 8"), (GEMMA_3_1B, 8, "1, 2, 4"), (NARROW, 8, "1, 2, 4")],
 )
 def test_a_mesh_that_does_not_divide_is_refused(config: GemmaConfig, size: int, use: str):
     with pytest.raises(UserError, match=rf"axis 'model' \(size {size}\) must divide: use {use}\."):
