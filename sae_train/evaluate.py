@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import jax
+from jax.sharding import Mesh
+
 from activation_cache.config import ModelConfig
 from activation_cache.errors import UserError
 from activation_cache.gemma_config import GemmaConfig
+from activation_cache.gemma_params import make_mesh
 from activation_cache.model import LanguageModel, conversion_folder, load_model
 from activation_cache.store import open_store
 from activation_cache.taps import Tap, check_tap, tap_width
@@ -50,9 +55,25 @@ class _Models:
             return self.given
         if self.loaded is None or self.loaded[0] != config.model:
             self.loaded = None  # let go of the one before first
-            model = load_model(config.model, converted=conversion_folder(config.cache.path))
+            gemma, _ = self.config_and_fingerprint(config.model)
+            model = load_model(
+                config.model,
+                converted=conversion_folder(config.cache.path),
+                mesh=_local_mesh(config, gemma),
+            )
             self.loaded = (config.model, model)
         return self.loaded[1]
+
+
+def _local_mesh(config: Config, gemma: GemmaConfig) -> Mesh:
+    """Devices of this process for the language model, as for harvesting as far as they go.
+
+    The processes of an evaluation keep no step, so a copy lies in one of them.
+    """
+    _, mesh = config.harvest_mesh
+    devices = jax.local_devices()
+    size = math.gcd(mesh.model, len(devices), gemma.num_heads, gemma.d_ff)
+    return make_mesh(devices[:size])
 
 
 def evaluate(
