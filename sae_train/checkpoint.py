@@ -61,8 +61,9 @@ class Trained:
     """A trained SAE as training holds it: for scaled inputs, weights latent-major.
 
     Attributes:
-        params: float32 arrays W_enc [F, D], W_dec [F, D], b_enc [F], b_dec [D] and threshold [F],
-            the threshold plain whatever parametrisation was trained.
+        params: float32 arrays W_enc [F, D], W_dec [F, D], b_dec [D] and what else the architecture
+            has (`sharding.params_table`), the threshold [F] plain whatever parametrisation was
+            trained; of BatchTopK the threshold that takes the place of the selection.
         input_scale: C of x = x_raw / C.
         step: optimiser steps done.
         config: the run's config.
@@ -297,7 +298,10 @@ def load_trained(run_folder: str | Path, *, step: int | None = None) -> Trained:
         assert newest is not None
         chosen, (meta, config, state) = newest
     params = {name: np.array(value) for name, value in state.params.items()}
-    if config.sae.threshold.parametrisation == "log":
+    if config.sae.architecture == "batch_topk":
+        theta = np.float32(state.selection_threshold)
+        params["threshold"] = np.full_like(params["b_enc"], theta)
+    elif "threshold" in params and config.sae.threshold.parametrisation == "log":
         params["threshold"] = np.exp(params["threshold"])
     return Trained(
         params=params,

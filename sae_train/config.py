@@ -7,7 +7,7 @@ Reading a file, overriding a value and writing the resolved config are in `confi
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -40,18 +40,39 @@ class ThresholdConfig(Section):
     learning_rate_multiplier: Positive = 1.0
 
 
+Architecture = Literal["jumprelu", "relu", "gated", "topk", "batch_topk"]
+
+
 class SaeConfig(Section):
-    """The sparse autoencoder: what it reads and what it is."""
+    """The sparse autoencoder: what it reads and what it is.
+
+    `bandwidth` and `threshold` are JumpReLU's; `k`, the active latents per row, and
+    `aux_k_coefficient`, the weight of the loss that wakes dead latents (1/32 in Gao et al. 2024,
+    arXiv 2406.04093), are TopK's and BatchTopK's.
+    """
 
     site: Site
     layer: Count
-    architecture: Literal["jumprelu"] = "jumprelu"
+    architecture: Architecture = "jumprelu"
     width: PositiveCount = 16_384
+    k: PositiveCount | None = None
+    aux_k_coefficient: NonNegative = 1 / 32
     bandwidth: Positive = 0.001
     threshold: ThresholdConfig = ThresholdConfig()
     pre_encoder_bias: bool = True
     # Gemma Scope starts b_dec at zero; a run of a few hundred steps can't carry it to the mean.
     b_dec_init: Literal["zeros", "mean"] = "zeros"
+
+    @model_validator(mode="after")
+    def _coherent(self) -> SaeConfig:
+        selects = self.architecture in ("topk", "batch_topk")
+        if selects and self.k is None:
+            raise ValueError(f"{self.architecture} needs sae.k, the active latents per row: try 64")
+        if not selects and self.k is not None:
+            raise ValueError(f"sae.k is for topk and batch_topk; {self.architecture} has no k")
+        if self.k is not None and self.k > self.width:
+            raise ValueError(f"sae.k {self.k} is above sae.width {self.width}: lower it")
+        return self
 
 
 class LearningRateConfig(Section):
@@ -135,7 +156,28 @@ class MatchL0Penalty(Section):
     frequency: FrequencyPenalty | None = None
 
 
-Sparsity = Annotated[L0Penalty | TargetL0Penalty | MatchL0Penalty, Field(discriminator="penalty")]
+class L1Penalty(Section):
+    """Coefficient times the L1 norm of the latents: of a ReLU SAE, weighted by the norms of the
+    decoder's rows; of a Gated SAE, taken of the gate. Both in `relu` and `gated`.
+    """
+
+    penalty: Literal["l1"]
+    coefficient: NonNegative
+    warmup_steps: Count = 10_000
+
+
+class NoPenalty(Section):
+    """Nothing: TopK and BatchTopK are sparse by selection."""
+
+    penalty: Literal["none"]
+    coefficient: ClassVar[float] = 0.0
+    warmup_steps: ClassVar[int] = 0
+
+
+Sparsity = Annotated[
+    L0Penalty | TargetL0Penalty | MatchL0Penalty | L1Penalty | NoPenalty,
+    Field(discriminator="penalty"),
+]
 
 
 class TrainConfig(Section):
@@ -237,6 +279,7 @@ class Config(Section):
         mistakes = [
             *_check_tapped(self.sae, self.cache.sites),
             *_check_target(self.train.sparsity, width=self.sae.width),
+            *_check_penalty(self.sae, self.train.sparsity),
             *_check_divisible("train.batch_size", self.train.batch_size, "data", self.mesh.data),
             *_check_divisible("sae.width", self.sae.width, "model", self.mesh.model),
         ]
@@ -257,11 +300,23 @@ def _check_tapped(sae: SaeConfig, sites: list[SiteConfig]) -> list[str]:
 
 
 def _check_target(sparsity: Sparsity, *, width: int) -> list[str]:
-    if isinstance(sparsity, L0Penalty) or sparsity.target <= width:
+    if not isinstance(sparsity, TargetL0Penalty | MatchL0Penalty) or sparsity.target <= width:
         return []
     return [
         f"train.sparsity.target {sparsity.target:g} is above sae.width {width}: no more latents "
         f"can be active than there are; choose a target from 1 to {width}"
+    ]
+
+
+def _check_penalty(sae: SaeConfig, sparsity: Sparsity) -> list[str]:
+    jumprelu = ("l0", "target_l0", "match_l0")
+    fitting = {"jumprelu": jumprelu, "relu": ("l1",), "gated": ("l1",)}
+    expected = fitting.get(sae.architecture, ("none",))
+    if sparsity.penalty in expected:
+        return []
+    return [
+        f"train.sparsity.penalty {sparsity.penalty} does not go with sae.architecture "
+        f"{sae.architecture}: use {' or '.join(expected)}"
     ]
 
 

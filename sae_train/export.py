@@ -64,17 +64,18 @@ def _export_run(folder: Path) -> Release:
         frequency_F = read_frequencies(folder, evaluation)
         sae.metadata["l0"] = evaluation.l0
     target = make_folder(folder / RELEASE)
-    files = [
-        *write_gemma_scope(sae, target / "gemma_scope"),
-        *write_gemma_scope_2(sae, target / "gemma_scope_2"),
-        *write_sae_lens(sae, target / "sae_lens", frequency_F=frequency_F),
-    ]
+    files: list[Path] = []
+    if sae.k is None:  # Gemma Scope's formats have no place for a k
+        files += write_gemma_scope(sae, target / "gemma_scope")
+        files += write_gemma_scope_2(sae, target / "gemma_scope_2")
+    files += write_sae_lens(sae, target / "sae_lens", frequency_F=frequency_F)
     for path in files:
         if path.name in ("params.npz", "params.safetensors", "sae_weights.safetensors"):
             check_same(sae, load_sae(path), path=path)
     card = target / "README.md"
     write_text(card, model_card(sae, config=_config(folder, trained.config), evaluation=evaluation))
-    logger.info("%s: step %d released in three formats", target, trained.step)
+    formats = sorted({path.parent.name for path in files})
+    logger.info("%s: step %d released as %s", target, trained.step, ", ".join(formats))
     return Release(target, (*files, card), sae, evaluation)
 
 
@@ -98,8 +99,13 @@ def _evaluation_of(sae: Sae, folder: Path) -> Evaluation | None:
 
 def check_same(sae: Sae, read: Sae, *, path: Path) -> None:
     """Raise `UserError` when what `path` reads back as isn't what was written to it."""
+    if sae.k != read.k:
+        raise UserError(f"{path} reads back with k {read.k}, written was {sae.k}: export again")
     for name in TENSORS:
-        if not np.array_equal(sae.tensors[name], read.tensors[name]):
+        written, found = sae.tensors[name], read.tensors[name]
+        # SAELens keeps a Gated SAE's threshold as the difference of two biases.
+        slack = 1e-6 if sae.architecture == "gated" and name == "threshold" else 0.0
+        if not np.allclose(found, written, rtol=slack, atol=slack * np.abs(sae.b_enc).max()):
             raise UserError(
                 f"{path} reads back with another {name} than was written: the disk or the file "
                 "system is at fault. Export to another disk"

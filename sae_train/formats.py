@@ -65,7 +65,9 @@ def write_gemma_scope_2(sae: Sae, folder: Path) -> list[Path]:
 def write_sae_lens(
     sae: Sae, folder: Path, *, frequency_F: Float[np.ndarray, " F"] | None = None
 ) -> list[Path]:
-    """Write an inference JumpReLU of SAELens 6, its sparsity file too where it was measured.
+    """Write an inference SAE of SAELens 6, its sparsity file too where it was measured.
+
+    JumpReLU, ReLU ("standard"), Gated and TopK ones each as SAELens keeps them.
 
     Args:
         frequency_F: the fraction of tokens each latent fires on.
@@ -73,6 +75,7 @@ def write_sae_lens(
     make_folder(folder)
     D, F = sae.W_enc.shape
     hook = str(sae.metadata.get("hook_name") or "")
+    architecture, tensors, own = _sae_lens_form(sae)
     config = {
         "d_in": D,
         "d_sae": F,
@@ -84,11 +87,12 @@ def write_sae_lens(
         # TransformerLens hands hook_z over as [..., heads, head dim]; the SAE reads them joined.
         "reshape_activations": "hook_z" if hook.endswith("hook_z") else "none",
         "metadata": dict(sae.metadata),
-        "architecture": "jumprelu",
+        "architecture": architecture,
+        **own,
     }
     weights_path, config_path = folder / "sae_weights.safetensors", folder / "cfg.json"
     sparsity_path = folder / "sparsity.safetensors"
-    _write_tensors(sae.tensors, weights_path)
+    _write_tensors(tensors, weights_path)
     write_json(config_path, config)
     if frequency_F is None:
         sparsity_path.unlink(missing_ok=True)  # an earlier export's would describe other weights
@@ -96,6 +100,22 @@ def write_sae_lens(
     log_F = np.log10(np.asarray(frequency_F, np.float64) + _LOG_SPARSITY_EPSILON)
     _write_tensors({"sparsity": log_F.astype(np.float32)}, sparsity_path)
     return [config_path, weights_path, sparsity_path]
+
+
+def _sae_lens_form(sae: Sae) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
+    """SAELens' name of the architecture, the tensors it keeps, and keys of its own."""
+    tensors = sae.tensors
+    if sae.architecture == "jumprelu":
+        return "jumprelu", tensors, {}
+    threshold_F = tensors.pop("threshold")
+    if sae.architecture == "gated":
+        b_mag_F = tensors.pop("b_enc")
+        gate = {"b_gate": b_mag_F - threshold_F, "r_mag": np.zeros_like(b_mag_F)}
+        return "gated", tensors | {"b_mag": b_mag_F} | gate, {}
+    assert not threshold_F.any(), f"a {sae.architecture} SAE has no thresholds"
+    if sae.architecture == "topk":
+        return "topk", tensors, {"k": sae.k, "rescale_acts_by_decoder_norm": False}
+    return "standard", tensors, {}
 
 
 def _write_tensors(tensors: Mapping[str, np.ndarray], path: Path) -> None:

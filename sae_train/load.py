@@ -2,18 +2,21 @@
 
 What a format leaves open is settled here, once: names in lower or upper case, tensors in bfloat16,
 a decoder bias that the encoder subtracts (SAELens' `apply_b_dec_to_input`, folded on reading).
-What isn't a JumpReLU SAE on raw activations is refused in words (docs/release.md).
+Whatever its architecture, an SAE is read into the form of `sae_train.release.Sae`; what isn't an
+SAE on raw activations is refused in words (docs/release.md).
 
 Legend: D model width, F latents.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import zipfile
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from activation_cache.errors import UserError
 from activation_cache.safetensors_file import open_safetensors
 from activation_cache.storage import read_json
 from sae_train.hooks import hugging_face_hook, parse_hook, transformer_lens_hook
-from sae_train.release import TENSORS, Sae, check_finite
+from sae_train.release import TENSORS, Sae, check_finite, gated_as_jumprelu
 
 Tensors = dict[str, np.ndarray]
 
@@ -36,7 +39,7 @@ _SUPPORTED = (
 _FOREIGN = {
     "ae.pt": "a dictionary_learning SAE, a torch pickle: save its tensors with numpy.savez as "
     "params.npz (JumpReLU ones have the same names and shapes)",
-    "sae.safetensors": "a sparsify SAE, which is TopK and not JumpReLU",
+    "sae.safetensors": "a sparsify SAE: save it in SAELens' form (architecture topk)",
 }
 
 
@@ -51,7 +54,7 @@ def load_sae(path: str | os.PathLike[str]) -> Sae:
 
     Raises:
         UserError: nothing readable there, a damaged file, a tensor missing, unknown, mis-shaped
-            or not finite, or an architecture that isn't a JumpReLU SAE (a transcoder, TopK, ...).
+            or not finite, or an architecture that isn't read (a transcoder, ...).
     """
     found = _find(Path(path))
     # A lone .npz may have any name; Gemma Scope's files are often renamed to be told apart.
@@ -117,9 +120,6 @@ def _read_sae_lens(path: Path) -> Sae:
     if not config_path.is_file():
         raise UserError(f"{path} needs SAELens' cfg.json beside it: {config_path} is missing")
     config = _read_config(config_path)
-    architecture = config.get("architecture", "standard")
-    if architecture != "jumprelu":
-        raise UserError(f"{config_path} has architecture {architecture!r}; only 'jumprelu' is read")
     normalisation = config.get("normalize_activations")
     if normalisation not in (None, False, "none"):
         raise UserError(
@@ -128,12 +128,75 @@ def _read_sae_lens(path: Path) -> Sae:
         )
     tensors = _read_safetensors(path)
     _drop_saelens_relics(tensors, path=path)
-    sae = _checked(tensors, path=path, metadata=_sae_lens_metadata(config))
+    form = _sae_lens_form(config, tensors, path=config_path)
+    metadata = _sae_lens_metadata(config)
+    sae = dataclasses.replace(_checked(form.tensors, path=path, metadata=metadata), **form.own)
     for key, found in (("d_in", sae.W_enc.shape[0]), ("d_sae", sae.W_enc.shape[1])):
         if config.get(key, found) != found:
             raise UserError(f"{config_path} says {key} {config[key]}, the tensors have {found}")
     # SAELens' own default is true, for folders from before the key existed.
     return _without_input_bias(sae) if config.get("apply_b_dec_to_input", True) else sae
+
+
+@dataclass(frozen=True)
+class _Form:
+    """The five tensors, and what else an architecture says."""
+
+    tensors: Tensors
+    own: dict[str, Any] = field(default_factory=dict)
+
+
+def _sae_lens_form(config: dict[str, Any], tensors: Tensors, *, path: Path) -> _Form:
+    """Bring the architectures of SAELens into the form of `Sae`."""
+    architecture = config.get("architecture", "standard")
+    activation = config.get("activation_fn_str", config.get("activation_fn", "relu"))
+    if architecture == "standard" and activation == "topk":  # as SAELens up to version 5 had it
+        architecture = "topk"
+        config = {**(config.get("activation_fn_kwargs") or {}), **config}
+    if architecture == "jumprelu":
+        return _Form(tensors)
+    if architecture == "standard" and activation == "relu":
+        return _Form(_without_threshold(tensors), {"architecture": "relu"})
+    if architecture == "gated":
+        return _Form(_from_gated(tensors, path=path), {"architecture": "gated"})
+    if architecture == "topk":
+        k = config.get("k")
+        if not isinstance(k, int) or k < 1:
+            raise UserError(f"{path} must give a whole k of at least 1 for topk; it has {k!r}")
+        if config.get("rescale_acts_by_decoder_norm"):
+            tensors = _unit_decoder(tensors)
+        return _Form(_without_threshold(tensors), {"architecture": "topk", "k": k})
+    raise UserError(
+        f"{path} has architecture {architecture!r} with activation {activation!r}; read are "
+        "'jumprelu', 'standard' with relu, 'gated' and 'topk'"
+    )
+
+
+def _without_threshold(tensors: Tensors) -> Tensors:
+    if "b_enc" not in tensors:
+        return tensors  # told of later, with the names
+    return tensors | {"threshold": np.zeros(tensors["b_enc"].shape, np.float32)}
+
+
+def _from_gated(tensors: Tensors, *, path: Path) -> Tensors:
+    missing = sorted({"W_enc", "b_gate", "b_mag", "r_mag"} - set(tensors))
+    if missing:
+        raise UserError(f"{path} describes a gated SAE, and its tensors lack {missing}")
+    exact = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
+    kept = {name: t for name, t in tensors.items() if name not in ("b_gate", "b_mag", "r_mag")}
+    folded = gated_as_jumprelu(exact, latent_axis=1)
+    return kept | {name: tensor.astype(np.float32) for name, tensor in folded.items()}
+
+
+def _unit_decoder(tensors: Tensors) -> Tensors:
+    """Fold what SAELens' `rescale_acts_by_decoder_norm` does at run time into the weights."""
+    norm_F = np.linalg.norm(tensors["W_dec"].astype(np.float64), axis=1)
+    folded = {
+        "W_enc": tensors["W_enc"] * norm_F[None, :],
+        "b_enc": tensors["b_enc"] * norm_F,
+        "W_dec": tensors["W_dec"] / norm_F[:, None],
+    }
+    return tensors | {name: tensor.astype(np.float32) for name, tensor in folded.items()}
 
 
 _READERS: dict[str, Callable[[Path], Sae]] = {
@@ -147,8 +210,7 @@ def _without_input_bias(sae: Sae) -> Sae:
     """Fold z = (x - b_dec) W_enc + b_enc into the encoder bias, in float64."""
     tensors = sae.tensors
     shift_F = tensors["b_dec"].astype(np.float64) @ tensors["W_enc"].astype(np.float64)
-    tensors["b_enc"] = (tensors["b_enc"] - shift_F).astype(np.float32)
-    return Sae(**tensors, metadata=sae.metadata)
+    return dataclasses.replace(sae, b_enc=(tensors["b_enc"] - shift_F).astype(np.float32))
 
 
 def _drop_saelens_relics(tensors: Tensors, *, path: Path) -> None:
@@ -199,15 +261,19 @@ def _checked(tensors: Tensors, *, path: Path, metadata: dict[str, Any]) -> Sae:
         missing = sorted(set(TENSORS) - set(tensors)) or "nothing"
         unknown = sorted(set(tensors) - set(TENSORS)) or "nothing"
         raise UserError(
-            f"{path} must hold exactly {', '.join(TENSORS)}: missing {missing}, unknown {unknown}. "
-            "An SAE without a threshold isn't JumpReLU"
+            f"{path} must hold exactly {', '.join(TENSORS)}: missing {missing}, unknown {unknown}"
         )
     for name, tensor in tensors.items():
         if tensor.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
             raise UserError(f"{name} in {path} must be floating point, not {tensor.dtype}")
     _check_shapes({name: tensor.shape for name, tensor in tensors.items()}, path=path)
+    kept = {name: np.ascontiguousarray(tensors[name], np.float32) for name in TENSORS}
     return Sae(
-        **{name: np.ascontiguousarray(tensors[name], np.float32) for name in TENSORS},
+        W_enc=kept["W_enc"],
+        W_dec=kept["W_dec"],
+        b_enc=kept["b_enc"],
+        b_dec=kept["b_dec"],
+        threshold=kept["threshold"],
         metadata=metadata,
     )
 

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from sae_train.architecture import has_unit_decoder
 from sae_train.config import AdamConfig, SaeConfig, TrainConfig
 from sae_train.sae import Params
 
@@ -71,7 +72,9 @@ def update(
         learning_rate: this step's rate; thresholds multiply it by their own factor.
     """
     gradients = dict(gradients)
-    gradients["W_dec"] = remove_parallel(gradients["W_dec"], rows_FD=params["W_dec"])
+    unit = has_unit_decoder(sae.architecture)
+    if unit:
+        gradients["W_dec"] = remove_parallel(gradients["W_dec"], rows_FD=params["W_dec"])
     if train.gradient_clip is not None:
         scale = jnp.minimum(1.0, train.gradient_clip / optax.tree.norm(gradients))
         gradients = jax.tree.map(lambda g: g * scale, gradients)
@@ -86,8 +89,9 @@ def update(
             bias_correction=bias_correction,
             config=train.adam,
         )
-    new_params["W_dec"] = unit_rows(new_params["W_dec"])
-    if sae.threshold.parametrisation == "direct":
+    if unit:
+        new_params["W_dec"] = unit_rows(new_params["W_dec"])
+    if "threshold" in new_params and sae.threshold.parametrisation == "direct":
         # Released latents are relu(pre) where pre > θ: below 0 the two forms would differ.
         new_params["threshold"] = jnp.maximum(new_params["threshold"], 0.0)
     return new_params, new_moment

@@ -4,6 +4,7 @@
     batch_mean  λ (mean L0 / L* - 1)²             JumpReLU paper's target form (arXiv 2407.14435)
     per_token   λ (2 / L*) (L0 - L*)²             Gemma Scope 2, equation 5 as printed
     match_l0    λ L0, λ steered                   ours, docs/recipes.md
+    l1          λ mean L1                         the ReLU and the Gated SAE's
     frequency   λ Σ ω² / ω₀ beside any of them    GDM's update on high-frequency latents (2025)
 
 each the mean over rows. Their gradients reach the threshold only (`sae.jumprelu`).
@@ -19,7 +20,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sae_train.config import MatchL0Penalty, Sparsity, TargetL0Penalty, TrainConfig
+from sae_train.config import (
+    L1Penalty,
+    MatchL0Penalty,
+    NoPenalty,
+    Sparsity,
+    TargetL0Penalty,
+    TrainConfig,
+)
 from sae_train.sae import Forward
 from sae_train.schedule import Scheduled
 
@@ -53,6 +61,11 @@ def priced(
         log_gain: what steering has added to log λ so far; 0 but for `match_l0`.
     """
     penalty, lam = train.sparsity, jnp.asarray(scalars.sparsity_coefficient)
+    if isinstance(penalty, NoPenalty):
+        return Priced(loss=jnp.zeros(()), coefficient=lam, log_gain=log_gain)
+    if isinstance(penalty, L1Penalty):
+        assert out.l1_B is not None
+        return Priced(loss=lam * out.l1_B.mean(), coefficient=lam, log_gain=log_gain)
     if isinstance(penalty, MatchL0Penalty):
         distance = _distance(out.l0_B, target=penalty.target)
         # In proportion to this batch's own distance, which damps, and to the sum of all before.

@@ -7,6 +7,7 @@ and how good it is.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -238,6 +239,7 @@ def _run_plan(name: str, config: Config, gemma: GemmaConfig) -> RunPlan:
         d_model=tap_width(gemma, tap.site),
         width=config.sae.width,
         mesh=config.mesh,
+        architecture=config.sae.architecture,
     )
     dtype = config.cache.dtype
     collectives = collective_bytes(shape)
@@ -374,7 +376,7 @@ def _divisors(number: int, *, most: int) -> list[int]:
 
 
 def _on(shape: Shape, mesh: MeshConfig) -> Shape:
-    return Shape(shape.batch_size, shape.d_model, shape.width, mesh)
+    return dataclasses.replace(shape, mesh=mesh)
 
 
 def _cost(hours: float, devices: int, assumptions: Assumptions) -> float | None:

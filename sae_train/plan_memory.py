@@ -25,12 +25,12 @@ from typing import Literal
 import jax.numpy as jnp
 
 from activation_cache.config import Dtype
-from sae_train.config import MeshConfig
-from sae_train.sharding import AXIS_OF_DIM, BATCH_DIMS, LAST_FIRED, PARAMS, Tensor
+from sae_train.config import Architecture, MeshConfig
+from sae_train.sharding import AXIS_OF_DIM, BATCH_DIMS, LAST_FIRED, Tensor, params_table
 
 Backend = Literal["accelerator", "cpu"]
 FLOAT_BYTES = 4
-STATE_SCALAR_BYTES = 8  # the step, what steering added to log λ
+STATE_SCALAR_BYTES = 12  # the step, what steering added to log λ, BatchTopK's threshold
 SCALAR_BYTES = 12  # learning rate, coefficient, bias correction
 _STATE = ("weights", "second moment")
 _HELD = (*_STATE, "batch")  # from one step to the next; the other items are temporaries
@@ -44,6 +44,7 @@ class Shape:
     d_model: int
     width: int
     mesh: MeshConfig
+    architecture: Architecture = "jumprelu"
 
     def local(self, dims: tuple[str, ...]) -> int:
         """Elements of a tensor with these dims on one device."""
@@ -95,7 +96,7 @@ def step_memory(
         store_dtype: of the rows as they reach the device.
         backend: whose compiler: TPU and GPU, or the CPU's.
     """
-    params = shape.table_bytes(PARAMS.values())
+    params = shape.table_bytes(params_table(shape.architecture).values())
     batch = shape.local(BATCH_DIMS) * jnp.dtype(store_dtype).itemsize
     items = {
         "weights": params + shape.table_bytes([LAST_FIRED]) + STATE_SCALAR_BYTES,

@@ -24,7 +24,7 @@ from activation_cache.taps import Tap, resolve_taps, tap_width
 from activation_cache.token_table import count_layout, token_layout
 from activation_cache.writer import BUCKETS_IN_MEMORY
 from sae_train.plan_memory import FLOAT_BYTES, Shape
-from sae_train.sharding import PARAMS
+from sae_train.sharding import params_table
 
 # Passes over device memory that a step can't do without, in arrays of a size. [F, D]: W_dec read
 # twice and W_enc once for products; each gradient written, then read for its norm and its update;
@@ -186,7 +186,9 @@ def collective_bytes(shape: Shape) -> dict[str, int]:
         elements = shape.local(("B", "D")) + shape.local(("B",)) + shape.local(("D",))
         found["model"] = elements * FLOAT_BYTES
     if shape.mesh.data > 1:
-        found["data"] = shape.table_bytes(PARAMS.values()) + shape.local(("F",))
+        found["data"] = shape.table_bytes(params_table(shape.architecture).values()) + shape.local(
+            ("F",)
+        )
     return found
 
 

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from sae_train.config import Config, L0Penalty, SaeConfig
+from sae_train.config import Config, MatchL0Penalty, SaeConfig, TargetL0Penalty
 from sae_train.sae import Params, pre_activations
 from sae_train.schedule import total_learning_rate
 from sae_train.sharding import mesh_of, sharding
@@ -58,6 +58,8 @@ def prepare_start(
         here = state.params["b_dec"].sharding
         placed = jax.make_array_from_callback(b_dec_D.shape, here, lambda index: b_dec_D[index])
         state = dataclasses.replace(state, params=state.params | {"b_dec": placed})
+    if config.sae.architecture != "jumprelu":
+        return state
     count = max(1, min(256, LOOKED_AT // config.sae.width))
     x_BD = batch(0)[:count].astype(np.float32) / np.float32(input_scale)
     warning = threshold_warning(config, params=state.params, x_BD=x_BD)
@@ -87,7 +89,7 @@ def _pre_activations_of_all(
     """Pre-activations on the host, whatever the mesh the parameters lie on."""
     everywhere = sharding(mesh_of(params["W_enc"]), ())
     compute = jax.jit(partial(pre_activations, config=config), out_shardings=everywhere)
-    return np.asarray(compute(params, x_BD))
+    return np.asarray(compute(params, x_BD, bias=params["b_enc"]))
 
 
 def threshold_warning(
@@ -100,7 +102,9 @@ def threshold_warning(
         x_BD: scaled rows.
     """
     penalty = config.train.sparsity
-    l0 = TYPICAL_L0 if isinstance(penalty, L0Penalty) else penalty.target
+    l0 = TYPICAL_L0
+    if isinstance(penalty, TargetL0Penalty | MatchL0Penalty):
+        l0 = penalty.target
     pre_BF = _pre_activations_of_all(params, x_BD, config=config.sae)
     needed, reachable = needed_threshold(pre_BF, l0=l0), reachable_threshold(config)
     if reachable >= needed:

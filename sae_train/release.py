@@ -18,8 +18,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from activation_cache.errors import UserError
+from sae_train.config import Architecture
 from sae_train.hooks import metadata_of
 from sae_train.sae import PRECISION
+from sae_train.topk import select
 
 if TYPE_CHECKING:
     from sae_train.checkpoint import Trained
@@ -31,13 +33,19 @@ TENSORS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 
 @dataclass(frozen=True)
 class Sae:
-    """A JumpReLU SAE on raw activations: f = relu(z) · 1[z > θ], z = x W_enc + b_enc.
+    """An SAE on raw activations: f = relu(z) · 1[z > θ], z = x W_enc + b_enc.
+
+    Every architecture we train has this form: ReLU has θ = 0, a Gated SAE is a JumpReLU one
+    (`sae_train.gated`), BatchTopK becomes one after training, and TopK has θ = 0 and keeps of a
+    row's latents only the k largest.
 
     A JAX pytree of its five tensors: pass it to a jitted function as an argument. The metadata
     stay behind then, so that SAEs of one shape share one compilation.
 
     Attributes:
         W_enc, W_dec, b_enc, b_dec, threshold: float32, nothing left to scale or to subtract.
+        k: the most latents a row may have; None but for TopK.
+        architecture: the form it is kept in where a format has several (SAELens).
         metadata: what is known of the origin, under SAELens' names (`model_name`, `hook_name`,
             `hf_hook_name`, `context_size`, ...); empty where a format says nothing.
     """
@@ -47,13 +55,18 @@ class Sae:
     b_enc: Float[HostOrDevice, " F"]
     b_dec: Float[HostOrDevice, " D"]
     threshold: Float[HostOrDevice, " F"]
+    k: int | None = None
+    architecture: Architecture = "jumprelu"
     metadata: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def encode(self, x: Float[HostOrDevice, "... D"]) -> Float[Array, "... F"]:
         """Latents of raw activations, in float32 (Gemma Scope 2, released form)."""
         pre = jnp.matmul(_float32(x), jnp.asarray(self.W_enc), precision=PRECISION)
         pre = pre + _last(self.b_enc, pre.ndim)
-        return jnp.where(pre > _last(self.threshold, pre.ndim), jax.nn.relu(pre), 0.0)
+        latents = jnp.where(pre > _last(self.threshold, pre.ndim), jax.nn.relu(pre), 0.0)
+        if self.k is None:
+            return latents
+        return select(latents.reshape(-1, latents.shape[-1]), k=self.k).reshape(latents.shape)
 
     def decode(self, latents: Float[HostOrDevice, "... F"]) -> Float[Array, "... D"]:
         """The reconstruction f W_dec + b_dec, in float32."""
@@ -71,8 +84,10 @@ class Sae:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the names, shapes and bytes of the five tensors."""
+        """SHA-256 over the names, shapes and bytes of the five tensors, and k if there is one."""
         digest = hashlib.sha256()
+        if self.k is not None:
+            digest.update(f"k {self.k}\n".encode())
         for name, tensor in self.tensors.items():
             digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
             digest.update(np.ascontiguousarray(tensor).data)
@@ -88,18 +103,22 @@ def _last(vector: HostOrDevice, ndim: int) -> Array:
     return jnp.asarray(vector).reshape((1,) * (ndim - 1) + (-1,))
 
 
-def _flatten(sae: Sae) -> tuple[tuple[Any, ...], None]:
-    return tuple(getattr(sae, name) for name in TENSORS), None
+_Static = tuple[int | None, Architecture]
 
 
-def _flatten_with_keys(sae: Sae) -> tuple[tuple[Any, ...], None]:
-    return tuple((jax.tree_util.GetAttrKey(name), getattr(sae, name)) for name in TENSORS), None
+def _flatten(sae: Sae) -> tuple[tuple[Any, ...], _Static]:
+    return tuple(getattr(sae, name) for name in TENSORS), (sae.k, sae.architecture)
 
 
-def _unflatten(_: None, children: Any) -> Sae:
+def _flatten_with_keys(sae: Sae) -> tuple[tuple[Any, ...], _Static]:
+    children = tuple((jax.tree_util.GetAttrKey(name), getattr(sae, name)) for name in TENSORS)
+    return children, (sae.k, sae.architecture)
+
+
+def _unflatten(static: _Static, children: Any) -> Sae:
     # Past __init__: JAX also unflattens with placeholders, which no shape check would let through.
     sae = object.__new__(Sae)
-    for entry, value in zip(fields(Sae), (*children, {}), strict=True):
+    for entry, value in zip(fields(Sae), (*children, *static, {}), strict=True):
         object.__setattr__(sae, entry.name, value)
     return sae
 
@@ -117,13 +136,15 @@ def fold(trained: Trained) -> Sae:
     Raises:
         UserError: a weight isn't finite.
     """
+    config = trained.config.sae
     params = {name: np.asarray(value, np.float64) for name, value in trained.params.items()}
     scale = float(trained.input_scale)
     check_finite(params, where=f"the checkpoint at step {trained.step}")
+    params = _as_jumprelu(params, architecture=config.architecture)
     # The trainer clamps direct thresholds at 0: no format can say more, all apply a ReLU first.
     assert (params["threshold"] >= 0).all(), "a trained threshold is negative"
     bias_F = params["b_enc"]
-    if trained.config.sae.pre_encoder_bias:
+    if config.pre_encoder_bias:
         bias_F = bias_F - params["W_enc"] @ params["b_dec"]
     return Sae(
         W_enc=np.ascontiguousarray(params["W_enc"].T, np.float32),
@@ -131,8 +152,37 @@ def fold(trained: Trained) -> Sae:
         b_enc=(scale * bias_F).astype(np.float32),
         b_dec=(scale * params["b_dec"]).astype(np.float32),
         threshold=(scale * params["threshold"]).astype(np.float32),
+        k=config.k if config.architecture == "topk" else None,
+        # What BatchTopK leaves behind is a JumpReLU SAE with one threshold.
+        architecture="jumprelu" if config.architecture == "batch_topk" else config.architecture,
         metadata=metadata_of(trained),
     )
+
+
+def _as_jumprelu(
+    params: dict[str, np.ndarray], *, architecture: Architecture
+) -> dict[str, np.ndarray]:
+    """The five tensors of any architecture's trained parameters, weights latent-major."""
+    if architecture == "gated":
+        return params | gated_as_jumprelu(params, latent_axis=0)
+    if architecture in ("relu", "topk"):
+        return params | {"threshold": np.zeros_like(params["b_enc"])}
+    return params
+
+
+def gated_as_jumprelu(params: dict[str, np.ndarray], *, latent_axis: int) -> dict[str, np.ndarray]:
+    """W_enc, b_enc and threshold of the JumpReLU SAE that a Gated one is.
+
+    gate > 0 where exp(r_mag) gate > 0, that is where the magnitude's pre-activation, exp(r_mag)
+    (gate - b_gate) + b_mag, is above b_mag - exp(r_mag) b_gate. A negative threshold may as well
+    be 0: the magnitude passes a ReLU.
+    """
+    gain_F = np.exp(params["r_mag"])
+    return {
+        "W_enc": params["W_enc"] * np.expand_dims(gain_F, 1 - latent_axis),
+        "b_enc": params["b_mag"],
+        "threshold": np.maximum(params["b_mag"] - gain_F * params["b_gate"], 0.0),
+    }
 
 
 def check_finite(tensors: dict[str, np.ndarray], *, where: str) -> None:

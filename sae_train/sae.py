@@ -34,13 +34,17 @@ class Forward:
     """One pass over a batch; all but the reconstruction carry straight-through gradients.
 
     `l0_B` counts the active latents of a row; `frequency_F` is the share of rows a latent is
-    active in.
+    active in. What only some architectures have: `l1_B`, the norm that an L1 penalty prices;
+    `auxiliary`, a loss of its own; `smallest`, the smallest latent that was selected.
     """
 
     reconstruction_BD: Float[Array, "B D"]
     latents_BF: Float[Array, "B F"]
     l0_B: Float[Array, " B"]
     frequency_F: Float[Array, " F"]
+    l1_B: Float[Array, " B"] | None = None
+    auxiliary: Float[Array, ""] | None = None
+    smallest: Float[Array, ""] | None = None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -87,15 +91,15 @@ def threshold_of(params: Params, *, config: SaeConfig) -> Float[Array, " F"]:
 
 
 def pre_activations(
-    params: Params, x_BD: Float[Array, "B D"], *, config: SaeConfig
+    params: Params, x_BD: Float[Array, "B D"], *, bias: Float[Array, " F"], config: SaeConfig
 ) -> Float[Array, "B F"]:
-    """(x - b_dec) W_encᵀ + b_enc, the bias subtracted only under `pre_encoder_bias`.
+    """(x - b_dec) W_encᵀ + bias, b_dec subtracted only under `pre_encoder_bias`.
 
     The subtraction is of a constant copy of b_dec; its gradient comes from the last term, whose
     value is 0. Autodiff would otherwise spend a [B, F] by [F, D] product, a fifth of the step, on
     a gradient that the sum over rows reduces to one matrix-vector product.
     """
-    bias_F = params["b_enc"]
+    bias_F = bias
     if config.pre_encoder_bias:
         b_dec_D = jax.lax.stop_gradient(params["b_dec"])
         x_BD = x_BD - b_dec_D[None, :]
@@ -106,6 +110,30 @@ def pre_activations(
     return pre_BF + bias_F[None, :]
 
 
+def decode(params: Params, latents_BF: Float[Array, "B F"]) -> Float[Array, "B D"]:
+    """f W_dec + b_dec."""
+    return product_with_decoder(params, latents_BF) + params["b_dec"][None, :]
+
+
+def product_with_decoder(params: Params, latents_BF: Float[Array, "B F"]) -> Float[Array, "B D"]:
+    """f W_dec."""
+    return jnp.einsum("bf,fd->bd", latents_BF, params["W_dec"], precision=PRECISION)
+
+
+def counted(
+    reconstruction_BD: Float[Array, "B D"], latents_BF: Float[Array, "B F"], **losses: Array
+) -> Forward:
+    """A pass whose counts carry no gradient: the architectures without straight-through ones."""
+    active_BF = jax.lax.stop_gradient(latents_BF) > 0
+    return Forward(
+        reconstruction_BD=reconstruction_BD,
+        latents_BF=latents_BF,
+        l0_B=active_BF.sum(axis=1, dtype=latents_BF.dtype),
+        frequency_F=active_BF.sum(axis=0, dtype=latents_BF.dtype) / latents_BF.shape[0],
+        **losses,
+    )
+
+
 def forward(params: Params, x_BD: Float[Array, "B D"], *, config: SaeConfig) -> Forward:
     """Encode and decode scaled rows.
 
@@ -113,12 +141,11 @@ def forward(params: Params, x_BD: Float[Array, "B D"], *, config: SaeConfig) -> 
         params: W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D] and the trained `threshold` [F].
         x_BD: activations divided by the input scale, so that E|x|² = 1.
     """
-    pre_BF = pre_activations(params, x_BD, config=config)
+    pre_BF = pre_activations(params, x_BD, bias=params["b_enc"], config=config)
     theta_F = threshold_of(params, config=config)
     latents_BF, l0_B, frequency_F = jumprelu(pre_BF, theta_F, config.bandwidth)
-    decoded_BD = jnp.einsum("bf,fd->bd", latents_BF, params["W_dec"], precision=PRECISION)
     return Forward(
-        reconstruction_BD=decoded_BD + params["b_dec"][None, :],
+        reconstruction_BD=decode(params, latents_BF),
         latents_BF=latents_BF,
         l0_B=l0_B,
         frequency_F=frequency_F,

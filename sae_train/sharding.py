@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from activation_cache.config import MeshConfig
 from activation_cache.copies import devices_of_processes
-from sae_train.config import SaeConfig
+from sae_train.config import Architecture, SaeConfig
 
 AXES = ("data", "model")
 AXIS_OF_DIM: dict[str, str | None] = {"B": "data", "F": "model", "D": None}
@@ -58,15 +58,29 @@ def _threshold(key: jax.Array, shape: tuple[int, ...], config: SaeConfig) -> Arr
 
 _FLOAT = jnp.dtype(jnp.float32)
 # W_enc starts as the transpose of W_dec; latent-major storage makes them the same array.
-PARAMS: dict[str, Tensor] = {
+_SHARED: dict[str, Tensor] = {
     "W_dec": Tensor(dims=("F", "D"), dtype=_FLOAT, init=_unit_rows),
     "W_enc": Tensor(dims=("F", "D"), dtype=_FLOAT, init=_unit_rows),
     "b_dec": Tensor(dims=("D",), dtype=_FLOAT, init=_zeros),
-    "b_enc": Tensor(dims=("F",), dtype=_FLOAT, init=_zeros),
-    "threshold": Tensor(dims=("F",), dtype=_FLOAT, init=_threshold),
+}
+_BIAS = Tensor(dims=("F",), dtype=_FLOAT, init=_zeros)
+_OWN: dict[Architecture, dict[str, Tensor]] = {
+    "jumprelu": {
+        "b_enc": _BIAS,
+        "threshold": Tensor(dims=("F",), dtype=_FLOAT, init=_threshold),
+    },
+    "relu": {"b_enc": _BIAS},
+    "gated": {"b_gate": _BIAS, "b_mag": _BIAS, "r_mag": _BIAS},
+    "topk": {"b_enc": _BIAS},
+    "batch_topk": {"b_enc": _BIAS},
 }
 LAST_FIRED = Tensor(dims=("F",), dtype=jnp.dtype(jnp.int32), init=_zeros)
 BATCH_DIMS = ("B", "D")
+
+
+def params_table(architecture: Architecture) -> dict[str, Tensor]:
+    """The rows of the parameters that an architecture trains."""
+    return _SHARED | _OWN[architecture]
 
 
 def make_mesh(config: MeshConfig) -> Mesh:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from sae_train.config import SaeConfig
-from sae_train.sharding import LAST_FIRED, PARAMS, Tensor, shape_of, sharding
+from sae_train.config import Architecture, SaeConfig
+from sae_train.sharding import LAST_FIRED, Tensor, params_table, shape_of, sharding
 
 
 @jax.tree_util.register_dataclass
@@ -20,11 +20,13 @@ class TrainState:
     """Everything a resume needs besides the step number's own consequences.
 
     Attributes:
-        params: the trained parameters, see `sharding.PARAMS`.
+        params: the trained parameters, see `sharding.params_table`.
         second_moment: Adam's v for each of them.
         last_fired: for each latent the step (counted from 1) in which it last fired, 0 for never.
         step: optimiser steps done.
         log_gain: what `match_l0` has added to the logarithm of its coefficient.
+        selection_threshold: of BatchTopK the mean of the smallest latents selected, its threshold
+            at inference; 0 of others.
 
     Its leaves are arrays; in its twins, their shardings or their abstract shapes.
     """
@@ -34,23 +36,30 @@ class TrainState:
     last_fired: Any
     step: Any
     log_gain: Any
+    selection_threshold: Any
 
 
-def _map_table(leaf, scalar) -> TrainState:
+def _map_table(leaf, scalar, *, architecture: Architecture) -> TrainState:
     """Build a state: `leaf(name, tensor)` for each row of the table and `scalar(dtype)`."""
-    params = {name: leaf(name, tensor) for name, tensor in PARAMS.items()}
+    table = params_table(architecture)
+    params = {name: leaf(name, tensor) for name, tensor in table.items()}
     return TrainState(
         params=params,
-        second_moment={name: leaf(f"second_moment.{name}", PARAMS[name]) for name in PARAMS},
+        second_moment={name: leaf(f"second_moment.{name}", table[name]) for name in table},
         last_fired=leaf("last_fired", LAST_FIRED),
         step=scalar(jnp.int32),
         log_gain=scalar(jnp.float32),
+        selection_threshold=scalar(jnp.float32),
     )
 
 
-def state_shardings(mesh: Mesh) -> TrainState:
+def state_shardings(mesh: Mesh, *, architecture: Architecture) -> TrainState:
     """The NamedSharding of every leaf."""
-    return _map_table(lambda _, tensor: sharding(mesh, tensor.dims), lambda _: sharding(mesh, ()))
+    return _map_table(
+        lambda _, tensor: sharding(mesh, tensor.dims),
+        lambda _: sharding(mesh, ()),
+        architecture=architecture,
+    )
 
 
 def abstract_state(config: SaeConfig, *, d_model: int, mesh: Mesh) -> TrainState:
@@ -61,7 +70,9 @@ def abstract_state(config: SaeConfig, *, d_model: int, mesh: Mesh) -> TrainState
         return jax.ShapeDtypeStruct(shape, tensor.dtype, sharding=sharding(mesh, tensor.dims))
 
     return _map_table(
-        leaf, lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=sharding(mesh, ()))
+        leaf,
+        lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=sharding(mesh, ())),
+        architecture=config.architecture,
     )
 
 
@@ -71,15 +82,20 @@ def init_state(config: SaeConfig, *, d_model: int, seed: int, mesh: Mesh) -> Tra
     W_dec and W_enc are drawn from one key, so W_enc starts as W_dec's transpose.
     """
 
+    table = params_table(config.architecture)
+
     def init() -> TrainState:
         key = jax.random.key(seed)
 
         def leaf(name: str, tensor: Tensor) -> Array:
             shape = shape_of(tensor, width=config.width, d_model=d_model)
-            if name in PARAMS:
+            if name in table:
                 return tensor.init(key, shape, config).astype(tensor.dtype)
             return jnp.zeros(shape, tensor.dtype)
 
-        return _map_table(leaf, lambda dtype: jnp.zeros((), dtype))
+        return _map_table(
+            leaf, lambda dtype: jnp.zeros((), dtype), architecture=config.architecture
+        )
 
-    return jax.jit(init, out_shardings=state_shardings(mesh))()
+    placed = state_shardings(mesh, architecture=config.architecture)
+    return jax.jit(init, out_shardings=placed)()

@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from sae_train.architecture import forward
 from sae_train.config import Config, SaeConfig, TrainConfig
 from sae_train.optimiser import update
 from sae_train.penalty import Priced, priced
-from sae_train.sae import Forward, Params, forward, threshold_of
+from sae_train.sae import Forward, Params, threshold_of
 from sae_train.schedule import Scheduled
 from sae_train.sharding import BATCH_DIMS, sharding
 from sae_train.state import TrainState, state_shardings
@@ -49,6 +50,9 @@ class StepMetrics:
     finite: Array
 
 
+# How a step's smallest selected latent fades in BatchTopK's threshold; SAELens' rate is the same.
+_SELECTION_DECAY = 0.99
+
 TrainStep = Callable[[TrainState, Array, Scheduled], tuple[TrainState, StepMetrics]]
 
 
@@ -58,14 +62,41 @@ def loss_and_forward(
     scalars: Scheduled,
     *,
     log_gain: Float[Array, ""],
+    dead_F: Bool[Array, " F"],
     sae: SaeConfig,
     train: TrainConfig,
 ) -> tuple[Float[Array, ""], tuple[Forward, Priced]]:
-    """Squared error plus penalty, mean over rows (Gemma Scope, equation 4)."""
-    out = forward(params, x_BD, config=sae)
+    """Squared error plus penalty, mean over rows (Gemma Scope, equation 4).
+
+    And the architecture's own auxiliary loss, if it has one.
+    """
+    out = forward(params, x_BD, config=sae, dead_F=dead_F)
     mse = jnp.square(x_BD - out.reconstruction_BD).sum(axis=1).mean()
     penalty = priced(out, scalars, log_gain=log_gain, train=train)
-    return mse + penalty.loss, (out, penalty)
+    loss = mse + penalty.loss
+    if out.auxiliary is not None:
+        loss = loss + out.auxiliary
+    return loss, (out, penalty)
+
+
+def _is_dead(last_fired_F: Array, *, step: Array, train: TrainConfig) -> Array:
+    """Latents that haven't fired for `dead_after_tokens`."""
+    return step - last_fired_F >= -(-train.dead_after_tokens // train.batch_size)
+
+
+def _threshold_mean(state: TrainState, *, config: SaeConfig) -> Array:
+    if config.architecture == "jumprelu":
+        return threshold_of(state.params, config=config).mean()
+    return state.selection_threshold
+
+
+def _averaged(mean: Array, smallest: Array | None, *, step: Array) -> Array:
+    """The running mean of the smallest selected latent; `step` counts from 1."""
+    if smallest is None:
+        return mean
+    # m ← m + w (s - m) with w = (1 - d) / (1 - dᵗ): the weighted mean of all so far.
+    weight = (1.0 - _SELECTION_DECAY) / (1.0 - _SELECTION_DECAY ** step.astype(jnp.float32))
+    return mean + weight * (smallest - mean)
 
 
 def _measure(
@@ -81,17 +112,16 @@ def _measure(
     """The step's metrics and the new `last_fired`."""
     fired_F = (out.latents_BF > 0).any(axis=0)
     last_fired_F = jnp.where(fired_F, state.step + 1, state.last_fired)
-    dead_steps = -(-config.train.dead_after_tokens // config.train.batch_size)
     mse = jnp.square(x_BD - out.reconstruction_BD).sum(axis=1).mean()
     variance = jnp.square(x_BD - x_BD.mean(axis=0, keepdims=True)).sum(axis=1).mean()
-    silent_F = state.step + 1 - last_fired_F
+    dead_F = _is_dead(last_fired_F, step=state.step + 1, train=config.train)
     metrics = StepMetrics(
         loss=loss,
         mse=mse,
         fvu=mse / variance,
         l0=out.l0_B.mean(),
-        dead_fraction=(silent_F >= dead_steps).mean(),
-        threshold_mean=threshold_of(state.params, config=config.sae).mean(),
+        dead_fraction=dead_F.mean(),
+        threshold_mean=_threshold_mean(state, config=config.sae),
         sparsity_coefficient=coefficient,
         gradient_norm=norm,
         finite=jnp.isfinite(loss) & jnp.isfinite(norm),
@@ -115,7 +145,13 @@ def make_train_step(config: Config, *, input_scale: float, mesh: Mesh) -> TrainS
     ) -> tuple[TrainState, StepMetrics]:
         x_BD = rows_BD.astype(jnp.float32) * (1.0 / input_scale)
         (loss, (out, penalty)), gradients = loss_gradient(
-            state.params, x_BD, scalars, log_gain=state.log_gain, sae=sae, train=train
+            state.params,
+            x_BD,
+            scalars,
+            log_gain=state.log_gain,
+            dead_F=_is_dead(state.last_fired, step=state.step, train=train),
+            sae=sae,
+            train=train,
         )
         metrics, last_fired = _measure(
             state,
@@ -141,10 +177,14 @@ def make_train_step(config: Config, *, input_scale: float, mesh: Mesh) -> TrainS
             last_fired=last_fired,
             step=state.step + 1,
             log_gain=penalty.log_gain,
+            selection_threshold=_averaged(
+                state.selection_threshold, out.smallest, step=state.step + 1
+            ),
         )
         return new_state, metrics
 
-    states, scalar = state_shardings(mesh), sharding(mesh, ())
+    states = state_shardings(mesh, architecture=sae.architecture)
+    scalar = sharding(mesh, ())
     return jax.jit(
         step,
         in_shardings=(states, sharding(mesh, BATCH_DIMS), scalar),

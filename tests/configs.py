@@ -29,6 +29,8 @@ def make_config(
     It matches the stores of `tests.stores.make_manifest(rows=rows)`.
     """
     penalty = {"penalty": "l0", "coefficient": 0.01, "warmup_steps": 0} | (sparsity or {})
+    if penalty["penalty"] == "none":
+        penalty = {"penalty": "none"}
     defaults = {"batch_size": 64, "tokens": 64 * 10, "log_every_steps": 1}
     threshold = {
         "init": threshold_init,

@@ -133,8 +133,8 @@ def test_scalars(text: str, value: Any) -> None:
         ("train=3", "3 is not a section"),
         ("train.sparsity=3", "3 is not a section"),
         (
-            "train.sparsity.penalty=l1",
-            "train.sparsity.penalty=l1: 'l1' is not one of l0, target_l0",
+            "train.sparsity.penalty=l2",
+            "train.sparsity.penalty=l2: 'l2' is not one of l0, target_l0",
         ),
         ("train.sparsity.target=80", "unknown key with l0; the keys here are"),
         ("train.sparsity={penalty: target_l0}", "train.sparsity.target: missing"),

@@ -320,7 +320,7 @@ def test_relics_of_older_saelens_are_read(tmp_path):
 # Bad input --------------------------------------------------------------------------------------
 
 CHANGES = {
-    "missing threshold": ({"threshold": None}, r"missing \['threshold'\].*isn't JumpReLU"),
+    "missing threshold": ({"threshold": None}, r"missing \['threshold'\], unknown nothing"),
     "unknown tensor": ({"r_mag": np.ones(24)}, r"unknown \['r_mag'\]"),
     "transcoder": ({"affine_skip_connection": np.ones((10, 10))}, "skip transcoder"),
     "transposed encoder": ({"W_enc": np.ones((24, 10))}, "transposed"),
@@ -348,7 +348,7 @@ def test_tensors_that_are_no_jumprelu_sae_are_refused(tmp_path, case):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "topk"}, "architecture 'topk'; only 'jumprelu'"),
+        ({"architecture": "matryoshka"}, "architecture 'matryoshka'"),
         ({"architecture": "jump_relu"}, "architecture 'jump_relu'"),
         ({"normalize_activations": "expected_average_only_in"}, "expected_average_only_in"),
         ({"d_in": 11}, "says d_in 11, the tensors have 10"),

@@ -55,15 +55,15 @@ def test_golden_numbers_of_the_authors():
             jnp.asarray(data[0]),
             jax.tree.map(jnp.float64, scheduled(config.train, step=0)),
             log_gain=jnp.asarray(0.0),
+            dead_F=jnp.zeros(len(params["b_enc"]), bool),
             sae=config.sae,
             train=config.train,
         )
     from sae_train.sae import pre_activations
 
     with jax.enable_x64(True):
-        pre = pre_activations(
-            jax.tree.map(jnp.asarray, params), jnp.asarray(data[0]), config=config.sae
-        )
+        here = jax.tree.map(jnp.asarray, params)
+        pre = pre_activations(here, jnp.asarray(data[0]), bias=here["b_enc"], config=config.sae)
     np.testing.assert_allclose(loss, 81.98928, atol=1e-4)  # printed to five decimals
     found = dict(gradients) | {"reconstruction": out.reconstruction_BD, "pre": pre}
     found["W_enc"] = found["W_enc"].T

@@ -1,0 +1,38 @@
+"""The architectures by name: what each trains, and how it goes forward (docs/architectures.md).
+
+Legend: B rows of a batch, D model width, F latents.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Bool, Float
+
+from sae_train import gated, relu, sae, topk
+from sae_train.config import Architecture, SaeConfig
+from sae_train.sae import Forward, Params
+
+
+def forward(
+    params: Params, x_BD: Float[Array, "B D"], *, config: SaeConfig, dead_F: Bool[Array, " F"]
+) -> Forward:
+    """One pass of whatever architecture `config` names over scaled rows.
+
+    Args:
+        dead_F: latents that haven't fired for long; only TopK and BatchTopK look at them.
+    """
+    match config.architecture:
+        case "jumprelu":
+            return sae.forward(params, x_BD, config=config)
+        case "relu":
+            return relu.forward(params, x_BD, config=config)
+        case "gated":
+            return gated.forward(params, x_BD, config=config)
+        case "topk":
+            return topk.forward_topk(params, x_BD, config=config, dead_F=dead_F)
+        case "batch_topk":
+            return topk.forward_batch_topk(params, x_BD, config=config, dead_F=dead_F)
+
+
+def has_unit_decoder(architecture: Architecture) -> bool:
+    """Are the decoder's rows kept at unit norm? An L1 weighted by their norms leaves them free."""
+    return architecture != "relu"
