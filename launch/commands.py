@@ -31,6 +31,15 @@ def target_config(target: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: no such file or folder, or a mistake in the config.
     """
+    config = _read_config(target, overrides)
+    if config.sweep is not None:
+        from launch.sweep import expand
+
+        expand(config)
+    return config
+
+
+def _read_config(target: str, overrides: Sequence[str]) -> Config:
     if Path(target).is_dir():
         read_run_config(target)  # says what kind of folder was expected
         config = load_config(Path(target) / FILE_NAME, overrides)
@@ -38,10 +47,6 @@ def target_config(target: str, overrides: Sequence[str] = ()) -> Config:
             config = config.model_copy(update={"output": target})  # it may have been moved
     else:
         config = load_config(target, overrides)
-    if config.sweep is not None:
-        from launch.sweep import expand
-
-        expand(config)
     return config
 
 
@@ -77,7 +82,10 @@ def harvest(arguments: argparse.Namespace, stop: StopFlag) -> int:
     config = target_config(arguments.target, arguments.overrides)
     if backends.is_elsewhere(config, dry_run=arguments.dry_run):
         return backends.submit(config, command="harvest", dry_run=arguments.dry_run, stop=stop)
-    stages.harvest(config, stop=stop)
+    from launch.suite import stores
+
+    for store in stores(config):
+        stages.harvest(store, stop=stop)
     return 0
 
 
@@ -134,7 +142,11 @@ def evaluate(arguments: argparse.Namespace, stop: StopFlag) -> int:
     config = target_config(arguments.target, arguments.overrides)
     overridden = any(override.startswith("evaluation") for override in arguments.overrides)
     settings = config.evaluation if overridden else None
-    stages.evaluate(_trained_folders(config), config=config, settings=settings, stop=stop)
+    by_store: dict[str, list[Path]] = {}
+    for folder in _trained_folders(config):
+        by_store.setdefault(read_run_config(folder).cache.path, []).append(folder)
+    for folders in by_store.values():  # a suite's runs are too many to be in memory together
+        stages.evaluate(folders, config=config, settings=settings, stop=stop)
     return 0
 
 
@@ -173,7 +185,8 @@ def plan(arguments: argparse.Namespace, stop: StopFlag) -> int:
     from launch.planning import show_plan
 
     with stop.at_once():
-        show_plan(target_config(arguments.target, arguments.overrides), arguments)
+        # It expands a sweep itself, and a suite without asking what can be trained.
+        show_plan(_read_config(arguments.target, arguments.overrides), arguments)
     return 0
 
 

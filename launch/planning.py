@@ -10,7 +10,7 @@ from rich.table import Table
 
 from launch.console import print_line, print_table
 from launch.sweep import expand
-from sae_train.accelerators import ACCELERATORS, accelerator
+from sae_train.accelerators import ACCELERATORS, Accelerator, accelerator
 from sae_train.config import Config, MeshConfig
 from sae_train.plan import (
     AcceleratorPlan,
@@ -32,23 +32,46 @@ def show_plan(config: Config, arguments: argparse.Namespace) -> None:
         UserError: an accelerator, share, price or number of devices that can't be, or a model
             whose shape is neither at hand nor known.
     """
-    names = [arguments.accelerator] if arguments.accelerator else list(ACCELERATORS)
+    if config.sweep is not None and config.sweep.cells:
+        _show_suite(config, arguments)
+        return
     members = [(config.name, config)]
     if config.sweep is not None:
         members = [(run.name, run.config) for run in expand(config)]
     plan = make_plan(
         config,
         runs=members,
-        accelerators=[accelerator(name) for name in names],
-        assumptions=Assumptions(
-            mfu=arguments.mfu, devices=arguments.devices, price=arguments.price
-        ),
+        accelerators=_accelerators(arguments),
+        assumptions=_assumptions(arguments),
     )
     if arguments.json:
         print_line(json.dumps(plan_record(plan), indent=2, allow_nan=False))
         return
     for table in tables(plan):
         print_table(table)
+
+
+def _show_suite(config: Config, arguments: argparse.Namespace) -> None:
+    from launch.planning_suite import suite_tables
+    from sae_train.plan_suite import make_suite_plan, suite_record
+
+    plan = make_suite_plan(
+        config, accelerators=_accelerators(arguments), assumptions=_assumptions(arguments)
+    )
+    if arguments.json:
+        print_line(json.dumps(suite_record(plan), indent=2, allow_nan=False))
+        return
+    for table in suite_tables(plan):
+        print_table(table)
+
+
+def _accelerators(arguments: argparse.Namespace) -> list[Accelerator]:
+    names = [arguments.accelerator] if arguments.accelerator else list(ACCELERATORS)
+    return [accelerator(name) for name in names]
+
+
+def _assumptions(arguments: argparse.Namespace) -> Assumptions:
+    return Assumptions(mfu=arguments.mfu, devices=arguments.devices, price=arguments.price)
 
 
 def tables(plan: Plan) -> list[Table]:
@@ -72,7 +95,7 @@ def _label(plan: Plan, group: list[int]) -> str:
     return name if len(group) == 1 else f"{name} and {len(group) - 1} like it, each"
 
 
-def _table(title: str, *headings: str, words: int = 1) -> Table:
+def plan_table(title: str, *headings: str, words: int = 1) -> Table:
     """A table whose first `words` columns are words and the rest numbers."""
     table = Table(title=title, title_justify="left", caption_justify="left")
     for number, heading in enumerate(headings):
@@ -85,7 +108,7 @@ def _table(title: str, *headings: str, words: int = 1) -> Table:
 
 def _store_table(plan: Plan) -> Table:
     store, harvest = plan.store, plan.harvest
-    table = _table(f"{plan.name}, reading {plan.model_from}", "store", "bytes", "how much")
+    table = plan_table(f"{plan.name}, reading {plan.model_from}", "store", "bytes", "how much")
     for name, size in store.tap_bytes.items():
         rows = f"{store.rows:,} rows of {bytes_text(store.row_bytes[name])}"
         table.add_row(name, bytes_text(size), rows)
@@ -112,7 +135,7 @@ def _work_table(plan: Plan) -> Table:
         "or 12BDF",
         "all steps",
     )
-    table = _table(
+    table = plan_table(
         "work of training (mesh: data x model)", *headings, "all-reduced a step", "sent", words=2
     )
     for group in alike(plan):
@@ -137,7 +160,7 @@ def _work_table(plan: Plan) -> Table:
 def _memory_table(plan: Plan) -> Table:
     items = list(plan.runs[0].memory.items)
     headings = ("run", *items, "next batch", "in all", "biggest", "on CPUs")
-    table = _table("memory of each device while training", *headings)
+    table = plan_table("memory of each device while training", *headings)
     for group in alike(plan):
         memory, on_cpu = plan.runs[group[0]].memory, plan.runs[group[0]].memory_cpu
         table.add_row(
@@ -186,11 +209,11 @@ def _cohort_fits(on: AcceleratorPlan, verdict: CohortVerdict, *, alone: bool) ->
 
 def _accelerator_table(plan: Plan, on: AcceleratorPlan) -> Table:
     chip = on.accelerator
-    table = _table(
+    table = plan_table(
         f"{chip.title} at {plan.assumptions.mfu:.0%} of its peak",
         "stage", "fits", "a step", "bound by", "reads", "hours", "cost",
     )  # fmt: skip
-    hours, cost = _hours(on.harvest_hours), _cost(on.harvest_cost)
+    hours, cost = hours_text(on.harvest_hours), money_text(on.harvest_cost)
     table.add_row("harvest", "", "", "", "", hours, cost)
     for group in alike(plan):
         verdict = on.verdicts[group[0]]
@@ -201,10 +224,10 @@ def _accelerator_table(plan: Plan, on: AcceleratorPlan) -> Table:
             seconds_text(verdict.step_seconds) if verdict.fits else "-",
             verdict.bound if verdict.fits else "-",
             "-" if rate is None else f"{bytes_text(rate)}/s",
-            _hours(verdict.hours),
-            _cost(verdict.cost),
+            hours_text(verdict.hours),
+            money_text(verdict.cost),
         )
-    hours, cost = _hours(on.total_hours), _cost(on.total_cost)
+    hours, cost = hours_text(on.total_hours), money_text(on.total_cost)
     table.add_row("in all", "", "", "", "", hours, cost, style="bold")
     table.caption = (
         f"{bytes_text(on.usable_bytes)} of memory to use; peaks in TFLOP/s: bfloat16 "
@@ -216,7 +239,7 @@ def _accelerator_table(plan: Plan, on: AcceleratorPlan) -> Table:
 
 
 def _comparison_table(plan: Plan) -> Table:
-    table = _table(
+    table = plan_table(
         f"{plan.name} at {plan.assumptions.mfu:.0%} of each accelerator's peak",
         "accelerator", "memory to use", "fits", "harvest hours", "train hours", "hours", "cost",
     )  # fmt: skip
@@ -226,10 +249,10 @@ def _comparison_table(plan: Plan) -> Table:
             on.accelerator.title,
             bytes_text(on.usable_bytes),
             "\n".join(dict.fromkeys(_fits(verdict) for verdict in misfits or on.verdicts)),
-            _hours(on.harvest_hours),
-            _hours(on.train_hours),
-            _hours(on.total_hours),
-            _cost(on.total_cost),
+            hours_text(on.harvest_hours),
+            hours_text(on.train_hours),
+            hours_text(on.total_hours),
+            money_text(on.total_cost),
         )
     if any(verdict.above_default for on in plan.accelerators for verdict in on.verdicts):
         table.caption = _FRACTION
@@ -242,7 +265,8 @@ def _fits(verdict: Verdict) -> str:
     return "no mesh does" if verdict.mesh is None else f"no, {mesh_text(verdict.mesh)} does"
 
 
-def _hours(hours: float | None) -> str:
+def hours_text(hours: float | None) -> str:
+    """Hours, two digits or whole: `0.53`, `1,204.5`; `-` for none."""
     return "-" if hours is None else f"{hours:,.1f}" if hours >= 10 else f"{hours:.2g}"
 
 
@@ -251,7 +275,8 @@ def mesh_text(mesh: MeshConfig) -> str:
     return f"{mesh.data} x {mesh.model}"
 
 
-def _cost(cost: float | None) -> str:
+def money_text(cost: float | None) -> str:
+    """An amount with two decimals; `-` for none."""
     return "-" if cost is None else f"{cost:,.2f}"
 
 
@@ -270,7 +295,7 @@ def _scaled(number: float, *, units: list[str]) -> str:
 
 def bytes_text(size: float) -> str:
     """Bytes in words, three digits: `36.9 TB`, in powers of ten as disks are sold."""
-    return _scaled(size, units=["B", "kB", "MB", "GB", "TB", "PB"])
+    return _scaled(size, units=["B", "kB", "MB", "GB", "TB", "PB", "EB"])
 
 
 def flops_text(flops: float) -> str:

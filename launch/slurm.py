@@ -24,6 +24,7 @@ from launch import stages
 from launch.backends import Command
 from launch.cohorts import cohorts_of
 from launch.slurm_script import Script, Stage, render, script_folder
+from launch.suite import stores
 from launch.sweep import Run, expand
 from sae_train.config import Config
 from sae_train.config_file import FILE_NAME, write_config
@@ -193,7 +194,7 @@ def _wanted(config: Config, *, runs: Sequence[Run]) -> dict[Stage, str]:
         stages.needs_evaluation(run.folder) or stages.needs_release(run.folder) for run in runs
     )
     wanted: dict[Stage, str] = {}
-    if evaluating and not _has_store(config):
+    if evaluating and not _has_stores(config):
         wanted["harvest"] = ""
     if missing:
         wanted["train"] = ",".join(map(str, missing)) if len(missing) < len(cohorts) else ""
@@ -202,12 +203,13 @@ def _wanted(config: Config, *, runs: Sequence[Run]) -> dict[Stage, str]:
     return wanted | {"report": ""}
 
 
-def _has_store(config: Config) -> bool:
+def _has_stores(config: Config) -> bool:
     from activation_cache.store import open_store
 
     try:
-        store = open_store(config.cache.path)
-        store.check_matches(model=config.model, text=config.text, cache=config.cache)
+        for one in stores(config):
+            store = open_store(one.cache.path)
+            store.check_matches(model=one.model, text=one.text, cache=one.cache)
     except UserError:
         return False  # the job finds out, and tells
     return True

@@ -143,6 +143,13 @@ def evaluate(
     """
     if group.starts_here(config):
         assert isinstance(config.launch, LocalLaunch)
+        parents = {folder.parent for folder in folders}
+        if len(folders) > 1 and not (
+            len(parents) == 1 and (folders[0].parent / FILE_NAME).exists()
+        ):
+            for folder in folders:  # of a suite: no folder is that of these runs alone
+                evaluate([folder], config=config, settings=settings, stop=stop)
+            return
         # Several runs are those of one sweep; what is current there is passed over.
         target = folders[0] if len(folders) == 1 else folders[0].parent
         options = [f"evaluation={json.dumps(settings.model_dump())}"] if settings else []

@@ -24,10 +24,11 @@ def status_table(config: Config) -> Table:
     Raises:
         UserError: a run's folder holds damaged files.
     """
+    alone = Path(config.output)
     runs = (
-        [(Path(config.output), config)]
+        [(alone.name, alone, config)]
         if config.sweep is None
-        else [(run.folder, run.config) for run in expand(config)]
+        else [(run.name, run.folder, run.config) for run in expand(config)]
     )
     busy = ", a process is at work" if is_locked(Path(config.output)) else ""
     queue = queue_view(config)
@@ -42,27 +43,27 @@ def status_table(config: Config) -> Table:
     table.add_column("released")
     if queue is not None:
         table.add_column("Slurm job")
-    for folder, run_config in runs:
+    for name, folder, run_config in runs:
         if (folder / FILE_NAME).exists():
-            row = _row(read_run(folder), queue)
+            row = _row(name, read_run(folder), queue)
         else:
-            row = [folder.name, "not started", f"0/{run_config.train.steps}", *["-"] * 8]
+            row = [name, "not started", f"0/{run_config.train.steps}", *["-"] * 8]
         if queue is not None:
-            row.append(queue.runs.get(folder.name, "-"))
+            row.append(queue.runs.get(name, "-"))
         table.add_row(*row)
     return table
 
 
-def _row(run: RunFolder, queue: QueueView | None) -> list[str | Text]:
+def _row(name: str, run: RunFolder, queue: QueueView | None) -> list[str | Text]:
     last: dict[str, Any] = dict(run.metrics[-1]) if run.metrics else {}
-    name: State = run.state
-    if name in ("not started", "stopped") and queue is not None and queue.is_running(run.name):
-        name = "running"  # on another machine, whose lock may not be seen from here
-    state = Text(name, style=_STYLES.get(name, ""))
+    now: State = run.state
+    if now in ("not started", "stopped") and queue is not None and queue.is_running(name):
+        now = "running"  # on another machine, whose lock may not be seen from here
+    state = Text(now, style=_STYLES.get(now, ""))
     if run.failure is not None:
         state.append(f": {run.failure}", style="default")
     return [
-        run.name,
+        name,
         state,
         f"{max(last.get('step', 0), run.checkpoint_step or 0)}/{run.config.train.steps}",
         _number(last.get("loss"), ".4g"),

@@ -24,9 +24,11 @@ from activation_cache.storage import folder_lock
 from launch import stages
 from launch.cohorts import cohort_lines, cohort_table, cohorts_of
 from launch.signals import StopFlag
+from launch.suite import suite_runs
 from sae_train.config import Config
 from sae_train.config_file import FILE_NAME, with_values, write_config
 from sae_train.run_folder import clear_failure, record_failure
+from sae_train.suite import is_chosen
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,7 @@ class _Failures:
 
 
 def expand(config: Config) -> list[Run]:
-    """The runs of a sweep: every combination of `grid`, for every position of `zip`.
+    """The runs of a sweep: every combination of `grid`, for every position of `zip`; or `cells`.
 
     Each has its own output folder below the sweep's and has passed the config's checks.
 
@@ -75,6 +77,11 @@ def expand(config: Config) -> list[Run]:
             f"{config.name} has no `sweep:` section: add one, e.g. "
             "`sweep: {grid: {sae.width: [2048, 4096]}}`, or use `sae train` for a single run"
         )
+    if config.sweep.cells:
+        return [
+            Run(name=name, settings=settings, config=run_config)
+            for name, settings, run_config in suite_runs(config)
+        ]
     combinations = _combinations(config)
     keys = list(combinations[0])
     _check_keys(keys)
@@ -82,7 +89,10 @@ def expand(config: Config) -> list[Run]:
     runs = [
         _make_run(config, name=name, settings=settings)
         for name, settings in zip(names, combinations, strict=True)
+        if is_chosen(name, config.sweep.only)
     ]
+    if not runs:
+        raise UserError(f"sweep.only chooses none of the runs; they are called {', '.join(names)}")
     _check_distinct(runs)
     return runs
 
@@ -106,16 +116,34 @@ def run_sweep(config: Config, *, stop: StopFlag) -> int:
         failures = _Failures()
         for run in runs:
             clear_failure(run.folder)
-        untrained = [run for run in runs if not stages.is_trained(run.config)]
-        if untrained or any(stages.needs_evaluation(run.folder) for run in runs):
-            stages.harvest(config, stop=stop)
-        _train_all(config, runs, stop=stop, failures=failures)
-        trained = [run for run in runs if run.name not in failures.reasons]
+        for part in _by_store(runs):
+            _run_on_one_store(config, part, stop=stop, failures=failures)
         with stop.at_once():
-            _evaluate_and_export(trained, stop=stop, failures=failures)
             report = stages.report(Path(config.output))
     logger.info("report: %s", report)
     return _conclude(runs, failures)
+
+
+def _by_store(runs: list[Run]) -> list[list[Run]]:
+    """A sweep's runs read one store, a suite's several: those of each together."""
+    parts: dict[str, list[Run]] = {}
+    for run in runs:
+        parts.setdefault(run.config.cache.path, []).append(run)
+    return list(parts.values())
+
+
+def _run_on_one_store(
+    config: Config, runs: list[Run], *, stop: StopFlag, failures: _Failures
+) -> None:
+    """Every stage of the runs that read one store, before the next is harvested."""
+    untrained = [run for run in runs if not stages.is_trained(run.config)]
+    if untrained or any(stages.needs_evaluation(run.folder) for run in runs):
+        store = config.model_copy(update={"cache": runs[0].config.cache})
+        stages.harvest(store, stop=stop)
+    _train_all(config, runs, stop=stop, failures=failures)
+    trained = [run for run in runs if run.name not in failures.reasons]
+    with stop.at_once():
+        _evaluate_and_export(trained, stop=stop, failures=failures)
 
 
 def show_runs(config: Config, runs: list[Run]) -> None:

@@ -37,7 +37,7 @@ from sae_train.plan_work import (
 USABLE_MEMORY = 0.92
 # XLA_PYTHON_CLIENT_MEM_FRACTION's default (JAX documentation, "GPU memory allocation").
 GPU_DEFAULT_SHARE = 0.75
-_MOST_DEVICES = 4096
+MOST_DEVICES = 4096
 
 
 @dataclass(frozen=True)
@@ -316,7 +316,7 @@ def _cohort_verdict(
 def _verdict(
     run: RunPlan, chip: Accelerator, config: Config, usable: int, assumptions: Assumptions
 ) -> Verdict:
-    most = assumptions.devices or _MOST_DEVICES
+    most = assumptions.devices or MOST_DEVICES
     fits = run.memory.total <= usable and run.devices <= most
     # Training multiplies in float32 whatever the rows are stored in (docs/numerics.md).
     rate = chip.peak("float32") * assumptions.mfu * run.devices

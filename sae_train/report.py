@@ -37,7 +37,7 @@ from sae_train.run_folder import EVALUATION, RunFolder, read_run, run_folders
 _PACKAGES = ("open-gemma-scope", "jax", "flax", "orbax-checkpoint", "tensorstore", "numpy")
 # Where sparsity is pressed on: runs that differ here alone form one frontier.
 _PRESSURE = "train.sparsity."
-_OWN = ("name", "output", "sweep")
+_OWN = ("name", "output", "sweep", "cache", "mesh")
 
 
 def write_report(folder: str | os.PathLike[str]) -> Path:

@@ -41,7 +41,7 @@ class ReportRun:
 
     @property
     def key(self) -> str:
-        return self.folder.name
+        return self.folder.config.name
 
     def measured(self, name: str) -> float | None:
         """A number of evaluation.json."""

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ EVALUATION = "evaluation.json"
 FAILURE = "failure.json"
 RELEASE = "release"
 STARTS = "starts.jsonl"
+_SUITE_DEPTH = 4  # res/layer_12/width_16k/coefficient_0.001
 
 State = Literal["not started", "running", "stopped", "trained", "failed"]
 
@@ -91,18 +92,29 @@ def run_folders(folder: str | os.PathLike[str]) -> list[Path]:
         UserError: neither a run's folder nor a sweep's, or a sweep without any run yet.
     """
     root = Path(folder)
-    if read_run_config(root).sweep is None:
+    sweep = read_run_config(root).sweep
+    if sweep is None:
         return [root]
-    inside = [path for path in root.iterdir() if _is_run(path)]
+    # A suite's runs lie as deep as the released suites' folders do.
+    inside = list(_runs_below(root, depth=_SUITE_DEPTH if sweep.cells else 1))
     if not inside:
         raise UserError(f"{root} is a sweep without any run yet: start it with `sae sweep`")
-    return sorted(inside, key=_natural)
+    return sorted(inside, key=lambda path: [_natural(part) for part in path.parts])
 
 
-def _is_run(path: Path) -> bool:
-    """Has it a run's config? An activation store inside the sweep's folder keeps one too."""
-    store = any((path / name).exists() for name in ("manifest.json", "plan.json"))
-    return (path / FILE_NAME).is_file() and not store
+def _runs_below(folder: Path, *, depth: int) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if _is_store(path) or not path.is_dir():
+            continue
+        if (path / FILE_NAME).is_file():
+            yield path
+        elif depth > 1:
+            yield from _runs_below(path, depth=depth - 1)
+
+
+def _is_store(path: Path) -> bool:
+    """An activation store inside the sweep's folder keeps a config too."""
+    return any((path / name).exists() for name in ("manifest.json", "plan.json"))
 
 
 def newest_checkpoint(folder: Path) -> int | None:
@@ -162,10 +174,10 @@ def is_locked(folder: Path) -> bool:
     return False
 
 
-def _natural(path: Path) -> list[tuple[int, float, str]]:
+def _natural(name: str) -> list[tuple[int, float, str]]:
     """Sort `width_2048` before `width_16384` and 0.0005 before 0.001."""
     number = r"(\d+(?:\.\d+)?(?:e[-+]?\d+)?)"
     return [
         (0, float(part), "") if index % 2 else (1, 0.0, part)
-        for index, part in enumerate(re.split(number, path.name))
+        for index, part in enumerate(re.split(number, name))
     ]

@@ -1,0 +1,68 @@
+"""A suite's cells as runs: each a whole config, reading the store that its cell reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from activation_cache.errors import UserError
+from activation_cache.known_models import config_for_planning
+from sae_train.config import Config, L0Penalty
+from sae_train.config_file import with_values
+from sae_train.suite import Cell, all_cells, cache_of, cells_of, refuse_untrainable
+
+
+def suite_runs(config: Config) -> Iterator[tuple[str, Mapping[str, Any], Config]]:
+    """Name, settings and config of each run that `sweep.cells` names and `only` and `kinds` choose.
+
+    A name is the run's folder below the suite's.
+
+    Raises:
+        UserError: a layer the model lacks or the store isn't harvested at, a cell that can't be
+            trained, a sparsity that isn't the penalty's, or nothing chosen.
+    """
+    gemma, _ = config_for_planning(config.model)
+    cells, chosen = all_cells(config, gemma), cells_of(config, gemma)
+    refuse_untrainable(chosen)
+    base = config.model_copy(update={"sweep": None})
+    caches: dict[Any, Any] = {}
+    for cell in chosen:
+        _check_penalty(cell, config)
+        name, settings = cell.folder, cell.settings()
+        own = {
+            "name": f"{config.name}-{name.replace('/', '-')}",
+            "output": str(Path(config.output) / name),
+        }
+        run = with_values(base, {**settings, **own}, source=f"sweep.cells, {name}")
+        if cell.tap not in caches:
+            caches[cell.tap] = cache_of(cell, config, cells)
+        yield name, settings, run.model_copy(update={"cache": caches[cell.tap]})
+
+
+def stores(config: Config) -> list[Config]:
+    """The config once for each store to harvest: itself, or of a suite the base on each store.
+
+    A suite's stores are those that the chosen runs read.
+
+    Raises:
+        UserError: as `suite_runs`.
+    """
+    if config.sweep is None or not config.sweep.cells:
+        return [config]
+    caches = {run.cache.path: run.cache for _, _, run in suite_runs(config)}
+    return [config.model_copy(update={"cache": cache}) for cache in caches.values()]
+
+
+def _check_penalty(cell: Cell, config: Config) -> None:
+    penalty = config.train.sparsity
+    if isinstance(penalty, L0Penalty) != (cell.target is None):
+        what, fitting = (
+            ("coefficients are", "l0")
+            if cell.target is None
+            else ("targets are", "target_l0 or match_l0")
+        )
+        raise UserError(
+            f"sweep.cells, {cell.folder}: {what} for train.sparsity.penalty {fitting}, and it is "
+            f"{penalty.penalty}: change the penalty or the cells"
+        )

@@ -1,0 +1,286 @@
+"""A suite of SAEs as one config: its cells, what each is called, and the stores they read.
+
+A cell is one SAE to train: what kind, where, how wide, how sparse. Folders are named as the
+released suites are: Gemma Scope's by a measured L0, so that a run has its sparsity's setting in
+that place until it is released; Gemma Scope 2's by a label. docs/suites.md has both.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from activation_cache.config import CacheConfig, Site, SiteConfig
+from activation_cache.errors import UserError
+from activation_cache.gemma_config import GemmaConfig
+from activation_cache.taps import Tap, check_tap, tap_width
+from sae_train.config import CellsConfig, Config, Kind, MeshConfig, SweepConfig
+
+Tree = Literal["gemma_scope", "gemma_scope_2"]
+
+# What can be trained; a config may name more, for the suites have more.
+TRAINABLE: tuple[Kind, ...] = ("sae",)
+
+_GEMMA_SCOPE_SITES: dict[str, str] = {
+    "resid_post": "res",
+    "mlp_out": "mlp",
+    "attn_out_prelinear": "att",
+}
+_GEMMA_SCOPE_2_SITES: dict[str, str] = {
+    "resid_post": "resid_post",
+    "mlp_out": "mlp_out",
+    "attn_out_prelinear": "attn_out",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One SAE of a suite.
+
+    Attributes:
+        site, layer: what is read; a transcoder reads the MLP's input and has no site of ours, an
+            SAE of the embedding has neither.
+        coefficient, target, label: one of λ and L0 is given; a target has a label.
+        affine: a transcoder with an affine skip.
+    """
+
+    kind: Kind
+    site: Site | None
+    layer: int | None
+    width: int
+    tokens: int
+    coefficient: float | None
+    target: int | None
+    label: str | None
+    seed: int
+    affine: bool
+    mesh: MeshConfig
+    tree: Tree
+    folder_suffix: str = ""
+
+    @property
+    def folder(self) -> str:
+        """The run's folder, relative to the suite's."""
+        if self.tree == "gemma_scope_2":
+            return self._gemma_scope_2()
+        return f"{self._gemma_scope_cell()}/{self._sparsity()}"
+
+    def released_folder(self, *, average_l0: float) -> str:
+        """Its folder in a released tree; Gemma Scope puts the measured L0, rounded, in the name."""
+        if self.tree == "gemma_scope_2":
+            return self._gemma_scope_2()
+        return f"{self._gemma_scope_cell()}/average_l0_{average_l0:.0f}"
+
+    @property
+    def tap(self) -> Tap:
+        """What an SAE reads."""
+        assert self.site is not None
+        assert self.layer is not None
+        return Tap(self.site, self.layer)
+
+    def settings(self) -> dict[str, Any]:
+        """By dotted key, what the run of this cell has of its own; for kind `sae`."""
+        sparsity = (
+            {"train.sparsity.coefficient": self.coefficient}
+            if self.target is None
+            else {"train.sparsity.target": float(self.target)}
+        )
+        return {
+            "sae.site": self.site,
+            "sae.layer": self.layer,
+            "sae.width": self.width,
+            "train.tokens": self.tokens,
+            **sparsity,
+            "train.seed": self.seed,
+            "mesh": self.mesh.model_dump(),
+        }
+
+    def _gemma_scope_cell(self) -> str:
+        place = {
+            "sae": f"{_GEMMA_SCOPE_SITES.get(self.site or '')}/layer_{self.layer}",
+            "transcoder": f"transcoders/layer_{self.layer}",
+            "embedding": "res/embedding",
+        }[self.kind]
+        return f"{place}{self.folder_suffix}/width_{width_name(self.width)}"
+
+    def _gemma_scope_2(self) -> str:
+        place = self.kind if self.site is None else _GEMMA_SCOPE_2_SITES[self.site]
+        where = "" if self.layer is None else f"layer_{self.layer}_"
+        return (
+            f"{place}{self.folder_suffix}/{where}width_{width_name(self.width)}"
+            f"_{self._sparsity(label='l0_')}"
+        )
+
+    def _sparsity(self, *, label: str = "target_") -> str:
+        text = f"coefficient_{self.coefficient:g}" if self.label is None else label + self.label
+        affine = "_affine" if self.affine else ""
+        return text + affine + (f"_seed_{self.seed}" if self.seed else "")
+
+
+def width_name(width: int) -> str:
+    """A width as the released folders write it: `16k`, `65k`, `131k`, `1m`."""
+    if width % 2**20 == 0:
+        return f"{width // 2**20}m"
+    return f"{width // 1000}k" if width >= 1000 else str(width)
+
+
+def target_l0(shallow: int, deep: int, *, layer: int, num_layers: int) -> int:
+    """The L0 that Gemma Scope 2 aimed at in a layer.
+
+    Rises in a straight line from `shallow` at layer 0 to `deep` at a third of the depth, and stays;
+    rounded down. Derived from the 8,784 released targets, all of which it gives.
+    """
+    return shallow + (deep - shallow) * min(3 * layer, num_layers) // num_layers
+
+
+def cells_of(config: Config, gemma: GemmaConfig) -> list[Cell]:
+    """Every cell of a suite that `sweep.kinds` and `sweep.only` choose.
+
+    Raises:
+        UserError: the model has no such layer, a target above a width, two cells of one name, or
+            nothing is chosen.
+    """
+    sweep = _suite(config)
+    cells = [cell for cell in all_cells(config, gemma) if cell.kind in (sweep.kinds or [cell.kind])]
+    chosen = [cell for cell in cells if is_chosen(cell.folder, sweep.only)]
+    if not chosen:
+        raise UserError(
+            f"sweep.kinds and sweep.only choose none of the cells of {config.name}; they are "
+            f"called {_some([cell.folder for cell in cells])}"
+        )
+    return chosen
+
+
+def all_cells(config: Config, gemma: GemmaConfig) -> list[Cell]:
+    """Every cell of a suite, in the order of the config; raises as `cells_of`."""
+    cells: list[Cell] = []
+    for number, entry in enumerate(_suite(config).cells):
+        try:
+            cells += _expand(entry, config, gemma)
+        except UserError as error:
+            raise UserError(f"sweep.cells.{number} of {config.name}: {error}") from error
+    seen: set[str] = set()
+    for cell in cells:
+        if cell.folder in seen:
+            raise UserError(f"sweep.cells names {cell.folder} twice: leave one out")
+        seen.add(cell.folder)
+    return cells
+
+
+def is_chosen(name: str, patterns: Sequence[str] | None) -> bool:
+    """Does a run's name match one of `sweep.only`?"""
+    return patterns is None or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def refuse_untrainable(cells: Sequence[Cell]) -> None:
+    """Raise `UserError` where a cell can't be trained, saying which."""
+    cannot = [cell for cell in cells if cell.kind not in TRAINABLE]
+    if not cannot:
+        return
+    kinds = ", ".join(
+        f"{sum(cell.kind == kind for cell in cannot)} of kind {kind}"
+        for kind in dict.fromkeys(cell.kind for cell in cannot)
+    )
+    raise UserError(
+        f"{len(cannot)} of {len(cells)} cells can't be trained ({kinds}): "
+        f"{_some([cell.folder for cell in cannot])}. `sae plan` reckons with them; to train the "
+        f"rest give the override sweep.kinds=[{', '.join(TRAINABLE)}]"
+    )
+
+
+def cache_of(cell: Cell, config: Config, cells: Sequence[Cell]) -> CacheConfig:
+    """The store a cell reads: its taps, and as many rows as its longest run takes.
+
+    Runs with a smaller budget read a part of it. What a store holds depends on all cells of the
+    suite and not on those chosen, so that choosing others later finds it as it should be.
+
+    Args:
+        cells: all cells of the suite.
+    """
+    stores = _suite(config).stores
+    mine = _store_name(cell, stores)
+    inside = [one for one in cells if one.kind in TRAINABLE and _store_name(one, stores) == mine]
+    taps = sorted({(one.tap.site, one.tap.layer) for one in inside})
+    sites = [
+        SiteConfig(site=site, layers=[layer for other, layer in taps if other == site])
+        for site in dict.fromkeys(site for site, _ in taps)
+    ]
+    base = config.cache
+    rows = min(base.tokens, max(one.tokens for one in inside))
+    path = base.path if mine is None else f"{base.path.rstrip('/')}/{mine}"
+    return base.model_copy(update={"path": path, "sites": sites, "tokens": rows})
+
+
+def _store_name(cell: Cell, stores: str) -> str | None:
+    if stores == "one":
+        return None
+    return f"layer_{cell.layer}" if stores == "per_layer" else cell.tap.name
+
+
+def _suite(config: Config) -> SweepConfig:
+    assert config.sweep is not None
+    assert config.sweep.cells
+    return config.sweep
+
+
+def _expand(entry: CellsConfig, config: Config, gemma: GemmaConfig) -> Iterator[Cell]:
+    sweep = _suite(config)
+    budgets = entry.tokens or config.train.tokens
+    if isinstance(budgets, int):
+        budgets = [budgets] * len(entry.widths)
+    for site in entry.sites or [None]:
+        for layer in _layers(entry, gemma):
+            check_tap(Tap(site or "mlp_out", layer or 0), gemma)
+            for width, tokens in zip(entry.widths, budgets, strict=True):
+                for coefficient, target, label in _sparsities(entry, layer, width, gemma):
+                    for affine in entry.affine:
+                        for seed in entry.seeds:
+                            yield Cell(
+                                kind=entry.kind,
+                                site=site,
+                                layer=layer,
+                                width=width,
+                                tokens=tokens,
+                                coefficient=coefficient,
+                                target=target,
+                                label=label,
+                                seed=seed,
+                                affine=affine,
+                                mesh=entry.mesh or config.mesh,
+                                tree=sweep.tree,
+                                folder_suffix=entry.folder_suffix,
+                            )
+
+
+def _layers(entry: CellsConfig, gemma: GemmaConfig) -> list[int | None]:
+    if entry.kind == "embedding":
+        return [None]
+    layers = range(gemma.num_layers) if entry.layers == "all" else entry.layers
+    return [layer for layer in layers if layer not in entry.except_layers]
+
+
+def _sparsities(
+    entry: CellsConfig, layer: int | None, width: int, gemma: GemmaConfig
+) -> Iterator[tuple[float | None, int | None, str | None]]:
+    for coefficient in entry.coefficients:
+        yield coefficient, None, None
+    for label, (shallow, deep) in entry.targets.items():
+        target = target_l0(shallow, deep, layer=layer or 0, num_layers=gemma.num_layers)
+        if target > width:
+            raise UserError(
+                f"targets.{label} is {target} in layer {layer} and the width {width}: no more "
+                "latents can be active than there are; lower the target or leave the width out"
+            )
+        yield None, target, label
+
+
+def read_width(cell: Cell, gemma: GemmaConfig) -> int:
+    """D of what a cell reads: transcoders and embedding SAEs have the model's width."""
+    return gemma.d_model if cell.site is None else tap_width(gemma, cell.site)
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
