@@ -177,7 +177,7 @@ def _memory_table(plan: Plan) -> Table:
 def _cohort_table(plan: Plan) -> Table:
     """Runs that train together: one device's memory for all of them, and what they read once."""
     headings = ("cohort", "runs", "a batch", "batches", "instead of", "states", "in all", "on CPUs")
-    table = _table("runs that train together, each batch read once", *headings, "fits", "reads")
+    table = plan_table("runs that train together, each batch read once", *headings, "fits", "reads")
     for number, cohort in enumerate(plan.cohorts):
         runs = [plan.runs[index] for index in cohort.runs]
         memory = cohort.memory

@@ -303,7 +303,7 @@ def _cohort_verdict(
 ) -> CohortVerdict:
     members = [runs[number] for number in cohort.runs]
     memories = sorted((one.memory for one in members), key=lambda memory: -memory.total)
-    enough = members[0].devices <= (assumptions.devices or _MOST_DEVICES)
+    enough = members[0].devices <= (assumptions.devices or MOST_DEVICES)
     counts = range(1, len(members) + 1)
     fitting = [n for n in counts if cohort_memory(memories[:n]).total <= usable]
     at_once = max(fitting, default=0) if enough else 0

@@ -230,7 +230,8 @@ def _expand(entry: CellsConfig, config: Config, gemma: GemmaConfig) -> Iterator[
     budgets = entry.tokens or config.train.tokens
     if isinstance(budgets, int):
         budgets = [budgets] * len(entry.widths)
-    for site in entry.sites or [None]:
+    sites: list[Site | None] = [*entry.sites] or [None]
+    for site in sites:
         for layer in _layers(entry, gemma):
             check_tap(Tap(site or "mlp_out", layer or 0), gemma)
             for width, tokens in zip(entry.widths, budgets, strict=True):
