@@ -290,12 +290,12 @@ def _scaled(number: float, *, units: list[str]) -> str:
         if number < 999.5:
             return f"{number:.3g} {unit}"
         number /= 1000
-    return f"{number:,.0f} {units[-1]}"
+    return f"{number:.3g} {units[-1]}" if number < 999.5 else f"{number:,.0f} {units[-1]}"
 
 
 def bytes_text(size: float) -> str:
     """Bytes in words, three digits: `36.9 TB`, in powers of ten as disks are sold."""
-    return _scaled(size, units=["B", "kB", "MB", "GB", "TB", "PB", "EB"])
+    return _scaled(size, units=["B", "kB", "MB", "GB", "TB", "PB"])
 
 
 def flops_text(flops: float) -> str:

@@ -388,6 +388,7 @@ def test_numbers_in_words() -> None:
     assert bytes_text(999) == "999 B"
     assert bytes_text(999_600) == "1 MB"
     assert bytes_text(36_900_000_000_000) == "36.9 TB"
+    assert bytes_text(6.18e15) == "6.18 PB"
     assert bytes_text(2.5e18) == "2,500 PB"
     assert flops_text(1.5e12) == "1.5 TFLOP"
 
