@@ -68,12 +68,16 @@ def main() -> int:
     arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.overrides)
     warmup = config.train.sparsity.warmup_steps
-    print("| penalty | target | L0 | off by | last λ | dead |\n|---|---|---|---|---|---|")
+    sys.stdout.write(
+        "| penalty | target | L0 | off by | last λ | dead |\n|---|---|---|---|---|---|\n"
+    )
     for name, penalty in PENALTIES.items():
         for target in TARGETS:
             sparsity = penalty | {"target": target, "warmup_steps": warmup}
             folder = arguments.folder / f"{name.replace(', ', '-')}-{target}"
-            print(f"| {name} {run(config, folder=folder, sparsity=sparsity)}", flush=True)
+            row = run(config, folder=folder, sparsity=sparsity)
+            sys.stdout.write(f"| {name} {row}\n")
+            sys.stdout.flush()
     return 0
 
 
