@@ -11,6 +11,14 @@ from sae_train import gated, relu, sae, topk
 from sae_train.config import Architecture, SaeConfig
 from sae_train.sae import Forward, Params
 
+ARCHITECTURE_NAMES: dict[Architecture, str] = {
+    "jumprelu": "JumpReLU",
+    "relu": "ReLU",
+    "gated": "Gated",
+    "topk": "TopK",
+    "batch_topk": "BatchTopK",
+}
+
 
 def forward(
     params: Params, x_BD: Float[Array, "B D"], *, config: SaeConfig, dead_F: Bool[Array, " F"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from sae_train.architecture import ARCHITECTURE_NAMES
 from sae_train.config import Config
 from sae_train.config_file import resolved_yaml
 from sae_train.evaluation import Evaluation
@@ -15,15 +16,18 @@ the Gemma Terms of Use, <https://ai.google.dev/gemma/terms>; whoever publishes o
 what those terms ask of them. This card grants no licence of its own.
 """
 
+_GEMMA_SCOPE = """\
+| `gemma_scope/` | Gemma Scope `params.npz` | DeepMind's tutorial, SAEBench |
+| `gemma_scope_2/` | Gemma Scope 2 `config.json`, `params.safetensors` | Gemma Scope 2's tools |
+"""
+
 _LOADING = """\
 | folder | format | read by |
 | --- | --- | --- |
-| `gemma_scope/` | Gemma Scope `params.npz` | DeepMind's tutorial, SAEBench |
-| `gemma_scope_2/` | Gemma Scope 2 `config.json`, `params.safetensors` | Gemma Scope 2's tools |
-| `sae_lens/` | SAELens 6 `cfg.json`, `sae_weights.safetensors` | SAELens, Neuronpedia's tools |
+{others}| `sae_lens/` | SAELens 6 `cfg.json`, `sae_weights.safetensors` | SAELens, Neuronpedia |
 
 ```python
-from sae_train import load_sae          # any of the three folders
+from sae_train import load_sae          # any of the folders
 sae = load_sae("sae_lens")
 latents = sae.encode(activations)       # raw activations, float32 [..., D]
 reconstruction = sae.decode(latents)
@@ -32,8 +36,8 @@ from sae_lens import SAE
 sae = SAE.load_from_disk("sae_lens")
 ```
 
-All three hold the same numbers: inputs are raw activations, the input scaling and the pre-encoder
-bias of training are folded in, `latents = relu(z) * (z > threshold)` with `z = x @ W_enc + b_enc`.
+Inputs are raw activations, the input scaling and the pre-encoder bias of training are folded in,
+`latents = relu(z) * (z > threshold)` with `z = x @ W_enc + b_enc`{selection}.
 """
 
 
@@ -42,10 +46,16 @@ def model_card(sae: Sae, *, config: Config, evaluation: Evaluation | None) -> st
     D, F = sae.W_enc.shape
     training = sae.metadata["training"]
     penalty = ", ".join(f"{key} {value}" for key, value in training["sparsity"].items())
+    kind = ARCHITECTURE_NAMES[config.sae.architecture]
+    selected = "" if config.sae.k is None else f", k = {config.sae.k}"
+    loading = _LOADING.format(
+        others=_GEMMA_SCOPE if sae.k is None else "",
+        selection="" if sae.k is None else f", of which a row keeps the {sae.k} largest",
+    )
     facts = [
         ("model", f"{sae.metadata['model_name']} ({config.model.dtype})"),
         ("site", f"{config.sae.site} of layer {config.sae.layer}, `{sae.metadata['hook_name']}`"),
-        ("architecture", f"JumpReLU, {F:,} latents on vectors of {D:,}"),
+        ("architecture", f"{kind}{selected}, {F:,} latents on vectors of {D:,}"),
         ("trained on", f"{training['tokens']:,} tokens in {training['step']:,} steps"),
         ("text", sae.metadata["dataset_path"]),
         ("context", f"{config.text.sequence_length} tokens, each beginning with BOS"),
@@ -55,15 +65,16 @@ def model_card(sae: Sae, *, config: Config, evaluation: Evaluation | None) -> st
     ]
     return (
         f"{_front_matter(config)}# {config.name}\n\n"
-        "A JumpReLU sparse autoencoder in the manner of Gemma Scope (arXiv 2408.05147).\n\n"
+        f"A {kind} sparse autoencoder in the manner of Gemma Scope (arXiv 2408.05147).\n\n"
         f"{_table(facts)}\n## Measured\n\n{_measured(evaluation)}\n"
-        f"## Loading\n\n{_LOADING}\n## Licence\n\n{_LICENCE}\n"
+        f"## Loading\n\n{loading}\n## Licence\n\n{_LICENCE}\n"
         f"## Config\n\n```yaml\n{resolved_yaml(config).rstrip()}\n```\n"
     )
 
 
 def _front_matter(config: Config) -> str:
-    lines = ["library_name: saelens", "tags: [sparse-autoencoder, jumprelu, interpretability]"]
+    tags = f"tags: [sparse-autoencoder, {config.sae.architecture}, interpretability]"
+    lines = ["library_name: saelens", tags]
     weights = config.model.weights
     if weights.startswith("google/"):
         lines.append(f"base_model: {json.dumps(weights)}")

@@ -19,6 +19,7 @@ from urllib.parse import quote
 
 from activation_cache.storage import make_folder, write_text
 from sae_train import report_svg
+from sae_train.architecture import ARCHITECTURE_NAMES
 from sae_train.config import Config
 from sae_train.config_file import FILE_NAME, differing_fields, read_run_config, resolved_yaml
 from sae_train.metrics import FILE as METRICS
@@ -36,7 +37,7 @@ from sae_train.run_folder import EVALUATION, RunFolder, read_run, run_folders
 
 _PACKAGES = ("open-gemma-scope", "jax", "flax", "orbax-checkpoint", "tensorstore", "numpy")
 # Where sparsity is pressed on: runs that differ here alone form one frontier.
-_PRESSURE = "train.sparsity."
+_PRESSURE = ("train.sparsity.", "sae.k")
 _OWN = ("name", "output", "sweep", "cache", "mesh")
 
 
@@ -59,6 +60,8 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
 def describe_runs(folders: Sequence[RunFolder]) -> list[ReportRun]:
     """Give each run a label, a family and a colour; families together, from dense to sparse."""
     differing = _differing([run.config for run in folders])
+    if "sae.architecture" in differing:  # each goes with a penalty of its own
+        differing = [key for key in differing if key != "train.sparsity.penalty"]
     pressure = [key for key in differing if key.startswith(_PRESSURE)]
     rest = [key for key in differing if key not in pressure]
     families = list(dict.fromkeys(_settings(run.config, rest) for run in folders))
@@ -98,7 +101,7 @@ def _settings(config: Config, keys: Sequence[str]) -> str:
     for key, name in zip(keys, names, strict=True):
         value: Any = config
         for part in key.split("."):
-            value = getattr(value, part, None)
+            value = getattr(value, part) if part in type(value).model_fields else None
         if value is not None:
             short = {"coefficient": "λ", "target": "target"}.get(name, name)
             shown = f"{value:g}" if isinstance(value, float) else str(value)
@@ -127,13 +130,15 @@ def _header(config: Config, runs: Sequence[ReportRun]) -> str:
         {f"{r.folder.config.sae.site} of layer {r.folder.config.sae.layer}" for r in runs}
     )
     widths = sorted({run.folder.config.sae.width for run in runs})
+    present = dict.fromkeys(run.folder.config.sae.architecture for run in runs)
+    kinds = ", ".join(ARCHITECTURE_NAMES[name] for name in present)
     numbers = "".join(
         f"<li><b>{escape(number)}</b><span>{escape(words)}</span></li>"
         for number, words in tiles(runs)
     )
     return (
         f"<h1>{escape(config.name)}</h1>"
-        f'<p class="lead">JumpReLU sparse autoencoders of width '
+        f'<p class="lead">{kinds} sparse autoencoders of width '
         f"{' and '.join(f'{width:,}' for width in widths)} on {escape(', '.join(sites))} of "
         f"<b>{escape(Path(config.model.weights).name)}</b>.</p>"
         f'<ul class="tiles">{numbers}</ul>'

@@ -19,6 +19,7 @@ from sae_train.report import describe_runs, write_report
 from sae_train.report_svg import Axis, Bars, Chart, Series, compact, render
 from sae_train.run_folder import read_run, record_failure, run_folders
 from tests.browser import measure, screenshot
+from tests.configs import make_config
 from tests.run_folders import STEPS, sweep_config, write_run
 
 VOID = {"meta", "link", "br", "img", "hr", "input", "path", "rect", "circle"}
@@ -133,6 +134,26 @@ def test_families_join_runs_that_differ_in_sparsity_alone(sweep: Path) -> None:
     first = [run.measured("l0") for run in runs[:3]]
     assert first == [139, 96, 55], "dense to sparse"
     assert len({run.color for run in runs}) == 8
+
+
+def test_each_architecture_has_a_frontier(tmp_path: Path) -> None:
+    l1, none = {"penalty": "l1"}, {"penalty": "none"}
+    for k in (32, 64):
+        sae = {"architecture": "topk", "k": k}
+        run = make_config(output=str(tmp_path / f"top{k}"), sae=sae, sparsity=none)
+        write_run(run, l0=k)
+        sae = {"architecture": "relu"}
+        sparsity = l1 | {"coefficient": 1 / k}
+        run = make_config(output=str(tmp_path / f"relu{k}"), sae=sae, sparsity=sparsity)
+        write_run(run, l0=k + 5)
+    runs = describe_runs([read_run(path) for path in sorted(tmp_path.iterdir())])
+    found = {(run.family, run.pressure) for run in runs}
+    assert found == {
+        ("architecture\u00a0topk", "k\u00a064"),
+        ("architecture\u00a0topk", "k\u00a032"),
+        ("architecture\u00a0relu", "λ\u00a00.015625, warmup_steps\u00a00"),
+        ("architecture\u00a0relu", "λ\u00a00.03125, warmup_steps\u00a00"),
+    }
 
 
 def test_a_single_run_and_one_without_anything(tmp_path: Path) -> None:
