@@ -23,12 +23,13 @@ from launch import slurm
 from launch.cli import main
 from launch.slurm_script import script_folder
 from sae_train.config import Config
-from sae_train.config_file import with_values, write_config
+from sae_train.config_file import load_config, with_values, write_config
 from sae_train.loop import train
 from sae_train.metrics import read_metrics
 from sae_train.run_folder import count_starts
 from tests.pipeline import ROOT, write_pipeline
 from tests.slurm_cluster import Cluster, is_installed, running_cluster
+from tests.stores import file_hashes
 from tests.training import assert_same_run, make_run, untimed_metrics
 
 STEPS = 300
@@ -82,11 +83,11 @@ def slurm_config(config: Config, **launch: Any) -> Config:
     return with_values(config, {"launch": values}, source="test")
 
 
-def submit(config: Config, folder: Path) -> str:
-    """Give `sae train`; returns the number of its job."""
+def submit(config: Config, folder: Path, *, stage: slurm.Stage = "train") -> str:
+    """Give `sae train`, or `sae harvest`; returns the number of its job."""
     write_config(config, folder)
-    assert main(["train", str(folder / "config.yaml")]) == 0
-    return slurm.read_jobs(script_folder(config))["train"].number
+    assert main([stage, str(folder / "config.yaml")]) == 0
+    return slurm.read_jobs(script_folder(config))[stage].number
 
 
 def await_(what: str, condition: Callable[[], Any], *, log: Path | None = None) -> None:
@@ -222,6 +223,30 @@ def test_two_nodes_find_each_other_and_stop_together(cluster: Cluster, tmp_path:
     pairs = zip(untimed_metrics(run)[:60], untimed_metrics(Path(alone.output))[:60], strict=True)
     for one, other in pairs:
         np.testing.assert_allclose(list(one.values()), list(other.values()), rtol=1e-5)
+
+
+def test_two_nodes_harvest_one_store(cluster: Cluster, tmp_path: Path) -> None:
+    """Asked to stop on the way, as before a time limit; the bytes are those of one process."""
+    # 250 buckets: the signal takes its time to get there.
+    small = ["cache.shuffle_rows=16", "cache.block_rows=16", "cache.sequences_per_batch=1"]
+    small.append("cache.tokens=4000")
+    config = load_config(str(write_pipeline(tmp_path)), [*small, "cache.mesh={data: 2}"])
+    config = slurm_config(config, nodes=2)
+    store, log = Path(config.cache.path), script_folder(config)
+    job = submit(config, tmp_path / "submitted", stage="harvest")
+    await_("commits", lambda: len(list(store.glob("commits/*.json"))) >= 3, log=log)
+    cluster.run("scancel", "--signal=USR1", "--batch", job)
+    await_state(cluster, job, "COMPLETED", log=log)
+    said = read_logs(config)
+    assert "joined: process 0 of 2" in said
+    assert f"job {job} goes back into the queue" in said
+    assert "going on: " in said
+    alone = [str(tmp_path / "config.yaml"), *small, f"cache.path={tmp_path / 'alone'}"]
+    assert main(["harvest", *alone]) == 0
+    hashes = [file_hashes(path) for path in (store, tmp_path / "alone")]
+    for one in hashes:
+        del one["config.yaml"]
+    assert hashes[0] == hashes[1]
 
 
 def test_what_slurm_refuses_is_told_with_what_was_submitted(
