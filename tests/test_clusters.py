@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from activation_cache.gemma_params import check_model_axis
+from activation_cache.known_models import known_config
 from launch.kubernetes import render
 from launch.sweep import expand
 from sae_train.config_file import load_config
@@ -25,6 +27,10 @@ SECTIONS = re.findall(r"^```yaml\n(launch:\n.*?)^```", PAGE, flags=re.MULTILINE 
 def test_examples_load_and_expand(path: Path) -> None:
     config = load_config(path)
     assert len(expand(config)) == 4
+    gemma, (_, mesh) = known_config(config.model.weights), config.harvest_mesh
+    assert gemma is not None
+    check_model_axis(gemma, mesh.model)
+    assert mesh.data * mesh.model == config.mesh.data * config.mesh.model, "all devices harvest"
     if config.launch.on == "kubernetes":
         manifests = render(config, command="sweep")
         assert len(manifests) == 4, "the runs are one cohort"
