@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from sae_train.config import Config
 from sae_train.config_file import write_config
 from sae_train.loop import train
 from sae_train.run_folder import newest_checkpoint
-from tests.processes import Group, child_environment, children, start_group
+from tests.processes import ROOT, Group, child_environment, children, start_group
 from tests.training import assert_same_run, make_run
 
 STEPS = 400
@@ -143,6 +144,24 @@ def test_processes_of_different_configs_are_refused(folder: Path):
         assert "process 1 was started with another config than process 0" in log
         assert "'seed: 1' where process 0 has 'seed: 0'" in log
     assert not (folder / "alike").exists()
+
+
+def test_processes_of_different_code_are_refused(folder: Path):
+    other = folder / "other-code"
+    for package in ("activation_cache", "sae_train", "launch"):
+        shutil.copytree(ROOT / package, other / package)
+    with open(other / "sae_train" / "step.py", "a") as file:
+        file.write("# one line more\n")
+    command = ["-m", "launch.cli", "train", str(make_file(folder, "coded"))]
+    # PYTHONPATH alone: `-m` would put the folder it is started in before it.
+    paths = {0: {"PYTHONPATH": str(ROOT)}, 1: {"PYTHONPATH": str(other)}}
+    alone = {index: {**path, "PYTHONSAFEPATH": "1"} for index, path in paths.items()}
+    group = start_group([command] * 2, of_process=alone)
+    assert group.wait() == [2, 2], "\n".join(group.logs)
+    for log in group.logs:
+        assert "process 1 was started with another code version than process 0" in log
+        assert "sae_train" in log
+    assert not (folder / "coded").exists()
 
 
 def test_a_mistake_in_a_group_is_told_once_and_in_words(folder: Path):
