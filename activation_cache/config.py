@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+)
+
+from activation_cache.errors import UserError
+from activation_cache.storage import place
 
 Site = Literal["resid_post", "mlp_out", "attn_out_prelinear"]
 Dtype = Literal["float32", "bfloat16"]
@@ -32,6 +42,18 @@ PositiveCount = Annotated[int, BeforeValidator(_whole_number), Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _writable_place(text: str) -> str:
+    """A folder, or a URL of a bucket: what can't be either is told before anything is read."""
+    try:
+        place(text)
+    except UserError as error:
+        raise ValueError(str(error)) from error
+    return text
+
+
+Location = Annotated[str, Field(min_length=1), AfterValidator(_writable_place)]
 
 
 class ModelConfig(Section):
@@ -75,7 +97,7 @@ class MeshConfig(Section):
 class CacheConfig(Section):
     """The activation store: where it is, what is tapped, how many rows, how they are shuffled."""
 
-    path: str
+    path: Location
     sites: Annotated[list[SiteConfig], Field(min_length=1)]
     tokens: PositiveCount  # rows per site and layer; only usable tokens count
     dtype: Dtype = "float32"

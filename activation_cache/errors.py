@@ -10,5 +10,9 @@ class UserError(ValueError):
     """
 
 
+class StorageError(UserError):
+    """Object storage refuses or doesn't answer: it says nothing about what is stored there."""
+
+
 class Interrupted(Exception):
     """A signal asked the work to stop and all that was finished has been saved (exit 75)."""

@@ -15,11 +15,9 @@ import contextlib
 import functools
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 from activation_cache import distributed
@@ -44,7 +42,7 @@ from activation_cache.manifest import (
 from activation_cache.model import convert_once
 from activation_cache.order import ALGORITHM
 from activation_cache.shared_work import shared
-from activation_cache.storage import disk_errors, folder_lock, write_text
+from activation_cache.storage import Place, folder_lock, place, remove_tree, write_text
 from activation_cache.store import (
     MANIFEST_FILE,
     PLAN_FILE,
@@ -88,7 +86,7 @@ def harvest(
         Interrupted: `stop` turned true; every finished bucket is committed.
     """
     mesh = mesh or cache.mesh or MeshConfig()
-    job = _Harvest(Path(cache.path), model, text, cache, mesh, stop)
+    job = _Harvest(place(cache.path), model, text, cache, mesh, stop)
     with contextlib.ExitStack() as held:
 
         def begin() -> bool:
@@ -108,7 +106,7 @@ def harvest(
 class _Harvest:
     """One call of `harvest`."""
 
-    path: Path
+    path: Place
     model: ModelConfig
     text: TextConfig
     cache: CacheConfig
@@ -258,10 +256,9 @@ class _Harvest:
 
     def _discard(self, plan: Manifest) -> None:
         """Remove what a harvest without a committed bucket left; tokens are kept."""
-        with disk_errors(self.path, doing="clean up"):
-            for name in (*(entry.tap.name for entry in plan.sites), *PROVENANCE):
-                shutil.rmtree(self.path / name, ignore_errors=True)
-            (self.path / PLAN_FILE).unlink()
+        for name in (*(entry.tap.name for entry in plan.sites), *PROVENANCE):
+            remove_tree(self.path / name)
+        (self.path / PLAN_FILE).unlink()
 
     def _refuse(self, difference: str) -> NoReturn:
         raise UserError(

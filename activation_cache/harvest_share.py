@@ -16,6 +16,7 @@ from activation_cache.fill import BucketFiller
 from activation_cache.manifest import Manifest, read_record
 from activation_cache.model import conversion_folder, load_copies
 from activation_cache.progress import ProgressMeter
+from activation_cache.storage import Place
 from activation_cache.store import PLAN_FILE
 from activation_cache.token_table import TokenTable
 from activation_cache.writer import BucketWriter
@@ -34,7 +35,7 @@ class Share:
         committed: rows of the others.
     """
 
-    path: Path
+    path: Place
     model: ModelConfig
     plan: Manifest
     table: TokenTable

@@ -7,12 +7,13 @@ import os
 import shutil
 import socket
 from collections.abc import Sequence
-from pathlib import Path
 
 import tensorstore as ts
 
+from activation_cache.bucket import BucketPath
 from activation_cache.errors import UserError
 from activation_cache.manifest import Manifest
+from activation_cache.storage import Place
 from activation_cache.writer import BUCKETS_IN_MEMORY
 
 logger = logging.getLogger(__name__)
@@ -53,20 +54,21 @@ def check_memory(plan: Manifest, machines: Sequence[tuple[str, int]]) -> None:
             )
 
 
-def log_sizes(path: Path, plan: Manifest, *, rows_left: int) -> None:
+def log_sizes(path: Place, plan: Manifest, *, rows_left: int) -> None:
     """Say what memory and disk the harvest takes; warn when the disk looks too small."""
     per_bucket = bucket_bytes(plan)
     to_write = per_bucket * rows_left // len(plan.bucket_span(0))
-    free = shutil.disk_usage(path).free
     logger.info(
-        "%d buckets of %d rows: %.3g GiB of memory for %d at once, %.3g GiB to write, %.3g free",
+        "%d buckets of %d rows: %.3g GiB of memory for %d at once, %.3g GiB to write",
         plan.num_buckets,
         len(plan.bucket_span(0)),
         BUCKETS_IN_MEMORY * per_bucket / 2**30,
         BUCKETS_IN_MEMORY,
         to_write / 2**30,
-        free / 2**30,
     )
+    if isinstance(path, BucketPath):
+        return
+    free = shutil.disk_usage(path).free
     if to_write > free:
         logger.warning(
             "%s has %.3g GiB free and the rest of the store takes %.3g: it will not fit",

@@ -13,15 +13,16 @@ import errno
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
+from activation_cache import bucket
+from activation_cache.bucket import BucketPath
 from activation_cache.errors import UserError
 from activation_cache.order import Segment
-from activation_cache.storage import disk_errors
+from activation_cache.storage import Place, disk_errors
 
 SHARD_BYTES = 256 * 2**20  # a shard is at most this, unless its bucket is few and wide blocks
 
@@ -53,7 +54,7 @@ class ArrayLayout:
     Chunks and shards span whole rows: `shape[1:]` is never cut.
     """
 
-    path: Path
+    path: Place
     shape: tuple[int, ...]
     dtype: str
     chunk_rows: int
@@ -77,7 +78,7 @@ class ArrayLayout:
         index = 16 * (self.shard_rows // self.chunk_rows) + 4
         return chunks * (self.chunk_rows * self.row_bytes + 4) + shards * index
 
-    def shard_file(self, row: int) -> Path:
+    def shard_file(self, row: int) -> Place:
         """The file that holds `row`."""
         inner = ["0"] * (len(self.shape) - 1)
         return self.path.joinpath("c", str(row // self.shard_rows), *inner)
@@ -101,23 +102,35 @@ class ArrayLayout:
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         }
 
-    def open(self, *, create: bool = False, context: ts.Context | None = None) -> ts.TensorStore:
+    def _key_value_spec(self) -> dict[str, Any]:
+        if isinstance(self.path, BucketPath):
+            return bucket.key_value_spec(self.path)
+        return {"driver": "file", "path": f"{self.path}/"}
+
+    def open(
+        self, *, create: bool = False, assume: bool = False, context: ts.Context | None = None
+    ) -> ts.TensorStore:
         """Open the array, creating its metadata if asked to; `context` sets caching and threads.
 
         A chunk that isn't there is an error and not zeros, and chunks of zeros are written.
+
+        Args:
+            assume: neither read nor write its metadata, which are as this layout says.
 
         Raises:
             UserError: missing, damaged, or made with another shape or dtype.
         """
         spec = {
             "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": f"{self.path}/"},
+            "kvstore": self._key_value_spec(),
             "metadata": self._metadata(),
             "fill_missing_data_reads": False,
             "store_data_equal_to_fill_value": True,
         }
         with array_errors(self.path, doing="create" if create else "open"):
-            return ts.open(spec, open=True, create=create, context=context).result()
+            return ts.open(
+                spec, open=True, create=create, assume_metadata=assume, context=context
+            ).result()
 
 
 def write_shards(
@@ -132,6 +145,8 @@ def write_shards(
         UserError: the disk is full, read-only, or not ours.
     """
     assert start % layout.shard_rows == 0, (start, layout.shard_rows)
+    if isinstance(layout.path, BucketPath):
+        bucket.guard(layout.path)
     with array_errors(layout.path, doing="write"):
         for first in range(0, len(rows), layout.shard_rows):
             part = rows[first : first + layout.shard_rows]
@@ -157,8 +172,13 @@ def read_rows(array: ts.TensorStore, layout: ArrayLayout, segments: list[Segment
         return start_read(array, segments).result()
 
 
-def remove_stray_files(folder: Path) -> None:
-    """Delete what a killed writer leaves beside finished files: locks and unnamed parts."""
+def remove_stray_files(folder: Place) -> None:
+    """Delete what a killed writer leaves beside finished files: locks and unnamed parts.
+
+    In a bucket it leaves none: an upload that was cut off is no object.
+    """
+    if isinstance(folder, BucketPath):
+        return
     with disk_errors(folder, doing="clean up"):
         for pattern in ("*.__lock", ".*.tmp"):
             for stray in folder.rglob(pattern):
@@ -169,7 +189,7 @@ _ERRNO_BY_STATUS = {"RESOURCE_EXHAUSTED": errno.ENOSPC, "PERMISSION_DENIED": err
 
 
 @contextlib.contextmanager
-def array_errors(path: Path, *, doing: str) -> Iterator[None]:
+def array_errors(path: Place, *, doing: str) -> Iterator[None]:
     """Turn TensorStore's errors (a `ValueError` that begins with a status) into words.
 
     Raises:
@@ -183,10 +203,12 @@ def array_errors(path: Path, *, doing: str) -> Iterator[None]:
             raise
         text = str(error)
         status = text.split(":", 1)[0]
-        named = re.search(r'local file "([^"]+)"', text)
+        named = re.search(r'(?:local file|at|key) "([^"]+)"', text)
         file = named.group(1) if named else str(path)
         if status in ("DATA_LOSS", "NOT_FOUND", "FAILED_PRECONDITION") and doing != "write":
             raise UserError(_damage(file, status, text)) from error
+        if isinstance(path, BucketPath):
+            raise bucket.array_error(path, text, doing=doing) or error from error
         code = re.search(r"os_error_code='(\d+)'", text)
         number = int(code.group(1)) if code else _ERRNO_BY_STATUS.get(status)
         if number is None:

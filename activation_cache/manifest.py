@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -28,7 +27,7 @@ from activation_cache.config import (
     TextConfig,
 )
 from activation_cache.errors import UserError
-from activation_cache.storage import read_json, write_json
+from activation_cache.storage import Place, read_json, write_json
 from activation_cache.taps import Tap
 
 FORMAT_VERSION = 1
@@ -96,7 +95,7 @@ class Manifest(Section):
         return range(bucket * size, min((bucket + 1) * size, self.rows))
 
 
-def write_record(path: Path, record: BaseModel) -> None:
+def write_record(path: Place, record: BaseModel) -> None:
     """Write a small JSON record with a checksum over the rest of it, atomically."""
     write_json(path, {**record.model_dump(mode="json"), "checksum": record_hash(record)})
 
@@ -106,7 +105,7 @@ def record_hash(record: BaseModel) -> str:
     return _checksum(record.model_dump(mode="json"))
 
 
-def read_record(path: Path, kind: type[Record]) -> Record:
+def read_record(path: Place, kind: type[Record]) -> Record:
     """Read a record back.
 
     Raises:

@@ -19,6 +19,7 @@ from activation_cache.conversion import converted_checkpoint
 from activation_cache.gemma import Gemma
 from activation_cache.gemma_config import GemmaConfig
 from activation_cache.gemma_params import check_model_axis, make_mesh, on_all
+from activation_cache.storage import AnyPath, place, user_cache
 from activation_cache.taps import Splice, Tap, check_tap
 from activation_cache.tokenizer import Tokenizer, load_tokenizer
 from activation_cache.weights import (
@@ -124,9 +125,14 @@ def _losses(
     return losses
 
 
-def conversion_folder(store: str | Path) -> Path:
-    """Where GGUF conversions are kept: `weights/` beside the activation store."""
-    return Path(store).parent / "weights"
+def conversion_folder(store: AnyPath) -> Path:
+    """Where GGUF conversions are kept: `weights/` beside the activation store.
+
+    They are mapped into memory, so of a store in a bucket they stay on this machine, in the
+    user's cache folder.
+    """
+    folder = place(store)
+    return (folder.parent if isinstance(folder, Path) else user_cache()) / "weights"
 
 
 def convert_once(model: ModelConfig, *, folder: Path) -> None:

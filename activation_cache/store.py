@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import tensorstore as ts
@@ -19,6 +18,7 @@ from activation_cache.errors import UserError
 from activation_cache.layout import ArrayLayout, read_rows, shard_rows
 from activation_cache.manifest import Manifest, first_difference, read_record, record_hash
 from activation_cache.order import Segment
+from activation_cache.storage import AnyPath, Place, place
 from activation_cache.taps import Tap
 from activation_cache.token_table import TokenTable, open_tokens
 from activation_cache.weights import weight_fingerprint
@@ -29,7 +29,7 @@ TOKENS_FOLDER = "tokens"
 PROVENANCE = ("sequence", "position")
 
 
-def tap_layout(path: Path, manifest: Manifest, tap: Tap) -> ArrayLayout:
+def tap_layout(path: Place, manifest: Manifest, tap: Tap) -> ArrayLayout:
     """The array of one tap, [N, D]; raises `UserError` when the store hasn't the tap."""
     entry = next((entry for entry in manifest.sites if entry.tap == tap), None)
     if entry is None:
@@ -51,7 +51,7 @@ def tap_layout(path: Path, manifest: Manifest, tap: Tap) -> ArrayLayout:
     )
 
 
-def provenance_layout(path: Path, manifest: Manifest, name: str) -> ArrayLayout:
+def provenance_layout(path: Place, manifest: Manifest, name: str) -> ArrayLayout:
     """One of the arrays that say where rows came from, int32 [N]; a shard per bucket."""
     return ArrayLayout(
         path=path / name,
@@ -83,7 +83,7 @@ class Provenance:
 class Store:
     """A finished store; made by `open_store`."""
 
-    path: Path
+    path: Place
     manifest: Manifest
 
     @property
@@ -171,13 +171,13 @@ class Store:
             )
 
 
-def open_store(path: str | Path) -> Store:
+def open_store(path: AnyPath) -> Store:
     """Open a finished store.
 
     Raises:
         UserError: there is none, its harvest hasn't finished, or its manifest is damaged.
     """
-    folder = Path(path)
+    folder = place(path)
     if not (folder / MANIFEST_FILE).exists():
         begun = (folder / PLAN_FILE).exists()
         raise UserError(

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import tensorstore as ts
@@ -22,6 +21,7 @@ from activation_cache.errors import UserError
 from activation_cache.layout import ArrayLayout, read_rows
 from activation_cache.manifest import read_record
 from activation_cache.order import Segment
+from activation_cache.storage import Place
 
 TOKENS_FILE = "tokens.json"
 _CHUNK_BYTES = 2**16  # sequences are read one by one in random order: a chunk is read for each
@@ -75,7 +75,7 @@ class TokenSummary(Section):
 class TokenTable:
     """A finished token table."""
 
-    path: Path
+    path: Place
     summary: TokenSummary
 
     @property
@@ -132,7 +132,7 @@ class TokenTable:
         return token_layout(self.path, self.num_sequences, self.sequence_length).open()
 
 
-def open_tokens(path: Path) -> TokenTable:
+def open_tokens(path: Place) -> TokenTable:
     """Open a finished table; raises `UserError` when it is missing or damaged."""
     if not (path / TOKENS_FILE).exists():
         raise UserError(f"{path} has no {TOKENS_FILE}: it is not a finished token table.")
@@ -144,7 +144,7 @@ def usable_tokens(tokens: Int32[np.ndarray, "N S"], special: SpecialIds) -> Bool
     return (tokens != special.bos) & (tokens != special.eos) & (tokens != special.pad)
 
 
-def token_layout(path: Path, sequences: int, length: int) -> ArrayLayout:
+def token_layout(path: Place, sequences: int, length: int) -> ArrayLayout:
     """The array of tokens, int32 [sequences, length]."""
     return ArrayLayout(
         path=path / "tokens",
@@ -155,7 +155,7 @@ def token_layout(path: Path, sequences: int, length: int) -> ArrayLayout:
     )
 
 
-def count_layout(path: Path, sequences: int) -> ArrayLayout:
+def count_layout(path: Place, sequences: int) -> ArrayLayout:
     """The array of usable counts, int32 [sequences]."""
     return ArrayLayout(
         path=path / "usable",

@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int32
 
 from activation_cache.config import Section, TextConfig
 from activation_cache.errors import Interrupted, UserError
-from activation_cache.layout import array_errors, write_shards
+from activation_cache.layout import write_shards
 from activation_cache.manifest import FORMAT_VERSION, write_record
 from activation_cache.progress import ProgressMeter
-from activation_cache.storage import disk_errors, make_folder
+from activation_cache.storage import Place, make_folder, remove_tree
 from activation_cache.text import Source, find_sources
 from activation_cache.token_table import (
     TOKENS_FILE,
@@ -74,7 +72,7 @@ def prepare_tokens(
     text: TextConfig,
     *,
     tokenizer: Tokenizer,
-    path: Path,
+    path: Place,
     rows: int,
     keep: bool = False,
     stop: Callable[[], bool] = lambda: False,
@@ -189,7 +187,7 @@ class _TableBuilder:
     """Writes one table, shard by shard; memory holds a batch of text and one shard."""
 
     def __init__(
-        self, path: Path, recipe: Recipe, tokenizer: Tokenizer, stop: Callable[[], bool]
+        self, path: Place, recipe: Recipe, tokenizer: Tokenizer, stop: Callable[[], bool]
     ) -> None:
         self.path, self.recipe, self.tokenizer, self.stop = path, recipe, tokenizer, stop
         self.length = recipe.text.sequence_length
@@ -201,20 +199,18 @@ class _TableBuilder:
 
     def run(self, sources: list[Source]) -> TokenSummary:
         """Build the table; `tokens.json` makes it a table and is written last."""
-        if self.path.exists():
-            with disk_errors(self.path, doing="replace"):
-                shutil.rmtree(self.path)
+        remove_tree(self.path)
         make_folder(self.path)
-        layout = token_layout(self.path, 0, self.length)
-        array = layout.open(create=True)
         written = 0
+        shard_rows = token_layout(self.path, 0, self.length).shard_rows
         batches = pack(self._encoded(sources), length=self.length, special=self.special)
-        for rows in _regroup(self._counted(batches), layout.shard_rows):
-            with array_errors(layout.path, doing="write"):
-                array = array.resize(exclusive_max=[written + len(rows), None]).result()
-            write_shards(array, layout, start=written, rows=rows)
+        for rows in _regroup(self._counted(batches), shard_rows):
+            layout = token_layout(self.path, written + len(rows), self.length)
+            # How many there will be is known at the end: the array is described then.
+            write_shards(layout.open(assume=True), layout, start=written, rows=rows)
             written += len(rows)
         self._require_sequences(written)
+        token_layout(self.path, written, self.length).open(create=True)
         counts = self._write_counts(written)
         summary = TokenSummary(
             format_version=FORMAT_VERSION,

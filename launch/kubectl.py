@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from activation_cache.errors import Interrupted, UserError
-from launch.backends import Command
+from launch.backends import Command, local_folder
 from launch.kubernetes import (
     Manifest,
     Stage,
@@ -87,9 +87,13 @@ def submit(config: Config, *, command: Command, dry_run: bool, stop: Callable[[]
 
 
 def manifest_folder(config: Config) -> Path:
-    """Where the manifests go on this machine: beside the runs, unless the config says otherwise."""
+    """Where the manifests go on this machine: beside the runs, unless those are in a bucket, and
+    unless the config says otherwise.
+    """
     chosen = kubernetes_launch(config).manifests
-    return Path(config.output) / "kubernetes" if chosen is None else Path(chosen)
+    if chosen is not None:
+        return Path(chosen)
+    return local_folder(config, "kubernetes")
 
 
 def _run_sweep(

@@ -25,7 +25,7 @@ from typing import Literal
 
 from activation_cache.config import MeshConfig
 from activation_cache.errors import UserError
-from launch.backends import Command
+from launch.backends import Command, local_folder
 from launch.cohorts import Cohort, cohorts_of
 from launch.sweep import expand
 from sae_train.config import Config
@@ -130,9 +130,7 @@ def slurm_launch(config: Config) -> SlurmLaunch:
 
 def script_folder(config: Config) -> Path:
     """Where scripts, logs and job numbers go: beside the runs, unless those are in a bucket."""
-    if "://" in config.output:
-        return Path("slurm") / re.sub(r"[^A-Za-z0-9._-]+", "_", config.name)
-    return Path(config.output) / "slurm"
+    return local_folder(config, "slurm")
 
 
 def render(config: Config, *, command: Command) -> list[Script]:

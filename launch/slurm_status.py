@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from activation_cache.errors import UserError
+from activation_cache.storage import place
 from launch.slurm import Job, TaskState, read_jobs, task_states
 from launch.slurm_script import script_folder
 from sae_train.config import Config
@@ -46,7 +46,7 @@ def queue_view(config: Config) -> QueueView | None:
     others: list[str] = []
     for job in jobs.values():
         if job.stage == "train":
-            runs |= _runs(job, states, alone=Path(config.output).name)
+            runs |= _runs(job, states, alone=place(config.output).name)
         else:
             others.append(f"{job.stage}: job {_words(job.number, states)}")
     return QueueView(runs=runs, others="Slurm: " + "; ".join(others) if others else "")

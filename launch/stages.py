@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 
 from activation_cache import distributed
 from activation_cache.errors import UserError
-from activation_cache.storage import disk_errors, folder_lock, read_json
+from activation_cache.storage import Place, folder_lock, place, read_json, remove_tree
 from launch import group
 from launch.signals import StopFlag
 from sae_train.config import Config, EvaluationConfig
@@ -25,6 +23,7 @@ from sae_train.run_folder import (
     EVALUATION,
     FAILURE,
     RunFolder,
+    checkpoint_time,
     newest_checkpoint,
     read_run,
     record_failure,
@@ -37,7 +36,7 @@ def harvest(config: Config, *, stop: Callable[[], bool]) -> None:
     """Make the activation store of `config.cache`, or finish one that was begun."""
     _, mesh = config.harvest_mesh
     if group.starts_here(config):
-        store = Path(config.cache.path)
+        store = place(config.cache.path)
         group.run_stage(
             "harvest",
             config,
@@ -59,10 +58,11 @@ def harvest(config: Config, *, stop: Callable[[], bool]) -> None:
     )
 
 
-def _saved(store: Path) -> int:
+def _saved(store: Place) -> int:
     """Grows with what a harvest has saved: its tokens, then buckets."""
     finished_tokens = (store / "tokens" / "tokens.json").exists()
-    return finished_tokens + sum(1 for _ in store.glob("commits/bucket-*.json"))
+    commits = store / "commits"
+    return finished_tokens + (sum(1 for _ in commits.iterdir()) if commits.is_dir() else 0)
 
 
 def train(configs: Sequence[Config], *, fresh: bool, stop: Callable[[], bool]) -> None:
@@ -83,7 +83,7 @@ def train(configs: Sequence[Config], *, fresh: bool, stop: Callable[[], bool]) -
 
 def _train_in_group(configs: Sequence[Config], *, fresh: bool, stop: Callable[[], bool]) -> None:
     first, *beside = configs
-    folders = [Path(config.output) for config in configs]
+    folders = [place(config.output) for config in configs]
     if fresh:
         # Here and not there: a group that is started again must not start anew.
         from activation_cache.store import open_store
@@ -91,8 +91,8 @@ def _train_in_group(configs: Sequence[Config], *, fresh: bool, stop: Callable[[]
         store = open_store(first.cache.path)
         store.check_matches(model=first.model, text=first.text, cache=first.cache)
         for folder in folders:
-            with folder_lock(folder), disk_errors(folder, doing="delete the checkpoints of"):
-                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+            with folder_lock(folder):
+                remove_tree(folder / CHECKPOINTS)
     group.run_stage(
         "train",
         first,
@@ -111,7 +111,7 @@ def training_failures(configs: Sequence[Config], error: Exception) -> dict[str, 
     """
     reasons: dict[str, str] = {}
     for config in configs:
-        folder = Path(config.output)
+        folder = place(config.output)
         if is_trained(config):
             continue
         if not (folder / FAILURE).exists() and (folder / FILE_NAME).exists():
@@ -127,7 +127,7 @@ def reason_of(error: Exception) -> str:
 
 
 def evaluate(
-    folders: Sequence[Path],
+    folders: Sequence[Place],
     *,
     config: Config,
     settings: EvaluationConfig | None = None,
@@ -169,7 +169,7 @@ def evaluate(
         run_evaluate(folders, settings=settings, stop=stop)
 
 
-def export(folders: Sequence[Path]) -> None:
+def export(folders: Sequence[Place]) -> None:
     """Write and check the release of each run."""
     from sae_train.export import export as run_export
 
@@ -177,7 +177,7 @@ def export(folders: Sequence[Path]) -> None:
         run_export(folder)
 
 
-def report(folder: Path) -> Path:
+def report(folder: Place) -> Place:
     """Write the report of a run or a sweep; returns its page."""
     from sae_train.report import write_report
 
@@ -186,7 +186,7 @@ def report(folder: Path) -> Path:
 
 def is_trained(config: Config) -> bool:
     """Has the run of this config ended, under settings that give the same weights?"""
-    folder = Path(config.output)
+    folder = place(config.output)
     if newest_checkpoint(folder) != config.train.steps:
         return False
     from sae_train.checkpoint import numeric_differences
@@ -194,7 +194,7 @@ def is_trained(config: Config) -> bool:
     return not numeric_differences(read_run_config(folder), config)
 
 
-def needs_evaluation(folder: Path) -> bool:
+def needs_evaluation(folder: Place) -> bool:
     """Is a trained run's evaluation missing, of another checkpoint or under other settings?
 
     Judged by the files' words and times, without loading anything; `evaluate` itself compares
@@ -208,12 +208,12 @@ def needs_evaluation(folder: Path) -> bool:
     return _older_than_checkpoint(run, folder / EVALUATION)
 
 
-def needs_release(folder: Path) -> bool:
+def needs_release(folder: Place) -> bool:
     """Is a trained run's release missing, or older than its newest checkpoint?"""
     run = read_run(folder)
     return not run.release or any(_older_than_checkpoint(run, folder / f) for f in run.release)
 
 
-def _older_than_checkpoint(run: RunFolder, file: Path) -> bool:
-    checkpoint = run.path / CHECKPOINTS / str(run.checkpoint_step)
-    return file.stat().st_mtime < checkpoint.stat().st_mtime
+def _older_than_checkpoint(run: RunFolder, file: Place) -> bool:
+    assert run.checkpoint_step is not None
+    return file.stat().st_mtime < checkpoint_time(run.path, run.checkpoint_step)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
+from activation_cache.storage import is_locked, place
 from launch.slurm_status import QueueView, queue_view
 from launch.stages import needs_evaluation, needs_release
 from launch.sweep import expand
 from sae_train.config import Config
 from sae_train.config_file import FILE_NAME
-from sae_train.run_folder import RunFolder, State, is_locked, read_run
+from sae_train.run_folder import RunFolder, State, read_run
 
 _STYLES = {"trained": "green", "running": "cyan", "stopped": "yellow", "failed": "red"}
 
@@ -24,13 +24,13 @@ def status_table(config: Config) -> Table:
     Raises:
         UserError: a run's folder holds damaged files.
     """
-    alone = Path(config.output)
+    alone = place(config.output)
     runs = (
         [(alone.name, alone, config)]
         if config.sweep is None
         else [(run.name, run.folder, run.config) for run in expand(config)]
     )
-    busy = ", a process is at work" if is_locked(Path(config.output)) else ""
+    busy = ", a process is at work" if is_locked(place(config.output)) else ""
     queue = queue_view(config)
     table = Table(title=f"{config.name} in {config.output}{busy}", title_justify="left")
     if queue is not None and queue.others:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from activation_cache.errors import UserError
 from activation_cache.known_models import config_for_planning
+from activation_cache.storage import place
 from sae_train.config import Config, L0Penalty
 from sae_train.config_file import with_values
 from sae_train.suite import Cell, all_cells, cache_of, cells_of, refuse_untrainable
@@ -32,7 +32,7 @@ def suite_runs(config: Config) -> Iterator[tuple[str, Mapping[str, Any], Config]
         name, settings = cell.folder, cell.settings()
         own = {
             "name": f"{config.name}-{name.replace('/', '-')}",
-            "output": str(Path(config.output) / name),
+            "output": str(place(config.output) / name),
         }
         run = with_values(base, {**settings, **own}, source=f"sweep.cells, {name}")
         if cell.tap not in caches:

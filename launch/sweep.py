@@ -14,13 +14,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from activation_cache.errors import Interrupted, UserError
-from activation_cache.storage import folder_lock
+from activation_cache.storage import Place, folder_lock, place
 from launch import stages
 from launch.cohorts import cohort_lines, cohort_table, cohorts_of
 from launch.signals import StopFlag
@@ -45,8 +44,8 @@ class Run:
     config: Config
 
     @property
-    def folder(self) -> Path:
-        return Path(self.config.output)
+    def folder(self) -> Place:
+        return place(self.config.output)
 
 
 @dataclass
@@ -119,7 +118,7 @@ def run_sweep(config: Config, *, stop: StopFlag) -> int:
         for part in _by_store(runs):
             _run_on_one_store(config, part, stop=stop, failures=failures)
         with stop.at_once():
-            report = stages.report(Path(config.output))
+            report = stages.report(place(config.output))
     logger.info("report: %s", report)
     return _conclude(runs, failures)
 
@@ -301,7 +300,7 @@ def _short_labels(keys: list[str]) -> dict[str, str]:
 
 
 def _make_run(config: Config, *, name: str, settings: Mapping[str, Any]) -> Run:
-    own = {"name": f"{config.name}-{name}", "output": str(Path(config.output) / name)}
+    own = {"name": f"{config.name}-{name}", "output": str(place(config.output) / name)}
     run_config = with_values(
         config.model_copy(update={"sweep": None}),
         {**settings, **own},

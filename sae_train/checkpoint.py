@@ -2,8 +2,9 @@
 
 Layout: `<run>/checkpoints/<step>/{state,meta}`, `state` being the training state of
 `state.TrainState` and `meta` the JSON that says what it belongs to. Orbax writes a checkpoint
-under a temporary name and renames it when it is whole, so one that has its name was complete.
-What happens to it later is found out by checksums: `meta` has one of itself and one of each array.
+under a temporary name and renames it when it is whole, so one that has its name was complete; in
+a bucket `checkpoint_arrays` writes the meta last, so one that has its meta was complete. What
+happens to it later is found out by checksums: `meta` has one of itself and one of each array.
 
 Saved by any number of processes on any mesh, a checkpoint restores on any other.
 """
@@ -23,8 +24,10 @@ import orbax.checkpoint as ocp
 from jaxtyping import Float
 
 from activation_cache import distributed
-from activation_cache.errors import UserError
-from activation_cache.storage import disk_errors, make_folder
+from activation_cache.bucket import BucketPath
+from activation_cache.errors import StorageError, UserError
+from activation_cache.storage import AnyPath, Place, disk_errors, make_folder, place
+from sae_train.checkpoint_arrays import ARRAYS, META, BucketCheckpoints, cutting_of, read_state
 from sae_train.checksum import DamagedCheckpoint, seal_meta, state_checksums, unseal_meta
 from sae_train.config import Config
 from sae_train.config_file import differing_fields
@@ -90,21 +93,15 @@ def checkpoint_meta(
     }
 
 
-class Checkpoints:
-    """The checkpoints of one run folder; a context manager that waits for writes on leaving.
+class _OrbaxCheckpoints:
+    """The checkpoints under one folder of a disk."""
 
-    With several processes, all call everything that writes, in the same order.
-    """
-
-    def __init__(
-        self, run_folder: str | Path, *, keep: int | None = None, read_only: bool = False
-    ) -> None:
-        """Open them; `read_only` disturbs nobody who may be writing there."""
-        self.folder = (Path(run_folder) / FOLDER).absolute()
+    def __init__(self, folder: Path, *, keep: int | None, read_only: bool) -> None:
+        self.folder = folder
         if not read_only:
-            make_folder(self.folder)
+            make_folder(folder)
         self._manager = ocp.CheckpointManager(
-            self.folder,
+            folder,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 enable_async_checkpointing=True,
@@ -119,6 +116,44 @@ class Checkpoints:
             item_names=("state", "meta"),
         )
 
+    def close(self) -> None:
+        self._manager.close()
+
+    def wait(self) -> None:
+        with disk_errors(self.folder, doing="save a checkpoint in"):
+            self._manager.wait_until_finished()
+
+    def steps(self) -> list[int]:
+        return list(self._manager.all_steps())
+
+    def save(self, step: int, state: TrainState, sealed: Mapping[str, Any]) -> None:
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(sealed))
+        )
+        with disk_errors(self.folder, doing="save a checkpoint in"):
+            self._manager.save(step, args=arguments)
+
+    def delete(self, step: int) -> None:
+        self._manager.delete(step)
+
+
+class Checkpoints:
+    """The checkpoints of one run folder; a context manager that waits for writes on leaving.
+
+    With several processes, all call everything that writes, in the same order.
+    """
+
+    def __init__(
+        self, run_folder: AnyPath, *, keep: int | None = None, read_only: bool = False
+    ) -> None:
+        """Open them; `read_only` disturbs nobody who may be writing there."""
+        self.folder = (place(run_folder) / FOLDER).absolute()
+        self._files: BucketCheckpoints | _OrbaxCheckpoints
+        if isinstance(self.folder, BucketPath):
+            self._files = BucketCheckpoints(self.folder, keep=keep, read_only=read_only)
+        else:
+            self._files = _OrbaxCheckpoints(self.folder, keep=keep, read_only=read_only)
+
     def __enter__(self) -> Checkpoints:
         return self
 
@@ -131,25 +166,21 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._manager.close()
+            self._files.close()
 
     def wait(self) -> None:
         """Return when every save has reached the disk under its final name."""
-        with disk_errors(self.folder, doing="save a checkpoint in"):
-            self._manager.wait_until_finished()
+        self._files.wait()
 
     def steps(self) -> list[int]:
         """Steps that have a whole checkpoint, rising."""
-        return sorted(self._manager.all_steps())
+        return sorted(self._files.steps())
 
     def save(self, state: TrainState, *, step: int, meta: Mapping[str, Any]) -> None:
         """Copy the state off the devices and write it in the background."""
-        sealed = seal_meta(meta, checksums=state_checksums(state))
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(sealed)
-        )
-        with disk_errors(self.folder, doing="save a checkpoint in"):
-            self._manager.save(step, args=arguments)
+        if isinstance(self.folder, BucketPath):
+            meta = {**meta, ARRAYS: cutting_of(state)}
+        self._files.save(step, state, seal_meta(meta, checksums=state_checksums(state)))
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """The JSON of one checkpoint.
@@ -157,7 +188,7 @@ class Checkpoints:
         Raises:
             DamagedCheckpoint: it isn't what was written.
         """
-        file = self.folder / str(step) / "meta" / "metadata"
+        file = self.folder / str(step) / META
         try:
             return unseal_meta(file.read_bytes())
         except FileNotFoundError as error:
@@ -171,16 +202,16 @@ class Checkpoints:
         Raises:
             DamagedCheckpoint: it can't be read, or isn't what was written.
         """
-        expected = self.read_meta(step)["checksums"]
+        meta = self.read_meta(step)
+        expected = meta["checksums"]
         problem: str | None = None
+        state: Any = None
         try:
-            state = ocp.StandardCheckpointHandler().restore(
-                self.folder / str(step) / "state", args=ocp.args.StandardRestore(abstract)
-            )
-        except (PermissionError, MemoryError):
+            state = _read(self.folder / str(step), abstract, meta)
+        except (PermissionError, MemoryError, StorageError):
             raise
         except Exception as error:  # whatever Orbax makes of missing and torn files
-            problem, state = f"it can't be read ({_innermost(error)})", None
+            problem = f"it can't be read ({_innermost(error)})"
         # All or none: the checksums of arrays that lie on all processes need all of them.
         problem = next(filter(None, distributed.gathered("restored", problem)), None)
         if problem is None:
@@ -212,7 +243,7 @@ class Checkpoints:
                 logger.warning("skipping the damaged checkpoint at step %d: %s", step, error)
                 continue
             for newer in [other for other in steps if other > step and drop_damaged]:
-                self._manager.delete(newer)
+                self._files.delete(newer)
             return step, loaded
         if damaged:
             raise UserError(
@@ -224,7 +255,7 @@ class Checkpoints:
     def delete_all(self) -> None:
         """Forget every checkpoint: for a run the user wants to start anew."""
         for step in self.steps():
-            self._manager.delete(step)
+            self._files.delete(step)
 
 
 def numeric_differences(a: Config, b: Config) -> list[str]:
@@ -236,7 +267,9 @@ def numeric_differences(a: Config, b: Config) -> list[str]:
     ]
 
 
-def refuse_difference(config: Config, meta: Mapping[str, Any], *, store: str, folder: Path) -> None:
+def refuse_difference(
+    config: Config, meta: Mapping[str, Any], *, store: str, folder: Place
+) -> None:
     """Raise `UserError` naming the fields in which a checkpoint belongs to another run."""
     earlier = Config.model_validate(meta["config"])
     differing = numeric_differences(earlier, config)
@@ -257,6 +290,15 @@ def refuse_difference(config: Config, meta: Mapping[str, Any], *, store: str, fo
         )
 
 
+def _read(folder: Place, abstract: TrainState, meta: Mapping[str, Any]) -> TrainState:
+    if ARRAYS in meta:
+        return read_state(folder, abstract, meta)
+    if isinstance(folder, BucketPath):
+        raise UserError("it was saved on a disk: copy the run's folder to a disk to read it")
+    arguments = ocp.args.StandardRestore(abstract)
+    return ocp.StandardCheckpointHandler().restore(folder / "state", args=arguments)
+
+
 def _innermost(error: BaseException) -> str:
     """The words of the error that others were wrapped around."""
     while inner := (error.exceptions[0] if isinstance(error, ExceptionGroup) else error.__cause__):
@@ -270,7 +312,7 @@ def _lookup(tree: Any, key: str) -> Any:
     return tree
 
 
-def load_trained(run_folder: str | Path, *, step: int | None = None) -> Trained:
+def load_trained(run_folder: AnyPath, *, step: int | None = None) -> Trained:
     """Read the SAE of a run folder: its last checkpoint, or the one at `step`.
 
     A damaged last checkpoint is passed over, with a warning, for the one before.
@@ -279,7 +321,7 @@ def load_trained(run_folder: str | Path, *, step: int | None = None) -> Trained:
         UserError: the folder has no checkpoint, none at `step`, or damaged ones only.
         DamagedCheckpoint: the one at `step` is.
     """
-    folder = Path(run_folder)
+    folder = place(run_folder)
     if not (folder / FOLDER).is_dir():
         raise UserError(f"{folder} has no {FOLDER}/: give a run folder that `sae train` wrote")
     with Checkpoints(folder, read_only=True) as checkpoints:

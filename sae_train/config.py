@@ -15,6 +15,7 @@ from activation_cache.config import (
     CacheConfig,
     Count,
     Fraction,
+    Location,
     MeshConfig,
     ModelConfig,
     NonNegative,
@@ -329,7 +330,7 @@ class Config(Section):
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    output: Annotated[str, Field(min_length=1)]
+    output: Location
     sweep: SweepConfig | None = None
     launch: Launch = LocalLaunch()
 
@@ -347,6 +348,11 @@ class Config(Section):
             *_check_divisible("train.batch_size", self.train.batch_size, "data", self.mesh.data),
             *_check_divisible("sae.width", self.sae.width, "model", self.mesh.model),
         ]
+        if self.train.tensorboard and "://" in self.output:
+            mistakes.append(
+                f"train.tensorboard writes event files, which grow, and objects of a bucket can't "
+                f"(output is {self.output}): set it to false; metrics.jsonl has every number"
+            )
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self

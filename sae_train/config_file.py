@@ -9,22 +9,20 @@ told together, each with its line and key path.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pydantic
 
 from activation_cache.errors import UserError
-from activation_cache.storage import make_folder, write_text
+from activation_cache.storage import AnyPath, make_folder, place, write_text
 from sae_train import config_errors, config_schema, strict_yaml
 from sae_train.config import Config
 
 FILE_NAME = "config.yaml"
 
 
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+def load_config(path: AnyPath, overrides: Sequence[str] = ()) -> Config:
     """Read a config file, apply `key=value` overrides from left to right, check it whole.
 
     Args:
@@ -68,16 +66,16 @@ def resolved_yaml(config: Config) -> str:
     return strict_yaml.dump(config.model_dump(mode="python"))
 
 
-def write_config(config: Config, folder: str | os.PathLike[str]) -> None:
+def write_config(config: Config, folder: AnyPath) -> None:
     """Write the resolved config as `<folder>/config.yaml`, atomically."""
     write_text(make_folder(folder) / FILE_NAME, resolved_yaml(config))
 
 
-def read_run_config(folder: str | os.PathLike[str]) -> Config:
+def read_run_config(folder: AnyPath) -> Config:
     """The resolved config of an output folder; raises `UserError` if it isn't one."""
-    path = Path(folder) / FILE_NAME
+    path = place(folder) / FILE_NAME
     if not path.is_file():
-        what = "has no config.yaml" if Path(folder).is_dir() else "does not exist"
+        what = "has no config.yaml" if place(folder).is_dir() else "does not exist"
         raise UserError(
             f"{folder} {what}: it is not the output folder of a run or a sweep. Give the folder "
             "that `output:` names, or the config file itself."
@@ -93,9 +91,9 @@ def differing_fields(a: Config, b: Config) -> list[str]:
     return [key for key in keys if left.get(key, missing) != right.get(key, missing)]
 
 
-def _read_text(path: str | os.PathLike[str]) -> str:
+def _read_text(path: AnyPath) -> str:
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
+        return place(path).read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such config file") from error
     except IsADirectoryError as error:

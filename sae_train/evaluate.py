@@ -11,7 +11,6 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
@@ -21,6 +20,7 @@ from activation_cache.errors import UserError
 from activation_cache.gemma_config import GemmaConfig
 from activation_cache.gemma_params import make_mesh
 from activation_cache.model import LanguageModel, conversion_folder, load_model
+from activation_cache.storage import AnyPath, Place, place
 from activation_cache.store import open_store
 from activation_cache.taps import Tap, check_tap, tap_width
 from activation_cache.weights import open_checkpoint
@@ -77,7 +77,7 @@ def _local_mesh(config: Config, gemma: GemmaConfig) -> Mesh:
 
 
 def evaluate(
-    folders: Sequence[Path],
+    folders: Sequence[AnyPath],
     *,
     settings: EvaluationConfig | None = None,
     model: LanguageModel | None = None,
@@ -106,7 +106,7 @@ def evaluate(
         Interrupted: `stop` said yes; runs not evaluated yet are as they were.
     """
     models = _Models(given=model)
-    jobs = [_job(Path(folder), settings=settings, models=models) for folder in folders]
+    jobs = [_job(place(folder), settings=settings, models=models) for folder in folders]
     waiting = []
     for job in jobs:
         if not force and job.is_current(read_evaluation(job.folder)):
@@ -124,7 +124,7 @@ def evaluate(
     return results
 
 
-def _job(folder: Path, *, settings: EvaluationConfig | None, models: _Models) -> Job:
+def _job(folder: Place, *, settings: EvaluationConfig | None, models: _Models) -> Job:
     """Read one run's SAE and check all that can be checked before the model is loaded."""
     trained = load_trained(folder)
     config = read_run_config(folder)

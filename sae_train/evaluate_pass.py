@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ from activation_cache.errors import Interrupted, UserError
 from activation_cache.model import LanguageModel
 from activation_cache.progress import ProgressMeter
 from activation_cache.shared_work import shared
+from activation_cache.storage import Place
 from activation_cache.taps import Splice, Tap, tap_width
 from activation_cache.token_table import TokenTable
 from sae_train.config import Config, EvaluationConfig
@@ -45,7 +45,7 @@ from sae_train.release import Sae
 class Job:
     """One SAE to evaluate."""
 
-    folder: Path
+    folder: Place
     config: Config
     settings: EvaluationConfig
     step: int

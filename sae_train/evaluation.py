@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from activation_cache.errors import UserError
-from activation_cache.storage import read_json, replacing, write_json
+from activation_cache.storage import Place, read_json, replacing, write_json
 from sae_train.evaluate_stats import LossSums, SaeSums, SiteSums
 from sae_train.run_folder import EVALUATION
 
@@ -196,7 +196,7 @@ def _finite(value: float) -> float | None:
 
 
 def write_evaluation(
-    evaluation: Evaluation, folder: Path, *, fired_F: Int[np.ndarray, " F"]
+    evaluation: Evaluation, folder: Place, *, fired_F: Int[np.ndarray, " F"]
 ) -> None:
     """Write firing_counts.npy, then evaluation.json, which names its hash."""
     path = folder / FIRING_COUNTS
@@ -207,7 +207,7 @@ def write_evaluation(
     write_json(folder / EVALUATION, written.to_json())
 
 
-def read_evaluation(folder: Path) -> Evaluation | None:
+def read_evaluation(folder: Place) -> Evaluation | None:
     """The evaluation of a run's folder; None if there is none or another version wrote it."""
     path = folder / EVALUATION
     if not path.is_file():
@@ -218,7 +218,7 @@ def read_evaluation(folder: Path) -> Evaluation | None:
         return None
 
 
-def read_frequencies(folder: Path, evaluation: Evaluation) -> Float[np.ndarray, " F"]:
+def read_frequencies(folder: Place, evaluation: Evaluation) -> Float[np.ndarray, " F"]:
     """The fraction of tokens each latent fired on.
 
     Raises:
@@ -229,8 +229,8 @@ def read_frequencies(folder: Path, evaluation: Evaluation) -> Float[np.ndarray, 
         raise UserError(
             f"{path} is missing or doesn't belong to {folder / EVALUATION}: evaluate again"
         )
-    return np.load(path) / evaluation.tokens
+    return np.load(io.BytesIO(path.read_bytes())) / evaluation.tokens
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Place) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from activation_cache.errors import UserError
-from activation_cache.storage import make_folder, write_text
+from activation_cache.storage import Place, make_folder, write_text
 from sae_train.checkpoint import load_trained
 from sae_train.config import Config
 from sae_train.config_file import FILE_NAME, read_run_config
@@ -28,13 +27,13 @@ logger = logging.getLogger(__name__)
 class Release:
     """What was written: the folder, its files, the SAE, the evaluation it quotes if any."""
 
-    folder: Path
-    files: tuple[Path, ...]
+    folder: Place
+    files: tuple[Place, ...]
     sae: Sae
     evaluation: Evaluation | None
 
 
-def export(folder: Path) -> list[Release]:
+def export(folder: Place) -> list[Release]:
     """Write `release/` in a run's folder, or in every trained run of a sweep's folder.
 
     Numbers of an evaluation are quoted only if it is of the exported weights.
@@ -55,7 +54,7 @@ def export(folder: Path) -> list[Release]:
     return [_export_run(run) for run in runs]
 
 
-def _export_run(folder: Path) -> Release:
+def _export_run(folder: Place) -> Release:
     trained = load_trained(folder)
     sae = fold(trained)
     evaluation = _evaluation_of(sae, folder)
@@ -64,7 +63,7 @@ def _export_run(folder: Path) -> Release:
         frequency_F = read_frequencies(folder, evaluation)
         sae.metadata["l0"] = evaluation.l0
     target = make_folder(folder / RELEASE)
-    files: list[Path] = []
+    files: list[Place] = []
     if sae.k is None:  # Gemma Scope's formats have no place for a k
         files += write_gemma_scope(sae, target / "gemma_scope")
         files += write_gemma_scope_2(sae, target / "gemma_scope_2")
@@ -79,12 +78,12 @@ def _export_run(folder: Path) -> Release:
     return Release(target, (*files, card), sae, evaluation)
 
 
-def _config(folder: Path, trained: Config) -> Config:
+def _config(folder: Place, trained: Config) -> Config:
     """The run's config.yaml; where there is none, the config the checkpoint remembers."""
     return read_run_config(folder) if (folder / FILE_NAME).is_file() else trained
 
 
-def _evaluation_of(sae: Sae, folder: Path) -> Evaluation | None:
+def _evaluation_of(sae: Sae, folder: Place) -> Evaluation | None:
     evaluation = read_evaluation(folder)
     if evaluation is None or evaluation.fingerprints.get("sae") == sae.fingerprint:
         return evaluation
@@ -97,7 +96,7 @@ def _evaluation_of(sae: Sae, folder: Path) -> Evaluation | None:
     return None
 
 
-def check_same(sae: Sae, read: Sae, *, path: Path) -> None:
+def check_same(sae: Sae, read: Sae, *, path: Place) -> None:
     """Raise `UserError` when what `path` reads back as isn't what was written to it."""
     if sae.k != read.k:
         raise UserError(f"{path} reads back with k {read.k}, written was {sae.k}: export again")

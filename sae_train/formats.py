@@ -12,14 +12,13 @@ Legend: D model width, F latents.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from activation_cache.safetensors_file import write_safetensors
-from activation_cache.storage import make_folder, replacing, write_json
+from activation_cache.storage import Place, make_folder, replacing, write_json
 from sae_train.release import Sae
 
 FORMATS = ("gemma_scope", "gemma_scope_2", "sae_lens")
@@ -28,7 +27,7 @@ FORMATS = ("gemma_scope", "gemma_scope_2", "sae_lens")
 _LOG_SPARSITY_EPSILON = 1e-10
 
 
-def write_gemma_scope(sae: Sae, folder: Path) -> list[Path]:
+def write_gemma_scope(sae: Sae, folder: Place) -> list[Place]:
     """Write `params.npz`: float32, capital names, the plain threshold, nothing else."""
     path = make_folder(folder) / "params.npz"
     with replacing(path) as temporary, open(temporary, "wb") as file:
@@ -36,7 +35,7 @@ def write_gemma_scope(sae: Sae, folder: Path) -> list[Path]:
     return [path]
 
 
-def write_gemma_scope_2(sae: Sae, folder: Path) -> list[Path]:
+def write_gemma_scope_2(sae: Sae, folder: Place) -> list[Place]:
     """Write `params.safetensors` with lower-case names, then `config.json`.
 
     `l0` is the measured one, rounded; Gemma Scope 2 puts its target there. It is left out where
@@ -63,8 +62,8 @@ def write_gemma_scope_2(sae: Sae, folder: Path) -> list[Path]:
 
 
 def write_sae_lens(
-    sae: Sae, folder: Path, *, frequency_F: Float[np.ndarray, " F"] | None = None
-) -> list[Path]:
+    sae: Sae, folder: Place, *, frequency_F: Float[np.ndarray, " F"] | None = None
+) -> list[Place]:
     """Write an inference SAE of SAELens 6, its sparsity file too where it was measured.
 
     JumpReLU, ReLU ("standard"), Gated and TopK ones each as SAELens keeps them.
@@ -118,7 +117,7 @@ def _sae_lens_form(sae: Sae) -> tuple[str, dict[str, np.ndarray], dict[str, Any]
     return "standard", tensors, {}
 
 
-def _write_tensors(tensors: Mapping[str, np.ndarray], path: Path) -> None:
+def _write_tensors(tensors: Mapping[str, np.ndarray], path: Place) -> None:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     with replacing(path) as temporary, open(temporary, "wb") as file:
         write_safetensors(file, shapes, tensors.items())

@@ -11,7 +11,6 @@ Legend: D model width, F latents.
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import zipfile
 import zlib
@@ -25,7 +24,7 @@ from numpy.lib.npyio import NpzFile
 
 from activation_cache.errors import UserError
 from activation_cache.safetensors_file import open_safetensors
-from activation_cache.storage import read_json
+from activation_cache.storage import AnyPath, Place, on_disk, place, read_json
 from sae_train.hooks import hugging_face_hook, parse_hook, transformer_lens_hook
 from sae_train.release import TENSORS, Sae, check_finite, gated_as_jumprelu
 
@@ -43,7 +42,7 @@ _FOREIGN = {
 }
 
 
-def load_sae(path: str | os.PathLike[str]) -> Sae:
+def load_sae(path: AnyPath) -> Sae:
     """Read an SAE from a folder or from its weights file.
 
     A run's folder or its `release/` is read through the SAELens folder in it, the format that
@@ -56,14 +55,21 @@ def load_sae(path: str | os.PathLike[str]) -> Sae:
         UserError: nothing readable there, a damaged file, a tensor missing, unknown, mis-shaped
             or not finite, or an architecture that isn't read (a transcoder, ...).
     """
-    found = _find(Path(path))
+    found = _find(place(path))
     # A lone .npz may have any name; Gemma Scope's files are often renamed to be told apart.
-    sae = _READERS.get(found.name, _read_gemma_scope)(found)
+    reader = _READERS.get(found.name, _read_gemma_scope)
+    with on_disk(found.parent, (found.name, "cfg.json", "config.json")) as folder:
+        try:
+            sae = reader(folder / found.name)
+        except UserError as error:
+            if isinstance(found, Path):
+                raise
+            raise UserError(str(error).replace(str(folder), str(found.parent))) from error
     check_finite(sae.tensors, where=str(found))
     return sae
 
 
-def _find(path: Path) -> Path:
+def _find(path: Place) -> Place:
     """The weights file that `path` stands for."""
     if path.is_file() and (path.name in _READERS or path.suffix == ".npz"):
         return path

@@ -16,7 +16,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ import jax
 from activation_cache import distributed
 from activation_cache.errors import Interrupted, UserError
 from activation_cache.reader import ActivationReader
+from activation_cache.storage import Place
 from activation_cache.store import Store, open_store
 from activation_cache.taps import Tap
 from sae_train.cohort import check_cohort, step_key
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 class TrainResult:
     """How a run ended: optimiser steps done and the last row of its metrics."""
 
-    folder: Path
+    folder: Place
     step: int
     metrics: Mapping[str, Any]
 

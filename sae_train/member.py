@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -20,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from activation_cache import distributed
-from activation_cache.storage import folder_lock
+from activation_cache.storage import folder_lock, place
 from activation_cache.store import Store
 from activation_cache.taps import Tap
 from sae_train.checkpoint import Checkpoints, checkpoint_meta, refuse_difference
@@ -48,7 +47,7 @@ class Member:
     def __init__(
         self, config: Config, *, store: Store, mesh: jax.sharding.Mesh, clock: InputClock
     ) -> None:
-        self.config, self.folder = config, Path(config.output)
+        self.config, self.folder = config, place(config.output)
         self.done, self.steps = 0, config.train.steps
         self.failure: str | None = None
         self.journal = Journal(config, clock)
@@ -131,9 +130,7 @@ class Member:
 
     def _load(self, step: int) -> TrainState:
         earlier = self.checkpoints.read_meta(step)
-        refuse_difference(
-            self.config, earlier, store=self._store.identity, folder=Path(self.config.output)
-        )
+        refuse_difference(self.config, earlier, store=self._store.identity, folder=self.folder)
         abstract = abstract_state(self.config.sae, d_model=self._meta["d_model"], mesh=self._mesh)
         return self.checkpoints.restore(abstract, step=step)
 

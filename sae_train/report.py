@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from datetime import datetime
 from html import escape
 from importlib import metadata, resources
-from pathlib import Path
+from pathlib import PurePath
 from string import Template
 from typing import Any
 from urllib.parse import quote
 
-from activation_cache.storage import make_folder, write_text
+from activation_cache.storage import AnyPath, Place, make_folder, place, write_text
 from sae_train import report_svg
 from sae_train.architecture import ARCHITECTURE_NAMES
 from sae_train.config import Config
@@ -41,13 +41,13 @@ _PRESSURE = ("train.sparsity.", "sae.k")
 _OWN = ("name", "output", "sweep", "cache", "mesh")
 
 
-def write_report(folder: str | os.PathLike[str]) -> Path:
+def write_report(folder: AnyPath) -> Place:
     """Write `<folder>/report/index.html` for a run's or a sweep's folder; returns its path.
 
     Raises:
         UserError: the folder is neither, holds no run yet, or a file in it is damaged.
     """
-    root = Path(folder)
+    root = place(folder)
     config = read_run_config(root)
     runs = describe_runs([read_run(path) for path in run_folders(root)])
     page = make_folder(root / "report") / "index.html"
@@ -109,7 +109,7 @@ def _settings(config: Config, keys: Sequence[str]) -> str:
     return ", ".join(words)
 
 
-def _body(config: Config, runs: Sequence[ReportRun], *, page: Path) -> str:
+def _body(config: Config, runs: Sequence[ReportRun], *, page: Place) -> str:
     return "\n".join(
         [
             _header(config, runs),
@@ -140,7 +140,7 @@ def _header(config: Config, runs: Sequence[ReportRun]) -> str:
         f"<h1>{escape(config.name)}</h1>"
         f'<p class="lead">{kinds} sparse autoencoders of width '
         f"{' and '.join(f'{width:,}' for width in widths)} on {escape(', '.join(sites))} of "
-        f"<b>{escape(Path(config.model.weights).name)}</b>.</p>"
+        f"<b>{escape(PurePath(config.model.weights).name)}</b>.</p>"
         f'<ul class="tiles">{numbers}</ul>'
     )
 
@@ -217,7 +217,7 @@ _COLUMNS = (
 )
 
 
-def _table(runs: Sequence[ReportRun], *, page: Path) -> str:
+def _table(runs: Sequence[ReportRun], *, page: Place) -> str:
     heads = "".join(f"<th>{words}</th>" for _, words, _ in _COLUMNS)
     rows = "".join(_row(run, page=page) for run in runs)
     return (
@@ -227,7 +227,7 @@ def _table(runs: Sequence[ReportRun], *, page: Path) -> str:
     )
 
 
-def _row(run: ReportRun, *, page: Path) -> str:
+def _row(run: ReportRun, *, page: Place) -> str:
     folder = run.folder
     cells = "".join(f"<td>{_cell(run.measured(name), form)}</td>" for name, _, form in _COLUMNS)
     done = folder.checkpoint_step or 0
@@ -245,9 +245,9 @@ def _cell(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def _links(folder: RunFolder, *, page: Path) -> str:
+def _links(folder: RunFolder, *, page: Place) -> str:
     files = [("config", FILE_NAME), ("metrics", METRICS), ("evaluation", EVALUATION)]
-    named = [(words, Path(name)) for words, name in files if (folder.path / name).exists()]
+    named = [(words, PurePath(name)) for words, name in files if (folder.path / name).exists()]
     weights = [f for f in folder.release if f.suffix in (".npz", ".safetensors")]
     named += [(f.parent.name, f) for f in weights if f.stem in ("params", "sae_weights")]
     return " · ".join(
@@ -256,8 +256,8 @@ def _links(folder: RunFolder, *, page: Path) -> str:
     )
 
 
-def _relative(path: Path, page: Path) -> str:
-    return quote(Path(os.path.relpath(path, page.parent)).as_posix())
+def _relative(path: Place, page: Place) -> str:
+    return quote(PurePath(os.path.relpath(str(path), str(page.parent))).as_posix())
 
 
 def _training(runs: Sequence[ReportRun]) -> str:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any, Literal
 
+from activation_cache.bucket import BucketPath
 from activation_cache.errors import UserError
-from activation_cache.storage import disk_errors, make_folder, read_json, write_json
+from activation_cache.storage import (
+    AnyPath,
+    Place,
+    append_line,
+    file_sizes,
+    is_locked,
+    make_folder,
+    place,
+    read_json,
+    write_bytes,
+    write_json,
+)
 from sae_train.config import Config
 from sae_train.config_file import FILE_NAME, read_run_config
 from sae_train.metrics import read_metrics
@@ -24,6 +34,7 @@ FAILURE = "failure.json"
 RELEASE = "release"
 STARTS = "starts.jsonl"
 _SUITE_DEPTH = 4  # res/layer_12/width_16k/coefficient_0.001
+_COMMIT = "meta/metadata"  # of a checkpoint in a bucket, where it is written last
 
 State = Literal["not started", "running", "stopped", "trained", "failed"]
 
@@ -41,12 +52,12 @@ class RunFolder:
         restarts: how often its training was taken up again.
     """
 
-    path: Path
+    path: Place
     config: Config
     metrics: Sequence[dict[str, Any]]
     checkpoint_step: int | None
     evaluation: dict[str, Any] | None
-    release: tuple[Path, ...]
+    release: tuple[PurePath, ...]
     failure: str | None
     restarts: int = 0
 
@@ -66,9 +77,9 @@ class RunFolder:
         return "stopped" if self.checkpoint_step or self.metrics else "not started"
 
 
-def read_run(path: str | os.PathLike[str]) -> RunFolder:
+def read_run(path: AnyPath) -> RunFolder:
     """Read a run's folder; raises `UserError` if it isn't one or a file in it is damaged."""
-    folder = Path(path)
+    folder = place(path)
     config = read_run_config(folder)
     if config.sweep is not None:
         raise UserError(f"{folder} is a sweep's folder; its runs are the folders inside")
@@ -85,13 +96,13 @@ def read_run(path: str | os.PathLike[str]) -> RunFolder:
     )
 
 
-def run_folders(folder: str | os.PathLike[str]) -> list[Path]:
+def run_folders(folder: AnyPath) -> list[Place]:
     """The runs in a folder: itself if it is one, else the runs of the sweep it is.
 
     Raises:
         UserError: neither a run's folder nor a sweep's, or a sweep without any run yet.
     """
-    root = Path(folder)
+    root = place(folder)
     sweep = read_run_config(root).sweep
     if sweep is None:
         return [root]
@@ -102,7 +113,7 @@ def run_folders(folder: str | os.PathLike[str]) -> list[Path]:
     return sorted(inside, key=lambda path: [_natural(part) for part in path.parts])
 
 
-def _runs_below(folder: Path, *, depth: int) -> Iterator[Path]:
+def _runs_below(folder: Place, *, depth: int) -> Iterator[Place]:
     for path in folder.iterdir():
         if _is_store(path) or not path.is_dir():
             continue
@@ -112,66 +123,62 @@ def _runs_below(folder: Path, *, depth: int) -> Iterator[Path]:
             yield from _runs_below(path, depth=depth - 1)
 
 
-def _is_store(path: Path) -> bool:
+def _is_store(path: Place) -> bool:
     """An activation store inside the sweep's folder keeps a config too."""
     return any((path / name).exists() for name in ("manifest.json", "plan.json"))
 
 
-def newest_checkpoint(folder: Path) -> int | None:
+def newest_checkpoint(folder: Place) -> int | None:
     """The step of the newest whole checkpoint: one still being written has another name."""
     checkpoints = folder / CHECKPOINTS
     if not checkpoints.is_dir():
         return None
-    return max((int(p.name) for p in checkpoints.iterdir() if p.name.isdecimal()), default=None)
+    found = (p for p in checkpoints.iterdir() if p.name.isdecimal())
+    for path in sorted(found, key=lambda p: int(p.name), reverse=True):
+        if not isinstance(path, BucketPath) or (path / _COMMIT).is_file():
+            return int(path.name)
+    return None
 
 
-def release_files(folder: Path) -> tuple[Path, ...]:
+def checkpoint_time(folder: Place, step: int) -> float:
+    """When a checkpoint was finished, in seconds since 1970."""
+    path = folder / CHECKPOINTS / str(step)
+    return (path / _COMMIT if isinstance(path, BucketPath) else path).stat().st_mtime
+
+
+def release_files(folder: Place) -> tuple[PurePath, ...]:
     """Every file of a run's release tree, relative to the run's folder."""
-    files = (path for path in (folder / RELEASE).rglob("*") if path.is_file())
-    return tuple(sorted(path.relative_to(folder) for path in files if path.name[0] != "."))
+    files = (path for path in file_sizes(folder / RELEASE) if path.name[0] != ".")
+    return tuple(sorted(PurePath(_relative(path, folder)) for path in files))
 
 
-def record_failure(folder: str | os.PathLike[str], *, stage: str, reason: str) -> None:
+def _relative(path: Place, folder: Place) -> str:
+    return str(path)[len(str(folder)) + 1 :]
+
+
+def record_failure(folder: AnyPath, *, stage: str, reason: str) -> None:
     """Leave the reason of a failure in the run's folder, for `sae status` and the report."""
     write_json(make_folder(folder) / FAILURE, {"stage": stage, "reason": reason})
 
 
-def clear_failure(folder: str | os.PathLike[str]) -> None:
+def clear_failure(folder: AnyPath) -> None:
     """A new attempt starts: forget why the last one failed."""
-    (Path(folder) / FAILURE).unlink(missing_ok=True)
+    (place(folder) / FAILURE).unlink(missing_ok=True)
 
 
-def record_start(folder: str | os.PathLike[str], *, step: int, anew: bool = False) -> None:
+def record_start(folder: AnyPath, *, step: int, anew: bool = False) -> None:
     """Training starts at a step: one more line; `anew` forgets the earlier ones."""
     entry = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    path = Path(folder) / STARTS
-    with disk_errors(path, doing="write"), path.open("w" if anew else "a") as file:
-        file.write(json.dumps(entry) + "\n")
+    path = place(folder) / STARTS
+    if anew:
+        write_bytes(path, b"")
+    append_line(path, json.dumps(entry))
 
 
-def count_starts(folder: Path) -> int:
+def count_starts(folder: Place) -> int:
     """How often training was started in this folder."""
     path = folder / STARTS
     return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def is_locked(folder: Path) -> bool:
-    """Does a process hold this folder (`storage.folder_lock`)?
-
-    Asks by taking a shared lock for an instant, which a writer starting in that very instant
-    would take for another process: it says so and can be started again.
-    """
-    try:
-        handle = os.open(folder / ".lock", os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False
 
 
 def _natural(name: str) -> list[tuple[int, float, str]]:
