@@ -19,7 +19,7 @@ from activation_cache.progress import ProgressMeter
 from activation_cache.storage import Place
 from activation_cache.store import PLAN_FILE
 from activation_cache.token_table import TokenTable
-from activation_cache.writer import BucketWriter
+from activation_cache.writer import Bucket, BucketWriter
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Share:
             ProgressMeter("harvest", total=total, unit="tokens", initial=self.committed) as meter,
             BucketWriter(self.path, self.plan) as writer,
         ):
-            finished = 0
+            finished, mistakes = 0, []
             for turn, bucket in enumerate(own):
 
                 def on_batch(rows: int, before: int = finished) -> None:
@@ -79,10 +79,26 @@ class Share:
                     meter.update(min(total, self.committed + int(scale * (before + rows))))
 
                 if turn % place.num_members == place.member:
-                    writer.submit(filler.fill(bucket, on_batch=on_batch))
+                    mistakes += self._submitted(writer, filler.fill(bucket, on_batch=on_batch))
                 else:
                     filler.help_fill(bucket, on_batch=on_batch)
                 finished += len(self.plan.bucket_span(bucket))
+            if mistakes:
+                raise mistakes[0]
+
+    def _submitted(self, writer: BucketWriter, bucket: Bucket) -> list[UserError]:
+        """Hand a bucket over; the mistake of the one before, where this process can't go alone.
+
+        A team computes in step: all of it stops at one batch, and process 0 then says why.
+        """
+        try:
+            writer.submit(bucket)
+        except UserError as mistake:
+            if self.placement.num_members == 1:
+                raise
+            distributed.say_first(distributed.ASKED_KEY, {"mistake": str(mistake)})
+            return [mistake]
+        return []
 
     def _stop_if_asked(self, stop: Callable[[], bool]) -> None:
         def asked() -> bool:

@@ -11,15 +11,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from activation_cache.gemma_params import parameter_table
+from activation_cache.safetensors_file import write_safetensors
 from activation_cache.storage import folder_lock
 from launch.cli import main
 from tests.pipeline import write_pipeline
 from tests.processes import Group, child_environment, start_group
 from tests.stores import file_hashes
-from tests.tiny_gemma import tiny_config, write_tiny_gemma
+from tests.tiny_gemma import tiny_config, tiny_tensors, write_tiny_gemma
+from tests.tiny_gguf import write_gguf
 
 BUCKETS = 63  # of 16 rows
 OVERRIDES = ["cache.shuffle_rows=16", "cache.block_rows=16", "cache.sequences_per_batch=2"]
@@ -133,6 +136,18 @@ def test_more_processes_than_buckets(folder: Path):
     assert rows_of(folder / "few") == rows_of(folder / "one"), "nor does the mesh `data` matter"
 
 
+def test_a_gguf_is_converted_by_one_process(folder: Path):
+    weights = write_gguf(folder / "model.gguf")
+    override = f"model.weights={weights}"
+    arguments = command(folder, "converted/shared", "{data: 2, model: 1}", override)
+    group = start(folder, 2, *arguments, devices=2)
+    assert group.wait() == [0, 0], "\n".join(group.logs)
+    assert ["converting " in log for log in group.logs] == [True, False]
+    assert len(list((folder / "converted" / "weights").iterdir())) == 1
+    assert main([*command(folder, "alone/store", "{data: 1, model: 1}", override)]) == 0
+    assert rows_of(folder / "converted" / "shared") == rows_of(folder / "alone" / "store")
+
+
 def test_refusals_reach_all_processes_in_words(folder: Path):
     """Another config in one process, a folder in use, a mesh they can't share."""
     arguments = command(folder, "refused", "{data: 2, model: 1}")
@@ -151,6 +166,20 @@ def test_refusals_reach_all_processes_in_words(folder: Path):
     for log in group.logs:
         assert "is in use by another process" in log
     assert not (folder / "refused" / "tokens").exists()
+
+
+@pytest.mark.parametrize("mesh", ["{data: 1, model: 2}", "{data: 2, model: 1}"])
+def test_activations_that_are_not_finite_are_told_by_all(folder: Path, mesh: str):
+    """Found by the one that writes: whether or not another computes in step with it."""
+    broken = write_tiny_gemma(folder / "broken", num_kv_heads=4)
+    tensors = tiny_tensors(tiny_config(num_kv_heads=4))
+    next(value for name, value in tensors.items() if "layers.1" in name)[:] = np.nan
+    with open(broken / "model.safetensors", "wb") as file:
+        write_safetensors(file, {k: v.shape for k, v in tensors.items()}, tensors.items())
+    group = start(folder, 2, *command(folder, "nan", mesh, f"model.weights={broken}"), devices=2)
+    assert group.wait() == [2, 2], "\n".join(group.logs)
+    words = {re.findall(r"sae harvest: bucket (\d+) .* holds NaN", log)[0] for log in group.logs}
+    assert len(words) == 1, "the same in both"
 
 
 def test_the_local_launcher_starts_the_group(folder: Path):

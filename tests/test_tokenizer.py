@@ -20,8 +20,8 @@ from activation_cache.tokenizer_pieces import (
     pieces_from_model_file,
     tokenizer_from_pieces,
 )
-from tests.test_weights import write_gguf
 from tests.tiny_gemma import tiny_pieces, write_tiny_gemma
+from tests.tiny_gguf import write_gguf
 
 CORPUS = """The State of the Union is strong, and the people of the United States know it.
   Indented lines,	tabs and   runs of spaces; numbers 1790, 1,024 and 3.14 — dashes, naïve café.

@@ -30,7 +30,8 @@ from activation_cache.weights import (
     read_gemma_config,
     weight_fingerprint,
 )
-from tests.tiny_gemma import tiny_config, tiny_pieces, tiny_tensors, write_tiny_gemma
+from tests.tiny_gemma import tiny_config, tiny_tensors, write_tiny_gemma
+from tests.tiny_gguf import write_gguf
 
 TOKENS = np.array([[2, 40, 301, 17, 222, 90, 5, 333]], np.int32)
 
@@ -48,58 +49,6 @@ def parameters_of(path: Path) -> Params:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return write_tiny_gemma(tmp_path / "tiny")
-
-
-def write_gguf(
-    path: Path,
-    *,
-    family: Any = "gemma3",
-    quantisation: gguf.GGMLQuantizationType | None = None,
-    architecture: str | None = None,
-    tensors: dict[str, np.ndarray] | None = None,
-    leave_out: str = "",
-    **changes: Any,
-) -> Path:
-    """A GGUF file as llama.cpp's converter writes it: norm gains as 1 + w."""
-    sizes = {"head_dim": 6, "query_scalar": 6.0, "num_layers": 7} | changes
-    sizes["global_layers"] = tuple(
-        (layer + 1) % (6 if family == "gemma3" else 2) == 0 for layer in range(sizes["num_layers"])
-    )
-    config = tiny_config(family, **sizes)
-    arch = architecture or family
-    writer = gguf.GGUFWriter(path, arch)
-    writer.add_context_length(config.context_length)
-    writer.add_embedding_length(config.d_model)
-    writer.add_block_count(config.num_layers)
-    writer.add_feed_forward_length(config.d_ff)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.norm_epsilon)
-    writer.add_sliding_window(config.window)
-    if family == "gemma3":
-        writer.add_rope_freq_base(config.rope_base_global)
-    pieces = tiny_pieces()
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(list(pieces.pieces))
-    writer.add_token_scores(list(pieces.scores))
-    writer.add_token_types(list(pieces.types))
-    values = tiny_tensors(config) | (tensors or {})
-    for parameter in parameter_table(config):
-        if parameter.gguf == leave_out:
-            continue
-        array = values[f"model.{parameter.hf}"]
-        array = array + 1 if parameter.is_norm else array
-        if quantisation is None or parameter.is_norm:
-            writer.add_tensor(parameter.gguf, array)
-        else:
-            data = gguf.quants.quantize(array, quantisation)
-            writer.add_tensor(parameter.gguf, data, raw_dtype=quantisation)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def test_folder_and_gguf_and_converted_copy_agree(
@@ -209,6 +158,19 @@ def test_published_configs() -> None:
     assert one.global_layers[23:] == (True, False, False)
     for config in (nine, four, one, tiny_config()):
         assert config_from_hf(config_to_hf(config), source="back") == config
+
+
+@pytest.mark.parametrize("kind", [None, gguf.GGMLQuantizationType.Q4_0])
+def test_a_gguf_is_read_in_parts(tmp_path: Path, kind: gguf.GGMLQuantizationType | None) -> None:
+    """Four devices: dequantised part by part, the values are those of the whole."""
+    sizes = {"d_model": 32, "d_ff": 64, "num_heads": 4, "num_kv_heads": 4, "head_dim": 16}
+    path = write_gguf(tmp_path / "model.gguf", quantisation=kind, **sizes)
+    whole = load_model(model_of(path))
+    cut = load_model(model_of(path), mesh=make_mesh(jax.devices()[:4]))
+    split = jax.tree.map(lambda array: array.sharding.is_fully_replicated, cut.params)
+    assert not split["layers_0"]["attention"]["W_O"], "cut along its rows in the file"
+    assert not split["layers_0"]["attention"]["W_Q"], "and across them"
+    _assert_same_tree(cut.params, whole.params)
 
 
 def test_multimodal_prefixes(folder: Path) -> None:
