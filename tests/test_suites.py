@@ -335,6 +335,7 @@ def test_a_suite_harvests_trains_and_reports_store_by_store(
     times = {name: (out / name / "metrics.jsonl").stat().st_mtime_ns for name in names}
     for command in ("sweep", "evaluate", "harvest"):
         assert main([command, str(out)]) == 0
+    assert not (out / "store" / "manifest.json").exists(), "there is no store of all layers"
     assert times == {name: (out / name / "metrics.jsonl").stat().st_mtime_ns for name in names}
 
 

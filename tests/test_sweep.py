@@ -72,6 +72,17 @@ def test_a_run_differs_from_the_base_in_its_settings_alone() -> None:
     assert differing == ["name", "sae.width", "output"]
 
 
+def test_only_chooses_by_name() -> None:
+    grid = {"train.seed": [0, 1], "sae.width": [64, 128]}
+    assert names({"grid": grid, "only": ["*-width_64", "seed_1-*"]}) == [
+        "seed_0-width_64",
+        "seed_1-width_64",
+        "seed_1-width_128",
+    ]
+    with pytest.raises(UserError, match=r"sweep\.only chooses none.*seed_0-width_64"):
+        names({"grid": grid, "only": ["width_64"]})
+
+
 def test_names_are_short_but_tell_keys_apart() -> None:
     keys = {"train.learning_rate.warmup_steps": [1], "train.sparsity.warmup_steps": [2]}
     assert names({"grid": keys}) == ["learning_rate.warmup_steps_1-sparsity.warmup_steps_2"]
