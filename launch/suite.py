@@ -41,7 +41,7 @@ def suite_runs(config: Config) -> Iterator[tuple[str, Mapping[str, Any], Config]
 
 
 def stores(config: Config) -> list[Config]:
-    """The config once for each store to harvest: itself, or of a suite the base on each store.
+    """A config for each store to harvest: itself, or of a suite the first run that reads each.
 
     A suite's stores are those that the chosen runs read.
 
@@ -50,8 +50,10 @@ def stores(config: Config) -> list[Config]:
     """
     if config.sweep is None or not config.sweep.cells:
         return [config]
-    caches = {run.cache.path: run.cache for _, _, run in suite_runs(config)}
-    return [config.model_copy(update={"cache": cache}) for cache in caches.values()]
+    first: dict[str, Config] = {}
+    for _, _, run in suite_runs(config):
+        first.setdefault(run.cache.path, run)
+    return list(first.values())
 
 
 def _check_penalty(cell: Cell, config: Config) -> None:

@@ -137,8 +137,8 @@ def _run_on_one_store(
     """Every stage of the runs that read one store, before the next is harvested."""
     untrained = [run for run in runs if not stages.is_trained(run.config)]
     if untrained or any(stages.needs_evaluation(run.folder) for run in runs):
-        store = config.model_copy(update={"cache": runs[0].config.cache})
-        stages.harvest(store, stop=stop)
+        same = config.cache == runs[0].config.cache
+        stages.harvest(config if same else runs[0].config, stop=stop)
     _train_all(config, runs, stop=stop, failures=failures)
     trained = [run for run in runs if run.name not in failures.reasons]
     with stop.at_once():

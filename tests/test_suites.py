@@ -18,10 +18,11 @@ from activation_cache.errors import UserError
 from activation_cache.known_models import known_config
 from activation_cache.store import open_store
 from launch.cli import main
+from launch.suite import stores
 from launch.sweep import expand
 from sae_train.accelerators import accelerator
 from sae_train.config import Config
-from sae_train.config_file import load_config
+from sae_train.config_file import load_config, resolved_yaml
 from sae_train.plan import Assumptions, make_plan
 from sae_train.plan_suite import make_suite_plan
 from sae_train.run_folder import run_folders
@@ -221,6 +222,19 @@ def test_stores_hold_what_their_runs_read(tmp_path: Path, stores: str, expected:
     chosen = held("sweep.only=['res/layer_3/*']")
     assert chosen, "what a store holds doesn't depend on the runs chosen"
     assert chosen.items() <= expected.items()
+
+
+def test_a_store_s_config_stands_by_itself(tmp_path: Path) -> None:
+    # It is handed to other processes as a file.
+    suite = load_config(write(tmp_path), ["sweep.stores=per_layer"])
+    found = stores(suite)
+    assert [one.cache.path for one in found] == ["out/store/layer_3", "out/store/layer_5"]
+    for one in found:
+        file = tmp_path / "one.yaml"
+        file.write_text(resolved_yaml(one), encoding="utf-8")
+        again = load_config(file)
+        assert again == one
+        assert stores(again) == [one]
 
 
 def refusal(tmp_path: Path, *overrides: str, text: str = SUITE) -> str:
