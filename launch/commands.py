@@ -79,6 +79,19 @@ def _trained_folders(config: Config) -> list[Place]:
     return trained
 
 
+def _released_or_trained(config: Config) -> list[Place]:
+    """As `_trained_folders`; where nothing was trained yet, that of the SAE to start from."""
+    folder = place(config.output)
+    if (
+        config.sae.start_from is None
+        or config.sweep is not None
+        or newest_checkpoint(folder) is not None
+    ):
+        return _trained_folders(config)
+    write_config(config, folder)
+    return [folder]
+
+
 def harvest(arguments: argparse.Namespace, stop: StopFlag) -> int:
     config = target_config(arguments.target, arguments.overrides)
     if backends.is_elsewhere(config, dry_run=arguments.dry_run):
@@ -144,7 +157,7 @@ def evaluate(arguments: argparse.Namespace, stop: StopFlag) -> int:
     overridden = any(override.startswith("evaluation") for override in arguments.overrides)
     settings = config.evaluation if overridden else None
     by_store: dict[str, list[Place]] = {}
-    for folder in _trained_folders(config):
+    for folder in _released_or_trained(config):
         by_store.setdefault(read_run_config(folder).cache.path, []).append(folder)
     for folders in by_store.values():  # a suite's runs are too many to be in memory together
         stages.evaluate(folders, config=config, settings=settings, stop=stop)

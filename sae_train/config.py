@@ -49,7 +49,8 @@ class SaeConfig(Section):
 
     `bandwidth` and `threshold` are JumpReLU's; `k`, the active latents per row, and
     `aux_k_coefficient`, the weight of the loss that wakes dead latents (1/32 in Gao et al. 2024,
-    arXiv 2406.04093), are TopK's and BatchTopK's.
+    arXiv 2406.04093), are TopK's and BatchTopK's. `start_from` is a released SAE, a path or a Hub
+    address, that training begins with instead of random weights.
     """
 
     site: Site
@@ -58,6 +59,7 @@ class SaeConfig(Section):
     width: PositiveCount = 16_384
     k: PositiveCount | None = None
     aux_k_coefficient: NonNegative = 1 / 32
+    start_from: Annotated[str, Field(min_length=1)] | None = None
     bandwidth: Positive = 0.001
     threshold: ThresholdConfig = ThresholdConfig()
     pre_encoder_bias: bool = True
@@ -66,6 +68,11 @@ class SaeConfig(Section):
 
     @model_validator(mode="after")
     def _coherent(self) -> SaeConfig:
+        if self.start_from is not None and self.architecture in ("gated", "batch_topk"):
+            raise ValueError(
+                f"sae.start_from can't begin a {self.architecture} SAE, whose release is a "
+                "JumpReLU one: set sae.architecture to jumprelu"
+            )
         selects = self.architecture in ("topk", "batch_topk")
         if selects and self.k is None:
             raise ValueError(f"{self.architecture} needs sae.k, the active latents per row: try 64")

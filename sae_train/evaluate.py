@@ -29,7 +29,9 @@ from sae_train.config import Config, EvaluationConfig
 from sae_train.config_file import read_run_config
 from sae_train.evaluate_pass import Job, Pass
 from sae_train.evaluation import Evaluation, read_evaluation
-from sae_train.release import fold
+from sae_train.load import load_sae
+from sae_train.release import Sae, fold
+from sae_train.run_folder import newest_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -126,10 +128,9 @@ def evaluate(
 
 def _job(folder: Place, *, settings: EvaluationConfig | None, models: _Models) -> Job:
     """Read one run's SAE and check all that can be checked before the model is loaded."""
-    trained = load_trained(folder)
     config = read_run_config(folder)
     settings = settings or config.evaluation
-    sae = fold(trained)
+    sae, step, trained_on = _sae_of(folder, config)
     gemma, fingerprint = models.config_and_fingerprint(config.model)
     tap = Tap(config.sae.site, config.sae.layer)
     check_tap(tap, gemma)
@@ -141,7 +142,7 @@ def _job(folder: Place, *, settings: EvaluationConfig | None, models: _Models) -
         )
     store = open_store(config.cache.path)
     store.check_matches(model=config.model, fingerprint=fingerprint)
-    if trained.store != store.identity:
+    if trained_on not in (None, store.identity):
         logger.warning(
             "%s was trained on another store than the one now at %s: its held-out text may have "
             "been trained on",
@@ -160,7 +161,18 @@ def _job(folder: Place, *, settings: EvaluationConfig | None, models: _Models) -
         "model_dtype": config.model.dtype,
         "tokens": store.tokens.summary.token_hash,
     }
-    return Job(folder, config, settings, trained.step, sae, store.tokens, fingerprints)
+    return Job(folder, config, settings, step, sae, store.tokens, fingerprints)
+
+
+def _sae_of(folder: Place, config: Config) -> tuple[Sae, int, str | None]:
+    """A folder's SAE, its step, and the store it was trained on.
+
+    A folder without checkpoints stands for the released SAE that its config would start from.
+    """
+    if config.sae.start_from is not None and newest_checkpoint(folder) is None:
+        return load_sae(config.sae.start_from), 0, None
+    trained = load_trained(folder)
+    return fold(trained), trained.step, trained.store
 
 
 def _groups(jobs: Sequence[Job]) -> Iterator[list[Job]]:

@@ -26,6 +26,7 @@ from activation_cache.errors import UserError
 from activation_cache.safetensors_file import open_safetensors
 from activation_cache.storage import AnyPath, Place, on_disk, place, read_json
 from sae_train.hooks import hugging_face_hook, parse_hook, transformer_lens_hook
+from sae_train.hub import fetch_sae, is_hub_address
 from sae_train.release import TENSORS, Sae, check_finite, gated_as_jumprelu
 
 Tensors = dict[str, np.ndarray]
@@ -45,8 +46,9 @@ _FOREIGN = {
 def load_sae(path: AnyPath) -> Sae:
     """Read an SAE from a folder or from its weights file.
 
-    A run's folder or its `release/` is read through the SAELens folder in it, the format that
-    says most about the origin.
+    A path here, a bucket's, or an address on the Hub (`organisation/repository/folder`), tried in
+    that order. A run's folder or its `release/` is read through the SAELens folder in it, the
+    format that says most about the origin.
 
     Returns:
         An `Sae` on raw activations, float32 NumPy tensors.
@@ -55,7 +57,10 @@ def load_sae(path: AnyPath) -> Sae:
         UserError: nothing readable there, a damaged file, a tensor missing, unknown, mis-shaped
             or not finite, or an architecture that isn't read (a transcoder, ...).
     """
-    found = _find(place(path))
+    there = place(path)
+    if not there.exists() and is_hub_address(str(path)):
+        there = fetch_sae(str(path))
+    found = _find(there)
     # A lone .npz may have any name; Gemma Scope's files are often renamed to be told apart.
     reader = _READERS.get(found.name, _read_gemma_scope)
     with on_disk(found.parent, (found.name, "cfg.json", "config.json")) as folder:

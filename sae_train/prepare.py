@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax
@@ -24,6 +24,7 @@ from sae_train.config import Config, MatchL0Penalty, SaeConfig, TargetL0Penalty
 from sae_train.sae import Params, pre_activations
 from sae_train.schedule import total_learning_rate
 from sae_train.sharding import mesh_of, sharding
+from sae_train.start_from import starting_params
 from sae_train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ def prepare_start(
 ) -> TrainState:
     """The state a run starts from, and a warning where its thresholds can't reach the data.
 
+    With `sae.start_from` that of a released SAE, whose thresholds are where they belong.
+
     Args:
         batch: `batch(step)` of a reader of whole batches, raw rows [B, D] and the same in every
             process; the first of the stream are looked at.
@@ -55,9 +58,11 @@ def prepare_start(
         count = -(-MEAN_ROWS // config.train.batch_size)
         means = [batch(step).astype(np.float64).mean(axis=0) for step in range(count)]
         b_dec_D = (np.mean(means, axis=0) / input_scale).astype(np.float32)
-        here = state.params["b_dec"].sharding
-        placed = jax.make_array_from_callback(b_dec_D.shape, here, lambda index: b_dec_D[index])
-        state = dataclasses.replace(state, params=state.params | {"b_dec": placed})
+        state = _with_params(state, {"b_dec": b_dec_D})
+    if config.sae.start_from is not None:
+        D = state.params["b_dec"].shape[0]
+        params = starting_params(config.sae, d_model=D, input_scale=input_scale)
+        return _with_params(state, params)
     if config.sae.architecture != "jumprelu":
         return state
     count = max(1, min(256, LOOKED_AT // config.sae.width))
@@ -66,6 +71,17 @@ def prepare_start(
     if warning:
         logger.warning("%s", warning)
     return state
+
+
+def _with_params(state: TrainState, values: Mapping[str, np.ndarray]) -> TrainState:
+    """The state with these parameters, placed as those before them were."""
+
+    def placed(name: str, value: np.ndarray) -> jax.Array:
+        here = state.params[name].sharding
+        return jax.make_array_from_callback(value.shape, here, lambda index: value[index])
+
+    own = {name: placed(name, value) for name, value in values.items()}
+    return dataclasses.replace(state, params=state.params | own)
 
 
 def reachable_threshold(config: Config) -> float:

@@ -90,8 +90,8 @@ def _threshold_mean(state: TrainState, *, config: SaeConfig) -> Array:
     return state.selection_threshold
 
 
-def _averaged(mean: Array, smallest: Array | None, *, step: Array) -> Array:
-    """The running mean of the smallest selected latent; `step` counts from 1."""
+def averaged(mean: Array, smallest: Array | None, *, step: Array) -> Array:
+    """The mean of the smallest selected latents so far, older ones fading; `step` counts from 1."""
     if smallest is None:
         return mean
     # m ← m + w (s - m) with w = (1 - d) / (1 - dᵗ): the weighted mean of all so far.
@@ -177,7 +177,7 @@ def make_train_step(config: Config, *, input_scale: float, mesh: Mesh) -> TrainS
             last_fired=last_fired,
             step=state.step + 1,
             log_gain=penalty.log_gain,
-            selection_threshold=_averaged(
+            selection_threshold=averaged(
                 state.selection_threshold, out.smallest, step=state.step + 1
             ),
         )

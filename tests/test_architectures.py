@@ -21,7 +21,7 @@ from sae_train.metrics import read_metrics
 from sae_train.release import fold
 from sae_train.schedule import scheduled
 from sae_train.sharding import params_table
-from sae_train.step import loss_and_forward
+from sae_train.step import averaged, loss_and_forward
 from sae_train.topk import kth_largest, kth_largest_of_all, select
 from tests.configs import make_config
 from tests.training import assert_same_run, make_run
@@ -235,6 +235,8 @@ def test_a_run_learns_resumes_exactly_and_is_released(tmp_path: Path, architectu
     if architecture != "batch_topk":
         released = np.asarray(sae(x * trained.input_scale)) / trained.input_scale
         np.testing.assert_allclose(released, out.reconstruction_BD, rtol=1e-4, atol=1e-5)
+    norm_F = np.linalg.norm(trained.params["W_dec"], axis=1)
+    assert np.allclose(norm_F, 1, atol=1e-5) == (architecture != "relu")
     if architecture == "topk":
         assert rows[-1]["l0"] == pytest.approx(K, abs=0.01)
     if architecture == "batch_topk":
@@ -269,15 +271,11 @@ def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str):
         make_config(**options)
 
 
-def test_the_selection_threshold_is_the_mean_of_the_smallest(tmp_path: Path):
-    config = run_of(tmp_path, "batch_topk", steps=3, checkpoint={"every_steps": 1, "keep": 9})
-    train(config)
-    means = [
-        float(load_trained(tmp_path / "run", step=s).params["threshold"][0]) for s in (1, 2, 3)
-    ]
-    # m2 = (0.99 s1 + s2) / 1.99: solve for what each step selected, and mix the third by hand.
-    smallest = [means[0], 1.99 * means[1] - 0.99 * means[0]]
-    weights = np.array([0.99**2, 0.99, 1.0])
-    third = means[2] * weights.sum() - weights[:2] @ smallest
-    assert third > 0
-    assert min(*smallest, third) <= means[2] <= max(*smallest, third)
+def test_the_selection_threshold_is_a_fading_mean():
+    values = [3.0, 1.0, 2.0, 5.0]
+    mean = jnp.zeros(())
+    for number, value in enumerate(values, 1):
+        mean = averaged(mean, jnp.asarray(value), step=jnp.int32(number))
+        weights = 0.99 ** np.arange(number)[::-1]
+        assert float(mean) == pytest.approx(weights @ values[:number] / weights.sum(), rel=1e-5)
+    assert averaged(mean, None, step=jnp.int32(5)) is mean

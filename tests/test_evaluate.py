@@ -19,12 +19,15 @@ from activation_cache.errors import UserError
 from activation_cache.harvest import harvest
 from activation_cache.model import LanguageModel, load_model
 from activation_cache.store import Store, open_store
+from launch.cli import main
 from sae_train import evaluate_pass, evaluate_stats
 from sae_train.checkpoint import load_trained
 from sae_train.config import Config, EvaluationConfig
+from sae_train.config_file import write_config
 from sae_train.evaluate import evaluate
 from sae_train.evaluate_stats import SiteSums, reconstruct, sae_batch
 from sae_train.evaluation import Evaluation, read_evaluation, read_frequencies
+from sae_train.formats import write_gemma_scope
 from sae_train.release import Sae, fold
 from tests.saes import (
     make_config,
@@ -130,6 +133,21 @@ def save_world_run(folder: Path, config: Config, store: Store, *, index: int, **
 @pytest.fixture(scope="module")
 def evaluations(world) -> list[Evaluation]:
     return evaluate(world.runs, model=world.ours)
+
+
+def test_a_released_sae_is_measured_as_it_is(world, evaluations, tmp_path: Path):
+    sae = fold(load_trained(world.runs[0]))
+    write_gemma_scope(sae, tmp_path / "theirs")
+    values = world.config.model_dump()
+    values["sae"] |= {"site": TAPS[0][0], "layer": TAPS[0][1]}
+    values["sae"] |= {"start_from": str(tmp_path / "theirs" / "params.npz")}
+    write_config(Config.model_validate(values | {"output": str(tmp_path / "out")}), tmp_path)
+    assert main(["evaluate", str(tmp_path / "config.yaml")]) == 0
+    found = read_evaluation(tmp_path / "out")
+    assert found is not None
+    assert found.step == 0
+    for name in ("l0", "fvu", "delta_loss", "loss", "alive_fraction"):
+        assert getattr(found, name) == pytest.approx(getattr(evaluations[0], name), rel=1e-6)
 
 
 # The oracle -------------------------------------------------------------------------------------

@@ -1,0 +1,139 @@
+"""Training begins with a released SAE, and a released SAE is evaluated as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+
+from activation_cache.errors import UserError
+from sae_train import load_sae
+from sae_train.checkpoint import load_trained
+from sae_train.config import Config
+from sae_train.formats import write_gemma_scope, write_sae_lens
+from sae_train.loop import train
+from sae_train.release import Sae, fold
+from sae_train.start_from import starting_params
+from tests.configs import make_config
+from tests.saes import make_trained
+from tests.training import WIDTH, make_run
+
+F = 24
+NONE = {"penalty": "none"}
+L1 = {"penalty": "l1", "coefficient": 0.03, "warmup_steps": 0}
+
+
+def released(folder: Path, **changes: Any) -> Sae:
+    """An SAE in Gemma Scope's form whose decoder rows aren't of unit norm."""
+    sae = fold(make_trained(D=WIDTH, F=F, scale=2.5))
+    sae = dataclasses.replace(sae, W_dec=sae.W_dec * np.linspace(0.5, 2, F)[:, None].astype("f4"))
+    sae = dataclasses.replace(sae, **changes)
+    write_gemma_scope(sae, folder)
+    return sae
+
+
+def run_from(folder: Path, source: Path, **options: Any) -> Config:
+    return make_run(folder, width=F, sae={"start_from": str(source)}, **options)
+
+
+@pytest.mark.parametrize("parametrisation", ["log", "direct"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_step_at_no_rate_is_the_released_sae(tmp_path: Path, parametrisation: str, bias: bool):
+    sae = released(tmp_path / "theirs")
+    config = make_run(
+        tmp_path,
+        width=F,
+        steps=1,
+        parametrisation=parametrisation,
+        sae={"start_from": str(tmp_path / "theirs"), "pre_encoder_bias": bias},
+        learning_rate={"peak": 1e-30, "warmup_steps": 0},
+    )
+    train(config)
+    trained = load_trained(tmp_path / "run")
+    np.testing.assert_allclose(np.linalg.norm(trained.params["W_dec"], axis=1), 1, rtol=1e-6)
+    x = 3 * np.random.default_rng(0).standard_normal((50, WIDTH)).astype(np.float32)
+    assert 0.05 < (np.asarray(sae.encode(x)) > 0).mean() < 0.95
+    np.testing.assert_allclose(fold(trained)(x), sae(x), rtol=1e-4, atol=1e-4)
+
+
+def test_it_goes_on_from_there_and_resumes_without_the_source(tmp_path: Path):
+    released(tmp_path / "theirs")
+    train(run_from(tmp_path, tmp_path / "theirs", output="tuned", mesh=(2, 4)))
+    train(make_run(tmp_path, width=F, output="scratch"))
+    tuned, scratch = (load_trained(tmp_path / name).params for name in ("tuned", "scratch"))
+    assert np.abs(tuned["W_enc"] - scratch["W_enc"]).max() > 0.1
+    (tmp_path / "theirs" / "params.npz").unlink()
+    assert train(run_from(tmp_path, tmp_path / "theirs", output="tuned", mesh=(2, 4))).step == 40
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 48}, "has 24 latents and sae.width is 48: make it 24"),
+        (
+            {"sae": {"architecture": "relu"}, "sparsity": L1},
+            "is a jumprelu SAE .* make it jump",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_told(tmp_path: Path, options: dict[str, Any], message: str):
+    released(tmp_path / "theirs")
+    sae = {"start_from": str(tmp_path / "theirs")} | options.pop("sae", {})
+    config = make_config(**{"width": F} | options, sae=sae)
+    with pytest.raises(UserError, match=message):
+        starting_params(config.sae, d_model=WIDTH, input_scale=1.0)
+
+
+def test_another_input_and_another_architecture_are_told(tmp_path: Path):
+    released(tmp_path / "theirs")
+    config = make_config(width=F, sae={"start_from": str(tmp_path / "theirs")})
+    with pytest.raises(UserError, match=r"reads vectors of 16 and resid_post of layer 1 has 20"):
+        starting_params(config.sae, d_model=20, input_scale=1.0)
+    with pytest.raises(ValueError, match=r"start_from can't begin a gated SAE"):
+        make_config(sae={"start_from": "x", "architecture": "gated"}, sparsity=L1)
+
+
+def test_a_topk_sae_can_be_gone_on_with(tmp_path: Path):
+    sae = fold(make_trained(D=WIDTH, F=F))
+    zero = np.zeros(F, np.float32)
+    sae = dataclasses.replace(sae, threshold=zero, architecture="topk", k=4)
+    write_sae_lens(sae, tmp_path / "theirs")
+    own = {"start_from": str(tmp_path / "theirs"), "architecture": "topk", "k": 4}
+    train(make_run(tmp_path, width=F, steps=2, sae=own, sparsity=NONE))
+    assert fold(load_trained(tmp_path / "run")).k == 4
+
+
+def in_hub_cache(cache: Path, repository: str, files: dict[str, Path]) -> None:
+    """The Hub's local cache as huggingface_hub leaves it, with these files of one revision."""
+    root = cache / f"models--{repository.replace('/', '--')}"
+    revision = "0" * 40
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text(revision)
+    for name, source in files.items():
+        target = root / "snapshots" / revision / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source.read_bytes())
+
+
+def test_what_the_hub_gave_before_is_read_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    sae = released(tmp_path / "theirs")
+    name = "layer_12/width_16k/average_l0_82"
+    repository = "google/gemma-scope-2b-pt-res"
+    files = {f"{name}/params.npz": tmp_path / "theirs" / "params.npz"}
+    in_hub_cache(tmp_path / "hub", repository, files)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    found = load_sae(f"{repository}/{name}")
+    np.testing.assert_array_equal(found.W_enc, sae.W_enc)
+    assert found.metadata["hook_name"] == "blocks.12.hook_resid_post"
+    assert found.metadata["l0"] == 82
+    with pytest.raises(UserError, match="no SAE at layer_99"):
+        load_sae(f"{repository}/layer_99")
+    with pytest.raises(UserError, match=r"is no path here, and the Hub does not give google/other"):
+        load_sae("google/other/layer_1")
