@@ -260,10 +260,13 @@ class Checkpoints:
 
 def numeric_differences(a: Config, b: Config) -> list[str]:
     """The dotted keys that give two runs different weights: all but `FREE_FIELDS`."""
+    free = [*FREE_FIELDS]
+    if a.train.order_seed == b.train.order_seed:
+        free.append("train.data_seed")  # null and train.seed's value say the same
     return [
         field
         for field in differing_fields(a, b)
-        if not any(field == free or field.startswith(f"{free}.") for free in FREE_FIELDS)
+        if not any(field == one or field.startswith(f"{one}.") for one in free)
     ]
 
 

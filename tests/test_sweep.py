@@ -20,9 +20,10 @@ from activation_cache.storage import folder_lock
 from launch.cli import main
 from launch.sweep import expand
 from sae_train.config import Config
-from sae_train.config_file import differing_fields, read_run_config, with_values
+from sae_train.config_file import differing_fields, read_run_config, with_values, write_config
 from tests.configs import make_config
 from tests.pipeline import write_pipeline
+from tests.training import final_state
 
 SWEEP = "sweep: {grid: {train.sparsity.coefficient: [1e-3, 1e-2], train.seed: [0]}}\n"
 
@@ -190,6 +191,62 @@ def test_new_evaluation_settings_reach_finished_runs(finished: Path) -> None:
     assert json.loads((run / "evaluation.json").read_text())["loss_sequences"] == 2
     assert stamps(run / "checkpoints") == weights
     assert main(["sweep", str(finished / "config.yaml")]) == 0  # back, for the other tests
+
+
+def test_a_dry_run_prints_which_runs_train_together(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = "{train.sparsity.coefficient: [1e-3, 1e-2, 0.1], train.batch_size: [64, 32]}"
+    overrides = [f"output={finished}/dry", f"sweep.grid={grid}", "sweep.cohort.max_members=2"]
+    assert main(["sweep", str(finished / "config.yaml"), *overrides, "--dry-run"]) == 0
+    assert not (finished / "dry").exists()
+    printed = [line.split() for line in capsys.readouterr().out.replace("│", " ").splitlines()]
+    runs = {line[0]: line[-1] for line in printed if line and line[0].startswith("coefficient_")}
+    assert runs == {
+        "coefficient_0.001-batch_size_64": "1",
+        "coefficient_0.01-batch_size_64": "1",
+        "coefficient_0.1-batch_size_64": "2",
+        "coefficient_0.001-batch_size_32": "3",
+        "coefficient_0.01-batch_size_32": "3",
+        "coefficient_0.1-batch_size_32": "4",
+    }
+    cohorts = [line for line in printed if len(line) > 5 and line[0] in ("1", "2", "3", "4")]
+    assert [line[:5] for line in cohorts] == [
+        ["1", "2", "20", "40", "1"],
+        ["2", "1", "20", "20", "1"],
+        ["3", "2", "40", "80", "1"],
+        ["4", "1", "40", "40", "1"],
+    ]
+    assert " ".join(cohorts[2][5:]) == "resid_post.1, 32 rows a batch, seed 0, mesh 1 x 1"
+
+
+def test_several_configs_train_side_by_side(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a cluster's job is told to do, by hand: as the sweep did it."""
+    names = [run_of(finished, coefficient).name for coefficient in ("0.001", "0.01")]
+    configs = []
+    for name in names:
+        run = read_run_config(finished / "out" / name)
+        write_config(
+            run.model_copy(update={"output": f"{finished}/by=hand/{name}"}), finished / name
+        )
+        configs.append(str(finished / name / "config.yaml"))
+    command = ["train", *configs, "train.log_every_steps=20"]
+    assert main(command) == 0
+    for name in names:
+        before, after = (
+            final_state(finished / place / name, step=20) for place in ("out", "by=hand")
+        )
+        assert all((left == right).all() for left, right in zip(before, after, strict=True))
+        assert (finished / "by=hand" / name / "metrics.jsonl").read_text().count("\n") == 1
+    capsys.readouterr()
+    assert main(["train", *configs, "train.log_every_steps"]) == 2
+    assert "'train.log_every_steps' is neither a config that exists nor" in capsys.readouterr().err
+    assert main(["train", configs[0], configs[0]]) == 2
+    assert "have the same output" in capsys.readouterr().err
+    assert main(["train", *configs, "output=here"]) == 2
+    assert "have the same output" in capsys.readouterr().err
 
 
 def test_a_failing_run_does_not_stop_the_rest(

@@ -127,6 +127,16 @@ def test_fields_that_do_not_touch_the_numbers_may_change(tmp_path: Path):
     assert train(changed).step == 40
 
 
+def test_the_order_s_seed_may_be_spelt_out(tmp_path: Path):
+    with pytest.raises(Interrupted):
+        train(make_run(tmp_path, seed=2), stop=stop_after(10))
+    with pytest.raises(UserError, match=r"train\.data_seed was None and is now 1"):
+        train(make_run(tmp_path, seed=2, data_seed=1))
+    train(make_run(tmp_path, seed=2, data_seed=2))
+    train(make_run(tmp_path, output="whole", seed=2))
+    assert_same_run(tmp_path / "whole", tmp_path / "run", step=40)
+
+
 def test_another_store_is_refused(tmp_path: Path):
     config = make_run(tmp_path)
     with pytest.raises(Interrupted):
