@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +81,7 @@ def train_cohort(
     store.check_matches(model=first.model, text=first.text, cache=first.cache)
     mesh, clock = make_mesh(first.mesh), InputClock()
     members = [Member(config, store=store, mesh=mesh, clock=clock) for config in configs]
-    with ExitStack() as stack:
+    with _memory_in_words(len(members)), ExitStack() as stack:
         for member in members:
             stack.enter_context(member)
         _each(members, lambda member: member.begin(fresh=fresh))
@@ -96,6 +96,21 @@ def train_cohort(
     distributed.barrier("trained")
     distributed.told_by_main("failures", lambda: _tell_failures(members))
     return [TrainResult(one.folder, one.done, one.journal.last_row) for one in members]
+
+
+@contextmanager
+def _memory_in_words(count: int) -> Iterator[None]:
+    """Say what to do where devices hold one run, perhaps, but not `count`."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if count == 1 or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"the devices have too little memory for {count} runs that train together: set "
+            f"sweep.cohort.max_members below {count} (`sae plan` says how many fit) or raise "
+            f"mesh.model. What was saved stays. ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _each(

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from activation_cache.errors import Interrupted, UserError
 from activation_cache.storage import folder_lock
 from sae_train import loop
+from sae_train.checkpoint import load_trained
 from sae_train.cohort import batch_key, check_cohort, group_cohorts, step_key
 from sae_train.cohort_progress import label, steps_to_read
 from sae_train.config import Config
@@ -67,12 +69,15 @@ def stop_after(calls: int):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where every member was trained alone, on each mesh."""
+    """Where every member was trained alone, on one device."""
     folder = tmp_path_factory.mktemp("cohort")
-    for mesh in MESHES:
-        for name in MEMBERS:
-            train(member(folder, name, place=alone(mesh), mesh=mesh))
+    train_alone(folder, mesh=(1, 1))
     return folder
+
+
+def train_alone(folder: Path, *, mesh: tuple[int, int]) -> None:
+    for name in MEMBERS:
+        train(member(folder, name, place=alone(mesh), mesh=mesh))
 
 
 def alone(mesh: tuple[int, int] = (1, 1)) -> str:
@@ -113,6 +118,8 @@ class Counted:
 @pytest.mark.parametrize("mesh", MESHES)
 def test_members_end_as_they_would_alone(folder: Path, mesh: tuple[int, int]) -> None:
     place = f"together-{mesh[0]}x{mesh[1]}"
+    if mesh != (1, 1):
+        train_alone(folder, mesh=mesh)
     results = train_cohort(cohort(folder, place=place, mesh=mesh))
     assert [result.step for result in results] == list(STEPS.values())
     assert_as_alone(folder, place, mesh=mesh)
@@ -226,6 +233,41 @@ def test_one_that_cannot_begin_leaves_the_others_theirs(folder: Path) -> None:
     assert "c: " in str(told.value)
     assert "is in use by another process" in str(told.value)
     assert_as_alone(folder, place, "a")
+
+
+def test_too_many_for_the_devices_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **options: Any) -> Any:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    monkeypatch.setattr(loop, "make_train_step", full)
+    with pytest.raises(UserError, match=r"set sweep\.cohort\.max_members below 3"):
+        train_cohort(cohort(folder, place="full"))
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        train(member(folder, "a", place="full"))
+
+
+def test_one_seed_is_of_the_weights_the_other_of_the_order(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, rows = loop.place_batch, []
+
+    def place(rows_BD: Any, **options: Any) -> Any:
+        rows.append(rows_BD)
+        return put(rows_BD, **options)
+
+    monkeypatch.setattr(loop, "place_batch", place)
+    weights = []
+    for seeds in ({"seed": 0}, {"seed": 1, "data_seed": 0}, {"seed": 0, "data_seed": 1}):
+        name = "-".join(map(str, seeds.values()))
+        config = make_run(
+            folder, output=f"seeds/{name}", steps=1, learning_rate={"peak": 1e-12}, **seeds
+        )
+        train(config)
+        weights.append(load_trained(config.output).params["W_enc"])
+    assert np.array_equal(rows[0], rows[1])
+    assert not np.array_equal(rows[0], rows[2])
+    np.testing.assert_allclose(weights[0], weights[2], atol=1e-6)
+    assert np.abs(weights[0] - weights[1]).max() > 0.01
 
 
 def test_a_log_line_stays_short(
