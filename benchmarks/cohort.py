@@ -40,7 +40,7 @@ def main() -> None:
     for name, default in (("width", 2048), ("d-model", 640), ("batch", 512), ("steps", 40)):
         parser.add_argument(f"--{name}", type=int, default=default)
     sizes = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", force=True)
     logger.setLevel(logging.INFO)
     with tempfile.TemporaryDirectory() as scratch:
         rows = sizes.batch * sizes.steps

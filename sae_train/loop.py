@@ -152,7 +152,9 @@ def _prepare(members: Sequence[Member], store: Store) -> None:
             member.prepare(batch)
 
 
-def _reader(members: Sequence[Member], *, store: Store, mesh: jax.sharding.Mesh) -> Any:
+def _reader(
+    members: Sequence[Member], *, store: Store, mesh: jax.sharding.Mesh
+) -> ActivationReader:
     config = members[0].config
     return ActivationReader(
         store,

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from activation_cache.storage import folder_lock
 from sae_train.config import Config
 from sae_train.config_file import write_config
 from sae_train.run_folder import newest_checkpoint
@@ -42,7 +43,7 @@ def make_file(folder: Path, place: str, name: str) -> str:
         output=f"{place}/{name}",
         mesh=(2, 1),
         data_seed=0,
-        **MEMBERS[name],
+        **MEMBERS.get(name, {}),
     )
     launch = {"processes": 2, "restart_pause_seconds": 0.1, "heartbeat_seconds": 10}
     config = Config.model_validate(config.model_dump() | {"launch": launch})
@@ -100,10 +101,13 @@ def test_stopped_and_one_diverging_all_others_end_as_alone(folder: Path) -> None
     saved = {name: newest_checkpoint(place / name) for name in STEPS}
     assert set(saved.values()) == {int(step)}, saved
 
-    group = start(files)
-    assert group.wait() == [2, 2], "\n".join(group.logs)
+    with folder_lock(place / "taken"):
+        group = start([*files, make_file(folder, "together", "taken")])
+        assert group.wait() == [2, 2], "\n".join(group.logs)
     for log in group.logs:
-        assert "1 of 4 runs failed:\n  bad: training stopped at step" in log
+        assert "2 of 5 runs failed:\n  bad: training stopped at step" in log
+        assert "\n  taken: " in log
+        assert "taken is in use by another process" in log
         assert "Traceback" not in log
     assert_as_alone(folder, "together")
     assert "not finite" in json.loads((place / "bad" / "failure.json").read_text())["reason"]
