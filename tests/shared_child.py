@@ -22,7 +22,7 @@ asked = threading.Event()
 
 def work_long() -> None:
     """A share that ends only by being stopped."""
-    for _ in range(6000):
+    for _ in range(12_000):
         if distributed.stop_asked(asked.is_set):
             raise Interrupted("stopped at work")
         time.sleep(0.01)

@@ -222,5 +222,5 @@ def test_shared_work_ends_alike_everywhere(case: str, ended: str):
         [["-m", "tests.shared_child", case]] * 3,
         environment={"SAE_HEARTBEAT_SECONDS": "10", "PATH": os.environ["PATH"]},
     )
-    assert group.wait(timeout=60) == [0] * 3, "\n".join(group.logs)
+    assert group.wait(timeout=150) == [0] * 3, "\n".join(group.logs)
     assert [re.findall("ended: (.*)", log) for log in group.logs] == [[ended]] * 3
