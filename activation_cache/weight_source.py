@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from activation_cache import hub
 from activation_cache.config import ModelConfig
 from activation_cache.errors import UserError
 from activation_cache.storage import read_json
@@ -51,25 +52,10 @@ def locate_weights(model: ModelConfig, *, with_weights: bool = True) -> Path:
 
 
 def _from_hub(model: ModelConfig, *, with_weights: bool) -> Path:
-    try:
-        import httpx
-        from huggingface_hub import errors, snapshot_download
-    except ImportError as error:
-        raise UserError(
-            f"model.weights is the Hub id {model.weights}, and huggingface_hub is not installed "
-            "here. Install it with `pip install open-gemma-scope[hub]`, or give a folder."
-        ) from error
     patterns = _SMALL_FILES + (_WEIGHT_FILES if with_weights else [])
-    try:
-        folder = snapshot_download(model.weights, revision=model.revision, allow_patterns=patterns)
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx.HTTPError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"the Hub does not give {model.weights} (revision {model.revision or 'main'}), and it "
-            f"is not wholly in the local cache: {reason}. Check the name, the network and, for "
-            "Gemma's licence, that you accepted it and ran `hf auth login`; or give a folder."
-        ) from error
-    return Path(folder)
+    return hub.fetch(
+        model.weights, revision=model.revision, patterns=patterns, named_by="model.weights"
+    )
 
 
 def read_config_json(folder: Path) -> dict[str, object]:

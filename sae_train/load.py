@@ -26,7 +26,7 @@ from activation_cache.errors import UserError
 from activation_cache.safetensors_file import open_safetensors
 from activation_cache.storage import AnyPath, Place, on_disk, place, read_json
 from sae_train.hooks import hugging_face_hook, parse_hook, transformer_lens_hook
-from sae_train.hub import fetch_sae, is_hub_address
+from sae_train.hub_address import fetch_sae, is_hub_address
 from sae_train.release import TENSORS, Sae, check_finite, gated_as_jumprelu
 
 Tensors = dict[str, np.ndarray]

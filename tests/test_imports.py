@@ -24,7 +24,7 @@ NEVER = {"torch", "transformers", "sae_lens", "pandas"}  # tests only
 # Optional or slow: each in the one file that needs it, and there inside a function.
 AT_HOME = {
     "datasets": {"activation_cache/text.py"},
-    "huggingface_hub": {"activation_cache/weight_source.py"},
+    "huggingface_hub": {"activation_cache/hub.py"},
     "tensorboardX": {"sae_train/metrics.py"},
     "gcsfs": {"activation_cache/bucket.py"},
     "s3fs": {"activation_cache/bucket.py"},

@@ -135,5 +135,5 @@ def test_what_the_hub_gave_before_is_read_without_a_network(
     assert found.metadata["l0"] == 82
     with pytest.raises(UserError, match="no SAE at layer_99"):
         load_sae(f"{repository}/layer_99")
-    with pytest.raises(UserError, match=r"is no path here, and the Hub does not give google/other"):
+    with pytest.raises(UserError, match=r"the Hub does not give google/other"):
         load_sae("google/other/layer_1")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from activation_cache import hub
 from activation_cache.errors import UserError
 
 _ADDRESS = re.compile(r"(?:hf://)?([A-Za-z0-9_][\w.-]*/[\w.-]+)((?:/[\w.+-]+)*)/?")
@@ -37,23 +38,9 @@ def fetch_sae(address: str) -> Path:
     match = _ADDRESS.fullmatch(address)
     assert match is not None, address
     repository, folder = match[1], match[2].strip("/")
-    try:
-        import httpx
-        from huggingface_hub import errors, snapshot_download
-    except ImportError as error:
-        raise UserError(
-            f"{address} is no path here; as an SAE on the Hub it needs huggingface_hub, which is "
-            "not installed: `pip install open-gemma-scope[hub]`, or give a folder."
-        ) from error
     patterns = [f"{folder}/{name}" if folder else name for name in _FILES]
-    try:
-        kept = Path(snapshot_download(repository, allow_patterns=patterns))
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx.HTTPError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{address} is no path here, and the Hub does not give {repository}, which is not in "
-            f"the local cache either: {reason}. Check the name and the network, or give a folder."
-        ) from error
+    named_by = f"{address}, which is no path here,"
+    kept = hub.fetch(repository, revision=None, patterns=patterns, named_by=named_by)
     if not (kept / folder).is_dir():
         raise UserError(
             f"{repository} on the Hub has no SAE at {folder or 'its root'} (looked for "
