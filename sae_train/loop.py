@@ -85,9 +85,9 @@ def train_cohort(
         for member in members:
             stack.enter_context(member)
         _each(members, lambda member: member.begin(fresh=fresh))
+        _prepare([member for member in members if member.at_work and not member.done], store)
         at_work = [member for member in members if member.at_work]
         if at_work:
-            _prepare([member for member in at_work if member.done == 0], store)
             reader = stack.enter_context(_reader(at_work, store=store, mesh=mesh))
             for member in at_work:
                 member.start(anew=fresh)
@@ -148,8 +148,7 @@ def _prepare(members: Sequence[Member], store: Store) -> None:
         store, tap, batch_size=train.batch_size, seed=train.order_seed, read_ahead=1
     ) as whole:
         batch = functools.cache(whole.batch)
-        for member in members:
-            member.prepare(batch)
+        _each(members, lambda member: member.prepare(batch))
 
 
 def _reader(

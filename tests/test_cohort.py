@@ -246,16 +246,18 @@ def test_one_whose_loss_diverges_fails_alone(folder: Path) -> None:
 
 def test_one_that_cannot_begin_leaves_the_others_theirs(folder: Path) -> None:
     place = "begin"
-    configs = cohort(folder, place=place)
+    nowhere = member(folder, "d", place=place, sae={"start_from": str(folder / "nowhere")})
+    configs = [nowhere, *cohort(folder, place=place)]
     train(member(folder, "b", place=place, bandwidth=0.1))
     with (
         folder_lock(folder / place / "c"),
-        pytest.raises(UserError, match="2 of 3 runs failed") as told,
+        pytest.raises(UserError, match="3 of 4 runs failed") as told,
     ):
         train_cohort(configs)
     assert "b: " in str(told.value)
     assert "sae.bandwidth was 0.1 and is now 0.05" in str(told.value)
     assert "c: " in str(told.value)
+    assert "d: " in str(told.value)
     assert "is in use by another process" in str(told.value)
     assert_as_alone(folder, place, "a")
 
