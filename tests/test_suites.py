@@ -368,7 +368,8 @@ def test_the_plan_of_a_suite_counts_every_cell() -> None:
 
 def test_the_plan_of_one_cell_is_that_of_its_run(tmp_path: Path) -> None:
     chips, assumptions = [accelerator("h200")], Assumptions(price=2.0)
-    config = load_config(write(tmp_path), ["sweep.only=['res/layer_3/width_128/*_0.001']"])
+    only = "sweep.only=['res/layer_3/width_128/*_0.001']"
+    config = load_config(write(tmp_path), [only, "sweep.stores=per_layer"])
     suite_plan = make_suite_plan(config, accelerators=chips, assumptions=assumptions)
     (run,) = expand(config)
     plan = make_plan(
