@@ -449,7 +449,8 @@ def _refuses_credentials(error: Exception) -> bool:
     names = {kind.__name__ for kind in type(error).__mro__}
     known = {"PermissionError", "NoCredentialsError", "PartialCredentialsError", "RefreshError",
              "DefaultCredentialsError", "ProfileNotFound", "CredentialRetrievalError"}  # fmt: skip
-    return bool(names & known) or _status(error) in (401, 403)
+    forbidden = isinstance(error, OSError) and str(error).startswith("Forbidden")  # gcsfs' 403
+    return bool(names & known) or forbidden or _status(error) in (401, 403)
 
 
 def _passes(error: Exception) -> bool:

@@ -92,8 +92,8 @@ class _Lease:
         watched, since = b"", time.monotonic()
         while True:
             found = self._read()
-            if found is None or _is_dead(found.value):
-                if self._write(None if found is None else found):
+            if not found.value or _is_dead(found.value):
+                if self._write(found):
                     return
                 continue  # somebody else was faster
             if found.value != watched and watched:
@@ -137,7 +137,7 @@ class _Lease:
     def _renew(self) -> None:
         with self.lock:
             found = self._read()
-            if found is None:
+            if not found.value:
                 self.lost = f"its {FILE} was deleted"
             elif not self._is_ours(found):
                 self.lost = f"{_holder(found.value)} took it"
@@ -151,13 +151,12 @@ class _Lease:
         """Delete the object, if it is still ours."""
         with contextlib.suppress(UserError):  # it runs out by itself
             found = self._read()
-            if found is not None and self._is_ours(found):
+            if self._is_ours(found):
                 (self.folder / FILE).unlink(missing_ok=True)
 
     def _read(self) -> Any:
-        """The object as TensorStore reads it, with its generation; None if there is none."""
-        found = self._ask(lambda store: store.read(FILE).result(), doing="read the lease of")
-        return found if found.state == "value" else None
+        """The object as TensorStore reads it, with its generation; no value if there is none."""
+        return self._ask(lambda store: store.read(FILE).result(), doing="read the lease of")
 
     def _write(self, before: Any) -> bool:
         """Write our lease in place of the one that was read; False if it was another by then."""
@@ -171,9 +170,8 @@ class _Lease:
             "renewals": self.renewals,
         }
         data = json.dumps(content).encode()
-        condition: bytes | None = b"" if before is None else before.stamp.generation
-        if condition and not condition.strip(b"\0"):
-            condition = None  # an emulator that numbers nothing
+        # Of an object that isn't there too; but an emulator may number nothing.
+        condition = before.stamp.generation if before.stamp.generation.strip(b"\0") else None
         written = self._ask(
             lambda store: store.write(FILE, data, if_equal=condition).result(),
             doing="take the lease of",
@@ -181,7 +179,7 @@ class _Lease:
         if not written.generation:
             return False
         found = self._read()  # where conditions are ignored the last writer wins
-        if found is None or found.value != data:
+        if found.value != data:
             return False
         self.renewed = time.monotonic()
         return True

@@ -305,25 +305,22 @@ def _pod_failure_rules() -> list[dict[str, Any]]:
 
 
 def _check_paths(config: Config, launch: KubernetesLaunch) -> None:
-    """What a stage leaves must outlive its pod: on a volume that isn't scratch."""
+    """What a stage leaves must outlive its pod: in a bucket, or on a volume that isn't scratch."""
     kept = [v.mount for v in launch.volumes if v.kind in ("claim", "host_path") and not v.read_only]
     for key, path in (("cache.path", config.cache.path), ("output", config.output)):
         if "://" in path:
-            raise UserError(
-                f"{key} {path} is a bucket, which stages can't write to yet: mount a volume of "
-                "kind claim or host_path with launch.volumes and give a path on it"
-            )
+            continue
         if not path.startswith("/") and launch.working_dir is None:
             raise UserError(
                 f"{key} {path} is relative: say with launch.working_dir to which folder of the "
-                "pods, or give an absolute path"
+                "pods, or give an absolute path or a bucket"
             )
         whole = posixpath.normpath(posixpath.join(launch.working_dir or "/", path))
         if not any(whole == mount or whole.startswith(f"{mount}/") for mount in kept):
             raise UserError(
                 f"{key} {whole} would be lost with its pod: no volume of kind claim or host_path "
                 f"that may be written is mounted there (found: {', '.join(kept) or 'none'}). Mount "
-                "one with launch.volumes"
+                "one with launch.volumes, or give a gs:// or s3:// path"
             )
 
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -119,8 +120,25 @@ class _OrbaxCheckpoints:
     def close(self) -> None:
         self._manager.close()
 
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Say it in words when the disk refuses, or has gone away under a save."""
+        try:
+            with disk_errors(self.folder, doing="save a checkpoint in"):
+                yield
+        except UserError:
+            raise
+        except Exception as error:  # whatever Orbax makes of files that vanish
+            if self.folder.exists():
+                raise
+            raise UserError(
+                f"cannot save a checkpoint in {self.folder}: that folder is gone. Bring it back "
+                "(is its disk mounted?) and give the same command again: it goes on from what is "
+                "in there."
+            ) from error
+
     def wait(self) -> None:
-        with disk_errors(self.folder, doing="save a checkpoint in"):
+        with self._told():
             self._manager.wait_until_finished()
 
     def steps(self) -> list[int]:
@@ -130,7 +148,7 @@ class _OrbaxCheckpoints:
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(sealed))
         )
-        with disk_errors(self.folder, doing="save a checkpoint in"):
+        with self._told():
             self._manager.save(step, args=arguments)
 
     def delete(self, step: int) -> None:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from activation_cache import distributed
 from activation_cache.errors import UserError
 from launch import cli
+from launch.kubectl import manifest_folder
 from launch.kubernetes import Manifest, dns_name, render, write_manifests
 from launch.kubernetes_pod import WAIT_FOR_HANDLER
 from launch.sweep import expand
@@ -322,7 +323,6 @@ def test_mistakes_in_the_section(launch: dict[str, Any], words: str) -> None:
         ({"volumes": []}, {}, "cache.path /data/store would be lost with its pod"),
         ({"volumes": [{"kind": "empty", "mount": "/data"}]}, {}, "would be lost with its pod"),
         ({"volumes": [{**CLAIM, "read_only": True}]}, {}, "(found: none)"),
-        ({}, {"output": "gs://bucket/x"}, "output gs://bucket/x is a bucket, which stages can't"),
         ({}, {"mesh.model": 4}, "mesh.data * mesh.model must be 16"),
         ({"nodes": {"kind": "gpu"}}, {}, "mesh.data * mesh.model can be at most 8"),
     ],
@@ -332,6 +332,17 @@ def test_a_config_that_cannot_run_there(
 ) -> None:
     with pytest.raises(UserError, match=re.escape(words)):
         render(cluster_config(launch, **values), command="train")
+
+
+def test_a_bucket_needs_no_volume() -> None:
+    values = {"output": "gs://bucket/x", "cache.path": "s3://bucket/store"}
+    config = cluster_config({"volumes": [], "working_dir": None}, **values)
+    [manifest] = render(config, command="train")
+    config_map, job_set = manifest.documents
+    assert "output: gs://bucket/x" in config_map["data"]["config.yaml"]
+    pod = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert [volume["name"] for volume in pod["volumes"]] == ["config"]
+    assert manifest_folder(config) == Path("kubernetes") / config.name
 
 
 def test_a_harvest_has_a_mesh_of_its_own() -> None:

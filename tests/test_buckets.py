@@ -1,0 +1,299 @@
+"""Stores, runs and releases in gs:// and s3://, on real servers: the same bytes as on a disk."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from activation_cache import bucket, lease
+from activation_cache.bucket import BucketPath, files_below
+from activation_cache.errors import Interrupted, StorageError, UserError
+from activation_cache.harvest import harvest
+from activation_cache.storage import folder_lock, is_locked, place, write_text
+from activation_cache.store import open_store
+from launch.cli import main
+from sae_train.checkpoint import Checkpoints, load_trained
+from sae_train.config import Config
+from sae_train.config_file import load_config
+from sae_train.load import load_sae
+from sae_train.loop import train
+from sae_train.run_folder import newest_checkpoint, read_run
+from tests.buckets import Server, object_hashes, servers
+from tests.pipeline import write_pipeline
+from tests.stores import file_hashes
+from tests.training import assert_same_run, make_run
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
+    with servers(tmp_path_factory.mktemp("servers"), "gs", "s3") as found:
+        yield found
+
+
+@pytest.fixture(params=["gs", "s3"])
+def server(both: dict[str, Server], request: pytest.FixtureRequest) -> Iterator[Server]:
+    found = both[request.param]
+    yield found
+    found.proxy.fail = lambda method, path: None
+    bucket._known_buckets.clear()
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config of the whole pipeline, with its store made on the disk."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    assert main(["harvest", "-q", str(write_pipeline(folder))]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 40 steps on the disk, in `whole`, and its store."""
+    folder = tmp_path_factory.mktemp("local")
+    train(make_run(folder, output="whole"))
+    return folder
+
+
+def run_in(server: Server, local: Path, name: str) -> Config:
+    """The config of the same run in the server's bucket, and its store there."""
+    store = place(server.folder("store"))
+    assert isinstance(store, BucketPath)
+    if not (store / "manifest.json").exists():
+        for file in sorted((local / "store").rglob("*")):
+            if file.is_file():
+                bucket.upload(store / str(file.relative_to(local / "store")), file)
+    config = make_run(local, output="whole")
+    cache = config.cache.model_copy(update={"path": str(store)})
+    return config.model_copy(update={"cache": cache, "output": server.folder(name)})
+
+
+def stopping_at(calls: int):
+    count = itertools.count()
+    return lambda: next(count) >= calls
+
+
+def test_the_whole_pipeline(server: Server, pipeline: Path, capsys: pytest.CaptureFixture[str]):
+    out, config = server.folder("out"), str(pipeline / "config.yaml")
+    places = [f"cache.path={out}/store", f"output={out}", "-q"]
+    for command in ("harvest", "train", "evaluate"):
+        assert main([command, config, *places]) == 0
+    for command in ("export", "report", "status", "inspect"):
+        assert main([command, out, "-q"]) == 0
+    shown = capsys.readouterr().out
+    assert "trained" in shown and "20/20" in shown  # noqa: PT018
+    ours = object_hashes(f"{out}/store")
+    disk = file_hashes(pipeline / "out" / "store")
+    own = {"config.yaml", ".lock"}
+    assert {k: v for k, v in ours.items() if k not in own} == {
+        k: v for k, v in disk.items() if k not in own
+    }
+    run = read_run(out)
+    assert run.state == "trained"
+    assert run.evaluation is not None
+    assert len(run.release) == 7
+    assert not is_locked(place(out))
+    page = (place(out) / "report" / "index.html").read_bytes().decode()
+    assert 'href="../release/sae_lens/sae_weights.safetensors"' in page
+    sae = load_sae(out)
+    assert np.array_equal(sae.W_enc, load_sae(f"{out}/release/gemma_scope").W_enc)
+    assert not Path("gs:").exists() and not Path("s3:").exists()  # noqa: PT018
+
+
+def test_a_harvest_goes_on_in_the_bucket(server: Server, pipeline: Path):
+    config = load_config(pipeline / "config.yaml", [f"cache.path={server.folder('broken')}"])
+    sections = {"model": config.model, "text": config.text, "cache": config.cache}
+    with pytest.raises(Interrupted):
+        harvest(**sections, stop=lambda: (place(config.cache.path) / "commits" /
+                                          "bucket-000000.json").exists())  # fmt: skip
+    with pytest.raises(UserError, match="has not finished"):
+        open_store(config.cache.path)
+    harvest(**sections)
+    disk = file_hashes(pipeline / "out" / "store")
+    ours = object_hashes(config.cache.path)
+    assert ours == {k: v for k, v in disk.items() if k not in ("config.yaml", ".lock")}
+
+
+def test_a_run_stopped_and_gone_on_with_is_the_one_on_the_disk(server: Server, local: Path):
+    config = run_in(server, local, "stopped")
+    with pytest.raises(Interrupted):
+        train(config, stop=stopping_at(25))
+    assert newest_checkpoint(place(config.output)) == 25
+    assert train(config).step == 40
+    with Checkpoints(config.output) as checkpoints:
+        assert checkpoints.steps() == [30, 40]
+    assert_same_run(local / "whole", place(config.output), step=40)
+    assert read_run(config.output).restarts == 1
+
+
+@pytest.mark.parametrize("damage", ["half uploaded", "flipped", "object gone"])
+def test_the_checkpoint_before_is_gone_on_from(
+    server: Server, local: Path, damage: str, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO, logger="sae_train")
+    config = run_in(server, local, f"damaged-{damage.replace(' ', '-')}")
+    train(config)
+    newest = place(config.output) / "checkpoints" / "40"
+    assert isinstance(newest, BucketPath)
+    sizes = files_below(newest)
+    largest = max(sizes, key=lambda file: sizes[file])
+    if damage == "half uploaded":
+        (newest / "meta" / "metadata").unlink()
+    elif damage == "flipped":
+        data = bytearray(largest.read_bytes())
+        data[len(data) // 2] ^= 4
+        bucket.write_object(largest, bytes(data))
+    else:
+        largest.unlink()
+    assert load_trained(config.output).step == 30
+    assert train(config).step == 40
+    assert ("half uploaded" if damage == "half uploaded" else "skipping the damaged") in caplog.text
+    assert "going on from the checkpoint at step 30" in caplog.text
+    assert_same_run(local / "whole", place(config.output), step=40)
+
+
+def test_a_run_copied_from_a_bucket_is_read_on_a_disk(server: Server, local: Path, tmp_path: Path):
+    config = run_in(server, local, "copied")
+    train(config)
+    for file in files_below(BucketPath.parse(config.output)):
+        target = tmp_path / "copy" / str(file)[len(config.output) + 1 :]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        bucket.download(file, target)
+    assert_same_run(local / "whole", tmp_path / "copy", step=40)
+
+
+@pytest.mark.parametrize("status", [403, 401])
+def test_refused_credentials_are_told_at_once(server: Server, local: Path, status: int):
+    config = run_in(server, local, "denied")
+    bucket._known_buckets.clear()
+    server.proxy.fail = lambda method, path: status
+    with pytest.raises(StorageError, match=r"refuses the credentials .*They come from"):
+        train(config)
+    # TensorStore's words, where gcsfs and s3fs still get through.
+    server.proxy.fail = lambda method, path: status if "/c/" in path else None
+    bucket._known_buckets.clear()
+    with pytest.raises(StorageError, match="refuses the credentials"):
+        open_store(config.cache.path).provenance(start=0, stop=8)
+
+
+def test_a_missing_bucket_is_told(server: Server, pipeline: Path, capsys: object):
+    elsewhere = f"{server.scheme}://no-such-bucket/store"
+    with pytest.raises(StorageError, match=f"there is no bucket {server.scheme}://no-such-bucket"):
+        open_store(elsewhere)
+    assert main(["harvest", "-q", str(pipeline / "config.yaml"), f"cache.path={elsewhere}"]) == 2
+
+
+def test_one_process_holds_a_folder(server: Server, monkeypatch: pytest.MonkeyPatch):
+    for name, seconds in (("LEASE_SECONDS", 30), ("_RENEW_SECONDS", 0.1), ("_LOOK_SECONDS", 0.1)):
+        monkeypatch.setattr(lease, name, seconds)
+    folder = place(server.folder("held"))
+    with folder_lock(folder):
+        assert is_locked(folder)
+        with (
+            pytest.raises(UserError, match=f"in use by process {os.getpid()} on"),
+            folder_lock(folder),
+        ):
+            pass  # fmt: skip
+    assert not is_locked(folder)
+    with folder_lock(folder):
+        pass
+
+
+def test_the_lease_of_a_dead_process_is_taken(server: Server, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lease, "_LOOK_SECONDS", 0.1)
+    folder = place(server.folder("dead"))
+    left = {"owner": "x", "host": platform.node(), "boot": lease._boot(), "process": os.getpid(),
+            "started": "before", "renewals": 3}  # fmt: skip
+    write_text(folder / ".lock", json.dumps(left))
+    with folder_lock(folder):  # at once: its process is not there any more
+        pass
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 0.5)
+    write_text(folder / ".lock", json.dumps(left | {"host": "elsewhere"}))
+    with folder_lock(folder):  # once it has run out
+        pass
+
+
+def test_who_lost_the_folder_writes_no_more(server: Server):
+    folder = place(server.folder("lost"))
+    assert isinstance(folder, BucketPath)
+    with folder_lock(folder):
+        write_text(folder / "before", "ours")
+        other = lease._Lease(folder)
+        assert other._write(other._read())  # as if this process had been cut off for long
+        bucket._guards[folder].__self__.renewed = 0.0  # type: ignore[attr-defined]
+        with pytest.raises(UserError, match=r"is no longer this process's"):
+            write_text(folder / "after", "not ours")
+        assert not (folder / "after").exists()
+    assert is_locked(folder), "the other's lease stays"
+    other.give_back()
+
+
+def test_of_two_that_take_a_lease_one_wins(server: Server):
+    """Conditional writes: whoever writes on what it read earlier is refused."""
+    folder = place(server.folder("race"))
+    assert isinstance(folder, BucketPath)
+    first, second = lease._Lease(folder), lease._Lease(folder)
+    nothing = second._read()
+    assert first._write(first._read())
+    assert not second._write(nothing)
+    seen = second._read()
+    assert first._write(first._read())
+    assert not second._write(seen)
+    first.give_back()
+    assert not (folder / ".lock").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("gs:/bucket/x", "no place to write to"),
+        ("http://host/x", "no place to write to"),
+        ("s3://", "no place to write to"),
+        ("gs://bucket/a/../b", "have no meaning in a bucket"),
+    ],
+)
+def test_what_is_neither_a_folder_nor_a_bucket_is_refused(text: str, words: str, tmp_path: Path):
+    config = write_pipeline(tmp_path)
+    for key in ("output", "cache.path"):
+        with pytest.raises(UserError, match=words):
+            load_config(config, [f"{key}={text}"])
+
+
+def test_tensorboard_needs_a_disk(tmp_path: Path):
+    with pytest.raises(UserError, match="event files"):
+        load_config(write_pipeline(tmp_path), ["output=gs://acts/run", "train.tensorboard=true"])
+
+
+def test_a_run_folder_that_vanishes_from_a_disk_is_told(local: Path):
+    config = make_run(local, output="vanishing")
+    before = stopping_at(25)
+
+    def vanish() -> bool:
+        if before():
+            shutil.rmtree(config.output, ignore_errors=True)
+        return False
+
+    with pytest.raises(UserError, match=r"is gone|has gone away"):
+        train(config, stop=vanish)
+
+
+def test_a_bucket_path_is_no_path_of_the_disk():
+    path = BucketPath.parse("gs://bucket/a/b.txt")
+    assert str(path / "c") == "gs://bucket/a/b.txt/c"
+    assert (path.name, path.stem, path.suffix, str(path.parent)) == (
+        "b.txt", "b", ".txt", "gs://bucket/a",
+    )  # fmt: skip
+    with pytest.raises(TypeError):
+        Path(path)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        open(path)  # type: ignore[call-overload] # noqa: SIM115
