@@ -1,4 +1,4 @@
-"""Six runs as one cohort against the same six alone; and their steps stacked, which we don't do.
+"""Six runs as one cohort against the same six alone; and ways to make their steps.
 
     python -m benchmarks.cohort                       # the sizes of the demo, minutes on two cores
 
@@ -25,7 +25,7 @@ from sae_train.loop import train, train_cohort
 from sae_train.schedule import scheduled
 from sae_train.sharding import make_mesh
 from sae_train.state import init_state
-from sae_train.step import make_train_step
+from sae_train.step import make_stacked_step, make_train_step
 from tests.configs import make_config
 from tests.stores import make_manifest, random_rows, write_store
 
@@ -84,22 +84,22 @@ def _measure(label: str, work: Callable[[], Any]) -> None:
 
 
 def _stacked(configs: list[Config], *, d_model: int) -> None:
-    """A step of all runs: one program called for each, one over a tuple, one over a new axis."""
+    """A step of all runs: one program called for each, one over all, one over a new axis."""
     mesh = make_mesh(configs[0].mesh)
     step = make_train_step(configs[0], input_scale=1.0, mesh=mesh)
     plain = step.__wrapped__  # type: ignore[attr-defined]
     batch = np.random.default_rng(0).standard_normal((configs[0].train.batch_size, d_model))
     rows = jax.device_put((batch / d_model**0.5).astype(np.float32))
-    over_tuple = jax.jit(lambda ss, x, cs: [plain(s, x, c)[0] for s, c in zip(ss, cs, strict=True)])
+    together = make_stacked_step(configs[0], members=len(configs), input_scale=1.0, mesh=mesh)
     over_axis = jax.jit(lambda s, x, c: jax.vmap(plain, in_axes=(0, None, 0))(s, x, c)[0])
     ways: dict[str, Callable[[Any, Any], Any]] = {
         "one by one": lambda ss, cs: [step(s, rows, c)[0] for s, c in zip(ss, cs, strict=True)],
-        "a tuple": lambda ss, cs: over_tuple(ss, rows, cs),
-        "stacked": lambda ss, cs: over_axis(ss, rows, jax.tree.map(lambda *c: np.stack(c), *cs)),
+        "stacked": lambda ss, cs: together(tuple(ss), rows, tuple(cs))[0],
+        "a new axis": lambda ss, cs: over_axis(ss, rows, jax.tree.map(lambda *c: np.stack(c), *cs)),
     }
     for label, way in ways.items():
         states: Any = [init_state(one.sae, d_model=d_model, seed=0, mesh=mesh) for one in configs]
-        if label == "stacked":
+        if label == "a new axis":
             states = jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *states)
         seconds, busy = [], []
         for number in range(12):

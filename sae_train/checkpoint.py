@@ -55,6 +55,7 @@ FREE_FIELDS = (
     "evaluation",
     "launch",
     "sweep",
+    "train.stacked",
     "train.log_every_steps",
     "train.tensorboard",
 )

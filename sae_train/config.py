@@ -200,6 +200,7 @@ class TrainConfig(Section):
     sparsity: Sparsity
     gradient_clip: Positive | None = None  # global norm; Gemma Scope clips nothing
     dead_after_tokens: PositiveCount = 10_000_000  # a latent silent for so long counts as dead
+    stacked: bool = False  # one compiled program for members of a cohort with the same step
     log_every_steps: PositiveCount = 100
     tensorboard: bool = False
 

@@ -26,13 +26,13 @@ from activation_cache.reader import ActivationReader
 from activation_cache.storage import Place
 from activation_cache.store import Store, open_store
 from activation_cache.taps import Tap
-from sae_train.cohort import check_cohort, step_key
+from sae_train.cohort import check_cohort
 from sae_train.cohort_progress import CohortProgress
+from sae_train.cohort_step import CohortStep
 from sae_train.config import Config
 from sae_train.journal import Diverged, InputClock
 from sae_train.member import Member
 from sae_train.sharding import make_mesh, place_batch, rows_here
-from sae_train.step import TrainStep, make_train_step
 
 logger = logging.getLogger(__name__)
 
@@ -165,16 +165,6 @@ def _reader(
     )
 
 
-def _compiled(members: Sequence[Member], mesh: jax.sharding.Mesh) -> dict[str, TrainStep]:
-    """The steps of all members by `step_key`: what differs in numbers alone is compiled once."""
-    steps: dict[str, TrainStep] = {}
-    for member in members:
-        key = step_key(member.config)
-        if key not in steps:
-            steps[key] = make_train_step(member.config, input_scale=member.input_scale, mesh=mesh)
-    return steps
-
-
 def _steps(
     members: Sequence[Member],
     *,
@@ -187,8 +177,7 @@ def _steps(
     """The loop: the members furthest behind take the next step, until none wants another."""
     batch_size = reader.batch_size
     span = rows_here(mesh, batch_size=batch_size)
-    compiled = _compiled(members, mesh)
-    train_step = {member: compiled[step_key(member.config)] for member in members}
+    take_step = CohortStep(mesh)
     while at_work := [member for member in members if member.at_work]:
         step = min(member.done for member in at_work)
         turn = [member for member in at_work if member.done == step]
@@ -205,8 +194,7 @@ def _steps(
             rows_BD = reader.batch(step)
         batch_BD = place_batch(rows_BD, mesh=mesh, batch_size=batch_size, span=span)
         turn = [member for member in turn if member.at_work]
-        for member in turn:
-            member.step(batch_BD, train_step=train_step[member])
+        take_step(turn, batch_BD)
         # Only now, with the next steps dispatched: reading waits for the devices.
         _each(turn, Member.judge, errors=Diverged)
         _leave([member for member in turn if member.failure is None and not member.at_work])

@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
 
 from activation_cache import distributed
 from activation_cache.storage import folder_lock, place
@@ -29,9 +28,9 @@ from sae_train.journal import InputClock, Journal
 from sae_train.metrics import MetricsLog, read_metrics
 from sae_train.prepare import prepare_start
 from sae_train.run_folder import record_failure, record_start
-from sae_train.schedule import scheduled
+from sae_train.schedule import Scheduled, scheduled
 from sae_train.state import TrainState, abstract_state, init_state
-from sae_train.step import StepMetrics, TrainStep
+from sae_train.step import StepMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -154,12 +153,15 @@ class Member:
         log = MetricsLog(self.config.output, from_step=self.done, tensorboard=train.tensorboard)
         self.journal.log = self._stack.enter_context(log)
 
-    def step(self, batch_BD: Float[Array, "B D"], *, train_step: TrainStep) -> None:
-        """Give the devices the next step on a placed batch of raw rows; returns at once."""
+    def give(self) -> tuple[TrainState, Scheduled]:
+        """The state to step from, which the step may consume, and the scalars of the step."""
         assert self._state is not None
         self.journal.begin()
-        scalars = scheduled(self.config.train, step=self.done)
-        self._state, metrics = train_step(self._state, batch_BD, scalars)
+        return self._state, scheduled(self.config.train, step=self.done)
+
+    def take(self, state: TrainState, metrics: StepMetrics) -> None:
+        """The state and the metrics of the step that is now on the devices."""
+        self._state = state
         self.done += 1
         self._unread, self._pending = self._pending, (self.done, metrics)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,10 @@ class StepMetrics:
 _SELECTION_DECAY = 0.99
 
 TrainStep = Callable[[TrainState, Array, Scheduled], tuple[TrainState, StepMetrics]]
+StackedStep = Callable[
+    [tuple[TrainState, ...], Array, tuple[Scheduled, ...]],
+    tuple[tuple[TrainState, ...], tuple[StepMetrics, ...]],
+]
 
 
 def loss_and_forward(
@@ -137,6 +142,48 @@ def make_train_step(config: Config, *, input_scale: float, mesh: Mesh) -> TrainS
 
     The state is donated: the caller must not touch the one it passed in.
     """
+    states, rows, scalar = _placements(config, mesh)
+    return jax.jit(
+        _plain_step(config, input_scale=input_scale),
+        in_shardings=(states, rows, scalar),
+        out_shardings=(states, scalar),
+        donate_argnums=0,
+    )
+
+
+def make_stacked_step(
+    config: Config, *, members: int, input_scale: float, mesh: Mesh
+) -> StackedStep:
+    """The steps of several runs that differ in numbers alone, as one compiled program.
+
+    (states, rows [B, D], scalars of each) -> (states, metrics of each). The states stay apart, so
+    that each can be saved, or leave, without being copied; they are donated.
+    """
+    states, rows, scalar = _placements(config, mesh)
+    plain = _plain_step(config, input_scale=input_scale)
+
+    def step(
+        own: tuple[TrainState, ...], rows_BD: Array, scalars: tuple[Scheduled, ...]
+    ) -> tuple[tuple[TrainState, ...], tuple[StepMetrics, ...]]:
+        pairs = [plain(one, rows_BD, its) for one, its in zip(own, scalars, strict=True)]
+        return tuple(state for state, _ in pairs), tuple(metrics for _, metrics in pairs)
+
+    return jax.jit(
+        step,
+        in_shardings=((states,) * members, rows, scalar),
+        out_shardings=((states,) * members, scalar),
+        donate_argnums=0,
+    )
+
+
+def _placements(config: Config, mesh: Mesh) -> tuple[TrainState, Any, Any]:
+    """Where the state, the rows and the scalars of a step lie."""
+    states = state_shardings(mesh, architecture=config.sae.architecture)
+    return states, sharding(mesh, BATCH_DIMS), sharding(mesh, ())
+
+
+def _plain_step(config: Config, *, input_scale: float) -> TrainStep:
+    """The step as it is written, uncompiled."""
     sae, train = config.sae, config.train
     loss_gradient = jax.value_and_grad(loss_and_forward, has_aux=True)
 
@@ -183,11 +230,4 @@ def make_train_step(config: Config, *, input_scale: float, mesh: Mesh) -> TrainS
         )
         return new_state, metrics
 
-    states = state_shardings(mesh, architecture=sae.architecture)
-    scalar = sharding(mesh, ())
-    return jax.jit(
-        step,
-        in_shardings=(states, sharding(mesh, BATCH_DIMS), scalar),
-        out_shardings=(states, scalar),
-        donate_argnums=0,
-    )
+    return step

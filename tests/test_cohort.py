@@ -115,7 +115,7 @@ class Counted:
         self.reads: list[int] = []
         self.puts = 0
         self.made: list[Any] = []
-        read, put, make = loop.ActivationReader.batch, loop.place_batch, loop.make_train_step
+        read, put, make = loop.ActivationReader.batch, loop.place_batch, cohort_step.make_train_step
 
         def batch(reader: Any, step: int) -> Any:
             self.reads.append(step)
@@ -131,7 +131,7 @@ class Counted:
 
         patch.setattr(loop.ActivationReader, "batch", batch)
         patch.setattr(loop, "place_batch", place)
-        patch.setattr(loop, "make_train_step", step)
+        patch.setattr(cohort_step, "make_train_step", step)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -266,7 +266,7 @@ def test_too_many_for_the_devices_is_told(folder: Path, monkeypatch: pytest.Monk
     def full(*arguments: Any, **options: Any) -> Any:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
 
-    monkeypatch.setattr(loop, "make_train_step", full)
+    monkeypatch.setattr(cohort_step, "make_train_step", full)
     with pytest.raises(UserError, match=r"set sweep\.cohort\.max_members below 3"):
         train_cohort(cohort(folder, place="full"))
     with pytest.raises(jax.errors.JaxRuntimeError):
@@ -370,7 +370,7 @@ PENALTIES: list[dict[str, Any]] = [
 def lowered(config: Config) -> str:
     """The program of a config's step, before compilation."""
     mesh = make_mesh(config.mesh)
-    step = loop.make_train_step(config, input_scale=1.0, mesh=mesh)
+    step = cohort_step.make_train_step(config, input_scale=1.0, mesh=mesh)
     state = abstract_state(config.sae, d_model=8, mesh=mesh)
     rows = jax.ShapeDtypeStruct((config.train.batch_size, 8), jnp.float32)
     return step.lower(state, rows, scheduled(config.train, step=0)).as_text()

@@ -9,7 +9,7 @@ import pytest
 
 from activation_cache.errors import Interrupted, UserError
 from activation_cache.storage import folder_lock
-from sae_train import loop
+from sae_train import cohort_step
 from sae_train.checkpoint import Checkpoints, load_trained
 from sae_train.loop import train
 from sae_train.metrics import read_metrics
@@ -236,8 +236,8 @@ def test_the_step_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         made.append(original(*args, **kwargs))
         return made[-1]
 
-    original = loop.make_train_step
-    monkeypatch.setattr(loop, "make_train_step", counting)
+    original = cohort_step.make_train_step
+    monkeypatch.setattr(cohort_step, "make_train_step", counting)
     train(make_run(tmp_path))
     [step] = made
     assert step._cache_size() == 1
