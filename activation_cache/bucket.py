@@ -22,15 +22,21 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, TypeVar
 
-from activation_cache.errors import StorageError, UserError
+from activation_cache.bucket_errors import (
+    denied,
+    no_answer,
+    no_bucket,
+    passes,
+    patience,
+    refuses_credentials,
+    words_of,
+)
+from activation_cache.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 SCHEMES = ("gs", "s3")
-PATIENCE = "SAE_STORAGE_SECONDS"
-_PATIENCE_SECONDS = 120.0
 _CONNECT_SECONDS, _READ_SECONDS = 20, 60
-_INTACT = "What was finished before is intact: give the same command again"
 
 Result = TypeVar("Result")
 
@@ -250,72 +256,6 @@ def key_value_spec(path: BucketPath) -> dict[str, Any]:
     return {**spec, "s3_request_retries": retries}
 
 
-def patience() -> float:
-    """Seconds for which a request that fails in passing is tried again."""
-    text = os.environ.get(PATIENCE, str(_PATIENCE_SECONDS))
-    try:
-        seconds = float(text)
-        if not 1 <= seconds <= 86_400:
-            raise ValueError(text)
-    except ValueError as error:
-        raise UserError(f"{PATIENCE} must be a number of seconds from 1 to 86400; it is {text!r}") \
-            from error  # fmt: skip
-    return seconds
-
-
-def denied(path: BucketPath, *, doing: str, reason: str) -> StorageError:
-    """The words for credentials that are missing, wrong or not enough."""
-    return StorageError(
-        f"cannot {doing} {path}: the server refuses the credentials ({reason}). They come from "
-        f"{_CREDENTIALS[path.scheme]}: see that they are those of an account that may list, read, "
-        f"write and delete in {path.scheme}://{path.bucket}. {_INTACT}."
-    )
-
-
-def no_bucket(path: BucketPath, *, doing: str) -> StorageError:
-    """The words for a bucket that isn't there."""
-    return StorageError(
-        f"cannot {doing} {path}: there is no bucket {path.scheme}://{path.bucket} at "
-        f"{_endpoint(path.scheme)}. Create it, or correct its name."
-    )
-
-
-def no_answer(path: BucketPath, *, doing: str, reason: str) -> StorageError:
-    """The words for a server that didn't do it in all the time it was given."""
-    return StorageError(
-        f"cannot {doing} {path}: {_endpoint(path.scheme)} failed again and again for "
-        f"{patience():g} s ({reason}). {_INTACT} when the storage answers, or wait longer with "
-        f"{PATIENCE}."
-    )
-
-
-def array_error(path: BucketPath, text: str, *, doing: str) -> StorageError | None:
-    """TensorStore's words, which begin with a status, as ours; None where they say a bug."""
-    status, reason = text.partition(":")[0], text.partition(" [")[0][:300]
-    if status in ("PERMISSION_DENIED", "UNAUTHENTICATED"):
-        return denied(path, doing=doing, reason=reason)
-    if status == "NOT_FOUND":
-        return no_bucket(path, doing=doing)
-    if status in _PASSING:
-        return no_answer(path, doing=doing, reason=reason)
-    return None
-
-
-_PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "INTERNAL", "UNKNOWN",
-            "RESOURCE_EXHAUSTED", "CANCELLED")  # fmt: skip
-_CREDENTIALS = {
-    "gs": "Google's application default credentials (GOOGLE_APPLICATION_CREDENTIALS, "
-    "`gcloud auth application-default login`, or the machine's service account)",
-    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the machine's role",
-}
-
-
-def _endpoint(scheme: str) -> str:
-    names = {"gs": ("STORAGE_EMULATOR_HOST",), "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")}
-    chosen = (os.environ[name] for name in names[scheme] if os.environ.get(name))
-    return next(chosen, {"gs": "Google Cloud Storage", "s3": "Amazon S3"}[scheme])
-
-
 def _tell_tensorstore_of_google() -> None:
     """An emulator has one variable for all of Google's libraries, and TensorStore its own."""
     emulator = os.environ.get("STORAGE_EMULATOR_HOST")
@@ -355,7 +295,10 @@ def _kind(path: BucketPath) -> str | None:
 
 @functools.cache
 def _file_system(scheme: str) -> Any:
-    """gcsfs or s3fs, nothing remembered of listings and nothing tried twice: `_patiently` does."""
+    """gcsfs or s3fs, nothing remembered of listings, and s3fs trying nothing twice: we do.
+
+    gcsfs can't be kept from it: each of its calls takes half a minute to give up.
+    """
     if scheme == "gs":
         # Else every new bucket is asked through gRPC whether it has real folders.
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
@@ -404,7 +347,7 @@ def _check_bucket(path: BucketPath) -> None:
     try:
         _patiently(path, listed, doing="look at")
     except FileNotFoundError as error:
-        raise no_bucket(path, doing="use") from error
+        raise no_bucket(str(path), doing="use") from error
     _known_buckets.add((path.scheme, path.bucket))
 
 
@@ -428,50 +371,14 @@ def _patiently(path: BucketPath, call: Callable[[], Result], *, doing: str) -> R
         except FileNotFoundError:
             raise
         except Exception as error:
-            reason = _words(error)
-            if _refuses_credentials(error):
-                raise denied(path, doing=doing, reason=reason) from error
-            if not _passes(error):
+            reason = words_of(error)
+            if refuses_credentials(error):
+                raise denied(str(path), doing=doing, reason=reason) from error
+            if not passes(error):
                 raise
             if time.monotonic() + pause > deadline:
-                raise no_answer(path, doing=doing, reason=reason) from error
+                raise no_answer(str(path), doing=doing, reason=reason) from error
             if pause > 2:
                 logger.warning("cannot %s %s yet (%s): trying again", doing, path, reason)
         time.sleep(pause * random.uniform(0.75, 1.25))  # not all processes at the same instant
         pause = min(2 * pause, patience() / 4)
-
-
-def _words(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
-def _refuses_credentials(error: Exception) -> bool:
-    names = {kind.__name__ for kind in type(error).__mro__}
-    known = {"PermissionError", "NoCredentialsError", "PartialCredentialsError", "RefreshError",
-             "DefaultCredentialsError", "ProfileNotFound", "CredentialRetrievalError"}  # fmt: skip
-    forbidden = isinstance(error, OSError) and str(error).startswith("Forbidden")  # gcsfs' 403
-    return bool(names & known) or forbidden or _status(error) in (401, 403)
-
-
-def _passes(error: Exception) -> bool:
-    """May the same request succeed a moment later?"""
-    status = _status(error)
-    if status is not None:
-        return status in (408, 429) or status >= 500
-    modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
-    if modules & {"aiohttp", "botocore", "requests", "urllib3", "google"}:
-        return True
-    return isinstance(error, OSError | TimeoutError)
-
-
-def _status(error: BaseException | None) -> int | None:
-    """The HTTP status behind an error of gcsfs, of s3fs or of what they are built on."""
-    while error is not None:
-        response = getattr(error, "response", None)
-        found = getattr(error, "code", None) or getattr(error, "status", None)
-        if isinstance(response, dict):
-            found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        if isinstance(found, int):
-            return found
-        error = error.__cause__
-    return None

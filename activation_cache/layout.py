@@ -20,6 +20,7 @@ import tensorstore as ts
 
 from activation_cache import bucket
 from activation_cache.bucket import BucketPath
+from activation_cache.bucket_errors import array_error
 from activation_cache.errors import UserError
 from activation_cache.order import Segment
 from activation_cache.storage import Place, disk_errors
@@ -208,7 +209,7 @@ def array_errors(path: Place, *, doing: str) -> Iterator[None]:
         if status in ("DATA_LOSS", "NOT_FOUND", "FAILED_PRECONDITION") and doing != "write":
             raise UserError(_damage(file, status, text)) from error
         if isinstance(path, BucketPath):
-            raise bucket.array_error(path, text, doing=doing) or error from error
+            raise array_error(str(path), text, doing=doing) or error from error
         code = re.search(r"os_error_code='(\d+)'", text)
         number = int(code.group(1)) if code else _ERRNO_BY_STATUS.get(status)
         if number is None:

@@ -28,11 +28,11 @@ import tensorstore as ts
 
 from activation_cache.bucket import (
     BucketPath,
-    array_error,
     key_value_spec,
     request,
     set_guard,
 )
+from activation_cache.bucket_errors import array_error
 from activation_cache.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -193,7 +193,7 @@ class _Lease:
         except ValueError as error:
             if isinstance(error, UserError):
                 raise
-            raise array_error(self.folder, str(error), doing=doing) or error from error
+            raise array_error(str(self.folder), str(error), doing=doing) or error from error
 
 
 def _holder(value: bytes) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import socket
 import subprocess
@@ -14,13 +15,17 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from activation_cache import bucket
 from activation_cache.bucket import BucketPath, files_below
+from activation_cache.storage import place
+from sae_train.config import Config
 from tests.bucket_proxy import Proxy, proxy_before
+from tests.training import make_run
 
 BUCKET = "acts"
 _START_SECONDS = 120
@@ -120,3 +125,22 @@ def object_hashes(folder: str) -> dict[str, str]:
         str(file)[len(str(root)) + 1 :]: hashlib.sha256(file.read_bytes()).hexdigest()
         for file in files_below(root)
     }
+
+
+def run_in(server: Server, local: Path, name: str, **options: Any) -> Config:
+    """The config of the same run in the server's bucket, and its store there."""
+    store = place(server.folder("store"))
+    assert isinstance(store, BucketPath)
+    if not (store / "manifest.json").exists():
+        for file in sorted((local / "store").rglob("*")):
+            if file.is_file():
+                bucket.upload(store / str(file.relative_to(local / "store")), file)
+    config = make_run(local, output="whole", **options)
+    cache = config.cache.model_copy(update={"path": str(store)})
+    return config.model_copy(update={"cache": cache, "output": server.folder(name)})
+
+
+def stopping_at(calls: int) -> Callable[[], bool]:
+    """A `stop` that says yes from that call on."""
+    count = itertools.count()
+    return lambda: next(count) >= calls

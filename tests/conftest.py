@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
+import pytest
 
 import tests.typechecker  # noqa: F401 - the check named in pyproject is looked up as an attribute
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True)
+def logging_unconfigured() -> None:
+    """No test hears less because one before it ran a command, with `-q` perhaps, in its process."""
+    for name in ("activation_cache", "sae_train", "launch", "absl", "py.warnings"):
+        logging.getLogger(name).setLevel(logging.NOTSET)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import os
@@ -22,12 +21,11 @@ from activation_cache.storage import folder_lock, is_locked, place, write_text
 from activation_cache.store import open_store
 from launch.cli import main
 from sae_train.checkpoint import Checkpoints, load_trained
-from sae_train.config import Config
 from sae_train.config_file import load_config
 from sae_train.load import load_sae
 from sae_train.loop import train
 from sae_train.run_folder import newest_checkpoint, read_run
-from tests.buckets import Server, object_hashes, servers
+from tests.buckets import Server, object_hashes, run_in, servers, stopping_at
 from tests.pipeline import write_pipeline
 from tests.stores import file_hashes
 from tests.training import assert_same_run, make_run
@@ -63,24 +61,6 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("local")
     train(make_run(folder, output="whole"))
     return folder
-
-
-def run_in(server: Server, local: Path, name: str) -> Config:
-    """The config of the same run in the server's bucket, and its store there."""
-    store = place(server.folder("store"))
-    assert isinstance(store, BucketPath)
-    if not (store / "manifest.json").exists():
-        for file in sorted((local / "store").rglob("*")):
-            if file.is_file():
-                bucket.upload(store / str(file.relative_to(local / "store")), file)
-    config = make_run(local, output="whole")
-    cache = config.cache.model_copy(update={"path": str(store)})
-    return config.model_copy(update={"cache": cache, "output": server.folder(name)})
-
-
-def stopping_at(calls: int):
-    count = itertools.count()
-    return lambda: next(count) >= calls
 
 
 def test_the_whole_pipeline(server: Server, pipeline: Path, capsys: pytest.CaptureFixture[str]):

@@ -17,7 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from activation_cache.errors import Interrupted, UserError
 from activation_cache.storage import folder_lock
-from sae_train import loop
+from sae_train import cohort_step, loop
 from sae_train.checkpoint import load_trained
 from sae_train.cohort import batch_key, check_cohort, group_cohorts, step_key
 from sae_train.cohort_progress import label, steps_to_read

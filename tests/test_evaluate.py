@@ -501,6 +501,7 @@ def test_another_store_is_warned_of_and_a_missing_one_refused(world, tmp_path, c
 
 
 def test_a_run_without_a_checkpoint(world, tmp_path):
+    write_config(world.config, tmp_path)
     with pytest.raises(UserError, match="has no checkpoints"):
         evaluate([tmp_path], model=world.ours)
 
