@@ -90,8 +90,14 @@ def submit(config: Config, folder: Path, *, stage: slurm.Stage = "train") -> str
     return slurm.read_jobs(script_folder(config))[stage].number
 
 
-def await_(what: str, condition: Callable[[], Any], *, log: Path | None = None) -> None:
-    deadline = time.monotonic() + PATIENCE
+def await_(
+    what: str,
+    condition: Callable[[], Any],
+    *,
+    log: Path | None = None,
+    patience: float = PATIENCE,
+) -> None:
+    deadline = time.monotonic() + patience
     while not condition():
         said = "\n".join(file.read_text() for file in (log.glob("*.log") if log else []))
         assert time.monotonic() < deadline, f"no {what}\n{said}"
@@ -277,7 +283,9 @@ def test_a_time_limit_sends_the_job_back_into_the_queue(
     cluster: Cluster, limited: tuple[str, Path]
 ) -> None:
     job, log = limited
-    await_("restart", lambda: "after 1 restarts" in (log / f"train-{job}.log").read_text())
+    file = log / f"train-{job}.log"
+    # It may have waited for its node until now: the minute it has, and two of a requeue's delay.
+    await_("restart", lambda: "after 1 restarts" in file.read_text(), patience=2 * PATIENCE)
     await_state(cluster, job, "COMPLETED", log=log)
     said = (log / f"train-{job}.log").read_text()
     order = ("after 0 restarts", "told", f"job {job} goes back into the queue", "after 1 restarts")
