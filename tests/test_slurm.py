@@ -285,7 +285,8 @@ def test_a_time_limit_sends_the_job_back_into_the_queue(
     job, log = limited
     file = log / f"train-{job}.log"
     # It may have waited for its node until now: the minute it has, and two of a requeue's delay.
-    await_("restart", lambda: "after 1 restarts" in file.read_text(), patience=2 * PATIENCE)
+    restarted = lambda: file.exists() and "after 1 restarts" in file.read_text()  # noqa: E731
+    await_("restart", restarted, patience=2 * PATIENCE)
     await_state(cluster, job, "COMPLETED", log=log)
     said = (log / f"train-{job}.log").read_text()
     order = ("after 0 restarts", "told", f"job {job} goes back into the queue", "after 1 restarts")
