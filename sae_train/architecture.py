@@ -21,11 +21,17 @@ ARCHITECTURE_NAMES: dict[Architecture, str] = {
 
 
 def forward(
-    params: Params, x_BD: Float[Array, "B D"], *, config: SaeConfig, dead_F: Bool[Array, " F"]
+    params: Params,
+    x_BD: Float[Array, "B D"],
+    *,
+    target_BD: Float[Array, "B D"],
+    config: SaeConfig,
+    dead_F: Bool[Array, " F"],
 ) -> Forward:
     """One pass of whatever architecture `config` names over scaled rows.
 
     Args:
+        target_BD: what is to be predicted: of an SAE, x itself. Auxiliary losses look at it.
         dead_F: latents that haven't fired for long; only TopK and BatchTopK look at them.
     """
     match config.architecture:
@@ -34,11 +40,15 @@ def forward(
         case "relu":
             return relu.forward(params, x_BD, config=config)
         case "gated":
-            return gated.forward(params, x_BD, config=config)
+            return gated.forward(params, x_BD, target_BD=target_BD, config=config)
         case "topk":
-            return topk.forward_topk(params, x_BD, config=config, dead_F=dead_F)
+            return topk.forward_topk(
+                params, x_BD, target_BD=target_BD, config=config, dead_F=dead_F
+            )
         case "batch_topk":
-            return topk.forward_batch_topk(params, x_BD, config=config, dead_F=dead_F)
+            return topk.forward_batch_topk(
+                params, x_BD, target_BD=target_BD, config=config, dead_F=dead_F
+            )
 
 
 def has_unit_decoder(architecture: Architecture) -> bool:

@@ -24,20 +24,22 @@ from sae_train.config import SaeConfig
 from sae_train.sae import Forward, Params, counted, decode, pre_activations
 
 
-def forward(params: Params, x_BD: Float[Array, "B D"], *, config: SaeConfig) -> Forward:
+def forward(
+    params: Params, x_BD: Float[Array, "B D"], *, target_BD: Float[Array, "B D"], config: SaeConfig
+) -> Forward:
     """Encode and decode scaled rows.
 
     Args:
         params: W_enc [F, D], b_gate [F], r_mag [F], b_mag [F], W_dec [F, D], b_dec [D].
         x_BD: activations divided by the input scale, so that E|x|² = 1.
+        target_BD: what is to be predicted: of an SAE, x itself.
     """
     gate_BF = pre_activations(params, x_BD, bias=params["b_gate"], config=config)
     linear_BF = gate_BF - params["b_gate"][None, :]
     magnitude_BF = linear_BF * jnp.exp(params["r_mag"])[None, :] + params["b_mag"][None, :]
     latents_BF = jnp.where(gate_BF > 0, jax.nn.relu(magnitude_BF), 0.0)
     open_BF = jax.nn.relu(gate_BF)
-    via_gate_BD = decode(jax.lax.stop_gradient(params), open_BF)
-    auxiliary = jnp.square(x_BD - via_gate_BD).sum(axis=1).mean()
-    return counted(
-        decode(params, latents_BF), latents_BF, l1_B=open_BF.sum(axis=1), auxiliary=auxiliary
-    )
+    via_gate_BD = decode(jax.lax.stop_gradient(params), open_BF, x_BD=x_BD)
+    auxiliary = jnp.square(target_BD - via_gate_BD).sum(axis=1).mean()
+    decoded_BD = decode(params, latents_BF, x_BD=x_BD)
+    return counted(decoded_BD, latents_BF, l1_B=open_BF.sum(axis=1), auxiliary=auxiliary)

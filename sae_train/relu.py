@@ -32,4 +32,4 @@ def forward(params: Params, x_BD: Float[Array, "B D"], *, config: SaeConfig) -> 
     latents_BF = jax.nn.relu(pre_BF)
     norm_F = jnp.linalg.norm(params["W_dec"], axis=1)
     l1_B = (latents_BF * norm_F[None, :]).sum(axis=1)
-    return counted(decode(params, latents_BF), latents_BF, l1_B=l1_B)
+    return counted(decode(params, latents_BF, x_BD=x_BD), latents_BF, l1_B=l1_B)

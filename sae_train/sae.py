@@ -5,6 +5,9 @@
     x̂    = f W_dec + b_dec
     loss = mean over rows of |x - x̂|², plus a penalty (sae_train/penalty.py)
 
+A transcoder predicts another row y and not x (Gemma Scope, appendix B): y takes x's place in the
+loss, no b_dec is subtracted, and with an affine skip ŷ = f W_dec + b_dec + x W_skip.
+
 Sources: Gemma Scope (arXiv 2408.05147) section 2 and the JumpReLU paper (arXiv 2407.14435)
 equations 8-12. Inputs are scaled to unit mean squared norm; the bandwidth assumes it.
 
@@ -110,9 +113,14 @@ def pre_activations(
     return pre_BF + bias_F[None, :]
 
 
-def decode(params: Params, latents_BF: Float[Array, "B F"]) -> Float[Array, "B D"]:
-    """f W_dec + b_dec."""
-    return product_with_decoder(params, latents_BF) + params["b_dec"][None, :]
+def decode(
+    params: Params, latents_BF: Float[Array, "B F"], *, x_BD: Float[Array, "B D"]
+) -> Float[Array, "B D"]:
+    """f W_dec + b_dec, and x W_skip where a transcoder has an affine skip."""
+    decoded_BD = product_with_decoder(params, latents_BF) + params["b_dec"][None, :]
+    if "W_skip" not in params:
+        return decoded_BD
+    return decoded_BD + jnp.einsum("bd,de->be", x_BD, params["W_skip"], precision=PRECISION)
 
 
 def product_with_decoder(params: Params, latents_BF: Float[Array, "B F"]) -> Float[Array, "B D"]:
@@ -145,7 +153,7 @@ def forward(params: Params, x_BD: Float[Array, "B D"], *, config: SaeConfig) -> 
     theta_F = threshold_of(params, config=config)
     latents_BF, l0_B, frequency_F = jumprelu(pre_BF, theta_F, config.bandwidth)
     return Forward(
-        reconstruction_BD=decode(params, latents_BF),
+        reconstruction_BD=decode(params, latents_BF, x_BD=x_BD),
         latents_BF=latents_BF,
         l0_B=l0_B,
         frequency_F=frequency_F,

@@ -50,6 +50,11 @@ def _unit_rows(key: jax.Array, shape: tuple[int, ...], config: SaeConfig) -> Arr
     return rows_FD / jnp.linalg.norm(rows_FD, axis=1, keepdims=True)
 
 
+def _other_unit_rows(key: jax.Array, shape: tuple[int, ...], config: SaeConfig) -> Array:
+    """As `_unit_rows`, and not the same: a transcoder's W_enc isn't tied (Gemma Scope, app. B)."""
+    return _unit_rows(jax.random.fold_in(key, 1), shape, config)
+
+
 def _threshold(key: jax.Array, shape: tuple[int, ...], config: SaeConfig) -> Array:
     init = config.threshold.init
     log = config.threshold.parametrisation == "log"
@@ -63,6 +68,8 @@ _SHARED: dict[str, Tensor] = {
     "W_enc": Tensor(dims=("F", "D"), dtype=_FLOAT, init=_unit_rows),
     "b_dec": Tensor(dims=("D",), dtype=_FLOAT, init=_zeros),
 }
+_UNTIED = Tensor(dims=("F", "D"), dtype=_FLOAT, init=_other_unit_rows)
+_SKIP = Tensor(dims=("D", "D"), dtype=_FLOAT, init=_zeros)  # [in, out], whole on every device
 _BIAS = Tensor(dims=("F",), dtype=_FLOAT, init=_zeros)
 _OWN: dict[Architecture, dict[str, Tensor]] = {
     "jumprelu": {
@@ -78,9 +85,19 @@ LAST_FIRED = Tensor(dims=("F",), dtype=jnp.dtype(jnp.int32), init=_zeros)
 BATCH_DIMS = ("B", "D")
 
 
-def params_table(architecture: Architecture) -> dict[str, Tensor]:
-    """The rows of the parameters that an architecture trains."""
-    return _SHARED | _OWN[architecture]
+def params_table(
+    architecture: Architecture, *, is_transcoder: bool = False, has_skip: bool = False
+) -> dict[str, Tensor]:
+    """The rows of the parameters that an architecture trains, as an SAE or as a transcoder."""
+    table = _SHARED | _OWN[architecture]
+    if is_transcoder:
+        table["W_enc"] = _UNTIED
+    return table | ({"W_skip": _SKIP} if has_skip else {})
+
+
+def table_of(config: SaeConfig) -> dict[str, Tensor]:
+    """`params_table` of a config."""
+    return params_table(config.architecture)
 
 
 def make_mesh(config: MeshConfig) -> Mesh:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from sae_train.config import Architecture, SaeConfig
-from sae_train.sharding import LAST_FIRED, Tensor, params_table, shape_of, sharding
+from sae_train.config import SaeConfig
+from sae_train.sharding import LAST_FIRED, Tensor, shape_of, sharding, table_of
 
 
 @jax.tree_util.register_dataclass
@@ -39,9 +39,9 @@ class TrainState:
     selection_threshold: Any
 
 
-def _map_table(leaf, scalar, *, architecture: Architecture) -> TrainState:
+def _map_table(leaf, scalar, *, config: SaeConfig) -> TrainState:
     """Build a state: `leaf(name, tensor)` for each row of the table and `scalar(dtype)`."""
-    table = params_table(architecture)
+    table = table_of(config)
     params = {name: leaf(name, tensor) for name, tensor in table.items()}
     return TrainState(
         params=params,
@@ -53,12 +53,12 @@ def _map_table(leaf, scalar, *, architecture: Architecture) -> TrainState:
     )
 
 
-def state_shardings(mesh: Mesh, *, architecture: Architecture) -> TrainState:
+def state_shardings(mesh: Mesh, *, config: SaeConfig) -> TrainState:
     """The NamedSharding of every leaf."""
     return _map_table(
         lambda _, tensor: sharding(mesh, tensor.dims),
         lambda _: sharding(mesh, ()),
-        architecture=architecture,
+        config=config,
     )
 
 
@@ -72,17 +72,18 @@ def abstract_state(config: SaeConfig, *, d_model: int, mesh: Mesh) -> TrainState
     return _map_table(
         leaf,
         lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=sharding(mesh, ())),
-        architecture=config.architecture,
+        config=config,
     )
 
 
 def init_state(config: SaeConfig, *, d_model: int, seed: int, mesh: Mesh) -> TrainState:
     """Gemma Scope's initialisation, each shard made on its own device.
 
-    W_dec and W_enc are drawn from one key, so W_enc starts as W_dec's transpose.
+    W_dec and W_enc are drawn from one key, so W_enc starts as W_dec's transpose; of a transcoder
+    they are drawn apart.
     """
 
-    table = params_table(config.architecture)
+    table = table_of(config)
 
     def init() -> TrainState:
         key = jax.random.key(seed)
@@ -93,9 +94,7 @@ def init_state(config: SaeConfig, *, d_model: int, seed: int, mesh: Mesh) -> Tra
                 return tensor.init(key, shape, config).astype(tensor.dtype)
             return jnp.zeros(shape, tensor.dtype)
 
-        return _map_table(
-            leaf, lambda dtype: jnp.zeros((), dtype), architecture=config.architecture
-        )
+        return _map_table(leaf, lambda dtype: jnp.zeros((), dtype), config=config)
 
-    placed = state_shardings(mesh, architecture=config.architecture)
+    placed = state_shardings(mesh, config=config)
     return jax.jit(init, out_shardings=placed)()

@@ -54,9 +54,12 @@ class StepMetrics:
 # How a step's smallest selected latent fades in BatchTopK's threshold; SAELens' rate is the same.
 _SELECTION_DECAY = 0.99
 
-TrainStep = Callable[[TrainState, Array, Scheduled], tuple[TrainState, StepMetrics]]
+# Raw rows [B, D]: of an SAE one array; of a transcoder two, what it reads and what it predicts.
+Batch = Array | tuple[Array, Array]
+
+TrainStep = Callable[[TrainState, Batch, Scheduled], tuple[TrainState, StepMetrics]]
 StackedStep = Callable[
-    [tuple[TrainState, ...], Array, tuple[Scheduled, ...]],
+    [tuple[TrainState, ...], Batch, tuple[Scheduled, ...]],
     tuple[tuple[TrainState, ...], tuple[StepMetrics, ...]],
 ]
 
@@ -66,6 +69,7 @@ def loss_and_forward(
     x_BD: Float[Array, "B D"],
     scalars: Scheduled,
     *,
+    target_BD: Float[Array, "B D"],
     log_gain: Float[Array, ""],
     dead_F: Bool[Array, " F"],
     sae: SaeConfig,
@@ -74,9 +78,12 @@ def loss_and_forward(
     """Squared error plus penalty, mean over rows (Gemma Scope, equation 4).
 
     And the architecture's own auxiliary loss, if it has one.
+
+    Args:
+        x_BD, target_BD: scaled rows; of an SAE the target is x.
     """
-    out = forward(params, x_BD, config=sae, dead_F=dead_F)
-    mse = jnp.square(x_BD - out.reconstruction_BD).sum(axis=1).mean()
+    out = forward(params, x_BD, target_BD=target_BD, config=sae, dead_F=dead_F)
+    mse = jnp.square(target_BD - out.reconstruction_BD).sum(axis=1).mean()
     penalty = priced(out, scalars, log_gain=log_gain, train=train)
     loss = mse + penalty.loss
     if out.auxiliary is not None:
@@ -108,7 +115,7 @@ def _measure(
     state: TrainState,
     out: Forward,
     *,
-    x_BD: Array,
+    target_BD: Array,
     loss: Array,
     coefficient: Array,
     norm: Array,
@@ -117,8 +124,8 @@ def _measure(
     """The step's metrics and the new `last_fired`."""
     fired_F = (out.latents_BF > 0).any(axis=0)
     last_fired_F = jnp.where(fired_F, state.step + 1, state.last_fired)
-    mse = jnp.square(x_BD - out.reconstruction_BD).sum(axis=1).mean()
-    variance = jnp.square(x_BD - x_BD.mean(axis=0, keepdims=True)).sum(axis=1).mean()
+    mse = jnp.square(target_BD - out.reconstruction_BD).sum(axis=1).mean()
+    variance = jnp.square(target_BD - target_BD.mean(axis=0, keepdims=True)).sum(axis=1).mean()
     dead_F = _is_dead(last_fired_F, step=state.step + 1, train=config.train)
     metrics = StepMetrics(
         loss=loss,
@@ -134,17 +141,20 @@ def _measure(
     return metrics, last_fired_F
 
 
-def make_train_step(config: Config, *, input_scale: float, mesh: Mesh) -> TrainStep:
-    """Compile-ready step for raw rows: (state, rows [B, D], scalars) -> (state, metrics).
+def make_train_step(
+    config: Config, *, input_scale: float, target_scale: float | None = None, mesh: Mesh
+) -> TrainStep:
+    """Compile-ready step for raw rows: (state, batch, scalars) -> (state, metrics).
 
     Args:
         input_scale: C of x = x_raw / C, which gives E|x|² = 1 (Gemma Scope 3.1).
+        target_scale: what a transcoder's target is divided by; None is C too.
 
     The state is donated: the caller must not touch the one it passed in.
     """
     states, rows, scalar = _placements(config, mesh)
     return jax.jit(
-        _plain_step(config, input_scale=input_scale),
+        _plain_step(config, input_scale=input_scale, target_scale=target_scale),
         in_shardings=(states, rows, scalar),
         out_shardings=(states, scalar),
         donate_argnums=0,
@@ -152,20 +162,25 @@ def make_train_step(config: Config, *, input_scale: float, mesh: Mesh) -> TrainS
 
 
 def make_stacked_step(
-    config: Config, *, members: int, input_scale: float, mesh: Mesh
+    config: Config,
+    *,
+    members: int,
+    input_scale: float,
+    target_scale: float | None = None,
+    mesh: Mesh,
 ) -> StackedStep:
     """The steps of several runs that differ in numbers alone, as one compiled program.
 
-    (states, rows [B, D], scalars of each) -> (states, metrics of each). The states stay apart, so
+    (states, batch, scalars of each) -> (states, metrics of each). The states stay apart, so
     that each can be saved, or leave, without being copied; they are donated.
     """
     states, rows, scalar = _placements(config, mesh)
-    plain = _plain_step(config, input_scale=input_scale)
+    plain = _plain_step(config, input_scale=input_scale, target_scale=target_scale)
 
     def step(
-        own: tuple[TrainState, ...], rows_BD: Array, scalars: tuple[Scheduled, ...]
+        own: tuple[TrainState, ...], batch: Batch, scalars: tuple[Scheduled, ...]
     ) -> tuple[tuple[TrainState, ...], tuple[StepMetrics, ...]]:
-        pairs = [plain(one, rows_BD, its) for one, its in zip(own, scalars, strict=True)]
+        pairs = [plain(one, batch, its) for one, its in zip(own, scalars, strict=True)]
         return tuple(state for state, _ in pairs), tuple(metrics for _, metrics in pairs)
 
     return jax.jit(
@@ -178,23 +193,33 @@ def make_stacked_step(
 
 def _placements(config: Config, mesh: Mesh) -> tuple[TrainState, Any, Any]:
     """Where the state, the rows and the scalars of a step lie."""
-    states = state_shardings(mesh, architecture=config.sae.architecture)
+    states = state_shardings(mesh, config=config.sae)
     return states, sharding(mesh, BATCH_DIMS), sharding(mesh, ())
 
 
-def _plain_step(config: Config, *, input_scale: float) -> TrainStep:
+def _scaled(
+    batch: Batch, *, input_scale: float, target_scale: float | None
+) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
+    """What is read and what is to be predicted, in float32: of an SAE one and the same array."""
+    if not isinstance(batch, tuple):
+        x_BD = batch.astype(jnp.float32) * (1.0 / input_scale)
+        return x_BD, x_BD
+    inputs_BD, targets_BD = (rows_BD.astype(jnp.float32) for rows_BD in batch)
+    return inputs_BD * (1.0 / input_scale), targets_BD * (1.0 / (target_scale or input_scale))
+
+
+def _plain_step(config: Config, *, input_scale: float, target_scale: float | None) -> TrainStep:
     """The step as it is written, uncompiled."""
     sae, train = config.sae, config.train
     loss_gradient = jax.value_and_grad(loss_and_forward, has_aux=True)
 
-    def step(
-        state: TrainState, rows_BD: Array, scalars: Scheduled
-    ) -> tuple[TrainState, StepMetrics]:
-        x_BD = rows_BD.astype(jnp.float32) * (1.0 / input_scale)
+    def step(state: TrainState, batch: Batch, scalars: Scheduled) -> tuple[TrainState, StepMetrics]:
+        x_BD, target_BD = _scaled(batch, input_scale=input_scale, target_scale=target_scale)
         (loss, (out, penalty)), gradients = loss_gradient(
             state.params,
             x_BD,
             scalars,
+            target_BD=target_BD,
             log_gain=state.log_gain,
             dead_F=_is_dead(state.last_fired, step=state.step, train=train),
             sae=sae,
@@ -203,7 +228,7 @@ def _plain_step(config: Config, *, input_scale: float) -> TrainStep:
         metrics, last_fired = _measure(
             state,
             out,
-            x_BD=x_BD,
+            target_BD=target_BD,
             loss=loss,
             coefficient=penalty.coefficient,
             norm=optax.tree.norm(gradients),

@@ -70,30 +70,47 @@ def select(values_BF: Float[Array, "B F"], *, k: int) -> Float[Array, "B F"]:
 
 
 def forward_topk(
-    params: Params, x_BD: Float[Array, "B D"], *, config: SaeConfig, dead_F: Bool[Array, " F"]
+    params: Params,
+    x_BD: Float[Array, "B D"],
+    *,
+    target_BD: Float[Array, "B D"],
+    config: SaeConfig,
+    dead_F: Bool[Array, " F"],
 ) -> Forward:
     """Encode and decode scaled rows with k latents active per row.
 
     Args:
         params: W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D].
         x_BD: activations divided by the input scale, so that E|x|² = 1.
+        target_BD: what is to be predicted: of an SAE, x itself.
         dead_F: latents that haven't fired for long.
     """
     assert config.k is not None
     pre_BF = _positive(params, x_BD, config=config)
     latents_BF = select(pre_BF, k=config.k)
-    return _with_aux_k(params, x_BD, pre_BF, latents_BF, config=config, dead_F=dead_F)
+    reconstruction_BD = decode(params, latents_BF, x_BD=x_BD)
+    return _with_aux_k(
+        params, target_BD, pre_BF, latents_BF, reconstruction_BD, config=config, dead_F=dead_F
+    )
 
 
 def forward_batch_topk(
-    params: Params, x_BD: Float[Array, "B D"], *, config: SaeConfig, dead_F: Bool[Array, " F"]
+    params: Params,
+    x_BD: Float[Array, "B D"],
+    *,
+    target_BD: Float[Array, "B D"],
+    config: SaeConfig,
+    dead_F: Bool[Array, " F"],
 ) -> Forward:
     """As `forward_topk`, with k active per row in the mean of the batch; has `smallest`."""
     assert config.k is not None
     pre_BF = _positive(params, x_BD, config=config)
     least = kth_largest_of_all(jax.lax.stop_gradient(pre_BF), k=config.k * x_BD.shape[0])
     latents_BF = jnp.where(pre_BF >= least, pre_BF, 0.0)
-    out = _with_aux_k(params, x_BD, pre_BF, latents_BF, config=config, dead_F=dead_F)
+    reconstruction_BD = decode(params, latents_BF, x_BD=x_BD)
+    out = _with_aux_k(
+        params, target_BD, pre_BF, latents_BF, reconstruction_BD, config=config, dead_F=dead_F
+    )
     return dataclasses.replace(out, smallest=least)
 
 
@@ -103,23 +120,23 @@ def _positive(params: Params, x_BD: Array, *, config: SaeConfig) -> Array:
 
 def _with_aux_k(
     params: Params,
-    x_BD: Array,
+    target_BD: Array,
     pre_BF: Array,
     latents_BF: Array,
+    reconstruction_BD: Array,
     *,
     config: SaeConfig,
     dead_F: Array,
 ) -> Forward:
     """The pass with AuxK: the D/2 largest of the dead latents predict what the others missed.
 
-    α |e - ê|², e = x - x̂ without gradient, ê = z W_dec; with few dead latents in proportion less.
+    α |e - ê|², e the error without gradient, ê = z W_dec; with few dead latents in proportion less.
     """
-    reconstruction_BD = decode(params, latents_BF)
-    k_aux = x_BD.shape[1] // 2
+    k_aux = target_BD.shape[1] // 2
 
     def missed() -> Array:
         z_BF = select(jnp.where(dead_F[None, :], pre_BF, 0.0), k=k_aux)
-        error_BD = jax.lax.stop_gradient(x_BD - reconstruction_BD)
+        error_BD = jax.lax.stop_gradient(target_BD - reconstruction_BD)
         squared = jnp.square(error_BD - product_with_decoder(params, z_BF)).sum(axis=1).mean()
         return squared * jnp.minimum(dead_F.sum() / k_aux, 1.0)
 

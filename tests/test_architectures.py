@@ -70,6 +70,7 @@ def ours(config: Config, params: dict[str, np.ndarray], x: np.ndarray, dead: np.
         jax.tree.map(jnp.asarray, params),
         jnp.asarray(x),
         scheduled(config.train, step=0),
+        target_BD=jnp.asarray(x),
         log_gain=jnp.zeros(()),
         dead_F=jnp.asarray(dead),
         sae=config.sae,
@@ -231,7 +232,8 @@ def test_a_run_learns_resumes_exactly_and_is_released(tmp_path: Path, architectu
     sae = fold(trained)
     x = np.random.default_rng(5).standard_normal((64, 16)).astype(np.float32)
     params = {name: jnp.asarray(value) for name, value in trained.params.items()}
-    out = forward(params, jnp.asarray(x), config=whole.sae, dead_F=jnp.zeros(whole.sae.width, bool))
+    scaled, nobody = jnp.asarray(x), jnp.zeros(whole.sae.width, bool)
+    out = forward(params, scaled, target_BD=scaled, config=whole.sae, dead_F=nobody)
     if architecture != "batch_topk":
         released = np.asarray(sae(x * trained.input_scale)) / trained.input_scale
         np.testing.assert_allclose(released, out.reconstruction_BD, rtol=1e-4, atol=1e-5)

@@ -54,6 +54,7 @@ def test_golden_numbers_of_the_authors():
             jax.tree.map(jnp.asarray, params),
             jnp.asarray(data[0]),
             jax.tree.map(jnp.float64, scheduled(config.train, step=0)),
+            target_BD=jnp.asarray(data[0]),
             log_gain=jnp.asarray(0.0),
             dead_F=jnp.zeros(len(params["b_enc"]), bool),
             sae=config.sae,
