@@ -69,6 +69,7 @@ class TextConfig(Section):
 
     source: Annotated[list[str], Field(min_length=1)]  # globs, or hf://org/dataset?split=train
     field: str = "text"
+    subset_field: str | None = None  # names a document's subset; dots lead into nested fields
     sequence_length: Annotated[PositiveCount, Field(ge=2)] = 1024
     held_out_sequences: Count = 2048
 

@@ -32,10 +32,46 @@ _HUB = "hf://"
 
 @dataclass(frozen=True)
 class Document:
-    """One text; `position` is how far into its source it ends (bytes of a file, rows of a set)."""
+    """One text; `position` is how far into its source it ends (bytes of a file, rows of a set).
+
+    `subset` is what `text.subset_field` says of it, None without one.
+    """
 
     text: str
     position: int
+    subset: str | None = None
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """Where a row keeps its text, and where the name of its subset; dots lead into rows within."""
+
+    text: str
+    subset: str | None
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of a parquet file that hold them."""
+        nested = [] if self.subset is None else [self.subset.partition(".")[0]]
+        return list(dict.fromkeys([self.text, *nested]))
+
+    def document(self, row: Any, position: int, *, where: str) -> Document:
+        text = _field(row, self.text, where=where)
+        return Document(text, position, self._subset(row, where=where))
+
+    def _subset(self, row: Any, *, where: str) -> str | None:
+        if self.subset is None:
+            return None
+        value = row
+        for part in self.subset.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(
+                f"{where}: text.subset_field {self.subset!r} should name the row's subset and is "
+                f"{value!r}; the row has {list(row)}. Point text.subset_field at a field that "
+                "every row has."
+            )
+        return value
 
 
 @dataclass(frozen=True)
@@ -80,9 +116,10 @@ def find_sources(config: TextConfig) -> list[Source]:
         UserError: a glob matches no file, or an ending or URL isn't known.
     """
     found: dict[str, Source] = {}
+    fields = _Fields(config.field, config.subset_field)
     for entry in config.source:
         if entry.startswith(_HUB):
-            found.setdefault(entry, _hub_source(entry, config.field))
+            found.setdefault(entry, _hub_source(entry, fields))
             continue
         names = sorted(glob.glob(os.path.expanduser(entry), recursive=True))
         names = [name for name in names if os.path.isfile(name)]
@@ -92,17 +129,22 @@ def find_sources(config: TextConfig) -> list[Source]:
                 "match at least one. Check the path, or quote it if the shell expanded it."
             )
         for name in names:
-            found.setdefault(name, _file_source(name, config.field))
+            found.setdefault(name, _file_source(name, fields))
     return list(found.values())
 
 
-def _file_source(name: str, field: str) -> Source:
+def _file_source(name: str, fields: _Fields) -> Source:
     readers: dict[str, Callable[[], Iterator[Document]]] = {
         ".txt": lambda: _read_txt(name),
-        ".jsonl": lambda: _read_jsonl(name, field, compressed=False),
-        ".jsonl.zst": lambda: _read_jsonl(name, field, compressed=True),
-        ".parquet": lambda: _read_parquet(name, field),
+        ".jsonl": lambda: _read_jsonl(name, fields, compressed=False),
+        ".jsonl.zst": lambda: _read_jsonl(name, fields, compressed=True),
+        ".parquet": lambda: _read_parquet(name, fields),
     }
+    if name.endswith(".txt") and fields.subset is not None:
+        raise UserError(
+            f"text.subset_field names a field and {name} has none: make it a .jsonl with one "
+            "document a line, or leave text.subset_field out"
+        )
     for ending, reader in readers.items():
         if name.endswith(ending):
             return Source(name=name, size=os.path.getsize(name), open=reader)
@@ -124,7 +166,7 @@ def _read_txt(name: str) -> Iterator[Document]:
     yield Document(_checked(_decode(data, where=name), where=name), size)
 
 
-def _read_jsonl(name: str, field: str, *, compressed: bool) -> Iterator[Document]:
+def _read_jsonl(name: str, fields: _Fields, *, compressed: bool) -> Iterator[Document]:
     with disk_errors(name, doing="read"), open(name, "rb") as file:
         for number, line in enumerate(_lines(file, name, compressed=compressed), start=1):
             if not line.strip():
@@ -137,7 +179,7 @@ def _read_jsonl(name: str, field: str, *, compressed: bool) -> Iterator[Document
                     f"{where} is not JSON ({error}): each line must be one JSON object. "
                     "Mend the line; if it is the last one, the file may be cut short."
                 ) from error
-            yield Document(_field(row, field, where=where), file.tell())
+            yield fields.document(row, file.tell(), where=where)
 
 
 def _lines(file: BinaryIO, name: str, *, compressed: bool) -> Iterator[bytes]:
@@ -172,22 +214,25 @@ def _decompressed(file: BinaryIO, name: str) -> Iterator[bytes]:
         raise UserError(f"{name} ends within a zstandard frame: the file was cut short")
 
 
-def _read_parquet(name: str, field: str) -> Iterator[Document]:
+def _read_parquet(name: str, fields: _Fields) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
     size = os.path.getsize(name)
     try:
         with pyarrow.parquet.ParquetFile(name) as file:
-            if field not in file.schema_arrow.names:
-                _missing_field(field, file.schema_arrow.names, where=name)
+            names = file.schema_arrow.names
+            if fields.text not in names:
+                _missing_field(fields.text, names, where=name)
             total, number = max(1, file.metadata.num_rows), 0
-            for batch in file.iter_batches(batch_size=256, columns=[field]):
-                for value in batch.column(0):
+            columns = [column for column in fields.columns if column in names]
+            for batch in file.iter_batches(batch_size=256, columns=columns):
+                for values in zip(*(batch.column(column) for column in columns), strict=True):
                     number += 1
                     where = f"{name}, row {number}"
-                    text = _field({field: _python(value, where=where)}, field, where=where)
-                    yield Document(text, size * number // total)
+                    plain = (_python(value, where=where) for value in values)
+                    row = dict(zip(columns, plain, strict=True))
+                    yield fields.document(row, size * number // total, where=where)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowIOError) as error:
         raise UserError(f"{name} is not readable parquet ({error}): the file is damaged") from error
 
@@ -199,7 +244,7 @@ def _python(value: Any, *, where: str) -> Any:
         raise _not_utf8(error, where) from error
 
 
-def _hub_source(url: str, field: str) -> Source:
+def _hub_source(url: str, fields: _Fields) -> Source:
     parts = urlsplit(url)
     options = dict(parse_qsl(parts.query))
     unknown = sorted(set(options) - {"split", "name", "revision"})
@@ -210,10 +255,12 @@ def _hub_source(url: str, field: str) -> Source:
             "hf://organisation/dataset?split=train, optionally with &name=... and &revision=..."
         )
     options.setdefault("split", "train")
-    return Source(name=url, size=None, open=lambda: _read_hub(url, dataset, options, field))
+    return Source(name=url, size=None, open=lambda: _read_hub(url, dataset, options, fields))
 
 
-def _read_hub(url: str, dataset: str, options: dict[str, str], field: str) -> Iterator[Document]:
+def _read_hub(
+    url: str, dataset: str, options: dict[str, str], fields: _Fields
+) -> Iterator[Document]:
     """Stream a dataset; its empty rows, which the user can't mend, are skipped."""
     try:
         import datasets
@@ -226,10 +273,10 @@ def _read_hub(url: str, dataset: str, options: dict[str, str], field: str) -> It
         number = skipped = 0
         while (row := next(rows, None)) is not None:
             number += 1
-            if isinstance(row.get(field), str) and not row[field].strip():
+            if isinstance(text := row.get(fields.text), str) and not text.strip():
                 skipped += 1
                 continue
-            yield Document(_field(row, field, where=f"{url}, row {number}"), number)
+            yield fields.document(row, number, where=f"{url}, row {number}")
         logger.info("%s: %d rows, of which %d without text were skipped", url, number, skipped)
     except UserError:
         raise

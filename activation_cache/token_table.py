@@ -1,7 +1,8 @@
 """The stored table of tokens: what a text became, every sequence readable by its index.
 
 On disk (docs/store.md): `tokens` int32 [sequences, S], `usable` int32 [sequences] (the usable
-tokens of each), and `tokens.json`, written last. A usable token is one that makes a row of an
+tokens of each), with `text.subset_field` also `subset` int32 [sequences], and `tokens.json`,
+written last. A usable token is one that makes a row of an
 activation store: neither BOS, EOS nor padding (Gemma Scope, section 3.1). Legend: S sequence
 length, N sequences.
 """
@@ -15,6 +16,7 @@ from functools import cached_property
 import numpy as np
 import tensorstore as ts
 from jaxtyping import Bool, Int32
+from pydantic import Field
 
 from activation_cache.config import Count, PositiveCount, Section, TextConfig
 from activation_cache.errors import UserError
@@ -62,6 +64,7 @@ class TokenSummary(Section):
     tokens: PositiveCount  # of text: without BOS, EOS and padding put there by packing
     sequences: PositiveCount
     usable_rows: Count  # in the sequences that may be harvested
+    subsets: list[str] = Field(default_factory=list)  # names; the array `subset` numbers them
 
     def __str__(self) -> str:
         return (
@@ -117,6 +120,14 @@ class TokenTable:
         layout = count_layout(self.path, self.num_sequences)
         return read_rows(layout.open(), layout, [Segment(0, self.num_sequences)])
 
+    def subset_of(self, sequences: Sequence[int]) -> Int32[np.ndarray, " N"]:
+        """The subset of any sequences, as places in `summary.subsets`; 0 where there are none."""
+        if not self.summary.subsets:
+            return np.zeros(len(sequences), np.int32)
+        layout = subset_layout(self.path, self.num_sequences)
+        segments = [Segment(int(sequence), 1) for sequence in sequences]
+        return read_rows(layout.open(), layout, segments)
+
     def require_rows(self, rows: int) -> None:
         """Raises `UserError` when fewer than `rows` usable tokens may be harvested."""
         if rows > self.summary.usable_rows:
@@ -157,8 +168,17 @@ def token_layout(path: Place, sequences: int, length: int) -> ArrayLayout:
 
 def count_layout(path: Place, sequences: int) -> ArrayLayout:
     """The array of usable counts, int32 [sequences]."""
+    return _per_sequence(path / "usable", sequences)
+
+
+def subset_layout(path: Place, sequences: int) -> ArrayLayout:
+    """The array of subsets, int32 [sequences]; only with `text.subset_field`."""
+    return _per_sequence(path / "subset", sequences)
+
+
+def _per_sequence(path: Place, sequences: int) -> ArrayLayout:
     return ArrayLayout(
-        path=path / "usable",
+        path=path,
         shape=(sequences,),
         dtype="int32",
         chunk_rows=_CHUNK_COUNTS,

@@ -1,16 +1,14 @@
 """Documents to tokens: tokenise, pack, and store once as a `TokenTable`.
 
-Each document is followed by EOS; the stream of all documents is cut into pieces of
-`sequence_length - 1`, each with BOS in front; the last is filled up with padding. Text that
-spells out a special token is tokenised to it, and is as unusable as the real one. Legend: S
-sequence length, N sequences.
+How documents become sequences is in `packing`. Text that spells out a special token is tokenised
+to it, and is as unusable as the real one. Legend: S sequence length, N sequences.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from jaxtyping import Int32
@@ -19,9 +17,10 @@ from activation_cache.config import Section, TextConfig
 from activation_cache.errors import Interrupted, UserError
 from activation_cache.layout import write_shards
 from activation_cache.manifest import FORMAT_VERSION, write_record
+from activation_cache.packing import pack, pack_by_subset
 from activation_cache.progress import ProgressMeter
 from activation_cache.storage import Place, make_folder, remove_tree
-from activation_cache.text import Source, find_sources
+from activation_cache.text import Document, Source, find_sources
 from activation_cache.token_table import (
     TOKENS_FILE,
     SourceEntry,
@@ -30,6 +29,7 @@ from activation_cache.token_table import (
     TokenTable,
     count_layout,
     open_tokens,
+    subset_layout,
     token_layout,
     usable_tokens,
 )
@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 _BATCH_CHARACTERS = 2_000_000  # text tokenised at once: the tokenizer's threads share it
 _BATCH_DOCUMENTS = 1024
+_MOST_SUBSETS = 1000  # each keeps the start of a sequence in memory, and leaves one half empty
 
 
 class Recipe(Section):
@@ -126,33 +127,6 @@ def _recipe(text: TextConfig, sources: list[Source], *, tokenizer_hash: str, row
     )
 
 
-def pack(
-    batches: Iterable[Sequence[Sequence[int]]], *, length: int, special: SpecialIds
-) -> Iterator[Int32[np.ndarray, "N S"]]:
-    """Cut documents (lists of token ids, in batches) into sequences, as the module says.
-
-    Yields what each batch completes, so memory holds one batch and less than one sequence.
-    """
-    rest = np.empty(0, np.int32)
-    body = length - 1
-    end = np.array([special.eos], np.int32)
-    for documents in batches:
-        parts = [rest]
-        for document in documents:
-            parts += [np.asarray(document, np.int32), end]
-        stream = np.concatenate(parts)
-        whole = len(stream) // body * body
-        yield _with_bos(stream[:whole].reshape(-1, body), special)
-        rest = stream[whole:]
-    if len(rest):
-        padding = np.full(body - len(rest), special.pad, np.int32)
-        yield _with_bos(np.concatenate([rest, padding])[None], special)
-
-
-def _with_bos(body: np.ndarray, special: SpecialIds) -> Int32[np.ndarray, "N S"]:
-    return np.pad(body, ((0, 0), (1, 0)), constant_values=special.bos)
-
-
 def _regroup(parts: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
     """The same rows in arrays of exactly `rows`, the last one perhaps shorter."""
     waiting: list[np.ndarray] = []
@@ -166,21 +140,21 @@ def _regroup(parts: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
         yield np.concatenate(waiting)
 
 
-def _batches(sources: list[Source]) -> Iterator[tuple[list[str], int]]:
+def _batches(sources: list[Source]) -> Iterator[tuple[list[Document], int]]:
     """Documents in batches fit for the tokenizer, with the position reached in all sources."""
-    texts: list[str] = []
+    documents: list[Document] = []
     characters = position = before = 0
     for source in sources:
         for document in source.open():
-            texts.append(document.text)
+            documents.append(document)
             characters += len(document.text)
             position = before + document.position
-            if characters >= _BATCH_CHARACTERS or len(texts) >= _BATCH_DOCUMENTS:
-                yield texts, position
-                texts, characters = [], 0
+            if characters >= _BATCH_CHARACTERS or len(documents) >= _BATCH_DOCUMENTS:
+                yield documents, position
+                documents, characters = [], 0
         before += source.size or 0
-    if texts:
-        yield texts, position
+    if documents:
+        yield documents, position
 
 
 class _TableBuilder:
@@ -195,6 +169,8 @@ class _TableBuilder:
         self.special = SpecialIds(bos=tokenizer.bos_id, eos=tokenizer.eos_id, pad=tokenizer.pad_id)
         self.documents = self.tokens = self.usable_total = 0
         self.usable: list[np.ndarray] = []
+        self.subset_of: list[np.ndarray] = []
+        self.subsets: dict[str, int] = {}
         self.digest = hashlib.sha256()
 
     def run(self, sources: list[Source]) -> TokenSummary:
@@ -203,8 +179,7 @@ class _TableBuilder:
         make_folder(self.path)
         written = 0
         shard_rows = token_layout(self.path, 0, self.length).shard_rows
-        batches = pack(self._encoded(sources), length=self.length, special=self.special)
-        for rows in _regroup(self._counted(batches), shard_rows):
+        for rows in _regroup(self._counted(self._packed(sources)), shard_rows):
             layout = token_layout(self.path, written + len(rows), self.length)
             # How many there will be is known at the end: the array is described then.
             write_shards(layout.open(assume=True), layout, start=written, rows=rows)
@@ -220,24 +195,48 @@ class _TableBuilder:
             tokens=self.tokens,
             sequences=written,
             usable_rows=int(counts[: written - self.held_out].sum(dtype=np.int64)),
+            subsets=list(self.subsets),
             **dict(self.recipe),
         )
         write_record(self.path / TOKENS_FILE, summary)
         return summary
 
-    def _encoded(self, sources: list[Source]) -> Iterator[list[list[int]]]:
-        """Token ids of the documents, batch by batch, with a progress meter."""
+    def _packed(self, sources: list[Source]) -> Iterator[np.ndarray]:
+        """Sequences; where documents have subsets, those of each are remembered."""
+        encoded = self._encoded(sources)
+        if self.recipe.text.subset_field is None:
+            ids = ([ids for _, ids in documents] for documents in encoded)
+            yield from pack(ids, length=self.length, special=self.special)
+            return
+        numbered = ([(self._number(name), ids) for name, ids in batch] for batch in encoded)
+        for rows, subsets in pack_by_subset(numbered, length=self.length, special=self.special):
+            self.subset_of.append(subsets)
+            yield rows
+
+    def _number(self, subset: str | None) -> int:
+        assert subset is not None
+        number = self.subsets.setdefault(subset, len(self.subsets))
+        if number >= _MOST_SUBSETS:
+            raise UserError(
+                f"text.subset_field {self.recipe.text.subset_field} has more than {_MOST_SUBSETS} "
+                "values, and each is packed by itself: name a field with few, such as the corpus "
+                "a document is from"
+            )
+        return number
+
+    def _encoded(self, sources: list[Source]) -> Iterator[list[tuple[str | None, list[int]]]]:
+        """Subset and token ids of the documents, batch by batch, with a progress meter."""
         streamed = any(source.streamed for source in sources)
         total = None if streamed else sum(source.size or 0 for source in sources)
         unit = "documents" if streamed else "B"
         with ProgressMeter("tokenising", total=total, unit=unit) as meter:
-            for texts, position in _batches(sources):
+            for documents, position in _batches(sources):
                 if self.stop():
                     raise Interrupted("stopped while tokenising: it begins anew next time")
-                encoded = self.tokenizer.encode_batch(texts)
+                encoded = self.tokenizer.encode_batch([one.text for one in documents])
                 self.documents += len(encoded)
                 self.tokens += sum(map(len, encoded))
-                yield encoded
+                yield [(one.subset, ids) for one, ids in zip(documents, encoded, strict=True)]
                 # The consumer has packed and counted what was yielded by now.
                 meter.update(self.documents if streamed else position)
                 if self._enough():
@@ -273,4 +272,8 @@ class _TableBuilder:
         counts = np.concatenate(self.usable)
         layout = count_layout(self.path, sequences)
         write_shards(layout.open(create=True), layout, start=0, rows=counts)
+        if self.subset_of:
+            layout = subset_layout(self.path, sequences)
+            rows = np.concatenate(self.subset_of)
+            write_shards(layout.open(create=True), layout, start=0, rows=rows)
         return counts
