@@ -39,7 +39,7 @@ def pack_by_subset(
     """As `pack`, of documents that have the number of their subset before them.
 
     Sequences come in the order in which documents complete them, whatever the batches; what is
-    left of each subset comes last, in the order of the numbers.
+    left of each subset comes last, in the order in which they first came.
 
     Yields:
         Sequences, and the subset of each.
@@ -55,8 +55,8 @@ def pack_by_subset(
                 rows.append(stream.take())
                 subsets += [subset] * len(rows[-1])
         yield np.concatenate(rows), np.array(subsets, np.int32)
-    for subset in sorted(streams):
-        rest = streams[subset].end()
+    for subset, stream in streams.items():
+        rest = stream.end()
         yield rest, np.full(len(rest), subset, np.int32)
 
 

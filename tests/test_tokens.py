@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from activation_cache import token_table, tokens
 from activation_cache.config import ModelConfig, TextConfig
 from activation_cache.errors import Interrupted, UserError
+from activation_cache.packing import pack
 from activation_cache.token_table import SpecialIds, TokenTable, open_tokens, usable_tokens
 from activation_cache.tokenizer import Tokenizer, load_tokenizer
-from activation_cache.packing import pack
 from activation_cache.tokens import prepare_tokens
 from tests.stores import file_hashes
 from tests.tiny_gemma import write_tiny_gemma
