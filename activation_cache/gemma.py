@@ -27,12 +27,13 @@ from jaxtyping import Array, Bool, Float, Int
 from activation_cache.config import Site
 from activation_cache.gemma_config import GemmaConfig
 from activation_cache.gemma_params import on_all, on_model_axis
+from activation_cache.scores import Score
 from activation_cache.taps import Splice, Tap
 
 # Without it GPUs multiply float32 in TF32 and TPUs in bfloat16; bfloat16 inputs ignore it.
 PRECISION = jax.lax.Precision.HIGHEST
 
-# Logits of this many elements are alive at once in `Gemma.losses` (float32: 256 MiB).
+# Logits of this many elements are alive at once in `Gemma.scores` (float32: 256 MiB).
 MAX_LOGIT_ELEMENTS = 2**26
 
 MIN_QUERY_BLOCK = 256
@@ -259,21 +260,23 @@ class Block(nn.Module):
 
 
 class Gemma(nn.Module):
-    """The language model: tokens to taps, logits or losses.
+    """The language model: tokens to taps, logits or scores of its predictions.
 
     Layers past the last one needed are not computed. Parameters: `embedding` [V, D],
     `layers_0` ..., `final_norm`; `gemma_params.py` lists them all, and how they are cut over `mesh`
-    if there is one.
+    if there is one. With `recompute` a gradient keeps of each layer its input alone.
     """
 
     config: GemmaConfig
     mesh: Mesh | None = None
+    recompute: bool = False
 
     def setup(self) -> None:
         c = self.config
+        block = nn.remat(Block, static_argnums=(2,)) if self.recompute else Block
         initialiser = nn.initializers.normal(1 / math.sqrt(c.d_model))
         self.embedding = self.param("embedding", initialiser, (c.vocab_size, c.d_model))
-        self.layers = [Block(c, is_global, self.mesh) for is_global in c.global_layers]
+        self.layers = [block(c, is_global, self.mesh) for is_global in c.global_layers]
         self.final_norm = RMSNorm(c.norm_epsilon)
 
     def __call__(
@@ -301,13 +304,13 @@ class Gemma(nn.Module):
             return GemmaOutput(taps=found, logits=None)
         return GemmaOutput(taps=found, logits=self._logits(self.final_norm(h_BSD)))
 
-    def losses(
-        self, tokens: Int[Array, "B S"], *, splice: Splice | None = None
+    def scores(
+        self, tokens: Int[Array, "B S"], *, score: Score, splice: Splice | None = None
     ) -> Float[Array, "B S-1"]:
-        """Next-token cross-entropy in nats, float32: entry s is the loss of token s + 1.
+        """`score` of every prediction, float32: entry s is that of token s + 1.
 
         The vocabulary projection runs over chunks of positions, so logits of at most
-        `MAX_LOGIT_ELEMENTS` elements exist at a time.
+        `MAX_LOGIT_ELEMENTS` elements exist at a time; a gradient computes them again.
         """
         h_BSD, _ = self._trunk(tokens, taps=(), splice=splice, num_layers=self.config.num_layers)
         h_BSD = self.final_norm(h_BSD)[:, :-1]
@@ -320,15 +323,14 @@ class Gemma(nn.Module):
         # Read before lax.map: linen variables may not be looked up inside its trace.
         embedding = self.embedding
 
-        def chunk_losses(chunk_of: tuple[Array, Array]) -> Array:
+        @jax.checkpoint
+        def chunk_scores(chunk_of: tuple[Array, Array]) -> Array:
             rows_CD, targets_C = chunk_of
-            logits_CV = _project(rows_CD, embedding, softcap=self.config.final_softcap)
-            picked = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
-            return jax.nn.logsumexp(logits_CV, axis=-1) - picked
+            return score(_project(rows_CD, embedding, softcap=self.config.final_softcap), targets_C)
 
         chunks = (rows.reshape(-1, chunk, width), targets.reshape(-1, chunk))
-        losses = jax.lax.map(chunk_losses, chunks)
-        return losses.reshape(-1)[:num_rows].reshape(batch, length)
+        scores = jax.lax.map(chunk_scores, chunks)
+        return scores.reshape(-1)[:num_rows].reshape(batch, length)
 
     def _trunk(
         self,

@@ -12,15 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from activation_cache.config import Dtype, ModelConfig
 from activation_cache.conversion import converted_checkpoint
 from activation_cache.gemma import Gemma
 from activation_cache.gemma_config import GemmaConfig
 from activation_cache.gemma_params import check_model_axis, make_mesh, on_all
+from activation_cache.scores import centred_logit, cross_entropy
 from activation_cache.storage import AnyPath, place, user_cache
-from activation_cache.taps import Splice, Tap, check_tap
+from activation_cache.taps import Splice, Tap, check_tap, tap_width
 from activation_cache.tokenizer import Tokenizer, load_tokenizer
 from activation_cache.weights import (
     Checkpoint,
@@ -83,6 +84,21 @@ class LanguageModel:
         tap, replace, arguments = splice.tap, splice.replace, splice.arguments
         return _losses(self.config, self.mesh, tap, replace, self.params, arguments, placed)
 
+    def gradient(
+        self, tokens: Int[Array | np.ndarray, "B S"], tap: Tap, counted: Bool[np.ndarray, "B S-1"]
+    ) -> Float[Array, "B S D"]:
+        """How the mean-centred logits of the tokens that came change with the activations at `tap`.
+
+        The gradient of their sum over the `counted` predictions, at the model's own activations,
+        float32: a position's holds its own prediction and all later ones, which attend to it.
+
+        Raises:
+            UserError: a layer the model doesn't have.
+        """
+        check_tap(tap, self.config)
+        placed = self._placed(tokens)
+        return _gradient(self.config, self.mesh, tap, self.params, placed, jnp.asarray(counted))
+
     def _placed(self, tokens: Int[Array | np.ndarray, "B S"]) -> Int[Array, "B S"]:
         if isinstance(tokens, jax.Array):
             return tokens
@@ -120,9 +136,32 @@ def _losses(
     if tap is not None and replace is not None:
         splice = Splice(tap, replace, arguments)
     losses: Any = Gemma(config, mesh).apply(
-        {"params": params}, tokens, splice=splice, method=Gemma.losses
+        {"params": params}, tokens, splice=splice, score=cross_entropy, method=Gemma.scores
     )
     return losses
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _gradient(
+    config: GemmaConfig, mesh: Mesh, tap: Tap, params: Params, tokens: Array, counted: Array
+) -> Array:
+    model = Gemma(config, mesh, recompute=True)
+
+    def total(added_BSD: Array) -> Array:
+        scores: Any = model.apply(
+            {"params": params},
+            tokens,
+            splice=Splice(tap, _add, added_BSD),
+            score=centred_logit,
+            method=Gemma.scores,
+        )
+        return jnp.where(counted, scores, 0.0).sum()
+
+    return jax.grad(total)(jnp.zeros((*tokens.shape, tap_width(config, tap.site)), jnp.float32))
+
+
+def _add(acts_BSD: Array, added_BSD: Array) -> Array:
+    return acts_BSD + added_BSD.astype(acts_BSD.dtype)
 
 
 def conversion_folder(store: AnyPath) -> Path:
