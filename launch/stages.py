@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 from activation_cache import distributed
 from activation_cache.errors import UserError
@@ -24,6 +25,7 @@ from sae_train.run_folder import (
     FAILURE,
     RunFolder,
     checkpoint_time,
+    labelled,
     newest_checkpoint,
     read_run,
     record_failure,
@@ -203,9 +205,16 @@ def needs_evaluation(folder: Place) -> bool:
     run = read_run(folder)
     if run.evaluation is None or run.evaluation.get("step") != run.checkpoint_step:
         return True
-    if run.evaluation.get("settings") != run.config.evaluation.model_dump():
-        return True
-    return _older_than_checkpoint(run, folder / EVALUATION)
+    settings = run.config.evaluation
+    wanted: dict[str | None, dict[str, Any]] = {None: settings.recorded()}
+    wanted |= {entry.called: settings.recorded(entry) for entry in settings.also}
+    for label, record in wanted.items():
+        found = run.evaluation if label is None else run.elsewhere.get(label)
+        if found is None or found.get("settings") != record:
+            return True
+        if _older_than_checkpoint(run, folder / labelled(EVALUATION, label)):
+            return True
+    return False
 
 
 def needs_release(folder: Place) -> bool:

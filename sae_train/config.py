@@ -26,6 +26,7 @@ from activation_cache.config import (
     SiteConfig,
     TextConfig,
 )
+from sae_train.evaluation_config import EvaluationConfig
 from sae_train.launch_config import Launch, LocalLaunch
 
 
@@ -228,14 +229,6 @@ class CheckpointConfig(Section):
 
     every_steps: PositiveCount = 5000
     keep: PositiveCount = 3
-
-
-class EvaluationConfig(Section):
-    """How many held-out sequences are measured, and how many of them in the spliced model."""
-
-    sequences: PositiveCount = 2048
-    loss_sequences: PositiveCount | None = None  # None: all of `sequences`
-    sequences_per_batch: PositiveCount = 8
 
 
 class CohortConfig(Section):

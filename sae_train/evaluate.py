@@ -1,81 +1,38 @@
 """`evaluate`: how well SAEs stand in for a site inside the model, on held-out text.
 
-The protocol is Gemma Scope's (arXiv 2408.05147, section 4.1); docs/evaluation.md defines every
+The protocol is Gemma Scope's (arXiv 2408.05147, section 4); docs/evaluation.md defines every
 number.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from typing import Any
 
-import jax
-from jax.sharding import Mesh
-
-from activation_cache.config import ModelConfig
-from activation_cache.errors import UserError
-from activation_cache.gemma_config import GemmaConfig
-from activation_cache.gemma_params import make_mesh
-from activation_cache.model import LanguageModel, conversion_folder, load_model
-from activation_cache.storage import AnyPath, Place, place
-from activation_cache.store import open_store
-from activation_cache.taps import Tap, check_tap, tap_width
-from activation_cache.weights import open_checkpoint
-from sae_train.checkpoint import load_trained
-from sae_train.config import Config, EvaluationConfig
-from sae_train.config_file import read_run_config
-from sae_train.evaluate_pass import Job, Pass
-from sae_train.evaluation import Evaluation, read_evaluation
-from sae_train.load import load_sae
-from sae_train.release import Sae, fold
-from sae_train.run_folder import newest_checkpoint
+from activation_cache import distributed
+from activation_cache.config import Dtype, ModelConfig
+from activation_cache.model import LanguageModel
+from activation_cache.storage import AnyPath, place
+from sae_train.config import EvaluationConfig
+from sae_train.evaluate_job import Job
+from sae_train.evaluate_jobs import Models, jobs_of
+from sae_train.evaluate_pass import Pass
+from sae_train.evaluation import (
+    BOS_TREATMENT,
+    FORMAT_VERSION,
+    Evaluation,
+    headline,
+    measures,
+    read_evaluation,
+    write_evaluation,
+)
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass
-class _Models:
-    """The models the runs name: facts read once for each, weights loaded for one at a time."""
-
-    given: LanguageModel | None
-    facts: dict[ModelConfig, tuple[GemmaConfig, str]] = field(default_factory=dict)
-    loaded: tuple[ModelConfig, LanguageModel] | None = None
-
-    def config_and_fingerprint(self, model: ModelConfig) -> tuple[GemmaConfig, str]:
-        if self.given is not None:
-            return self.given.config, self.given.fingerprint
-        if model not in self.facts:
-            checkpoint = open_checkpoint(model)
-            self.facts[model] = checkpoint.config, checkpoint.fingerprint()
-        return self.facts[model]
-
-    def load(self, config: Config) -> LanguageModel:
-        if self.given is not None:
-            return self.given
-        if self.loaded is None or self.loaded[0] != config.model:
-            self.loaded = None  # let go of the one before first
-            gemma, _ = self.config_and_fingerprint(config.model)
-            model = load_model(
-                config.model,
-                converted=conversion_folder(config.cache.path),
-                mesh=_local_mesh(config, gemma),
-            )
-            self.loaded = (config.model, model)
-        return self.loaded[1]
-
-
-def _local_mesh(config: Config, gemma: GemmaConfig) -> Mesh:
-    """Devices of this process for the language model, as for harvesting as far as they go.
-
-    The processes of an evaluation keep no step, so a copy lies in one of them.
-    """
-    _, mesh = config.harvest_mesh
-    devices = jax.local_devices()
-    size = math.gcd(mesh.model, len(devices), gemma.num_heads, gemma.d_ff)
-    return make_mesh(devices[:size])
+_OTHER: dict[Dtype, Dtype] = {"float32": "bfloat16", "bfloat16": "float32"}
 
 
 def evaluate(
@@ -88,91 +45,52 @@ def evaluate(
 ) -> list[Evaluation]:
     """Evaluate the newest checkpoint of each run and write its evaluation.json.
 
-    A run whose evaluation is of the same SAE, model, tokens and settings is left as it is.
+    What `evaluation.also` names is measured too, and written beside it. An evaluation of the same
+    SAE, model, tokens and settings is left as it is.
 
     Args:
         folders: run folders.
         settings: instead of the `evaluation` section of each run's config.
-        model: loaded already; else each run's `model` is, once for all runs that share it.
+        model: the runs' own, loaded already; else it is, once for all runs that share it.
         force: evaluate again even what is current.
         stop: asked between batches.
 
     Processes that have joined (`distributed.join`) share the batches; the main one writes.
 
     Returns:
-        One evaluation per folder, in their order.
+        One evaluation per folder, in their order: each run's own.
 
     Raises:
         UserError: a run without a checkpoint; an SAE or a store that isn't of this model; text
             that is missing or too short.
         Interrupted: `stop` said yes; runs not evaluated yet are as they were.
     """
-    models = _Models(given=model)
-    jobs = [_job(place(folder), settings=settings, models=models) for folder in folders]
+    models = Models(given=model)
+    jobs = [
+        job
+        for folder in folders
+        for job in jobs_of(place(folder), settings=settings, models=models, stop=stop)
+    ]
     waiting = []
     for job in jobs:
-        if not force and job.is_current(read_evaluation(job.folder)):
-            logger.info("%s: the evaluation of step %d is current", job.folder, job.step)
+        if not force and job.is_current(read_evaluation(job.folder, job.label)):
+            logger.info("%s: the evaluation of step %d is current", _shown(job), job.step)
         else:
             waiting.append(job)
     for group in _groups(waiting):
-        Pass(group, models.load(group[0].config), stop=stop).run()
+        _evaluate(group, models, stop=stop)
     results = []
     for job in jobs:
-        written = read_evaluation(job.folder)
+        written = read_evaluation(job.folder, job.label)
         assert written is not None
-        logger.info("%s: %s", job.folder, written)
-        results.append(written)
+        logger.info("%s: %s", _shown(job), written)
+        if job.label is None:
+            results.append(written)
     return results
 
 
-def _job(folder: Place, *, settings: EvaluationConfig | None, models: _Models) -> Job:
-    """Read one run's SAE and check all that can be checked before the model is loaded."""
-    config = read_run_config(folder)
-    settings = settings or config.evaluation
-    sae, step, trained_on = _sae_of(folder, config)
-    gemma, fingerprint = models.config_and_fingerprint(config.model)
-    tap = Tap(config.sae.site, config.sae.layer)
-    check_tap(tap, gemma)
-    width = tap_width(gemma, tap.site)
-    if sae.W_enc.shape[0] != width:
-        raise UserError(
-            f"the SAE in {folder} reads vectors of {sae.W_enc.shape[0]}, and {tap.name} of "
-            f"{config.model.weights} has {width}: evaluate it in the model it was trained on"
-        )
-    store = open_store(config.cache.path)
-    store.check_matches(model=config.model, fingerprint=fingerprint)
-    if trained_on not in (None, store.identity):
-        logger.warning(
-            "%s was trained on another store than the one now at %s: its held-out text may have "
-            "been trained on",
-            folder,
-            store.path,
-        )
-    if settings.sequences > len(store.tokens.held_out):
-        raise UserError(
-            f"evaluation.sequences asks for {settings.sequences} sequences and "
-            f"{store.tokens.path} holds out {len(store.tokens.held_out)}: lower "
-            "evaluation.sequences, or harvest with a larger text.held_out_sequences"
-        )
-    fingerprints = {
-        "sae": sae.fingerprint,
-        "model": fingerprint,
-        "model_dtype": config.model.dtype,
-        "tokens": store.tokens.summary.token_hash,
-    }
-    return Job(folder, config, settings, step, sae, store.tokens, fingerprints)
-
-
-def _sae_of(folder: Place, config: Config) -> tuple[Sae, int, str | None]:
-    """A folder's SAE, its step, and the store it was trained on.
-
-    A folder without checkpoints stands for the released SAE that its config would start from.
-    """
-    if config.sae.start_from is not None and newest_checkpoint(folder) is None:
-        return load_sae(config.sae.start_from), 0, None
-    trained = load_trained(folder)
-    return fold(trained), trained.step, trained.store
+def _shown(job: Job) -> str:
+    return str(job.folder) if job.label is None else f"{job.folder} in {job.label}"
 
 
 def _groups(jobs: Sequence[Job]) -> Iterator[list[Job]]:
@@ -180,10 +98,86 @@ def _groups(jobs: Sequence[Job]) -> Iterator[list[Job]]:
 
     def key(job: Job) -> tuple[str, ...]:
         return (
-            job.config.model.model_dump_json(),
+            job.model.model_dump_json(),
             str(job.table.path.absolute()),
             job.settings.model_dump_json(),
+            repr(job.masked),
         )
 
     for _, group in itertools.groupby(sorted(jobs, key=key), key=key):
         yield list(group)
+
+
+def _evaluate(group: list[Job], models: Models, *, stop: Callable[[], bool]) -> None:
+    """Measure and write what shares passes; precisions are compared in a second walk."""
+    compare = group[0].settings.compare_precision
+    beside = [_in_bfloat16(job) for job in group] if compare else []
+    first = Pass([*group, *beside], models.load(group[0]), stop=stop)
+    first.run()
+    passes = [first]
+    if compare:
+        others = [_in_other_model(job) for job in group]
+        beside = [_in_bfloat16(job) for job in others]
+        passes.append(Pass([*others, *beside], models.load(others[0]), stop=stop))
+        passes[-1].run()
+
+    def write_all() -> None:
+        for index in range(len(group)):
+            evaluation = _evaluation(index, passes)
+            write_evaluation(evaluation, group[index].folder, fired_F=first.saes[index].fired_F)
+
+    distributed.told_by_main("evaluation", write_all)
+
+
+def _in_bfloat16(job: Job) -> Job:
+    return dataclasses.replace(job, sae=job.sae.cast("bfloat16"), compared=True)
+
+
+def _in_other_model(job: Job) -> Job:
+    model: ModelConfig = job.model.model_copy(update={"dtype": _OTHER[job.model.dtype]})
+    return dataclasses.replace(job, model=model, compared=True)
+
+
+def _evaluation(index: int, passes: Sequence[Pass]) -> Evaluation:
+    """One job's result; of several passes the first is its own, the others compare precisions."""
+    first, job = passes[0], passes[0].jobs[index]
+    losses = first.losses_of(index)
+    site, sae = first.sites[job.target], first.saes[index]
+    importance = first.importance[index]
+    return Evaluation(
+        format_version=FORMAT_VERSION,
+        name=job.config.name,
+        step=job.step,
+        **measures(site=site, sae=sae, losses=losses, subsets=job.table.summary.subsets),
+        bos=dict(BOS_TREATMENT),
+        sequences=job.settings.sequences,
+        sequence_length=job.table.sequence_length,
+        loss_sequences=job.loss_sequences,
+        site=job.tap.site,
+        layer=job.tap.layer,
+        width=job.sae.W_enc.shape[1],
+        settings=job.record,
+        fingerprints=job.fingerprints,
+        model=job.model.weights,
+        label=job.label,
+        importance_uniformity=importance.mean,
+        importance_sequences=job.importance_sequences,
+        importance_tokens=int(importance.count),
+        by_precision=_by_precision(index, passes) if len(passes) > 1 else [],
+    )
+
+
+def _by_precision(index: int, passes: Sequence[Pass]) -> list[dict[str, Any]]:
+    """Headline numbers of the SAE and of its bfloat16 self, in the model in either precision."""
+    rows = []
+    for one in passes:
+        for place_of in (index, index + len(one.jobs) // 2):
+            job = one.jobs[place_of]
+            numbers = headline(
+                site=one.sites[job.target],
+                sae=one.saes[place_of],
+                base=one.base,
+                spliced=one.spliced[place_of, False],
+            )
+            rows.append({"model": job.model.dtype, "sae": str(job.sae.W_enc.dtype), **numbers})
+    return sorted(rows, key=lambda row: (row["model"], row["sae"]), reverse=True)

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from activation_cache.errors import UserError
 from activation_cache.storage import Place, read_json, replacing, write_json
 from sae_train.evaluate_stats import LossSums, SaeSums, SiteSums
-from sae_train.run_folder import EVALUATION
+from sae_train.run_folder import EVALUATION, labelled
 
 FORMAT_VERSION = 1
 FIRING_COUNTS = "firing_counts.npy"
@@ -59,6 +59,8 @@ class Evaluation:
         variance: mean squared distance of the activations from their mean, so fvu = mse/variance.
         fingerprints: of the SAE, the model and the tokens measured; with `settings` they say
             whether an evaluation is still current.
+        model: `model.weights` of the model it was measured in.
+        label: of an evaluation elsewhere than in the run's own model and text; else None.
     """
 
     format_version: int
@@ -91,6 +93,13 @@ class Evaluation:
     width: int
     settings: dict[str, Any]
     fingerprints: dict[str, str]
+    model: str = ""
+    label: str | None = None
+    importance_uniformity: float | None = None
+    importance_sequences: int = 0
+    importance_tokens: int = 0
+    by_subset: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    by_precision: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object."""
@@ -112,7 +121,9 @@ class Evaluation:
         return cls(**values)
 
 
-def measures(*, site: SiteSums, sae: SaeSums, losses: Losses) -> dict[str, Any]:
+def measures(
+    *, site: SiteSums, sae: SaeSums, losses: Losses, subsets: Sequence[str] = ()
+) -> dict[str, Any]:
     """The measured keys of an `Evaluation`.
 
     FVU = Σ|x - x̂|² / Σ|x - mean|² over the counted tokens (Gemma Scope, section 4.1); by
@@ -138,7 +149,38 @@ def measures(*, site: SiteSums, sae: SaeSums, losses: Losses) -> dict[str, Any]:
         "loss_tokens": int(losses.base.count_S.sum()),
         "frequency_histogram": frequency_histogram(sae.fired_F, tokens=tokens),
         "by_position": _by_position(site=site, sae=sae, losses=losses),
+        "by_subset": _by_subset(subsets, site=site, sae=sae, losses=losses),
     }
+
+
+def headline(*, site: SiteSums, sae: SaeSums, base: LossSums, spliced: LossSums) -> dict[str, Any]:
+    """The few numbers in which precisions are compared."""
+    return {
+        "l0": float(sae.active_S.sum() / site.count_S.sum()),
+        "fvu": _ratio(float(sae.squared_error_S.sum()), float(site.spread_S.sum())),
+        "loss": _finite(base.mean),
+        "loss_spliced": _finite(spliced.mean),
+        "delta_loss": _finite(spliced.mean - base.mean),
+    }
+
+
+def _by_subset(
+    names: Sequence[str], *, site: SiteSums, sae: SaeSums, losses: Losses
+) -> dict[str, dict[str, Any]]:
+    """The same of the sequences of one subset, each with its own mean activation."""
+    rows = {}
+    for number, name in enumerate(names):
+        tokens, predicted = int(site.count_G[number]), int(losses.base.count_G[number])
+        base, spliced = losses.base.sum_G[number], losses.spliced.sum_G[number]
+        rows[name] = {
+            "tokens": tokens,
+            "l0": _ratio(float(sae.active_G[number]), tokens),
+            "fvu": _ratio(float(sae.squared_error_G[number]), float(site.spread_G[number])),
+            "loss_tokens": predicted,
+            "loss": _ratio(float(base), predicted),
+            "delta_loss": _ratio(float(spliced - base), predicted),
+        }
+    return rows
 
 
 def _loss_measures(
@@ -198,18 +240,20 @@ def _finite(value: float) -> float | None:
 def write_evaluation(
     evaluation: Evaluation, folder: Place, *, fired_F: Int[np.ndarray, " F"]
 ) -> None:
-    """Write firing_counts.npy, then evaluation.json, which names its hash."""
-    path = folder / FIRING_COUNTS
+    """Write firing_counts.npy, then evaluation.json, which names its hash; with a label, both
+    under names that have it.
+    """
+    path = folder / labelled(FIRING_COUNTS, evaluation.label)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.save(file, fired_F.astype(np.int64))
     fingerprints = evaluation.fingerprints | {"firing_counts": _sha256(path)}
     written = dataclasses.replace(evaluation, fingerprints=fingerprints)
-    write_json(folder / EVALUATION, written.to_json())
+    write_json(folder / labelled(EVALUATION, evaluation.label), written.to_json())
 
 
-def read_evaluation(folder: Place) -> Evaluation | None:
+def read_evaluation(folder: Place, label: str | None = None) -> Evaluation | None:
     """The evaluation of a run's folder; None if there is none or another version wrote it."""
-    path = folder / EVALUATION
+    path = folder / labelled(EVALUATION, label)
     if not path.is_file():
         return None
     try:

@@ -8,6 +8,7 @@ Legend: D model width, F latents.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from activation_cache.config import Dtype
 from activation_cache.errors import UserError
 from sae_train.config import Architecture
 from sae_train.hooks import metadata_of
@@ -43,7 +45,8 @@ class Sae:
     stay behind then, so that SAEs of one shape share one compilation.
 
     Attributes:
-        W_enc, W_dec, b_enc, b_dec, threshold: float32, nothing left to scale or to subtract.
+        W_enc, W_dec, b_enc, b_dec, threshold: float32 unless `cast`, nothing left to scale or to
+            subtract.
         k: the most latents a row may have; None but for TopK.
         architecture: the form it is kept in where a format has several (SAELens).
         metadata: what is known of the origin, under SAELens' names (`model_name`, `hook_name`,
@@ -60,8 +63,8 @@ class Sae:
     metadata: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def encode(self, x: Float[HostOrDevice, "... D"]) -> Float[Array, "... F"]:
-        """Latents of raw activations, in float32 (Gemma Scope 2, released form)."""
-        pre = jnp.matmul(_float32(x), jnp.asarray(self.W_enc), precision=PRECISION)
+        """Latents of raw activations, in the weights' dtype (Gemma Scope 2, released form)."""
+        pre = _product(x, self.W_enc)
         pre = pre + _last(self.b_enc, pre.ndim)
         latents = jnp.where(pre > _last(self.threshold, pre.ndim), jax.nn.relu(pre), 0.0)
         if self.k is None:
@@ -69,13 +72,20 @@ class Sae:
         return select(latents.reshape(-1, latents.shape[-1]), k=self.k).reshape(latents.shape)
 
     def decode(self, latents: Float[HostOrDevice, "... F"]) -> Float[Array, "... D"]:
-        """The reconstruction f W_dec + b_dec, in float32."""
-        decoded = jnp.matmul(_float32(latents), jnp.asarray(self.W_dec), precision=PRECISION)
+        """The reconstruction f W_dec + b_dec, in the weights' dtype."""
+        decoded = _product(latents, self.W_dec)
         return decoded + _last(self.b_dec, decoded.ndim)
 
     def __call__(self, x: Float[HostOrDevice, "... D"]) -> Float[Array, "... D"]:
         """Reconstruct raw activations."""
         return self.decode(self.encode(x))
+
+    def cast(self, dtype: Dtype) -> Sae:
+        """The same with weights of another dtype, in which it then computes."""
+        tensors: dict[str, Any] = {
+            name: tensor.astype(jnp.dtype(dtype)) for name, tensor in self.tensors.items()
+        }
+        return dataclasses.replace(self, **tensors)
 
     @property
     def tensors(self) -> dict[str, np.ndarray]:
@@ -94,8 +104,16 @@ class Sae:
         return digest.hexdigest()
 
 
-def _float32(x: HostOrDevice) -> Array:
-    return jnp.asarray(x).astype(jnp.float32)
+def _product(x: HostOrDevice, weight: HostOrDevice) -> Array:
+    """x @ weight in the weight's dtype, added up in float32."""
+    weight = jnp.asarray(weight)
+    wide = jnp.matmul(
+        jnp.asarray(x).astype(weight.dtype),
+        weight,
+        precision=PRECISION,
+        preferred_element_type=jnp.float32,
+    )
+    return wide.astype(weight.dtype)
 
 
 def _last(vector: HostOrDevice, ndim: int) -> Array:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Literal
 
@@ -47,6 +47,7 @@ class RunFolder:
         metrics: the rows of metrics.jsonl, rising by step.
         checkpoint_step: the step of the newest whole checkpoint.
         evaluation: evaluation.json, if there is one.
+        elsewhere: by label, what evaluations in other models and on other text found.
         release: the files of the release tree, relative to the run's folder.
         failure: why the last attempt at the run failed, if it did.
         restarts: how often its training was taken up again.
@@ -60,6 +61,7 @@ class RunFolder:
     release: tuple[PurePath, ...]
     failure: str | None
     restarts: int = 0
+    elsewhere: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -93,7 +95,24 @@ def read_run(path: AnyPath) -> RunFolder:
         release=release_files(folder),
         failure="{reason} (in {stage})".format(**read_json(failure)) if failure.exists() else None,
         restarts=max(0, count_starts(folder) - 1),
+        elsewhere=_elsewhere(folder),
     )
+
+
+def labelled(name: str, label: str | None) -> str:
+    """The name of a file of an evaluation elsewhere: `evaluation-gemma-2-9b-it.json`."""
+    stem, dot, ending = name.rpartition(".")
+    return name if label is None else f"{stem}-{label}{dot}{ending}"
+
+
+def _elsewhere(folder: Place) -> dict[str, dict[str, Any]]:
+    before, after = labelled(EVALUATION, "*").split("*")
+    names = sorted(path.name for path in folder.iterdir())
+    return {
+        name[len(before) : -len(after)]: read_json(folder / name)
+        for name in names
+        if name.startswith(before) and name.endswith(after)
+    }
 
 
 def run_folders(folder: AnyPath) -> list[Place]:

@@ -32,7 +32,7 @@ train:
   learning_rate: {{peak: 1e-3, warmup_steps: 5}}
   sparsity: {{penalty: l0, coefficient: 1e-3, warmup_steps: 10}}
 checkpoint: {{every_steps: 10}}
-evaluation: {{sequences: 4}}
+evaluation: {{sequences: 4, importance_sequences: 0}}
 output: {folder}/out
 """
 

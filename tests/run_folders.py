@@ -80,7 +80,7 @@ def evaluation(*, l0: float, step: int) -> dict[str, Any]:
         "alive_fraction": 0.93 - l0 / 2000,
         "sequences": 64,
         "loss_sequences": 64,
-        "settings": EvaluationConfig().model_dump(),
+        "settings": EvaluationConfig().recorded(),
         "frequency_histogram": {
             "log10_edges": [-6 + x / 4 for x in range(25)],
             "counts": counts,

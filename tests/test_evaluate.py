@@ -20,7 +20,7 @@ from activation_cache.harvest import harvest
 from activation_cache.model import LanguageModel, load_model
 from activation_cache.store import Store, open_store
 from launch.cli import main
-from sae_train import evaluate_pass, evaluate_stats
+from sae_train import evaluate_pass, evaluate_splice, evaluate_stats
 from sae_train.checkpoint import load_trained
 from sae_train.config import Config, EvaluationConfig
 from sae_train.config_file import write_config
@@ -329,8 +329,8 @@ def test_splices_leave_masked_positions_alone():
     sae = make_sae(D=6)
     acts = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 6)), jnp.bfloat16)
     where = jnp.asarray(np.random.default_rng(1).uniform(size=(2, 5)) < 0.5)
-    spliced = evaluate_pass.splice_sae(acts, (sae, where))
-    zeroed = evaluate_pass.splice_zero(acts, where)
+    spliced = evaluate_splice.splice_sae(acts, (sae, where))
+    zeroed = evaluate_splice.splice_zero(acts, where)
     assert spliced.dtype == zeroed.dtype == jnp.bfloat16
     for out, inside in ((spliced, sae(acts).astype(jnp.bfloat16)), (zeroed, 0 * acts)):
         assert np.array_equal(out[~where], acts[~where])
@@ -349,7 +349,7 @@ def test_what_is_masked_has_no_influence():
     counted = np.random.default_rng(1).uniform(size=(3, 5)) < 0.6
     poisoned = np.where(counted[..., None], x, np.nan)
     clean, leaky = sae_batch(sae, x, counted), sae_batch(sae, poisoned, counted)
-    for name in ("squared_error_S", "active_S", "fired_F"):
+    for name in ("squared_error_BS", "active_BS", "fired_F"):
         assert np.array_equal(getattr(clean, name), getattr(leaky, name)), name
     sums = SiteSums()
     sums.add(jnp.asarray(poisoned), counted)

@@ -14,7 +14,7 @@ import pytest
 from activation_cache import model
 from activation_cache.model import LanguageModel
 from launch.cli import main
-from sae_train import evaluate
+from sae_train import evaluate_jobs
 from tests.pipeline import write_pipeline
 from tests.processes import child_environment
 
@@ -43,7 +43,7 @@ def test_two_processes_measure_what_one_does(
         meshes.append(mesh.shape["model"])
         return model.load_model(*arguments, mesh=mesh, **options)
 
-    monkeypatch.setattr(evaluate, "load_model", load_model)
+    monkeypatch.setattr(evaluate_jobs, "load_model", load_model)
     assert main(["evaluate", config, *SETTINGS]) == 0
     assert meshes == [4], "here the language model is cut over four devices, there it has but one"
     alone = json.loads((run / "evaluation.json").read_text())

@@ -1,0 +1,37 @@
+"""What is put in the place of a tap's activations: an SAE's reconstruction, or zero.
+
+Legend: B sequences of a batch, S position, D model width, N rows = B·S.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from activation_cache.taps import Splice
+from sae_train.evaluate_job import Job
+from sae_train.evaluate_stats import reconstruct
+from sae_train.release import Sae
+
+
+def splice_of(job: Job, arguments: tuple[Sae, Bool[Array, "B S"]]) -> Splice:
+    """The splice that puts a job's SAE into the model."""
+    return Splice(job.target, splice_sae, arguments)
+
+
+def splice_sae(
+    acts_BSD: Float[Array, "B S D"], arguments: tuple[Sae, Bool[Array, "B S"]]
+) -> Float[Array, "B S D"]:
+    """The SAE's reconstruction where the mask says so, the model's own elsewhere."""
+    sae, where_BS = arguments
+    x_ND = acts_BSD.astype(jnp.float32).reshape(-1, acts_BSD.shape[-1])
+    decoded_ND, _, _ = reconstruct(sae, x_ND, where_BS.reshape(-1))
+    decoded_BSD = decoded_ND.reshape(acts_BSD.shape).astype(acts_BSD.dtype)
+    return jnp.where(where_BS[:, :, None], decoded_BSD, acts_BSD)
+
+
+def splice_zero(
+    acts_BSD: Float[Array, "B S D"], where_BS: Bool[Array, "B S"]
+) -> Float[Array, "B S D"]:
+    """Zero where the mask says so, the model's own elsewhere."""
+    return jnp.where(where_BS[:, :, None], jnp.zeros_like(acts_BSD), acts_BSD)
