@@ -20,7 +20,9 @@ from pydantic import (
 from activation_cache.errors import UserError
 from activation_cache.storage import place
 
-Site = Literal["resid_post", "mlp_out", "attn_out_prelinear"]
+Site = Literal[
+    "resid_post", "mlp_out", "attn_out_prelinear", "mlp_in", "mlp_in_normalized", "embedding"
+]
 Dtype = Literal["float32", "bfloat16"]
 
 

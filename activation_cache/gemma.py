@@ -56,12 +56,18 @@ class RMSNorm(nn.Module):
     epsilon: float
 
     @nn.compact
-    def __call__(self, x_D: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+    def __call__(
+        self,
+        x_D: Float[Array, "*batch D"],
+        visit: Callable[[Array], Array] = lambda normalized_D: normalized_D,
+    ) -> Float[Array, "*batch D"]:
+        """`visit` is given x / rms(x), in float32."""
         w_D = self.param("scale", nn.initializers.zeros_init(), x_D.shape[-1:], jnp.float32)
         wide_D = x_D.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(wide_D), axis=-1, keepdims=True)
         gain_D = (1.0 + w_D.astype(jnp.float32)).reshape((1,) * (x_D.ndim - 1) + (-1,))
-        return (wide_D * jax.lax.rsqrt(mean_square + self.epsilon) * gain_D).astype(x_D.dtype)
+        normalized_D = visit(wide_D * jax.lax.rsqrt(mean_square + self.epsilon))
+        return (normalized_D * gain_D).astype(x_D.dtype)
 
 
 def _weight(module: nn.Module, name: str, shape: tuple[int, int]) -> Array:
@@ -254,7 +260,9 @@ class Block(nn.Module):
         attention = Attention(self.config, self.is_global, self.mesh, name="attention")
         attended = attention(norm(name="pre_attention_norm")(h_BSD), visit)
         h_BSD = h_BSD + norm(name="post_attention_norm")(attended)
-        mlp_out = MLP(self.config, self.mesh, name="mlp")(norm(name="pre_mlp_norm")(h_BSD))
+        visit_normalized = functools.partial(visit, "mlp_in_normalized")
+        mlp_in = visit("mlp_in", norm(name="pre_mlp_norm")(h_BSD, visit_normalized))
+        mlp_out = MLP(self.config, self.mesh, name="mlp")(mlp_in)
         h_BSD = h_BSD + visit("mlp_out", norm(name="post_mlp_norm")(mlp_out))
         return visit("resid_post", h_BSD)
 
@@ -341,16 +349,21 @@ class Gemma(nn.Module):
         num_layers: int,
     ) -> tuple[Float[Array, "B S D"], dict[Tap, Array]]:
         found: dict[Tap, Array] = {}
+        read: dict[str, Array] = {}
 
         def visit(site: Site, acts: Array, *, layer: int) -> Array:
             tap = Tap(site, layer)
             if tap in taps:
-                found[tap] = acts
-            if splice is not None and splice.tap == tap:
-                return splice.replace(acts, splice.arguments).astype(acts.dtype)
+                found[tap] = acts.astype(self.embedding.dtype)
+            if splice is None:
+                return acts
+            if splice.reads == tap:
+                read["read"] = acts.astype(self.embedding.dtype)
+            if splice.tap == tap:
+                return splice.replace(acts, splice.arguments, **read).astype(acts.dtype)
             return acts
 
-        h_BSD = self.embedding[tokens]
+        h_BSD = visit("embedding", self.embedding[tokens], layer=0)
         # The scale is rounded to the weights' dtype: 59.75 for Gemma 2 9B in bfloat16.
         h_BSD = h_BSD * jnp.asarray(math.sqrt(self.config.d_model), h_BSD.dtype)
         for layer, block in enumerate(self.layers[:num_layers]):

@@ -72,17 +72,17 @@ class LanguageModel:
     ) -> Float[Array, "B S-1"]:
         """Next-token cross-entropy in nats, float32; entry s is the loss of token s + 1.
 
-        Compiled once per shape of `tokens` and `(splice.tap, splice.replace)`.
+        Compiled once per shape of `tokens` and `(splice.tap, splice.replace, splice.reads)`.
 
         Raises:
             UserError: a splice at a layer the model doesn't have.
         """
         placed = self._placed(tokens)
         if splice is None:
-            return _losses(self.config, self.mesh, None, None, self.params, None, placed)
+            return _losses(self.config, self.mesh, None, self.params, None, placed)
         check_tap(splice.tap, self.config)
-        tap, replace, arguments = splice.tap, splice.replace, splice.arguments
-        return _losses(self.config, self.mesh, tap, replace, self.params, arguments, placed)
+        static = splice.tap, splice.replace, splice.reads
+        return _losses(self.config, self.mesh, static, self.params, splice.arguments, placed)
 
     def gradient(
         self, tokens: Int[Array | np.ndarray, "B S"], tap: Tap, counted: Bool[np.ndarray, "B S-1"]
@@ -122,19 +122,19 @@ def _activations_on(mesh: Mesh) -> Callable[..., dict[Tap, Array]]:
     return jax.jit(activations, static_argnums=(0, 1), out_shardings=on_all(mesh))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _losses(
     config: GemmaConfig,
     mesh: Mesh,
-    tap: Tap | None,
-    replace: Callable[[Array, Any], Array] | None,
+    static: tuple[Tap, Callable[..., Array], Tap | None] | None,
     params: Params,
     arguments: Any,
     tokens: Array,
 ) -> Array:
     splice = None
-    if tap is not None and replace is not None:
-        splice = Splice(tap, replace, arguments)
+    if static is not None:
+        tap, replace, reads = static
+        splice = Splice(tap, replace, arguments, reads)
     losses: Any = Gemma(config, mesh).apply(
         {"params": params}, tokens, splice=splice, score=cross_entropy, method=Gemma.scores
     )

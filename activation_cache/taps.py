@@ -1,11 +1,15 @@
 """Where activations are read from the model, and where something is put in their place.
 
-The three sites are Gemma Scope's (arXiv 2408.05147, section 3.1); layers count from 0:
+The sites are Gemma Scope's (arXiv 2408.05147, section 3.1 and appendix B) and Gemma Scope 2's;
+layers count from 0:
 
 - `resid_post`: the residual stream after the block, width D.
 - `mlp_out`: the MLP's output after the post-MLP RMSNorm, width D.
 - `attn_out_prelinear`: the heads' outputs side by side, before W_O and before the
   post-attention RMSNorm, width heads x head_dim.
+- `mlp_in`: what the MLP reads, after the pre-MLP RMSNorm, width D: Gemma Scope 2's transcoders'.
+- `mlp_in_normalized`: the same before the norm's gain, E|x|² = D: Gemma Scope's transcoders'.
+- `embedding`: the rows of the embedding table, unscaled, width D; as a layer it counts as 0.
 """
 
 from __future__ import annotations
@@ -30,13 +34,16 @@ class Tap:
 
     @property
     def name(self) -> str:
-        """`resid_post.5`: the name of the tap's array in a store."""
-        return f"{self.site}.{self.layer}"
+        """`resid_post.5`, and `embedding`: the name of the tap's array in a store."""
+        return self.site if self.site == "embedding" else f"{self.site}.{self.layer}"
 
 
 @dataclass(frozen=True)
 class Splice:
     """Puts `replace(activations, arguments)` in the place of the activations at `tap`.
+
+    With `reads`, an earlier tap of the same layer, `replace(activations, arguments, read=...)` is
+    given what this forward has there too: a transcoder reads the one and replaces the other.
 
     `replace` must be one function for many calls (a module-level function, not a fresh lambda):
     the compiled forward is kept per `(tap, replace)`. What changes from call to call, such as an
@@ -44,8 +51,9 @@ class Splice:
     """
 
     tap: Tap
-    replace: Callable[[Float[Array, "B S D"], Any], Float[Array, "B S D"]]
+    replace: Callable[..., Float[Array, "B S D"]]
     arguments: Any = None
+    reads: Tap | None = None
 
 
 def tap_width(config: GemmaConfig, site: Site) -> int:
@@ -57,6 +65,11 @@ def tap_width(config: GemmaConfig, site: Site) -> int:
 
 def check_tap(tap: Tap, config: GemmaConfig) -> None:
     """Raises `UserError` when the model has no such layer."""
+    if tap.site == "embedding" and tap.layer != 0:
+        raise UserError(
+            f"site embedding has layer {tap.layer}: the table is there once, and counts as layer "
+            "0. Set the layer to 0."
+        )
     if not 0 <= tap.layer < config.num_layers:
         raise UserError(
             f"layer {tap.layer} of site {tap.site} does not exist: the model has "

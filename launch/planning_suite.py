@@ -36,13 +36,6 @@ def _stores(plan: SuitePlan) -> Table:
     stores = sum(group.stores for group in plan.stores)
     row = (f"{stores:,} in all", "", "", "", bytes_text(plan.store_bytes), flops_text(flops))
     table.add_row(*row, style="bold")
-    untrainable = [group for group in plan.groups if not group.trainable]
-    if untrainable:
-        count = sum(group.cells for group in untrainable)
-        kinds = ", ".join(dict.fromkeys(group.kind for group in untrainable))
-        table.caption = (
-            f"{count:,} cells marked † can't be trained yet ({kinds}); they are in no store"
-        )
     return table
 
 
@@ -69,7 +62,7 @@ def _work(plan: SuitePlan) -> Table:
 
 def _cells(group: CellGroup, plan: SuitePlan) -> list[str]:
     return [
-        group.what + ("" if group.trainable else " †"),
+        group.what,
         f"{group.shape.width:,}",
         f"{group.shape.d_model:,}",
         f"{group.cells:,}",

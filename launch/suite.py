@@ -10,7 +10,7 @@ from activation_cache.known_models import config_for_planning
 from activation_cache.storage import place
 from sae_train.config import Config, L0Penalty
 from sae_train.config_file import with_values
-from sae_train.suite import Cell, all_cells, cache_of, cells_of, refuse_untrainable
+from sae_train.suite import Cell, all_cells, cache_of, cells_of
 
 
 def suite_runs(config: Config) -> Iterator[tuple[str, Mapping[str, Any], Config]]:
@@ -19,25 +19,26 @@ def suite_runs(config: Config) -> Iterator[tuple[str, Mapping[str, Any], Config]
     A name is the run's folder below the suite's.
 
     Raises:
-        UserError: a layer the model lacks or the store isn't harvested at, a cell that can't be
-            trained, a sparsity that isn't the penalty's, or nothing chosen.
+        UserError: a layer the model lacks or the store isn't harvested at, a sparsity that isn't
+            the penalty's, or nothing chosen.
     """
     gemma, _ = config_for_planning(config.model)
     cells, chosen = all_cells(config, gemma), cells_of(config, gemma)
-    refuse_untrainable(chosen)
     base = config.model_copy(update={"sweep": None})
     caches: dict[Any, Any] = {}
     for cell in chosen:
         _check_penalty(cell, config)
         name, settings = cell.folder, cell.settings()
-        own = {
+        own: dict[str, Any] = {
             "name": f"{config.name}-{name.replace('/', '-')}",
             "output": str(place(config.output) / name),
         }
+        if cell.kind == "embedding":  # no tap of the model's, so `cache.sites` needn't have it
+            own["cache.sites"] = [{"site": "embedding", "layers": [0]}]
         run = with_values(base, {**settings, **own}, source=f"sweep.cells, {name}")
-        if cell.tap not in caches:
-            caches[cell.tap] = cache_of(cell, config, cells)
-        yield name, settings, run.model_copy(update={"cache": caches[cell.tap]})
+        if cell.taps not in caches:
+            caches[cell.taps] = cache_of(cell, config, cells, gemma=gemma)
+        yield name, settings, run.model_copy(update={"cache": caches[cell.taps]})
 
 
 def stores(config: Config) -> list[Config]:

@@ -153,13 +153,13 @@ def show_runs(config: Config, runs: list[Run]) -> None:
     table.add_column("run", overflow="fold")
     cohorts = cohorts_of(config, runs)
     places = {name: str(at) for at, cohort in enumerate(cohorts, 1) for name in cohort.names}
-    keys = list(runs[0].settings)
+    keys = list(dict.fromkeys(key for run in runs for key in run.settings))
     for key in keys:
         table.add_column(key, justify="right")
     table.add_column("steps", justify="right")
     table.add_column("cohort", justify="right")
     for run in runs:
-        values = [_value_text(run.settings[key]) for key in keys]
+        values = [_value_text(run.settings.get(key)) for key in keys]
         table.add_row(run.name, *values, f"{run.config.train.steps:,}", places[run.name])
     print_table(table)
     print_table(cohort_table(cohorts))

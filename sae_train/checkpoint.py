@@ -67,9 +67,10 @@ class Trained:
 
     Attributes:
         params: float32 arrays W_enc [F, D], W_dec [F, D], b_dec [D] and what else the architecture
-            has (`sharding.params_table`), the threshold [F] plain whatever parametrisation was
+            has (`sharding.table_of`), the threshold [F] plain whatever parametrisation was
             trained; of BatchTopK the threshold that takes the place of the selection.
         input_scale: C of x = x_raw / C.
+        target_scale: what a transcoder's target was divided by; of an SAE, C.
         step: optimiser steps done.
         config: the run's config.
         store: the identity of the activation store it was trained on.
@@ -77,18 +78,20 @@ class Trained:
 
     params: Mapping[str, Float[np.ndarray, "..."]]
     input_scale: float
+    target_scale: float
     step: int
     config: Config
     store: str
 
 
 def checkpoint_meta(
-    config: Config, *, input_scale: float, d_model: int, store: str
+    config: Config, *, input_scale: float, target_scale: float, d_model: int, store: str
 ) -> dict[str, Any]:
     """The JSON beside a state."""
     return {
         "format_version": FORMAT_VERSION,
         "input_scale": input_scale,
+        "target_scale": target_scale,
         "d_model": d_model,
         "store": store,
         "config": config.model_dump(mode="json"),
@@ -370,6 +373,8 @@ def load_trained(run_folder: AnyPath, *, step: int | None = None) -> Trained:
     return Trained(
         params=params,
         input_scale=meta["input_scale"],
+        # Runs from before there were transcoders say nothing of it.
+        target_scale=meta.get("target_scale", meta["input_scale"]),
         step=chosen,
         config=config,
         store=meta["store"],

@@ -26,6 +26,7 @@ def _what_is_read(config: Config) -> dict[str, Any]:
         "cache": config.cache.model_dump(mode="json"),
         "sae.site": config.sae.site,
         "sae.layer": config.sae.layer,
+        "sae.target": config.sae.target,
         "train.batch_size": config.train.batch_size,
         "train.data_seed": config.train.order_seed,
         "mesh": config.mesh.model_dump(mode="json"),

@@ -3,8 +3,6 @@
 Members whose steps differ in numbers alone (`cohort.step_key`) share a compiled program. With
 `train.stacked` those of them that stand at the same step are given to the devices together, as one
 program over all: fewer starts of programs, which small SAEs on a fast device wait for.
-
-Legend: B rows of a batch, D model width.
 """
 
 from __future__ import annotations
@@ -12,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
 
 from sae_train.cohort import step_key
 from sae_train.member import Member
-from sae_train.step import StackedStep, TrainStep, make_stacked_step, make_train_step
+from sae_train.step import Batch, StackedStep, TrainStep, make_stacked_step, make_train_step
 
 
 class CohortStep:
@@ -28,19 +25,19 @@ class CohortStep:
         self._stacked: dict[tuple[str, int], StackedStep] = {}
         self._keys: dict[Member, str] = {}
 
-    def __call__(self, members: Sequence[Member], batch_BD: Float[Array, "B D"]) -> None:
+    def __call__(self, members: Sequence[Member], batch: Batch) -> None:
         """Give the devices the next step of members at the same step; returns at once."""
         for key, group in self._grouped(members).items():
             if len(group) > 1 and group[0].config.train.stacked:
-                self._step_stacked(key, group, batch_BD)
+                self._step_stacked(key, group, batch)
                 continue
             for member in group:
                 if key not in self._alone:
                     self._alone[key] = make_train_step(
-                        member.config, input_scale=member.input_scale, mesh=self._mesh
+                        member.config, **member.scales, mesh=self._mesh
                     )
                 state, scalars = member.give()
-                member.take(*self._alone[key](state, batch_BD, scalars))
+                member.take(*self._alone[key](state, batch, scalars))
 
     def _grouped(self, members: Sequence[Member]) -> dict[str, list[Member]]:
         groups: dict[str, list[Member]] = {}
@@ -50,16 +47,16 @@ class CohortStep:
             groups.setdefault(self._keys[member], []).append(member)
         return groups
 
-    def _step_stacked(self, key: str, group: Sequence[Member], batch_BD: Array) -> None:
+    def _step_stacked(self, key: str, group: Sequence[Member], batch: Batch) -> None:
         program = key, len(group)
         if program not in self._stacked:
             self._stacked[program] = make_stacked_step(
                 group[0].config,
                 members=len(group),
-                input_scale=group[0].input_scale,
+                **group[0].scales,
                 mesh=self._mesh,
             )
         states, scalars = zip(*(member.give() for member in group), strict=True)
-        stepped = self._stacked[program](states, batch_BD, scalars)
+        stepped = self._stacked[program](states, batch, scalars)
         for member, state, metrics in zip(group, *stepped, strict=True):
             member.take(state, metrics)

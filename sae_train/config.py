@@ -26,6 +26,7 @@ from activation_cache.config import (
     SiteConfig,
     TextConfig,
 )
+from activation_cache.taps import Tap
 from sae_train.evaluation_config import EvaluationConfig
 from sae_train.launch_config import Launch, LocalLaunch
 
@@ -45,8 +46,16 @@ class ThresholdConfig(Section):
 Architecture = Literal["jumprelu", "relu", "gated", "topk", "batch_topk"]
 
 
+# The sites of a layer of the model's width, as the model comes by them.
+_IN_ORDER: tuple[Site, ...] = ("mlp_in_normalized", "mlp_in", "mlp_out", "resid_post")
+
+
 class SaeConfig(Section):
     """The sparse autoencoder: what it reads and what it is.
+
+    With a `target`, a later site of the same layer, it is a transcoder: it predicts that site's
+    rows. They are divided by the RMS norm of what is read (Gemma Scope, appendix B) or, with
+    `target_scale: own`, by their own. `affine_skip` adds a trained matrix from input to output.
 
     `bandwidth` and `threshold` are JumpReLU's; `k`, the active latents per row, and
     `aux_k_coefficient`, the weight of the loss that wakes dead latents (1/32 in Gao et al. 2024,
@@ -56,6 +65,9 @@ class SaeConfig(Section):
 
     site: Site
     layer: Count
+    target: Site | None = None
+    target_scale: Literal["input", "own"] = "input"
+    affine_skip: bool = False
     architecture: Architecture = "jumprelu"
     width: PositiveCount = 16_384
     k: PositiveCount | None = None
@@ -66,6 +78,64 @@ class SaeConfig(Section):
     pre_encoder_bias: bool = True
     # Gemma Scope starts b_dec at zero; a run of a few hundred steps can't carry it to the mean.
     b_dec_init: Literal["zeros", "mean"] = "zeros"
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Does it predict another site than the one it reads?"""
+        return self.target is not None
+
+    @property
+    def tap(self) -> Tap:
+        """What is read."""
+        return Tap(self.site, self.layer)
+
+    @property
+    def target_tap(self) -> Tap:
+        """What is predicted: of an SAE, what it reads."""
+        return Tap(self.target or self.site, self.layer)
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """What training reads: one tap, of a transcoder two."""
+        return tuple(dict.fromkeys((self.tap, self.target_tap)))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_bias_before_a_transcoder(cls, values: Any) -> Any:
+        """b_dec is of the target's space, so a transcoder can't subtract it from its input."""
+        if isinstance(values, dict) and values.get("target") is not None:
+            return {"pre_encoder_bias": False, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _whole_transcoder(self) -> SaeConfig:
+        if self.target is None:
+            own = {"affine_skip": self.affine_skip, "target_scale": self.target_scale != "input"}
+            for key in (key for key, is_set in own.items() if is_set):
+                raise ValueError(
+                    f"sae.{key} is for transcoders, which have a sae.target, the site they "
+                    "predict: set sae.target to mlp_out, or leave it out"
+                )
+            return self
+        both = [self.site, self.target]
+        if any(site not in _IN_ORDER for site in both) or (
+            _IN_ORDER.index(self.target) <= _IN_ORDER.index(self.site)
+        ):
+            raise ValueError(
+                f"a transcoder can't read {self.site} and predict {self.target}: both must be of "
+                f"the model's width, and the target come later, of {', '.join(_IN_ORDER)}"
+            )
+        if self.pre_encoder_bias:
+            raise ValueError(
+                "sae.pre_encoder_bias must be false with a sae.target: b_dec is subtracted from "
+                "what is read, and a transcoder's belongs to what it predicts"
+            )
+        if self.architecture == "topk":
+            raise ValueError(
+                "sae.architecture topk can't have a sae.target: no tool's format holds a TopK "
+                "transcoder. Use batch_topk, which is released as a JumpReLU one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _coherent(self) -> SaeConfig:
@@ -343,7 +413,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         mistakes = [
-            *_check_tapped(self.sae, self.cache.sites),
+            *(line for tap in self.sae.taps for line in _check_tapped(tap, self.cache.sites)),
             *_check_target(self.train.sparsity, width=self.sae.width),
             *_check_penalty(self.sae, self.train.sparsity),
             *_check_divisible("train.batch_size", self.train.batch_size, "data", self.mesh.data),
@@ -359,13 +429,13 @@ class Config(Section):
         return self
 
 
-def _check_tapped(sae: SaeConfig, sites: list[SiteConfig]) -> list[str]:
-    tapped = [entry.layers for entry in sites if entry.site == sae.site]
-    if any(layers == "all" or sae.layer in layers for layers in tapped):
+def _check_tapped(tap: Tap, sites: list[SiteConfig]) -> list[str]:
+    tapped = [entry.layers for entry in sites if entry.site == tap.site]
+    if any(layers == "all" or tap.layer in layers for layers in tapped):
         return []
     has = ", ".join(f"{entry.site} {entry.layers}" for entry in sites)
     return [
-        f"sae reads {sae.site} of layer {sae.layer}, which cache.sites does not harvest "
+        f"sae reads {tap.site} of layer {tap.layer}, which cache.sites does not harvest "
         f"(it has {has}): add it to cache.sites or change sae.site and sae.layer"
     ]
 

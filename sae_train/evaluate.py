@@ -155,6 +155,7 @@ def _evaluation(index: int, passes: Sequence[Pass]) -> Evaluation:
         loss_sequences=job.loss_sequences,
         site=job.tap.site,
         layer=job.tap.layer,
+        target=job.config.sae.target,
         width=job.sae.W_enc.shape[1],
         settings=job.record,
         fingerprints=job.fingerprints,

@@ -50,12 +50,12 @@ class Job:
     @property
     def tap(self) -> Tap:
         """What the SAE reads."""
-        return Tap(self.config.sae.site, self.config.sae.layer)
+        return self.config.sae.tap
 
     @property
     def target(self) -> Tap:
-        """What it reconstructs, and what is replaced."""
-        return self.tap
+        """What it predicts, and what is replaced: of an SAE, what it reads."""
+        return self.config.sae.target_tap
 
     @property
     def loss_sequences(self) -> int:

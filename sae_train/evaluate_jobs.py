@@ -19,7 +19,7 @@ from activation_cache.gemma_params import make_mesh
 from activation_cache.model import LanguageModel, conversion_folder, load_model
 from activation_cache.storage import Place, place
 from activation_cache.store import open_store
-from activation_cache.taps import Tap, check_tap, tap_width
+from activation_cache.taps import check_tap, tap_width
 from activation_cache.token_table import TokenTable, open_tokens
 from activation_cache.tokenizer import Tokenizer, load_tokenizer
 from activation_cache.tokens import prepare_tokens
@@ -30,7 +30,7 @@ from sae_train.config_file import read_run_config
 from sae_train.evaluate_job import Job
 from sae_train.evaluation_config import ElsewhereConfig
 from sae_train.load import load_sae
-from sae_train.release import Sae, fold
+from sae_train.release import Sae, check_kind, fold
 from sae_train.run_folder import newest_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -121,6 +121,7 @@ class _Run:
     def __init__(self, folder: Place, config: Config, models: Models) -> None:
         self.folder, self.config, self.models = folder, config, models
         self.sae, self.step, self.trained_on = _sae_of(folder, config)
+        check_kind(self.sae, config.sae, name=f"the SAE in {folder}")
         self.sae_fingerprint = self.sae.fingerprint
 
     def own(self, settings: EvaluationConfig) -> Job:
@@ -208,7 +209,7 @@ class _Run:
     def _fitting(self, model: ModelConfig) -> str:
         """The model's fingerprint, its site and width checked against the SAE's."""
         gemma, fingerprint = self.models.config_and_fingerprint(model, self.config)
-        tap = Tap(self.config.sae.site, self.config.sae.layer)
+        tap = self.config.sae.tap
         check_tap(tap, gemma)
         width = tap_width(gemma, tap.site)
         if self.sae.W_enc.shape[0] != width:

@@ -198,7 +198,9 @@ class Pass:
         if mine:
             for job, sums in zip(self.jobs, self.saes, strict=True):
                 sae = jax.device_put(job.sae)
-                sums.add(sae_batch(sae, acts[job.tap], batch.usable_BS), batch.subsets)
+                target = None if job.target == job.tap else acts[job.target]
+                found = sae_batch(sae, acts[job.tap], batch.usable_BS, target)
+                sums.add(found, batch.subsets)
             self._advance(batch)
         return acts
 

@@ -16,15 +16,27 @@ from sae_train.release import Sae
 
 def splice_of(job: Job, arguments: tuple[Sae, Bool[Array, "B S"]]) -> Splice:
     """The splice that puts a job's SAE into the model."""
-    return Splice(job.target, splice_sae, arguments)
+    if job.target == job.tap:
+        return Splice(job.tap, splice_sae, arguments)
+    return Splice(job.target, splice_transcoder, arguments, reads=job.tap)
 
 
 def splice_sae(
     acts_BSD: Float[Array, "B S D"], arguments: tuple[Sae, Bool[Array, "B S"]]
 ) -> Float[Array, "B S D"]:
     """The SAE's reconstruction where the mask says so, the model's own elsewhere."""
+    return splice_transcoder(acts_BSD, arguments, read=acts_BSD)
+
+
+def splice_transcoder(
+    acts_BSD: Float[Array, "B S D"],
+    arguments: tuple[Sae, Bool[Array, "B S"]],
+    *,
+    read: Float[Array, "B S D"],
+) -> Float[Array, "B S D"]:
+    """What the transcoder predicts from `read` where the mask says so, else the model's own."""
     sae, where_BS = arguments
-    x_ND = acts_BSD.astype(jnp.float32).reshape(-1, acts_BSD.shape[-1])
+    x_ND = read.astype(jnp.float32).reshape(-1, read.shape[-1])
     decoded_ND, _, _ = reconstruct(sae, x_ND, where_BS.reshape(-1))
     decoded_BSD = decoded_ND.reshape(acts_BSD.shape).astype(acts_BSD.dtype)
     return jnp.where(where_BS[:, :, None], decoded_BSD, acts_BSD)

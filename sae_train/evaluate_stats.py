@@ -49,7 +49,7 @@ def reconstruct(
         latents_CF = sae.encode(x_CD)
         active_CF = latents_CF > 0
         fired_F += (active_CF & counted_C[:, None]).sum(axis=0, dtype=jnp.int32)
-        decoded_CD = sae.decode(latents_CF).astype(jnp.float32)
+        decoded_CD = sae.predict(x_CD, latents=latents_CF).astype(jnp.float32)
         return fired_F, (decoded_CD, active_CF.sum(axis=1, dtype=jnp.int32))
 
     start_F = jnp.zeros(sae.W_enc.shape[1], jnp.int32)
@@ -69,13 +69,23 @@ class SaeBatch:
 
 @jax.jit
 def sae_batch(
-    sae: Sae, x_BSD: Float[HostOrDevice, "B S D"], counted_BS: Bool[HostOrDevice, "B S"]
+    sae: Sae,
+    x_BSD: Float[HostOrDevice, "B S D"],
+    counted_BS: Bool[HostOrDevice, "B S"],
+    target_BSD: Float[HostOrDevice, "B S D"] | None = None,
 ) -> SaeBatch:
-    """What one SAE does to one batch; `sae` is traced, so one compilation serves a shape."""
+    """What one SAE does to one batch; `sae` is traced, so one compilation serves a shape.
+
+    Args:
+        target_BSD: what a transcoder predicts; None for an SAE, which predicts what it reads.
+    """
     batch, length, width = x_BSD.shape
     x_ND = jnp.asarray(x_BSD).astype(jnp.float32).reshape(-1, width)
     decoded_ND, l0_N, fired_F = reconstruct(sae, x_ND, jnp.asarray(counted_BS).reshape(-1))
-    error_BS = jnp.square(x_ND - decoded_ND).sum(axis=1).reshape(batch, length)
+    target_ND = x_ND
+    if target_BSD is not None:
+        target_ND = jnp.asarray(target_BSD).astype(jnp.float32).reshape(-1, width)
+    error_BS = jnp.square(target_ND - decoded_ND).sum(axis=1).reshape(batch, length)
     l0_BS = l0_N.reshape(batch, length)
     return SaeBatch(
         squared_error_BS=jnp.where(counted_BS, error_BS, 0.0),

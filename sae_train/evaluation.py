@@ -57,6 +57,7 @@ class Evaluation:
     Attributes:
         mse: squared error summed over D, per token, in the activations' own units.
         variance: mean squared distance of the activations from their mean, so fvu = mse/variance.
+        target: the site a transcoder predicts, of which mse and variance are; None of an SAE.
         fingerprints: of the SAE, the model and the tokens measured; with `settings` they say
             whether an evaluation is still current.
         model: `model.weights` of the model it was measured in.
@@ -93,6 +94,7 @@ class Evaluation:
     width: int
     settings: dict[str, Any]
     fingerprints: dict[str, str]
+    target: str | None = None
     model: str = ""
     label: str | None = None
     importance_uniformity: float | None = None

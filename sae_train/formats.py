@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from activation_cache.safetensors_file import write_safetensors
 from activation_cache.storage import Place, make_folder, replacing, write_json
-from sae_train.release import Sae
+from sae_train.release import SKIP, Sae
 
 FORMATS = ("gemma_scope", "gemma_scope_2", "sae_lens")
 
@@ -28,7 +28,11 @@ _LOG_SPARSITY_EPSILON = 1e-10
 
 
 def write_gemma_scope(sae: Sae, folder: Place) -> list[Place]:
-    """Write `params.npz`: float32, capital names, the plain threshold, nothing else."""
+    """Write `params.npz`: float32, capital names, the plain threshold, nothing else.
+
+    A transcoder has the same names; one with a skip has no place in this format.
+    """
+    assert sae.W_skip is None, "params.npz has no affine skip"
     path = make_folder(folder) / "params.npz"
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, allow_pickle=False, **sae.tensors)
@@ -38,20 +42,23 @@ def write_gemma_scope(sae: Sae, folder: Place) -> list[Place]:
 def write_gemma_scope_2(sae: Sae, folder: Place) -> list[Place]:
     """Write `params.safetensors` with lower-case names, then `config.json`.
 
+    A transcoder's skip is `affine_skip_connection`, [in, out].
+
     `l0` is the measured one, rounded; Gemma Scope 2 puts its target there. It is left out where
     nothing has been measured.
     """
     make_folder(folder)
-    tensors = {name.lower(): tensor for name, tensor in sae.tensors.items()}
+    renamed = {SKIP: "affine_skip_connection"}
+    tensors = {renamed.get(name, name.lower()): tensor for name, tensor in sae.tensors.items()}
     metadata = sae.metadata
     config: dict[str, Any] = {
         "hf_hook_point_in": metadata.get("hf_hook_name"),
-        "hf_hook_point_out": metadata.get("hf_hook_name"),
+        "hf_hook_point_out": metadata.get("hf_hook_name_out", metadata.get("hf_hook_name")),
         "width": sae.W_enc.shape[1],
         "model_name": metadata.get("model_name"),
         "architecture": "jump_relu",
-        "affine_connection": False,
-        "type": "sae",
+        "affine_connection": sae.W_skip is not None,
+        "type": "transcoder" if sae.is_transcoder else "sae",
     }
     if metadata.get("l0") is not None:
         config["l0"] = round(metadata["l0"])
@@ -66,7 +73,7 @@ def write_sae_lens(
 ) -> list[Place]:
     """Write an inference SAE of SAELens 6, its sparsity file too where it was measured.
 
-    JumpReLU, ReLU ("standard"), Gated and TopK ones each as SAELens keeps them.
+    JumpReLU, ReLU ("standard"), Gated and TopK ones and transcoders each as SAELens keeps them.
 
     Args:
         frequency_F: the fraction of tokens each latent fires on.
@@ -104,6 +111,8 @@ def write_sae_lens(
 def _sae_lens_form(sae: Sae) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
     """SAELens' name of the architecture, the tensors it keeps, and keys of its own."""
     tensors = sae.tensors
+    if sae.is_transcoder:
+        return _sae_lens_transcoder(sae, tensors)
     if sae.architecture == "jumprelu":
         return "jumprelu", tensors, {}
     threshold_F = tensors.pop("threshold")
@@ -115,6 +124,21 @@ def _sae_lens_form(sae: Sae) -> tuple[str, dict[str, np.ndarray], dict[str, Any]
     if sae.architecture == "topk":
         return "topk", tensors, {"k": sae.k, "rescale_acts_by_decoder_norm": False}
     return "standard", tensors, {}
+
+
+def _sae_lens_transcoder(
+    sae: Sae, tensors: dict[str, np.ndarray]
+) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
+    """`transcoder` is SAELens' name of a ReLU one; its W_skip is [out, in]."""
+    assert sae.architecture in ("jumprelu", "relu"), sae.architecture
+    name = "transcoder" if sae.W_skip is None else "skip_transcoder"
+    if sae.architecture == "jumprelu":
+        name = f"jumprelu_{name}"
+    else:
+        tensors.pop("threshold")
+    if sae.W_skip is not None:
+        tensors[SKIP] = np.ascontiguousarray(tensors[SKIP].T)
+    return name, tensors, {"d_out": sae.W_dec.shape[1]}
 
 
 def _write_tensors(tensors: Mapping[str, np.ndarray], path: Place) -> None:

@@ -14,6 +14,7 @@ from activation_cache.config import Site
 
 if TYPE_CHECKING:
     from sae_train.checkpoint import Trained
+    from sae_train.config import SaeConfig
 
 # The SAELens whose file format we write; below 6.0 its readers drop the metadata.
 SAE_LENS_VERSION = "6.54.12"
@@ -22,11 +23,20 @@ _TRANSFORMER_LENS: dict[Site, str] = {
     "resid_post": "blocks.{layer}.hook_resid_post",
     "mlp_out": "blocks.{layer}.hook_mlp_out",
     "attn_out_prelinear": "blocks.{layer}.attn.hook_z",
+    # SAELens' name for Gemma Scope 2's; TransformerLens means the same before the norm.
+    "mlp_in": "blocks.{layer}.hook_mlp_in",
+    "mlp_in_normalized": "blocks.{layer}.ln2.hook_normalized",
+    # Not `hook_embed`, which both use for the table times sqrt(D).
+    "embedding": "model.embed_tokens.weight",
 }
 _HUGGING_FACE: dict[Site, str] = {
     "resid_post": "model.layers.{layer}.output",
     "mlp_out": "model.layers.{layer}.post_feedforward_layernorm.output",
     "attn_out_prelinear": "model.layers.{layer}.self_attn.o_proj.input",
+    "mlp_in": "model.layers.{layer}.pre_feedforward_layernorm.output",
+    # In our words: no module of Hugging Face's has the norm without its gain as an output.
+    "mlp_in_normalized": "model.layers.{layer}.pre_feedforward_layernorm.normalized",
+    "embedding": "model.embed_tokens.weight",
 }
 
 
@@ -46,7 +56,7 @@ def parse_hook(name: str) -> tuple[Site, int] | None:
         for site in get_args(Site):
             pattern = re.escape(table[site]).replace(re.escape("{layer}"), r"(\d+)")
             if match := re.fullmatch(pattern, name):
-                return site, int(match[1])
+                return site, int(match[1]) if match.groups() else 0
     return None
 
 
@@ -70,6 +80,15 @@ def package_version() -> str:
         return "unknown"
 
 
+def _target_hooks(config: SaeConfig) -> dict[str, str]:
+    if config.target is None:
+        return {}
+    return {
+        "hook_name_out": transformer_lens_hook(config.target, config.layer),
+        "hf_hook_name_out": hugging_face_hook(config.target, config.layer),
+    }
+
+
 def metadata_of(trained: Trained) -> dict[str, Any]:
     """A trained SAE's metadata under SAELens' names, and under `training` what only we know."""
     config = trained.config
@@ -82,6 +101,7 @@ def metadata_of(trained: Trained) -> dict[str, Any]:
         "hook_name": transformer_lens_hook(site, layer),
         "hook_head_index": None,
         "hf_hook_name": hugging_face_hook(site, layer),
+        **_target_hooks(config.sae),
         "prepend_bos": True,
         "context_size": config.text.sequence_length,
         "dataset_path": ", ".join(config.text.source),
@@ -96,6 +116,7 @@ def metadata_of(trained: Trained) -> dict[str, Any]:
             "step": trained.step,
             "tokens": trained.step * config.train.batch_size,
             "input_scale": float(trained.input_scale),
+            **({"target_scale": float(trained.target_scale)} if config.sae.is_transcoder else {}),
             "sparsity": config.train.sparsity.model_dump(),
             "seed": config.train.seed,
         },

@@ -25,7 +25,6 @@ from activation_cache.errors import Interrupted, UserError
 from activation_cache.reader import ActivationReader
 from activation_cache.storage import Place
 from activation_cache.store import Store, open_store
-from activation_cache.taps import Tap
 from sae_train.cohort import check_cohort
 from sae_train.cohort_progress import CohortProgress
 from sae_train.cohort_step import CohortStep
@@ -88,11 +87,20 @@ def train_cohort(
         _prepare([member for member in members if member.at_work and not member.done], store)
         at_work = [member for member in members if member.at_work]
         if at_work:
-            reader = stack.enter_context(_reader(at_work, store=store, mesh=mesh))
+            config = at_work[0].config
+            readers = [
+                stack.enter_context(reader)
+                for reader in _readers(
+                    config,
+                    store=store,
+                    start_step=min(member.done for member in at_work),
+                    rows=rows_here(mesh, batch_size=config.train.batch_size),
+                )
+            ]
             for member in at_work:
                 member.start(anew=fresh)
             progress = stack.enter_context(CohortProgress(at_work))
-            _steps(at_work, reader=reader, mesh=mesh, clock=clock, progress=progress, stop=stop)
+            _steps(at_work, readers=readers, mesh=mesh, clock=clock, progress=progress, stop=stop)
     distributed.barrier("trained")
     distributed.told_by_main("failures", lambda: _tell_failures(members))
     return [TrainResult(one.folder, one.done, one.journal.last_row) for one in members]
@@ -141,41 +149,39 @@ def _prepare(members: Sequence[Member], store: Store) -> None:
     """Prepare new runs; every process looks at the same whole batches, each read once."""
     if not members:
         return
-    config = members[0].config
-    tap = Tap(site=config.sae.site, layer=config.sae.layer)
-    train = config.train
-    with ActivationReader(
-        store, tap, batch_size=train.batch_size, seed=train.order_seed, read_ahead=1
-    ) as whole:
-        batch = functools.cache(whole.batch)
+    with ExitStack() as stack:
+        readers = [
+            stack.enter_context(reader)
+            for reader in _readers(members[0].config, store=store, read_ahead=1)
+        ]
+        batch = functools.cache(lambda step: tuple(reader.batch(step) for reader in readers))
         _each(members, lambda member: member.prepare(batch))
 
 
-def _reader(
-    members: Sequence[Member], *, store: Store, mesh: jax.sharding.Mesh
-) -> ActivationReader:
-    config = members[0].config
-    return ActivationReader(
-        store,
-        Tap(site=config.sae.site, layer=config.sae.layer),
-        batch_size=config.train.batch_size,
-        seed=config.train.order_seed,
-        start_step=min(member.done for member in members),
-        rows=rows_here(mesh, batch_size=config.train.batch_size),
-    )
+def _readers(config: Config, *, store: Store, **options: Any) -> Iterator[ActivationReader]:
+    """A reader of what the SAE reads and, of a transcoder, one of what it predicts.
+
+    Row n of every tap of a store is of the same token, and the order depends on no tap: batches
+    of the two belong together row by row.
+    """
+    train = config.train
+    for tap in config.sae.taps:
+        yield ActivationReader(
+            store, tap, batch_size=train.batch_size, seed=train.order_seed, **options
+        )
 
 
 def _steps(
     members: Sequence[Member],
     *,
-    reader: ActivationReader,
+    readers: Sequence[ActivationReader],
     mesh: jax.sharding.Mesh,
     clock: InputClock,
     progress: CohortProgress,
     stop: Callable[[], bool],
 ) -> None:
     """The loop: the members furthest behind take the next step, until none wants another."""
-    batch_size = reader.batch_size
+    batch_size = readers[0].batch_size
     span = rows_here(mesh, batch_size=batch_size)
     take_step = CohortStep(mesh)
     while at_work := [member for member in members if member.at_work]:
@@ -191,10 +197,10 @@ def _steps(
                 raise _interrupted(going_on, alone=len(members) == 1, step=step)
             return  # the last of them has just failed
         with clock.waiting():
-            rows_BD = reader.batch(step)
-        batch_BD = place_batch(rows_BD, mesh=mesh, batch_size=batch_size, span=span)
+            rows = [reader.batch(step) for reader in readers]
+        placed = [place_batch(own, mesh=mesh, batch_size=batch_size, span=span) for own in rows]
         turn = [member for member in turn if member.at_work]
-        take_step(turn, batch_BD)
+        take_step(turn, placed[0] if len(placed) == 1 else (placed[0], placed[1]))
         # Only now, with the next steps dispatched: reading waits for the devices.
         _each(turn, Member.judge, errors=Diverged)
         _leave([member for member in turn if member.failure is None and not member.at_work])

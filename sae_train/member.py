@@ -20,13 +20,12 @@ import numpy as np
 from activation_cache import distributed
 from activation_cache.storage import folder_lock, place
 from activation_cache.store import Store
-from activation_cache.taps import Tap
 from sae_train.checkpoint import Checkpoints, checkpoint_meta, refuse_difference
 from sae_train.config import Config
 from sae_train.config_file import FILE_NAME, write_config
 from sae_train.journal import InputClock, Journal
 from sae_train.metrics import MetricsLog, read_metrics
-from sae_train.prepare import prepare_start
+from sae_train.prepare import HostBatch, prepare_start
 from sae_train.run_folder import record_failure, record_start
 from sae_train.schedule import Scheduled, scheduled
 from sae_train.state import TrainState, abstract_state, init_state
@@ -51,11 +50,14 @@ class Member:
         self.failure: str | None = None
         self.journal = Journal(config, clock)
         self._store, self._mesh = store, mesh
-        info = store.tap_info(Tap(site=config.sae.site, layer=config.sae.layer))
+        infos = {tap: store.tap_info(tap) for tap in config.sae.taps}
+        scales = {tap: float(np.sqrt(info.mean_squared_norm)) for tap, info in infos.items()}
+        scaled_like = "target_tap" if config.sae.target_scale == "own" else "tap"
         self._meta: Mapping[str, Any] = checkpoint_meta(
             config,
-            input_scale=float(np.sqrt(info.mean_squared_norm)),
-            d_model=info.width,
+            input_scale=scales[config.sae.tap],
+            target_scale=scales[getattr(config.sae, scaled_like)],
+            d_model=infos[config.sae.tap].width,
             store=store.identity,
         )
         self._stack = ExitStack()
@@ -86,9 +88,9 @@ class Member:
         return self.done % self.config.checkpoint.every_steps == 0
 
     @property
-    def input_scale(self) -> float:
-        """C of x = x_raw / C."""
-        return self._meta["input_scale"]
+    def scales(self) -> Mapping[str, float]:
+        """C of x = x_raw / C, and what a target is divided by, as the step takes them."""
+        return {key: self._meta[key] for key in ("input_scale", "target_scale")}
 
     @property
     def checkpoints(self) -> Checkpoints:
@@ -133,13 +135,11 @@ class Member:
         abstract = abstract_state(self.config.sae, d_model=self._meta["d_model"], mesh=self._mesh)
         return self.checkpoints.restore(abstract, step=step)
 
-    def prepare(self, batch: Callable[[int], np.ndarray]) -> None:
+    def prepare(self, batch: Callable[[int], HostBatch]) -> None:
         """Make the state that a new run starts from; `batch` gives whole batches."""
         assert self.done == 0, self.done
         assert self._state is not None
-        self._state = prepare_start(
-            self.config, state=self._state, batch=batch, input_scale=self.input_scale
-        )
+        self._state = prepare_start(self.config, state=self._state, batch=batch, **self.scales)
 
     def start(self, *, anew: bool) -> None:
         """Open the metrics and write down that training starts."""

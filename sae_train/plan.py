@@ -16,7 +16,7 @@ from typing import Any
 from activation_cache.errors import UserError
 from activation_cache.gemma_config import GemmaConfig
 from activation_cache.known_models import config_for_planning
-from activation_cache.taps import Tap, check_tap, tap_width
+from activation_cache.taps import check_tap, tap_width
 from sae_train.accelerators import Accelerator
 from sae_train.cohort import group_cohorts
 from sae_train.config import Config, MeshConfig
@@ -232,7 +232,7 @@ def _cohort_plans(
 
 
 def _run_plan(name: str, config: Config, gemma: GemmaConfig) -> RunPlan:
-    tap = Tap(config.sae.site, config.sae.layer)
+    tap = config.sae.tap
     check_tap(tap, gemma)
     shape = Shape(
         batch_size=config.train.batch_size,
@@ -240,6 +240,8 @@ def _run_plan(name: str, config: Config, gemma: GemmaConfig) -> RunPlan:
         width=config.sae.width,
         mesh=config.mesh,
         architecture=config.sae.architecture,
+        is_transcoder=config.sae.is_transcoder,
+        has_skip=config.sae.affine_skip,
     )
     dtype = config.cache.dtype
     collectives = collective_bytes(shape)
@@ -247,7 +249,7 @@ def _run_plan(name: str, config: Config, gemma: GemmaConfig) -> RunPlan:
     memory = step_memory(shape, store_dtype=dtype)
     return RunPlan(
         name=name,
-        tap=tap.name,
+        tap=" to ".join(one.name for one in config.sae.taps),
         shape=shape,
         steps=config.train.steps,
         memory=memory,

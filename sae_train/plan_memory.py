@@ -6,7 +6,7 @@ at the end of the backward pass:
 
     gradients     of every parameter; W_dec's and W_enc's, [F, D] each, are what counts
     activations   two [B, F]: pre-activations and latents, then their cotangents in their place;
-                  two [B, D]: the scaled rows and the error
+                  two [B, D]: the scaled rows and the error; of a transcoder the target's rows too
 
 The state is donated, so new weights and moments are written over the old ones and cost nothing.
 XLA's TPU compiler was seen to need just this; its CPU compiler needs more, see `_cpu_temporaries`.
@@ -45,6 +45,16 @@ class Shape:
     width: int
     mesh: MeshConfig
     architecture: Architecture = "jumprelu"
+    is_transcoder: bool = False
+    has_skip: bool = False
+
+    @property
+    def table(self) -> Iterable[Tensor]:
+        """What is trained: rows of the sharding table."""
+        table = params_table(
+            self.architecture, is_transcoder=self.is_transcoder, has_skip=self.has_skip
+        )
+        return table.values()
 
     def local(self, dims: tuple[str, ...]) -> int:
         """Elements of a tensor with these dims on one device."""
@@ -96,8 +106,9 @@ def step_memory(
         store_dtype: of the rows as they reach the device.
         backend: whose compiler: TPU and GPU, or the CPU's.
     """
-    params = shape.table_bytes(params_table(shape.architecture).values())
-    batch = shape.local(BATCH_DIMS) * jnp.dtype(store_dtype).itemsize
+    params = shape.table_bytes(shape.table)
+    arrays = 2 if shape.is_transcoder else 1
+    batch = arrays * shape.local(BATCH_DIMS) * jnp.dtype(store_dtype).itemsize
     items = {
         "weights": params + shape.table_bytes([LAST_FIRED]) + STATE_SCALAR_BYTES,
         "second moment": params,
@@ -108,7 +119,7 @@ def step_memory(
     else:
         latents = shape.local(("B", "F")) * FLOAT_BYTES
         rows = shape.local(("B", "D")) * FLOAT_BYTES
-        items |= {"gradients": params, "activations": 2 * latents + 2 * rows}
+        items |= {"gradients": params, "activations": 2 * latents + (1 + arrays) * rows}
     return StepMemory(items=items, next_batch=batch)
 
 

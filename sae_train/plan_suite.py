@@ -9,7 +9,7 @@ Legend: B rows of a batch, D width of what is read, F latents.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from activation_cache.config import CacheConfig
@@ -20,7 +20,7 @@ from sae_train.config import Config, MeshConfig
 from sae_train.plan import MOST_DEVICES, USABLE_MEMORY, Assumptions, nearest_mesh
 from sae_train.plan_memory import FLOAT_BYTES, Shape, StepMemory, step_memory
 from sae_train.plan_work import harvest_work, step_flops, step_traffic, store_plan
-from sae_train.suite import TRAINABLE, Cell, all_cells, cache_of, cells_of, read_width
+from sae_train.suite import Cell, all_cells, cache_of, cells_of, read_width
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,6 @@ class CellGroup:
 
     what: str
     kind: str
-    trainable: bool
     cells: int
     shape: Shape
     steps: int
@@ -108,7 +107,7 @@ class SuitePlan:
 def make_suite_plan(
     config: Config, *, accelerators: Sequence[Accelerator], assumptions: Assumptions
 ) -> SuitePlan:
-    """Reckon a suite through, cells that can't be trained yet included.
+    """Reckon a suite through.
 
     Raises:
         UserError: as `suite.cells_of`, or the model's shape is neither at hand nor known.
@@ -139,32 +138,36 @@ def _groups(cells: Sequence[Cell], config: Config, gemma: GemmaConfig) -> list[C
 
 def _group(members: list[Cell], config: Config, gemma: GemmaConfig) -> CellGroup:
     cell, batch = members[0], config.train.batch_size
-    shape = Shape(batch, read_width(cell, gemma), cell.width, cell.mesh)
+    shape = Shape(
+        batch,
+        read_width(cell, gemma),
+        cell.width,
+        cell.mesh,
+        is_transcoder=cell.kind == "transcoder",
+        has_skip=cell.affine,
+    )
     steps = max(1, cell.tokens // batch)
-    # A skip's product and its gradient, D by D each.
-    skip = 4 * batch * shape.d_model**2 if cell.affine else 0
     weights = 2 * shape.width * shape.d_model + 2 * shape.width + shape.d_model
     weights += shape.d_model**2 if cell.affine else 0
     return CellGroup(
         what=(cell.site or cell.kind) + (", affine" if cell.affine else ""),
         kind=cell.kind,
-        trainable=cell.kind in TRAINABLE,
         cells=len(members),
         shape=shape,
         steps=steps,
         memory=step_memory(shape, store_dtype=config.cache.dtype),
-        flops=float(len(members)) * steps * (step_flops(shape) + skip),
+        flops=float(len(members)) * steps * step_flops(shape),
         weight_bytes=len(members) * weights * FLOAT_BYTES,
     )
 
 
 def _store_groups(cells: Sequence[Cell], config: Config, gemma: GemmaConfig) -> list[StoreGroup]:
-    """The stores that the trainable ones of the cells read."""
+    """The stores that the cells read."""
     every = all_cells(config, gemma)
-    taps = {cell.tap: cell for cell in cells if cell.kind in TRAINABLE}
+    taps = {cell.taps: cell for cell in cells}
     caches: dict[str, CacheConfig] = {}
     for cell in taps.values():
-        cache = cache_of(cell, config, every)
+        cache = cache_of(cell, config, every, gemma=gemma)
         caches[cache.path] = cache
     alike: dict[tuple[int, int, int], list[float]] = {}
     for cache in caches.values():
@@ -213,7 +216,7 @@ def _verdict(
     if mesh is None:
         return GroupVerdict(fits=False, mesh=None, device_hours=None)
     devices = mesh.data * mesh.model
-    shape = Shape(group.shape.batch_size, group.shape.d_model, group.shape.width, mesh)
+    shape = replace(group.shape, mesh=mesh)
     # Products are shared out among the devices; each makes its own passes over memory.
     compute = group.flops / (chip.peak("float32") * assumptions.mfu)
     memory = group.cells * group.steps * devices * step_traffic(shape) / chip.hbm_bandwidth

@@ -24,7 +24,6 @@ from activation_cache.taps import Tap, resolve_taps, tap_width
 from activation_cache.token_table import count_layout, token_layout
 from activation_cache.writer import BUCKETS_IN_MEMORY
 from sae_train.plan_memory import FLOAT_BYTES, Shape
-from sae_train.sharding import params_table
 
 # Passes over device memory that a step can't do without, in arrays of a size. [F, D]: W_dec read
 # twice and W_enc once for products; each gradient written, then read for its norm and its update;
@@ -115,7 +114,10 @@ def harvest_work(
     cache: CacheConfig, text: TextConfig, gemma: GemmaConfig, *, dtype: Dtype
 ) -> HarvestWork:
     """The forward to the deepest tap over every position that is needed."""
-    layers = 1 + max(tap.layer for tap in resolve_taps(cache.sites, gemma))
+    taps = resolve_taps(cache.sites, gemma)
+    if taps == (Tap("embedding", 0),):  # read from the weights
+        return HarvestWork(layers=0, positions=0, flops=0.0, weight_bytes=0)
+    layers = 1 + max(tap.layer for tap in taps)
     length = text.sequence_length
     sequences = harvested_sequences(cache, text)
     per_sequence = sum(
@@ -159,9 +161,11 @@ def step_flops(shape: Shape) -> int:
 
     Five products of B x D x F: encode, decode, and in the backward pass the gradients of W_dec,
     of the latents and of W_enc; the input needs none, and b_dec's way through the encoder is one
-    matrix-vector product (docs/numerics.md, "The step").
+    matrix-vector product (docs/numerics.md, "The step"). A transcoder's skip adds its product and
+    its gradient's, 4 B D².
     """
-    return 10 * shape.batch_size * shape.d_model * shape.width
+    skip = 4 * shape.batch_size * shape.d_model**2 if shape.has_skip else 0
+    return 10 * shape.batch_size * shape.d_model * shape.width + skip
 
 
 def paper_step_flops(shape: Shape) -> int:
@@ -186,9 +190,7 @@ def collective_bytes(shape: Shape) -> dict[str, int]:
         elements = shape.local(("B", "D")) + shape.local(("B",)) + shape.local(("D",))
         found["model"] = elements * FLOAT_BYTES
     if shape.mesh.data > 1:
-        found["data"] = shape.table_bytes(params_table(shape.architecture).values()) + shape.local(
-            ("F",)
-        )
+        found["data"] = shape.table_bytes(shape.table) + shape.local(("F",))
     return found
 
 

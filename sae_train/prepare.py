@@ -39,34 +39,41 @@ LOOKED_AT = 2**24
 MEAN_ROWS = 16_384
 
 
+# Raw rows [B, D]: what is read, and of a transcoder what it predicts.
+HostBatch = tuple[np.ndarray, ...]
+
+
 def prepare_start(
     config: Config,
     *,
     state: TrainState,
-    batch: Callable[[int], np.ndarray],
+    batch: Callable[[int], HostBatch],
     input_scale: float,
+    target_scale: float,
 ) -> TrainState:
     """The state a run starts from, and a warning where its thresholds can't reach the data.
 
     With `sae.start_from` that of a released SAE, whose thresholds are where they belong.
 
     Args:
-        batch: `batch(step)` of a reader of whole batches, raw rows [B, D] and the same in every
-            process; the first of the stream are looked at.
+        batch: `batch(step)` of readers of whole batches, the same in every process; the first of
+            the stream are looked at.
     """
     if config.sae.b_dec_init == "mean":
         count = -(-MEAN_ROWS // config.train.batch_size)
-        means = [batch(step).astype(np.float64).mean(axis=0) for step in range(count)]
-        b_dec_D = (np.mean(means, axis=0) / input_scale).astype(np.float32)
+        means = [batch(step)[-1].astype(np.float64).mean(axis=0) for step in range(count)]
+        b_dec_D = (np.mean(means, axis=0) / target_scale).astype(np.float32)
         state = _with_params(state, {"b_dec": b_dec_D})
     if config.sae.start_from is not None:
         D = state.params["b_dec"].shape[0]
-        params = starting_params(config.sae, d_model=D, input_scale=input_scale)
+        params = starting_params(
+            config.sae, d_model=D, input_scale=input_scale, target_scale=target_scale
+        )
         return _with_params(state, params)
     if config.sae.architecture != "jumprelu":
         return state
     count = max(1, min(256, LOOKED_AT // config.sae.width))
-    x_BD = batch(0)[:count].astype(np.float32) / np.float32(input_scale)
+    x_BD = batch(0)[0][:count].astype(np.float32) / np.float32(input_scale)
     warning = threshold_warning(config, params=state.params, x_BD=x_BD)
     if warning:
         logger.warning("%s", warning)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from activation_cache.config import Dtype
 from activation_cache.errors import UserError
-from sae_train.config import Architecture
+from sae_train.config import Architecture, SaeConfig
 from sae_train.hooks import metadata_of
 from sae_train.sae import PRECISION
 from sae_train.topk import select
@@ -31,22 +31,27 @@ if TYPE_CHECKING:
 HostOrDevice = np.ndarray | Array
 
 TENSORS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+SKIP = "W_skip"  # a sixth, which transcoders with an affine skip have
 
 
 @dataclass(frozen=True)
 class Sae:
     """An SAE on raw activations: f = relu(z) · 1[z > θ], z = x W_enc + b_enc.
 
+    Or a transcoder, whose f W_dec + b_dec, and x W_skip if it has one, is a prediction of another
+    site's activations (`hook_name_out` of the metadata).
+
     Every architecture we train has this form: ReLU has θ = 0, a Gated SAE is a JumpReLU one
     (`sae_train.gated`), BatchTopK becomes one after training, and TopK has θ = 0 and keeps of a
     row's latents only the k largest.
 
-    A JAX pytree of its five tensors: pass it to a jitted function as an argument. The metadata
+    A JAX pytree of its tensors: pass it to a jitted function as an argument. The metadata
     stay behind then, so that SAEs of one shape share one compilation.
 
     Attributes:
         W_enc, W_dec, b_enc, b_dec, threshold: float32 unless `cast`, nothing left to scale or to
             subtract.
+        W_skip: [in, out]; None but for transcoders with an affine skip.
         k: the most latents a row may have; None but for TopK.
         architecture: the form it is kept in where a format has several (SAELens).
         metadata: what is known of the origin, under SAELens' names (`model_name`, `hook_name`,
@@ -61,6 +66,7 @@ class Sae:
     k: int | None = None
     architecture: Architecture = "jumprelu"
     metadata: dict[str, Any] = field(default_factory=dict, compare=False)
+    W_skip: Float[HostOrDevice, "D D"] | None = None
 
     def encode(self, x: Float[HostOrDevice, "... D"]) -> Float[Array, "... F"]:
         """Latents of raw activations, in the weights' dtype (Gemma Scope 2, released form)."""
@@ -72,13 +78,25 @@ class Sae:
         return select(latents.reshape(-1, latents.shape[-1]), k=self.k).reshape(latents.shape)
 
     def decode(self, latents: Float[HostOrDevice, "... F"]) -> Float[Array, "... D"]:
-        """The reconstruction f W_dec + b_dec, in the weights' dtype."""
+        """f W_dec + b_dec, in the weights' dtype: all of the reconstruction but an affine skip."""
         decoded = _product(latents, self.W_dec)
         return decoded + _last(self.b_dec, decoded.ndim)
 
+    def predict(
+        self, x: Float[HostOrDevice, "... D"], *, latents: Float[HostOrDevice, "... F"]
+    ) -> Float[Array, "... D"]:
+        """What latents of these activations say, the skip included."""
+        decoded = self.decode(latents)
+        return decoded if self.W_skip is None else decoded + _product(x, self.W_skip)
+
     def __call__(self, x: Float[HostOrDevice, "... D"]) -> Float[Array, "... D"]:
-        """Reconstruct raw activations."""
-        return self.decode(self.encode(x))
+        """Reconstruct raw activations; of a transcoder, predict its target's."""
+        return self.predict(x, latents=self.encode(x))
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Is it known to predict another site than it reads? A lone `params.npz` doesn't say."""
+        return self.W_skip is not None or "hook_name_out" in self.metadata
 
     def cast(self, dtype: Dtype) -> Sae:
         """The same with weights of another dtype, in which it then computes."""
@@ -89,12 +107,13 @@ class Sae:
 
     @property
     def tensors(self) -> dict[str, np.ndarray]:
-        """The five tensors on the host, under their released names."""
-        return {name: np.asarray(getattr(self, name)) for name in TENSORS}
+        """The tensors on the host, under their names here."""
+        names = TENSORS if self.W_skip is None else (*TENSORS, SKIP)
+        return {name: np.asarray(getattr(self, name)) for name in names}
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the names, shapes and bytes of the five tensors, and k if there is one."""
+        """SHA-256 over the names, shapes and bytes of the tensors, and k if there is one."""
         digest = hashlib.sha256()
         if self.k is not None:
             digest.update(f"k {self.k}\n".encode())
@@ -125,19 +144,21 @@ _Static = tuple[int | None, Architecture]
 
 
 def _flatten(sae: Sae) -> tuple[tuple[Any, ...], _Static]:
-    return tuple(getattr(sae, name) for name in TENSORS), (sae.k, sae.architecture)
+    return tuple(getattr(sae, name) for name in (*TENSORS, SKIP)), (sae.k, sae.architecture)
 
 
 def _flatten_with_keys(sae: Sae) -> tuple[tuple[Any, ...], _Static]:
-    children = tuple((jax.tree_util.GetAttrKey(name), getattr(sae, name)) for name in TENSORS)
+    names = (*TENSORS, SKIP)
+    children = tuple((jax.tree_util.GetAttrKey(name), getattr(sae, name)) for name in names)
     return children, (sae.k, sae.architecture)
 
 
 def _unflatten(static: _Static, children: Any) -> Sae:
     # Past __init__: JAX also unflattens with placeholders, which no shape check would let through.
     sae = object.__new__(Sae)
-    for entry, value in zip(fields(Sae), (*children, *static, {}), strict=True):
-        object.__setattr__(sae, entry.name, value)
+    names = (*TENSORS, SKIP, "k", "architecture", "metadata")
+    for name, value in zip(names, (*children, *static, {}), strict=True):
+        object.__setattr__(sae, name, value)
     return sae
 
 
@@ -151,12 +172,16 @@ def fold(trained: Trained) -> Sae:
     b_dec' = C b_dec, θ' = C θ; the latents come out multiplied by C. Without a pre-encoder bias
     the term W_enc b_dec is absent. Computed in float64, returned in float32.
 
+    A transcoder whose target was divided by T has T in the place of C, and what reads x_raw has
+    T/C besides: W_enc' = T/C W_enc, W_skip' = T/C W_skip.
+
     Raises:
         UserError: a weight isn't finite.
     """
     config = trained.config.sae
     params = {name: np.asarray(value, np.float64) for name, value in trained.params.items()}
-    scale = float(trained.input_scale)
+    scale = float(trained.target_scale)
+    ratio = scale / float(trained.input_scale)  # of an SAE 1
     check_finite(params, where=f"the checkpoint at step {trained.step}")
     params = _as_jumprelu(params, architecture=config.architecture)
     # The trainer clamps direct thresholds at 0: no format can say more, all apply a ReLU first.
@@ -164,17 +189,41 @@ def fold(trained: Trained) -> Sae:
     bias_F = params["b_enc"]
     if config.pre_encoder_bias:
         bias_F = bias_F - params["W_enc"] @ params["b_dec"]
+    W_enc_FD = params["W_enc"] if ratio == 1.0 else ratio * params["W_enc"]
     return Sae(
-        W_enc=np.ascontiguousarray(params["W_enc"].T, np.float32),
+        W_enc=np.ascontiguousarray(W_enc_FD.T, np.float32),
         W_dec=np.ascontiguousarray(params["W_dec"], np.float32),
         b_enc=(scale * bias_F).astype(np.float32),
         b_dec=(scale * params["b_dec"]).astype(np.float32),
         threshold=(scale * params["threshold"]).astype(np.float32),
         k=config.k if config.architecture == "topk" else None,
-        # What BatchTopK leaves behind is a JumpReLU SAE with one threshold.
-        architecture="jumprelu" if config.architecture == "batch_topk" else config.architecture,
+        architecture=_kept_as(config),
         metadata=metadata_of(trained),
+        W_skip=(ratio * params[SKIP]).astype(np.float32) if config.affine_skip else None,
     )
+
+
+def _kept_as(config: SaeConfig) -> Architecture:
+    """What BatchTopK leaves behind is a JumpReLU SAE; no format has a Gated transcoder."""
+    gated_transcoder = config.architecture == "gated" and config.is_transcoder
+    if config.architecture == "batch_topk" or gated_transcoder:
+        return "jumprelu"
+    return config.architecture
+
+
+def check_kind(sae: Sae, config: SaeConfig, *, name: str) -> None:
+    """Raise `UserError` where a transcoder stands for an SAE, or the other way round."""
+    if sae.is_transcoder and not config.is_transcoder:
+        raise UserError(
+            f"{name} is a transcoder, from {sae.metadata.get('hook_name')} to "
+            f"{sae.metadata.get('hook_name_out')}, and the config describes an SAE of "
+            f"{config.site}: set sae.target to the site it predicts, or choose an SAE"
+        )
+    if config.is_transcoder and not sae.is_transcoder and "hook_name" in sae.metadata:
+        raise UserError(
+            f"{name} is an SAE of {sae.metadata['hook_name']}, and the config describes a "
+            f"transcoder to {config.target}: take out sae.target, or choose a transcoder"
+        )
 
 
 def _as_jumprelu(

@@ -97,7 +97,9 @@ def params_table(
 
 def table_of(config: SaeConfig) -> dict[str, Tensor]:
     """`params_table` of a config."""
-    return params_table(config.architecture)
+    return params_table(
+        config.architecture, is_transcoder=config.is_transcoder, has_skip=config.affine_skip
+    )
 
 
 def make_mesh(config: MeshConfig) -> Mesh:

@@ -3,11 +3,11 @@
 Gemma Scope 2's SAEs of instruction-tuned models are fine-tuned from those of the base models.
 
 A release reads raw activations and has the pre-encoder bias folded in; this undoes both, the
-inverse of `release.fold`. With x = x_raw / C and n the norms of the released decoder rows, which
-training holds at 1:
+inverse of `release.fold`. With x = x_raw / C, what is predicted divided by T (of an SAE, C) and n
+the norms of the released decoder rows, which training holds at 1:
 
-    W_dec = W_dec' / n    W_enc = n W_enc'    θ = n θ' / C    b_dec = b_dec' / C
-    b_enc = n b_enc' / C + W_enc b_dec
+    W_dec = W_dec' / n    W_enc = C/T n W_enc'    θ = n θ' / T    b_dec = b_dec' / T
+    b_enc = n b_enc' / T + W_enc b_dec            W_skip = C/T W_skip'
 
 Legend: D model width, F latents.
 """
@@ -20,16 +20,16 @@ from jaxtyping import Float
 from activation_cache.errors import UserError
 from sae_train.config import SaeConfig
 from sae_train.load import load_sae
-from sae_train.release import Sae
+from sae_train.release import Sae, check_kind
 
 # A log-threshold has no zero; a latent that was active above 0 is so above this.
 _SMALLEST_THRESHOLD = 1e-6
 
 
 def starting_params(
-    config: SaeConfig, *, d_model: int, input_scale: float
+    config: SaeConfig, *, d_model: int, input_scale: float, target_scale: float
 ) -> dict[str, Float[np.ndarray, "..."]]:
-    """The parameters training begins with, float32, as `sharding.params_table` has them.
+    """The parameters training begins with, float32, as `sharding.table_of` has them.
 
     Raises:
         UserError: no SAE there, or one of another architecture, width or input.
@@ -39,18 +39,23 @@ def starting_params(
     _check(sae, config, d_model=d_model)
     t = {name: tensor.astype(np.float64) for name, tensor in sae.tensors.items()}
     norm_F = np.linalg.norm(t["W_dec"], axis=1)
-    W_enc_FD = t["W_enc"].T * norm_F[:, None]
-    b_dec_D = t["b_dec"] / input_scale
-    b_enc_F = norm_F * t["b_enc"] / input_scale
+    ratio = input_scale / target_scale
+    W_enc_FD = ratio * t["W_enc"].T * norm_F[:, None]
+    b_dec_D = t["b_dec"] / target_scale
+    b_enc_F = norm_F * t["b_enc"] / target_scale
     if config.pre_encoder_bias:
         b_enc_F = b_enc_F + W_enc_FD @ b_dec_D
-    threshold_F = norm_F * t["threshold"] / input_scale
+    threshold_F = norm_F * t["threshold"] / target_scale
     params = {
         "W_dec": t["W_dec"] / norm_F[:, None],
         "W_enc": W_enc_FD,
         "b_dec": b_dec_D,
         "b_enc": b_enc_F,
     }
+    if config.affine_skip:
+        # One without a skip is one whose skip is 0.
+        D = W_enc_FD.shape[1]
+        params["W_skip"] = ratio * t.get("W_skip", np.zeros((D, D)))
     if config.architecture == "jumprelu":
         log = config.threshold.parametrisation == "log"
         if log:
@@ -68,6 +73,11 @@ def _check(sae: Sae, config: SaeConfig, *, d_model: int) -> None:
         raise UserError(
             f"sae.start_from {source} is a {sae.architecture} SAE and sae.architecture is "
             f"{config.architecture}: make it {kind}"
+        )
+    check_kind(sae, config, name=f"sae.start_from {source}")
+    if sae.W_skip is not None and not config.affine_skip:
+        raise UserError(
+            f"sae.start_from {source} has an affine skip, and sae.affine_skip is false: set it"
         )
     if config.width != F:
         raise UserError(

@@ -20,8 +20,12 @@ from sae_train.config import CellsConfig, Config, Kind, MeshConfig, SweepConfig
 
 Tree = Literal["gemma_scope", "gemma_scope_2"]
 
-# What can be trained; a config may name more, for the suites have more.
-TRAINABLE: tuple[Kind, ...] = ("sae",)
+# What transcoders read: Gemma Scope's without the norm's gain, Gemma Scope 2's with it.
+_TRANSCODERS_READ: dict[Tree, Site] = {
+    "gemma_scope": "mlp_in_normalized",
+    "gemma_scope_2": "mlp_in",
+}
+_SPECIAL_TOKENS = 3  # BOS, EOS and padding, which no store of the embedding holds
 
 _GEMMA_SCOPE_SITES: dict[str, str] = {
     "resid_post": "res",
@@ -40,8 +44,8 @@ class Cell:
     """One SAE of a suite.
 
     Attributes:
-        site, layer: what is read; a transcoder reads the MLP's input and has no site of ours, an
-            SAE of the embedding has neither.
+        site, layer: of an SAE what is read; a transcoder, whose site follows from the tree, has
+            no site here, an SAE of the embedding neither.
         coefficient, target, label: one of λ and L0 is given; a target has a label.
         affine: a transcoder with an affine skip.
     """
@@ -75,21 +79,35 @@ class Cell:
 
     @property
     def tap(self) -> Tap:
-        """What an SAE reads."""
-        assert self.site is not None
+        """What is read."""
+        if self.kind == "embedding":
+            return Tap("embedding", 0)
         assert self.layer is not None
-        return Tap(self.site, self.layer)
+        return Tap(self.site or _TRANSCODERS_READ[self.tree], self.layer)
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """What is read and, of a transcoder, what is predicted."""
+        if self.kind != "transcoder":
+            return (self.tap,)
+        return self.tap, Tap("mlp_out", self.tap.layer)
 
     def settings(self) -> dict[str, Any]:
-        """By dotted key, what the run of this cell has of its own; for kind `sae`."""
+        """By dotted key, what the run of this cell has of its own."""
         sparsity = (
             {"train.sparsity.coefficient": self.coefficient}
             if self.target is None
             else {"train.sparsity.target": float(self.target)}
         )
+        transcoder = {
+            "sae.target": "mlp_out",
+            "sae.affine_skip": self.affine,
+            "sae.pre_encoder_bias": False,
+        }
         return {
-            "sae.site": self.site,
-            "sae.layer": self.layer,
+            "sae.site": self.tap.site,
+            "sae.layer": self.tap.layer,
+            **(transcoder if self.kind == "transcoder" else {}),
             "sae.width": self.width,
             "train.tokens": self.tokens,
             **sparsity,
@@ -174,24 +192,12 @@ def is_chosen(name: str, patterns: Sequence[str] | None) -> bool:
     return patterns is None or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def refuse_untrainable(cells: Sequence[Cell]) -> None:
-    """Raise `UserError` where a cell can't be trained, saying which."""
-    cannot = [cell for cell in cells if cell.kind not in TRAINABLE]
-    if not cannot:
-        return
-    kinds = ", ".join(
-        f"{sum(cell.kind == kind for cell in cannot)} of kind {kind}"
-        for kind in dict.fromkeys(cell.kind for cell in cannot)
-    )
-    raise UserError(
-        f"{len(cannot)} of {len(cells)} cells can't be trained ({kinds}): "
-        f"{_some([cell.folder for cell in cannot])}. `sae plan` reckons with them; to train the "
-        f"rest give the override sweep.kinds=[{', '.join(TRAINABLE)}]"
-    )
-
-
-def cache_of(cell: Cell, config: Config, cells: Sequence[Cell]) -> CacheConfig:
+def cache_of(
+    cell: Cell, config: Config, cells: Sequence[Cell], *, gemma: GemmaConfig
+) -> CacheConfig:
     """The store a cell reads: its taps, and as many rows as its longest run takes.
+
+    The embedding's has the whole table, and is always one by itself.
 
     Runs with a smaller budget read a part of it. What a store holds depends on all cells of the
     suite and not on those chosen, so that choosing others later finds it as it should be.
@@ -201,22 +207,28 @@ def cache_of(cell: Cell, config: Config, cells: Sequence[Cell]) -> CacheConfig:
     """
     stores = _suite(config).stores
     mine = _store_name(cell, stores)
-    inside = [one for one in cells if one.kind in TRAINABLE and _store_name(one, stores) == mine]
-    taps = sorted({(one.tap.site, one.tap.layer) for one in inside})
+    inside = [one for one in cells if _store_name(one, stores) == mine]
+    taps = sorted({(tap.site, tap.layer) for one in inside for tap in one.taps})
     sites = [
         SiteConfig(site=site, layers=[layer for other, layer in taps if other == site])
         for site in dict.fromkeys(site for site, _ in taps)
     ]
     base = config.cache
     rows = min(base.tokens, max(one.tokens for one in inside))
+    if cell.kind == "embedding":
+        rows = gemma.vocab_size - _SPECIAL_TOKENS
     path = base.path if mine is None else f"{base.path.rstrip('/')}/{mine}"
     return base.model_copy(update={"path": path, "sites": sites, "tokens": rows})
 
 
 def _store_name(cell: Cell, stores: str) -> str | None:
+    if cell.kind == "embedding":
+        return "embedding"
     if stores == "one":
         return None
-    return f"layer_{cell.layer}" if stores == "per_layer" else cell.tap.name
+    if stores == "per_layer":
+        return f"layer_{cell.layer}"
+    return f"transcoder.{cell.layer}" if cell.kind == "transcoder" else cell.tap.name
 
 
 def _suite(config: Config) -> SweepConfig:
@@ -233,7 +245,8 @@ def _expand(entry: CellsConfig, config: Config, gemma: GemmaConfig) -> Iterator[
     sites: list[Site | None] = [*entry.sites] or [None]
     for site in sites:
         for layer in _layers(entry, gemma):
-            check_tap(Tap(site or "mlp_out", layer or 0), gemma)
+            if layer is not None:
+                check_tap(Tap(site or "mlp_out", layer), gemma)
             for width, tokens in zip(entry.widths, budgets, strict=True):
                 for coefficient, target, label in _sparsities(entry, layer, width, gemma):
                     for affine in entry.affine:
@@ -278,8 +291,8 @@ def _sparsities(
 
 
 def read_width(cell: Cell, gemma: GemmaConfig) -> int:
-    """D of what a cell reads: transcoders and embedding SAEs have the model's width."""
-    return gemma.d_model if cell.site is None else tap_width(gemma, cell.site)
+    """D of what a cell reads."""
+    return tap_width(gemma, cell.tap.site)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -27,8 +27,10 @@ class Sparsity:
     settle: float = 1.0
 
 
-def encode(params, x):
-    pre = (x - params["b_dec"]) @ params["W_enc"].T + params["b_enc"]
+def encode(params, x, *, centred=True):
+    if centred:
+        x = x - params["b_dec"]
+    pre = x @ params["W_enc"].T + params["b_enc"]
     active = pre > params["threshold"]
     return pre, active, np.where(active, pre, 0.0)
 
@@ -50,11 +52,18 @@ def penalty_and_slope(l0, sparsity):
     return value, np.full_like(l0, (2 * lam / target) * (l0.mean() / target - 1))
 
 
-def loss_and_gradients(params, x, *, bandwidth, sparsity):
-    """Loss, metrics and the gradient of every parameter, the threshold's in θ itself."""
-    rows = x.shape[0]
-    pre, active, latents = encode(params, x)
-    residual = x - (latents @ params["W_dec"] + params["b_dec"])
+def loss_and_gradients(params, x, *, bandwidth, sparsity, target=None):
+    """Loss, metrics and the gradient of every parameter, the threshold's in θ itself.
+
+    With a `target` a transcoder's: it is predicted from x, which b_dec isn't subtracted from; with
+    a W_skip [in, out] x W_skip is part of the prediction.
+    """
+    rows, is_sae = x.shape[0], target is None
+    pre, active, latents = encode(params, x, centred=is_sae)
+    target = x if is_sae else target
+    residual = target - (latents @ params["W_dec"] + params["b_dec"])
+    if "W_skip" in params:
+        residual = residual - x @ params["W_skip"]
     l0 = active.sum(axis=1).astype(float)
     penalty, slope = penalty_and_slope(l0, sparsity)
     frequency, crowding = active.mean(axis=0), np.zeros(active.shape[1])
@@ -73,13 +82,15 @@ def loss_and_gradients(params, x, *, bandwidth, sparsity):
         pull = params["threshold"] * g_latents[row] + (slope[row] + crowding) / rows
         g_threshold -= np.where(window[row], pull, 0.0) / bandwidth
     gradients = {
-        "W_enc": g_pre.T @ (x - params["b_dec"]),
+        "W_enc": g_pre.T @ (x - params["b_dec"] if is_sae else x),
         "b_enc": g_pre.sum(axis=0),
         "W_dec": latents.T @ g_out,
-        "b_dec": g_out.sum(axis=0) - params["W_enc"].T @ g_pre.sum(axis=0),
+        "b_dec": g_out.sum(axis=0) - is_sae * (params["W_enc"].T @ g_pre.sum(axis=0)),
         "threshold": g_threshold,
     }
-    variance = ((x - x.mean(axis=0)) ** 2).sum(axis=1).mean()
+    if "W_skip" in params:
+        gradients["W_skip"] = x.T @ g_out
+    variance = ((target - target.mean(axis=0)) ** 2).sum(axis=1).mean()
     metrics = {"loss": mse + penalty, "mse": mse, "l0": l0.mean(), "fvu": mse / variance}
     return metrics, gradients
 
@@ -104,10 +115,10 @@ class Trainer:
         self.params = {name: np.asarray(v, np.float64) for name, v in self.params.items()}
         self.moments = {name: np.zeros_like(v) for name, v in self.params.items()}
 
-    def step(self, x, *, rate, sparsity):
+    def step(self, x, *, rate, sparsity, target=None):
         x = np.asarray(x, np.float64)
         metrics, gradients = loss_and_gradients(
-            self.params, x, bandwidth=self.bandwidth, sparsity=sparsity
+            self.params, x, bandwidth=self.bandwidth, sparsity=sparsity, target=target
         )
         self.steps += 1
         decoder = self.params["W_dec"]

@@ -145,11 +145,18 @@ def _their_forward(pair: Pair, *, replace: tuple[Tap, Callable] | None = None) -
             new = see(Tap(site, i), value)  # type: ignore[arg-type]
             return (new, *out[1:]) if new is not None and isinstance(out, tuple) else new
 
+        def after_norm(module: Any, args: Any, out: Any, *, i: int = i) -> Any:
+            wide = args[0].float()
+            rms = (wide.square().mean(dim=-1, keepdim=True) + module.eps).sqrt()
+            see(Tap("mlp_in_normalized", i), wide / rms)
+            return after(module, args, out, i=i, site="mlp_in")
+
         def after_block(module: Any, args: Any, out: Any, *, i: int = i) -> Any:
             return after(module, args, out, i=i, site="resid_post")
 
         handles += [
             layer.self_attn.o_proj.register_forward_pre_hook(before),
+            layer.pre_feedforward_layernorm.register_forward_hook(after_norm),
             layer.post_feedforward_layernorm.register_forward_hook(after),
             layer.register_forward_hook(after_block),
         ]
@@ -177,7 +184,7 @@ def _assert_close(ours: Any, theirs: np.ndarray, *, tolerance: float = 1e-5) -> 
 
 
 def _all_taps(model: LanguageModel) -> list[Tap]:
-    sites = ("resid_post", "mlp_out", "attn_out_prelinear")
+    sites = ("resid_post", "mlp_out", "attn_out_prelinear", "mlp_in", "mlp_in_normalized")
     return [Tap(site, layer) for layer in range(model.config.num_layers) for site in sites]
 
 
@@ -205,7 +212,7 @@ def _halve_and_shift(acts: jax.Array, shift: jax.Array) -> jax.Array:
     return acts * 0.5 + shift[None, None, :]
 
 
-@pytest.mark.parametrize("site", ["resid_post", "mlp_out", "attn_out_prelinear"])
+@pytest.mark.parametrize("site", ["resid_post", "mlp_out", "attn_out_prelinear", "mlp_in"])
 def test_splice(pair: Pair, site: Any) -> None:
     tap = Tap(site, 2)
     width = 60 if site == "attn_out_prelinear" else 36
@@ -216,6 +223,27 @@ def test_splice(pair: Pair, site: Any) -> None:
         )
         losses = pair.ours.losses(pair.tokens, Splice(tap, _halve_and_shift, shift))
         _assert_close(losses, _their_losses(theirs[None], pair.tokens))
+
+
+def _add_what_was_read(acts: jax.Array, gain: jax.Array, *, read: jax.Array) -> jax.Array:
+    return 0.3 * acts + gain * read
+
+
+@pytest.mark.parametrize("site", ["mlp_in", "mlp_in_normalized"])
+def test_a_splice_sees_an_earlier_tap(pair: Pair, site: Any) -> None:
+    read: dict[str, torch.Tensor] = {}
+
+    def note(module: Any, args: Any, out: Any) -> None:
+        wide = args[0].float()
+        rms = (wide.square().mean(dim=-1, keepdim=True) + module.eps).sqrt()
+        read["acts"] = out if site == "mlp_in" else wide / rms
+
+    handle = pair.layers[2].pre_feedforward_layernorm.register_forward_hook(note)
+    replace = (Tap("mlp_out", 2), lambda x: 0.3 * x + 1.7 * read["acts"])
+    theirs = _their_forward(pair, replace=replace)
+    handle.remove()
+    splice = Splice(Tap("mlp_out", 2), _add_what_was_read, jnp.float32(1.7), reads=Tap(site, 2))
+    _assert_close(pair.ours.losses(pair.tokens, splice), _their_losses(theirs[None], pair.tokens))
 
 
 @pytest.mark.parametrize("pair", ["gemma2"], indirect=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from typing import get_args
 
 import hypothesis.strategies as st
 import jax
@@ -15,10 +16,11 @@ import pytest
 from hypothesis import given, settings
 from safetensors.numpy import load_file, save_file
 
+from activation_cache.config import Site
 from activation_cache.errors import UserError
 from sae_train import load_sae
 from sae_train.formats import write_gemma_scope, write_gemma_scope_2, write_sae_lens
-from sae_train.hooks import model_name, parse_hook, transformer_lens_hook
+from sae_train.hooks import hugging_face_hook, model_name, parse_hook, transformer_lens_hook
 from sae_train.release import TENSORS, Sae, fold
 from tests.saes import make_sae, make_trained, reference_latents, reference_reconstruction
 
@@ -232,10 +234,12 @@ def test_sparsity_is_log10_of_the_frequencies_and_goes_when_they_do(tmp_path):
 
 
 def test_hook_names_go_both_ways():
-    for site in ("resid_post", "mlp_out", "attn_out_prelinear"):
-        assert parse_hook(transformer_lens_hook(site, 17)) == (site, 17)
+    for site in get_args(Site):
+        layer = 0 if site == "embedding" else 17
+        assert parse_hook(transformer_lens_hook(site, layer)) == (site, layer)
+        assert parse_hook(hugging_face_hook(site, layer)) == (site, layer)
     assert parse_hook("model.layers.3.self_attn.o_proj.input") == ("attn_out_prelinear", 3)
-    assert parse_hook("blocks.3.hook_mlp_in") is None
+    assert parse_hook("blocks.3.hook_resid_mid") is None
 
 
 @pytest.mark.parametrize(
@@ -322,10 +326,10 @@ def test_relics_of_older_saelens_are_read(tmp_path):
 CHANGES = {
     "missing threshold": ({"threshold": None}, r"missing \['threshold'\], unknown nothing"),
     "unknown tensor": ({"r_mag": np.ones(24)}, r"unknown \['r_mag'\]"),
-    "transcoder": ({"affine_skip_connection": np.ones((10, 10))}, "skip transcoder"),
+    "a skip of another width": ({"W_skip": np.ones((10, 9))}, r"skip \[D, D\] with D 10.*10, 9"),
     "transposed encoder": ({"W_enc": np.ones((24, 10))}, "transposed"),
     "transposed decoder": ({"W_dec": np.ones((10, 24))}, "transposed"),
-    "other output": ({"W_dec": np.ones((24, 7)), "b_dec": np.ones(7)}, "a transcoder and not"),
+    "other output": ({"W_dec": np.ones((24, 7)), "b_dec": np.ones(7)}, "transcoders of one width"),
     "short bias": ({"b_enc": np.ones(23)}, r"b_enc \[23\]"),
     "three dims": ({"W_dec": np.ones((24, 2, 5))}, r"W_dec \[24, 2, 5\]"),
     "integers": ({"b_enc": np.ones(24, int)}, "floating point, not int64"),
@@ -366,9 +370,8 @@ def test_saelens_configs_we_cannot_honour_are_refused(tmp_path, changes, message
     ("changes", "message"),
     [
         ({"architecture": "topk"}, "only 'jump_relu'"),
-        ({"type": "transcoder"}, "describes a transcoder"),
-        ({"affine_connection": True}, "describes a transcoder"),
-        ({"hf_hook_point_in": "model.layers.1.pre_feedforward_layernorm.output"}, "a transcoder"),
+        ({"type": "crosscoder"}, "describes a crosscoder"),
+        ({"affine_connection": True}, "affine_connection True, and the tensors lack"),
     ],
 )
 def test_gemma_scope_2_configs_we_cannot_honour_are_refused(tmp_path, changes, message):

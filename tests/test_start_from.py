@@ -85,14 +85,14 @@ def test_what_does_not_fit_is_told(tmp_path: Path, options: dict[str, Any], mess
     sae = {"start_from": str(tmp_path / "theirs")} | options.pop("sae", {})
     config = make_config(**{"width": F} | options, sae=sae)
     with pytest.raises(UserError, match=message):
-        starting_params(config.sae, d_model=WIDTH, input_scale=1.0)
+        starting_params(config.sae, d_model=WIDTH, input_scale=1.0, target_scale=1.0)
 
 
 def test_another_input_and_another_architecture_are_told(tmp_path: Path):
     released(tmp_path / "theirs")
     config = make_config(width=F, sae={"start_from": str(tmp_path / "theirs")})
     with pytest.raises(UserError, match=r"reads vectors of 16 and resid_post of layer 1 has 20"):
-        starting_params(config.sae, d_model=20, input_scale=1.0)
+        starting_params(config.sae, d_model=20, input_scale=1.0, target_scale=1.0)
     with pytest.raises(ValueError, match=r"start_from can't begin a gated SAE"):
         make_config(sae={"start_from": "x", "architecture": "gated"}, sparsity=L1)
 
