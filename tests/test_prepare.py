@@ -16,15 +16,15 @@ from tests.configs import make_config
 OFFSET = np.linspace(-1.0, 1.0, 16)
 
 
-def batch(step: int) -> np.ndarray:
+def batch(step: int) -> tuple[np.ndarray]:
     rng = np.random.default_rng(step)
-    return (5.0 * (OFFSET + rng.standard_normal((1024, 16)) / 4)).astype(np.float32)
+    return ((5.0 * (OFFSET + rng.standard_normal((1024, 16)) / 4)).astype(np.float32),)
 
 
 def start(**options):
     config = make_config(**options)
     state = init_state(config.sae, d_model=16, seed=0, mesh=make_mesh(config.mesh))
-    return prepare_start(config, state=state, batch=batch, input_scale=5.0)
+    return prepare_start(config, state=state, batch=batch, input_scale=5.0, target_scale=5.0)
 
 
 def test_b_dec_starts_at_the_mean_only_when_asked():

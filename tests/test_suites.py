@@ -286,20 +286,28 @@ def test_a_suite_of_a_model_that_lacks_its_layers(capsys: pytest.CaptureFixture[
     assert "the model has 18 layers" in message
 
 
-def test_what_can_t_be_trained_is_refused_before_anything_starts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    path = ROOT / "configs" / "gemma_scope" / "2b-pt.yaml"
-    assert main(["sweep", str(path)]) == 2
-    message = capsys.readouterr().err
-    assert (
-        "30 of 862 cells can't be trained (26 of kind transcoder, 4 of kind embedding)" in message
-    )
-    assert "transcoders/layer_0/width_16k/coefficient_0.001" in message
-    assert "sweep.kinds=[sae]" in message
-    assert list(tmp_path.iterdir()) == []
-    assert len(expand(load_config(path, ["sweep.kinds=[sae]"]))) == 832
+def test_transcoders_and_embeddings_are_runs_like_the_others() -> None:
+    folder = ROOT / "configs"
+    runs = {run.name: run for run in expand(load_config(folder / "gemma_scope" / "2b-pt.yaml"))}
+    assert len(runs) == 862
+    first = runs["transcoders/layer_3/width_16k/coefficient_0.001"].config
+    assert [tap.name for tap in first.sae.taps] == ["mlp_in_normalized.3", "mlp_out.3"]
+    assert not first.sae.pre_encoder_bias
+    store = {entry.site: entry.layers for entry in first.cache.sites}
+    assert store == {
+        site: [3] for site in ("attn_out_prelinear", "mlp_in_normalized", "mlp_out", "resid_post")
+    }
+    assert first.cache.path == runs["mlp/layer_3/width_16k/coefficient_0.001"].config.cache.path
+    table = runs["res/embedding/width_4k/coefficient_0.001"].config
+    assert table.sae.tap.name == "embedding"
+    assert (table.cache.path[-10:], table.cache.tokens) == ("/embedding", 256_000 - 3)
+    path = folder / "gemma_scope_2" / "1b-pt.yaml"
+    config = load_config(path, ['sweep.only=["transcoder/layer_7_*", "mlp_out/layer_7_*"]'])
+    second = {run.name: run.config.sae for run in expand(config)}
+    skips = [name for name, sae in second.items() if sae.affine_skip]
+    assert skips
+    assert all(name.startswith("transcoder/") and "_affine" in name for name in skips)
+    assert {sae.site for sae in second.values()} == {"mlp_in", "mlp_out"}
 
 
 def test_all_cells_are_those_of_every_kind() -> None:
