@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/uv pip install --quiet --system-certs --python $(BIN)/python
 
-.PHONY: demo test check format lint types clean
+.PHONY: demo test bench bench-quality check format lint types clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m launch.demo demo-data
@@ -12,6 +12,15 @@ demo: $(VENV)/demo.stamp
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Ratios, measured on this machine: docs/performance.md. FULL=--full takes longer.
+bench: $(VENV)/bench.stamp
+	$(BIN)/python -m benchmarks.run $(FULL)
+
+# FVU at the same L0 beside other libraries: docs/results.md. Needs the store of the small suite.
+bench-quality: $(VENV)/bench.stamp
+	$(BIN)/sae harvest configs/small_suite.yaml
+	$(BIN)/python -m benchmarks.quality configs/small_suite.yaml runs/quality
 
 check: format lint types test
 
@@ -38,6 +47,15 @@ $(VENV)/demo.stamp: pyproject.toml $(VENV)/uv.stamp
 $(VENV)/test.stamp: pyproject.toml $(VENV)/uv.stamp
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(INSTALL) --editable '.[test]'
+	touch $@
+
+# nnsight, which dictionary_learning asks for, brings a torchvision that nothing here uses and whose
+# build must be that of torch; without one transformers does as well.
+$(VENV)/bench.stamp: pyproject.toml $(VENV)/uv.stamp
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(INSTALL) --editable '.[bench]'
+	$(BIN)/uv pip uninstall --quiet --python $(BIN)/python torchvision
+	$(BIN)/python -m launch.demo demo-data
 	touch $@
 
 clean:

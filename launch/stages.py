@@ -15,6 +15,7 @@ from activation_cache import distributed
 from activation_cache.errors import UserError
 from activation_cache.storage import Place, folder_lock, place, read_json, remove_tree
 from launch import group
+from launch.compile_cache import keep_programs
 from launch.signals import StopFlag
 from sae_train.config import Config, EvaluationConfig
 from sae_train.config_file import FILE_NAME, read_run_config, resolved_yaml
@@ -48,6 +49,7 @@ def harvest(config: Config, *, stop: Callable[[], bool]) -> None:
         )
         return
     group.join(config)
+    keep_programs()
     from activation_cache.harvest import harvest as run_harvest
 
     run_harvest(
@@ -78,6 +80,7 @@ def train(configs: Sequence[Config], *, fresh: bool, stop: Callable[[], bool]) -
         _train_in_group(configs, fresh=fresh, stop=stop)
         return
     group.join(*configs)
+    keep_programs()
     from sae_train.loop import train_cohort
 
     train_cohort(configs, fresh=fresh, stop=stop)
@@ -165,6 +168,7 @@ def evaluate(
         )
         return
     group.join(config)
+    keep_programs()
     from sae_train.evaluate import evaluate as run_evaluate
 
     with stop.at_once() if distributed.process_count() == 1 else nullcontext():

@@ -1,0 +1,51 @@
+"""JAX's persistent compilation cache: what was compiled once on a machine isn't compiled again.
+
+A run that is preempted and started again, the members of a sweep and the commands of a day compile
+the same programs. JAX keys each by its operations, its shapes, its devices and its own version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import platform
+from pathlib import Path
+
+from activation_cache.storage import user_cache
+
+logger = logging.getLogger(__name__)
+
+_WORTH_KEEPING_SECONDS = 0.2  # of compiling; JAX's own default is 1
+
+
+def keep_programs() -> None:
+    """Let JAX keep compiled programs in the user's cache folder.
+
+    Where somebody has chosen already (`JAX_COMPILATION_CACHE_DIR`, or
+    `JAX_ENABLE_COMPILATION_CACHE=false`) nothing is changed; where the folder can't be made,
+    nothing is kept.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+        return
+    folder = user_cache() / "compiled" / _processor_key()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        logger.debug("compiled programs aren't kept: %s", error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING_SECONDS)
+
+
+def _processor_key() -> str:
+    """Differs between processors whose instructions differ: homes are shared between machines, and
+    a program for CPUs may hold instructions that another lacks.
+    """
+    info = Path("/proc/cpuinfo")
+    flags = ""
+    if info.exists():
+        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
+        flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return hashlib.sha256(f"{platform.machine()} {flags}".encode()).hexdigest()[:16]
