@@ -69,7 +69,7 @@ class ModelConfig(Section):
 class TextConfig(Section):
     """Where the text comes from and how it is cut into sequences."""
 
-    source: Annotated[list[str], Field(min_length=1)]  # globs, or hf://org/dataset?split=train
+    source: list[str]  # globs, or hf://org/dataset?split=train; empty for the embedding alone
     field: str = "text"
     subset_field: str | None = None  # names a document's subset; dots lead into nested fields
     sequence_length: Annotated[PositiveCount, Field(ge=2)] = 1024

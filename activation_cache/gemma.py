@@ -306,7 +306,8 @@ class Gemma(nn.Module):
         """
         num_layers = self.config.num_layers
         if not logits:
-            num_layers = 1 + max((tap.layer for tap in taps), default=-1)
+            deep = [tap.layer for tap in taps if tap.site != "embedding"]
+            num_layers = 1 + max(deep, default=-1)
         h_BSD, found = self._trunk(tokens, taps=taps, splice=splice, num_layers=num_layers)
         if not logits:
             return GemmaOutput(taps=found, logits=None)

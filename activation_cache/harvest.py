@@ -51,7 +51,7 @@ from activation_cache.store import (
     Store,
     open_store,
 )
-from activation_cache.taps import resolve_taps, tap_width
+from activation_cache.taps import EMBEDDING, resolve_taps, tap_width
 from activation_cache.token_table import TokenSummary, TokenTable
 from activation_cache.tokenizer import load_tokenizer
 from activation_cache.tokens import describe_text, prepare_tokens
@@ -142,7 +142,7 @@ class _Harvest:
         )
         machines = [(name, size) for name, size in distributed.gathered("memory", memory_here())]
         distributed.told_by_main("enough memory", lambda: check_memory(plan, machines))
-        if share.missing:
+        if share.missing and not share.of_embedding:
             convert = functools.partial(convert_once, self.model, folder=share.converted)
             distributed.told_by_main("conversion", convert)
         finished = shared(
@@ -159,13 +159,15 @@ class _Harvest:
         begun = self._begun()
         gemma = read_gemma_config(self.model)
         check_model_axis(gemma, self.mesh.model)
-        resolve_taps(self.cache.sites, gemma)  # a wrong layer is told before an hour of tokenising
+        # A wrong layer is told before an hour of tokenising.
+        taps = resolve_taps(self.cache.sites, gemma)
         tokenizer = load_tokenizer(self.model)
         table = prepare_tokens(
             self.text,
             tokenizer=tokenizer,
             path=self.path / TOKENS_FOLDER,
             rows=self.cache.tokens,
+            vocabulary=gemma.vocab_size if taps == (EMBEDDING,) else None,
             keep=begun is not None,
             stop=lambda: distributed.stop_asked(self.stop),
         )

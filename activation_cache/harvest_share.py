@@ -18,6 +18,7 @@ from activation_cache.model import conversion_folder, load_copies
 from activation_cache.progress import ProgressMeter
 from activation_cache.storage import Place
 from activation_cache.store import PLAN_FILE
+from activation_cache.taps import EMBEDDING
 from activation_cache.token_table import TokenTable
 from activation_cache.writer import Bucket, BucketWriter
 
@@ -44,6 +45,11 @@ class Share:
     placement: Placement
 
     @property
+    def of_embedding(self) -> bool:
+        """Is it the embedding's rows that are harvested? Then no other weight is read."""
+        return [entry.tap for entry in self.plan.sites] == [EMBEDDING]
+
+    @property
     def converted(self) -> Path:
         """Where a converted copy of the weights is kept."""
         return conversion_folder(self.path)
@@ -62,7 +68,12 @@ class Share:
         if not own:
             self._tell_idle()
             return
-        copies = load_copies(self.model, converted=self.converted, meshes=place.meshes)
+        copies = load_copies(
+            self.model,
+            converted=None if self.of_embedding else self.converted,
+            meshes=place.meshes,
+            embedding_only=self.of_embedding,
+        )
         self._check_weights(copies[0].fingerprint)
         filler = BucketFiller(self.plan, self.table, copies)
         total, scale = self.plan.rows, len(self.missing) / len(own)

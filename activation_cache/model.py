@@ -205,9 +205,16 @@ def load_model(
 
 
 def load_copies(
-    model: ModelConfig, *, converted: Path | None = None, meshes: Sequence[Mesh]
+    model: ModelConfig,
+    *,
+    converted: Path | None = None,
+    meshes: Sequence[Mesh],
+    embedding_only: bool = False,
 ) -> list[LanguageModel]:
-    """Load a copy of the model for each mesh, reading each weight once; see `load_model`."""
+    """Load a copy of the model for each mesh, reading each weight once; see `load_model`.
+
+    With `embedding_only` the copies give the activations of that site and nothing else.
+    """
     checkpoint: Checkpoint = open_checkpoint(model)
     for mesh in meshes:
         check_model_axis(checkpoint.config, mesh.shape["model"])
@@ -215,7 +222,12 @@ def load_copies(
     tokenizer = load_tokenizer(model)
     if converted is not None and isinstance(checkpoint, GgufCheckpoint):
         checkpoint = converted_checkpoint(checkpoint, tokenizer, folder=converted)
-    copies = load_parameters(checkpoint, dtype=jnp.dtype(model.dtype), meshes=meshes)
+    copies = load_parameters(
+        checkpoint,
+        dtype=jnp.dtype(model.dtype),
+        meshes=meshes,
+        only="embedding" if embedding_only else None,
+    )
     return [
         LanguageModel(
             config=checkpoint.config,

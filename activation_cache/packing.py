@@ -60,6 +60,15 @@ def pack_by_subset(
         yield rest, np.full(len(rest), subset, np.int32)
 
 
+def pack_vocabulary(size: int, *, length: int, special: SpecialIds) -> Int32[np.ndarray, "N S"]:
+    """Every id of a vocabulary once, in rising order, but for the special ones."""
+    apart = np.array([special.bos, special.eos, special.pad])
+    stream = _Stream(length, special)
+    stream.parts = [np.setdiff1d(np.arange(size), apart).astype(np.int32)]
+    stream.size = len(stream.parts[0])
+    return np.concatenate([stream.take(), stream.end()])
+
+
 @dataclass
 class _Stream:
     """Documents one behind the other; holds what is not yet cut."""

@@ -38,6 +38,9 @@ class Tap:
         return self.site if self.site == "embedding" else f"{self.site}.{self.layer}"
 
 
+EMBEDDING = Tap("embedding", 0)
+
+
 @dataclass(frozen=True)
 class Splice:
     """Puts `replace(activations, arguments)` in the place of the activations at `tap`.
@@ -96,4 +99,10 @@ def resolve_taps(sites: Sequence[SiteConfig], config: GemmaConfig) -> tuple[Tap,
                     "Remove one of the two."
                 )
             taps.append(tap)
+    if EMBEDDING in taps and len(taps) > 1:
+        others = ", ".join(tap.name for tap in taps if tap != EMBEDDING)
+        raise UserError(
+            f"cache.sites has embedding beside {others}: its rows are the tokens of the "
+            "vocabulary, theirs tokens of text. Harvest it into a store of its own."
+        )
     return tuple(sorted(taps, key=lambda tap: (tap.layer, tap.site)))

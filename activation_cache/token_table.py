@@ -58,10 +58,11 @@ class TokenSummary(Section):
     sources: list[SourceEntry]
     tokenizer_hash: str
     rows_wanted: PositiveCount | None  # where a stream was left off; None without streams
+    vocabulary: PositiveCount | None = None  # ids, where these stand for text to be harvested
     special_ids: SpecialIds
     token_hash: str
-    documents: PositiveCount
-    tokens: PositiveCount  # of text: without BOS, EOS and padding put there by packing
+    documents: Count
+    tokens: Count  # of text: without BOS, EOS and padding put there by packing
     sequences: PositiveCount
     usable_rows: Count  # in the sequences that may be harvested
     subsets: list[str] = Field(default_factory=list)  # names; the array `subset` numbers them
@@ -130,6 +131,12 @@ class TokenTable:
 
     def require_rows(self, rows: int) -> None:
         """Raises `UserError` when fewer than `rows` usable tokens may be harvested."""
+        if self.summary.vocabulary is not None and rows > self.summary.usable_rows:
+            raise UserError(
+                f"cache.tokens asks for {rows} rows and the embedding has "
+                f"{self.summary.usable_rows} without BOS, EOS and padding: set cache.tokens to "
+                f"{self.summary.usable_rows}; train.tokens may be more, the rows come again."
+            )
         if rows > self.summary.usable_rows:
             raise UserError(
                 f"cache.tokens asks for {rows} rows and the text has {self.summary.usable_rows} "

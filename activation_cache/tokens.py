@@ -17,7 +17,7 @@ from activation_cache.config import Section, TextConfig
 from activation_cache.errors import Interrupted, UserError
 from activation_cache.layout import write_shards
 from activation_cache.manifest import FORMAT_VERSION, write_record
-from activation_cache.packing import pack, pack_by_subset
+from activation_cache.packing import pack, pack_by_subset, pack_vocabulary
 from activation_cache.progress import ProgressMeter
 from activation_cache.storage import Place, make_folder, remove_tree
 from activation_cache.text import Document, Source, find_sources
@@ -49,6 +49,7 @@ class Recipe(Section):
     sources: list[SourceEntry]
     tokenizer_hash: str
     rows_wanted: int | None  # where streams are left off; None where all are files
+    vocabulary: int | None = None  # ids, where these come before the text, which is all held out
 
     def difference(self, stored: TokenSummary) -> str | None:
         """The first field in which a stored table differs, in words; None if there is none."""
@@ -62,6 +63,7 @@ class Recipe(Section):
         pairs += [
             ("the tokenizer", stored.tokenizer_hash, self.tokenizer_hash),
             ("cache.tokens (the text is a stream)", stored.rows_wanted, self.rows_wanted),
+            ("the vocabulary (of the embedding)", stored.vocabulary, self.vocabulary),
         ]
         for name, before, now in pairs:
             if before != now:
@@ -75,14 +77,16 @@ def prepare_tokens(
     tokenizer: Tokenizer,
     path: Place,
     rows: int,
+    vocabulary: int | None = None,
     keep: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> TokenTable:
     """Make the token table at `path`, or take the one that is there if nothing has changed.
 
     Files are read to their end. A stream of the Hub is read until `rows` usable tokens and the
-    held-out sequences are together. `keep` says that a harvest depends on the table there: then
-    it is never replaced.
+    held-out sequences are together. With a `vocabulary` of so many ids the sequences to harvest
+    are those, each once, and text is read for the held-out ones alone. `keep` says that a harvest
+    depends on the table there: then it is never replaced.
 
     Raises:
         UserError: bad text; too few sequences; a disk error; or, with `keep`, a table of other
@@ -90,7 +94,9 @@ def prepare_tokens(
         Interrupted: `stop` turned true; the table is begun anew next time.
     """
     sources = find_sources(text)
-    recipe = _recipe(text, sources, tokenizer_hash=tokenizer.fingerprint, rows=rows)
+    recipe = _recipe(
+        text, sources, tokenizer_hash=tokenizer.fingerprint, rows=rows, vocabulary=vocabulary
+    )
     if (path / TOKENS_FILE).exists():
         table = open_tokens(path)
         difference = recipe.difference(table.summary)
@@ -115,11 +121,25 @@ def describe_text(text: TextConfig, *, like: TokenSummary) -> Recipe:
         UserError: a source can't be found or read.
     """
     rows = like.rows_wanted or 1
-    return _recipe(text, find_sources(text), tokenizer_hash=like.tokenizer_hash, rows=rows)
+    return _recipe(
+        text,
+        find_sources(text),
+        tokenizer_hash=like.tokenizer_hash,
+        rows=rows,
+        vocabulary=like.vocabulary,
+    )
 
 
-def _recipe(text: TextConfig, sources: list[Source], *, tokenizer_hash: str, rows: int) -> Recipe:
+def _recipe(
+    text: TextConfig,
+    sources: list[Source],
+    *,
+    tokenizer_hash: str,
+    rows: int,
+    vocabulary: int | None,
+) -> Recipe:
     return Recipe(
+        vocabulary=vocabulary,
         text=text,
         sources=[SourceEntry(name=s.name, size=s.size, sha256=s.content_hash()) for s in sources],
         tokenizer_hash=tokenizer_hash,
@@ -204,6 +224,9 @@ class _TableBuilder:
     def _packed(self, sources: list[Source]) -> Iterator[np.ndarray]:
         """Sequences; where documents have subsets, those of each are remembered."""
         encoded = self._encoded(sources)
+        if self.recipe.vocabulary is not None:
+            yield from self._vocabulary_and_text(encoded)
+            return
         if self.recipe.text.subset_field is None:
             ids = ([ids for _, ids in documents] for documents in encoded)
             yield from pack(ids, length=self.length, special=self.special)
@@ -212,6 +235,25 @@ class _TableBuilder:
         for rows, subsets in pack_by_subset(numbered, length=self.length, special=self.special):
             self.subset_of.append(subsets)
             yield rows
+
+    def _vocabulary_and_text(
+        self, encoded: Iterator[list[tuple[str | None, list[int]]]]
+    ) -> Iterator[np.ndarray]:
+        """The vocabulary's sequences, then as many of the text's as are to be held out."""
+        assert self.recipe.vocabulary is not None
+        yield pack_vocabulary(self.recipe.vocabulary, length=self.length, special=self.special)
+        missing = self.held_out
+        ids = ([ids for _, ids in documents] for documents in encoded)
+        for rows in pack(ids, length=self.length, special=self.special):
+            if not missing:
+                return
+            yield rows[:missing]
+            missing -= len(rows[:missing])
+        if missing:
+            raise UserError(
+                f"the text makes {self.held_out - missing} sequences of {self.length} tokens and "
+                f"text.held_out_sequences asks for {self.held_out}: lower it, or add text."
+            )
 
     def _number(self, subset: str | None) -> int:
         assert subset is not None
@@ -259,7 +301,7 @@ class _TableBuilder:
             yield tokens
 
     def _require_sequences(self, sequences: int) -> None:
-        if self.documents == 0:
+        if self.documents == 0 and self.recipe.vocabulary is None:
             raise UserError(f"text.source {self.recipe.text.source} holds no documents at all.")
         if sequences <= self.held_out:
             raise UserError(

@@ -220,7 +220,7 @@ def _some(items: list[str]) -> str:
 
 
 def load_parameters(
-    checkpoint: Checkpoint, *, dtype: DTypeLike, meshes: Sequence[Mesh]
+    checkpoint: Checkpoint, *, dtype: DTypeLike, meshes: Sequence[Mesh], only: str | None = None
 ) -> list[Params]:
     """Read all parameters into the tree that `gemma.Gemma` takes, one copy for each mesh.
 
@@ -231,9 +231,12 @@ def load_parameters(
         dtype: of the embedding and the projections; norm gains stay float32, which costs
             nothing and is what they are used in.
         meshes: of distinct devices, those of other processes among them.
+        only: the one part at the top of the tree that is wanted.
     """
     trees: list[Params] = [{} for _ in meshes]
     for parameter in parameter_table(checkpoint.config):
+        if only not in (None, parameter.path[0]):
+            continue
         arrays = _load_parameter(checkpoint, parameter, dtype=dtype, meshes=meshes)
         for tree, array in zip(trees, arrays, strict=True):
             *parents, leaf = parameter.path

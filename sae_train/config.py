@@ -419,6 +419,8 @@ class Config(Section):
             *_check_divisible("train.batch_size", self.train.batch_size, "data", self.mesh.data),
             *_check_divisible("sae.width", self.sae.width, "model", self.mesh.model),
         ]
+        if not self.text.source:
+            mistakes += _check_no_text(self.cache.sites, self.text)
         if self.train.tensorboard and "://" in self.output:
             mistakes.append(
                 f"train.tensorboard writes event files, which grow, and objects of a bucket can't "
@@ -438,6 +440,17 @@ def _check_tapped(tap: Tap, sites: list[SiteConfig]) -> list[str]:
         f"sae reads {tap.site} of layer {tap.layer}, which cache.sites does not harvest "
         f"(it has {has}): add it to cache.sites or change sae.site and sae.layer"
     ]
+
+
+def _check_no_text(sites: list[SiteConfig], text: TextConfig) -> list[str]:
+    if any(entry.site != "embedding" for entry in sites):
+        return ["text.source must not be empty: only the embedding is harvested without text"]
+    if text.held_out_sequences:
+        return [
+            f"text.source is empty and text.held_out_sequences {text.held_out_sequences}: set it "
+            "to 0, or give text for the delta loss"
+        ]
+    return []
 
 
 def _check_target(sparsity: Sparsity, *, width: int) -> list[str]:

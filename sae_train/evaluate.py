@@ -16,6 +16,7 @@ from activation_cache import distributed
 from activation_cache.config import Dtype, ModelConfig
 from activation_cache.model import LanguageModel
 from activation_cache.storage import AnyPath, place
+from activation_cache.taps import EMBEDDING
 from sae_train.config import EvaluationConfig
 from sae_train.evaluate_job import Job
 from sae_train.evaluate_jobs import Models, jobs_of
@@ -144,11 +145,15 @@ def _evaluation(index: int, passes: Sequence[Pass]) -> Evaluation:
     losses = first.losses_of(index)
     site, sae = first.sites[job.target], first.saes[index]
     importance = first.importance[index]
+    found = measures(site=site, sae=sae, losses=losses, subsets=job.table.summary.subsets)
+    if job.tap == EMBEDDING:  # a vocabulary has no positions
+        none = [None] * job.table.sequence_length
+        found["by_position"] |= {"tokens": [0] * len(none), "l0": none, "fvu": none}
     return Evaluation(
         format_version=FORMAT_VERSION,
         name=job.config.name,
         step=job.step,
-        **measures(site=site, sae=sae, losses=losses, subsets=job.table.summary.subsets),
+        **found,
         bos=dict(BOS_TREATMENT),
         sequences=job.settings.sequences,
         sequence_length=job.table.sequence_length,

@@ -19,7 +19,7 @@ from activation_cache.gemma_params import make_mesh
 from activation_cache.model import LanguageModel, conversion_folder, load_model
 from activation_cache.storage import Place, place
 from activation_cache.store import open_store
-from activation_cache.taps import check_tap, tap_width
+from activation_cache.taps import EMBEDDING, check_tap, tap_width
 from activation_cache.token_table import TokenTable, open_tokens
 from activation_cache.tokenizer import Tokenizer, load_tokenizer
 from activation_cache.tokens import prepare_tokens
@@ -136,18 +136,27 @@ class _Run:
                 self.folder,
                 store.path,
             )
+        own = settings
+        if self.config.sae.tap == EMBEDDING and not store.tokens.held_out:
+            own = settings.model_copy(update={"sequences": 0})  # no text, so no losses
         return self._job(
-            settings,
+            own,
             model=model,
             table=store.tokens,
             sequences=store.tokens.held_out,
             masked_text=settings.masked_text,
+            recorded=settings.recorded(),
         )
 
     def elsewhere(
         self, settings: EvaluationConfig, entry: ElsewhereConfig, *, stop: Callable[[], bool]
     ) -> Job:
         """In another model, on other text, or both."""
+        if self.config.sae.tap == EMBEDDING:
+            raise UserError(
+                f"{self.folder} reads the embedding, which is measured on the vocabulary of its "
+                "own store: take out evaluation.also"
+            )
         model = entry.model or self.config.model
         self._fitting(model)
         wanted = entry.sequences or settings.sequences

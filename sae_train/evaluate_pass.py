@@ -25,7 +25,7 @@ from activation_cache.errors import Interrupted, UserError
 from activation_cache.model import LanguageModel
 from activation_cache.progress import ProgressMeter
 from activation_cache.shared_work import shared
-from activation_cache.taps import Splice, Tap, tap_width
+from activation_cache.taps import EMBEDDING, Splice, Tap, tap_width
 from sae_train.evaluate_importance import ImportanceSums, uniformity
 from sae_train.evaluate_job import Job, covered
 from sae_train.evaluate_splice import splice_of, splice_zero
@@ -45,6 +45,7 @@ class _Batch:
     usable_BS: Bool[np.ndarray, "B S"]
     counted_BP: Bool[np.ndarray, "B P"]  # the losses that count
     important_BP: Bool[np.ndarray, "B P"]  # the predictions whose gradients count
+    with_statistics: bool
     with_losses: bool
     with_importance: bool
     subsets: Subsets
@@ -57,6 +58,9 @@ class Pass:
     Attributes:
         jobs: of one model, one text and the same settings; those that are `compared` are measured
             for their L0, FVU and delta loss alone.
+
+    Of the embedding, L0, FVU and firing are measured on the vocabulary's tokens, each once, and
+    only the losses on text, if there is any.
     """
 
     jobs: list[Job]
@@ -76,6 +80,7 @@ class Pass:
         self.whole = [index for index, job in enumerate(self.jobs) if not job.compared]
         if not self.whole:
             self.importance_limit = 0
+        self.of_embedding = first.tap == EMBEDDING
         self.taps = tuple(dict.fromkeys(job.target for job in self.jobs))
         self.sites = {tap: SiteSums() for tap in self.taps}
         self.saes = [SaeSums() for _ in self.jobs]
@@ -98,7 +103,7 @@ class Pass:
             # Nobody is stopped once all have measured: the sums then wait for nobody's share.
             shared("measured", self._measure, finish=lambda: None, stop=self.stop)
         self._add_up()
-        if not self.base.count_S.sum():
+        if not self.base.count_S.sum() and self.loss_limit:
             raise UserError(
                 f"the {self.loss_limit} held-out sequences measured hold nothing but special "
                 "tokens: raise evaluation.sequences, or harvest with other text"
@@ -107,7 +112,8 @@ class Pass:
     def _work(self) -> int:
         passes = 1 + len(self.zero) + len(self.spliced)
         gradients = _GRADIENT_PASSES * len(self.zero) // 2
-        sequences = self.settings.sequences + passes * self.loss_limit
+        walked = self.table.num_harvestable if self.of_embedding else self.settings.sequences
+        sequences = walked + passes * self.loss_limit
         return self.table.sequence_length * (sequences + gradients * self.importance_limit)
 
     def _measure(self) -> None:
@@ -116,15 +122,17 @@ class Pass:
             if distributed.stop_asked(self.stop):
                 raise Interrupted("the evaluation was stopped and will begin anew")
             mine = number % distributed.process_count() == distributed.process_index()
-            acts = self._statistics(batch, mine=mine)
+            acts = self._statistics(batch, mine=mine) if batch.with_statistics else {}
             if batch.with_importance and mine:
+                if not batch.with_statistics:
+                    acts = self.model.activations(batch.tokens_BS, self.taps)
                 self._importance(batch, acts)
             if batch.with_losses and mine:
                 self._losses(batch)
 
     def _add_up(self) -> None:
         """The sums of all processes in place of this one's."""
-        if distributed.process_count() == 1:
+        if distributed.process_count() == 1 and self.loss_limit:
             return
         holders = list(self._holders())
         # A process that had no batch holds zeros without a shape.
@@ -156,17 +164,21 @@ class Pass:
 
     def _batches(self) -> Iterator[_Batch]:
         """The first held-out sequences in order, in batches of one shape."""
-        size, wanted = self.settings.sequences_per_batch, self.settings.sequences
-        for start in range(0, wanted, size):
-            yield self._batch(start, min(start + size, wanted))
+        size, text = self.settings.sequences_per_batch, self.jobs[0].sequences
+        text = text[: self.settings.sequences]
+        if self.of_embedding:
+            vocabulary = range(self.table.num_harvestable)
+            for start in range(0, len(vocabulary), size):
+                yield self._batch(start, vocabulary[start : start + size], of_text=False)
+        for start in range(0, len(text), size):
+            yield self._batch(start, text[start : start + size])
 
-    def _batch(self, start: int, stop: int) -> _Batch:
+    def _batch(self, start: int, indices: range, *, of_text: bool = True) -> _Batch:
         size, pad = self.settings.sequences_per_batch, self.table.summary.special_ids.pad
-        indices = self.jobs[0].sequences[start:stop]
         filling = size - len(indices)
         tokens_BS = self.table.read(indices)
         tokens_BS = np.pad(tokens_BS, ((0, filling), (0, 0)), constant_values=pad)
-        masked_BS = covered(tokens_BS, self.jobs[0].masked)
+        masked_BS = covered(tokens_BS, self.jobs[0].masked if of_text else ())
         usable_BS = self.table.usable(tokens_BS) & ~masked_BS
         predicts_BP = usable_BS[:, :-1] & (tokens_BS[:, 1:] != pad) & ~masked_BS[:, 1:]
         number_B1 = start + np.arange(size)[:, None]
@@ -176,8 +188,9 @@ class Pass:
             usable_BS,
             counted_BP=predicts_BP & (number_B1 < self.loss_limit),
             important_BP=predicts_BP & (number_B1 < self.importance_limit),
-            with_losses=start < self.loss_limit,
-            with_importance=start < self.importance_limit,
+            with_statistics=not (of_text and self.of_embedding),
+            with_losses=of_text and start < self.loss_limit,
+            with_importance=of_text and start < self.importance_limit,
             subsets=subsets,
         )
 

@@ -226,5 +226,7 @@ class LossSums:
 
     @property
     def mean(self) -> float:
-        """Nats per counted prediction."""
+        """Nats per counted prediction; NaN where none was."""
+        if not self.count_S.sum():
+            return float("nan")
         return float(self.sum_S.sum() / self.count_S.sum())

@@ -17,7 +17,7 @@ from sae_train.evaluation import Evaluation, read_evaluation, read_frequencies
 from sae_train.formats import write_gemma_scope, write_gemma_scope_2, write_sae_lens
 from sae_train.load import load_sae
 from sae_train.model_card import model_card
-from sae_train.release import TENSORS, Sae, fold
+from sae_train.release import Sae, fold
 from sae_train.run_folder import RELEASE, newest_checkpoint, run_folders
 
 logger = logging.getLogger(__name__)
@@ -64,8 +64,9 @@ def _export_run(folder: Place) -> Release:
         sae.metadata["l0"] = evaluation.l0
     target = make_folder(folder / RELEASE)
     files: list[Place] = []
-    if sae.k is None:  # Gemma Scope's formats have no place for a k
-        files += write_gemma_scope(sae, target / "gemma_scope")
+    if sae.k is None:  # Gemma Scope's formats have no place for a k, the first none for a skip
+        if sae.W_skip is None:
+            files += write_gemma_scope(sae, target / "gemma_scope")
         files += write_gemma_scope_2(sae, target / "gemma_scope_2")
     files += write_sae_lens(sae, target / "sae_lens", frequency_F=frequency_F)
     for path in files:
@@ -100,7 +101,9 @@ def check_same(sae: Sae, read: Sae, *, path: Place) -> None:
     """Raise `UserError` when what `path` reads back as isn't what was written to it."""
     if sae.k != read.k:
         raise UserError(f"{path} reads back with k {read.k}, written was {sae.k}: export again")
-    for name in TENSORS:
+    if sae.tensors.keys() != read.tensors.keys():
+        raise UserError(f"{path} reads back with {sorted(read.tensors)}: export again")
+    for name in sae.tensors:
         written, found = sae.tensors[name], read.tensors[name]
         # SAELens keeps a Gated SAE's threshold as the difference of two biases.
         slack = 1e-6 if sae.architecture == "gated" and name == "threshold" else 0.0

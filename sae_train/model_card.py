@@ -18,6 +18,9 @@ what those terms ask of them. This card grants no licence of its own.
 
 _GEMMA_SCOPE = """\
 | `gemma_scope/` | Gemma Scope `params.npz` | DeepMind's tutorial, SAEBench |
+"""
+
+_GEMMA_SCOPE_2 = """\
 | `gemma_scope_2/` | Gemma Scope 2 `config.json`, `params.safetensors` | Gemma Scope 2's tools |
 """
 
@@ -41,6 +44,20 @@ Inputs are raw activations, the input scaling and the pre-encoder bias of traini
 """
 
 
+def _others(sae: Sae) -> str:
+    if sae.k is not None:
+        return ""
+    return (_GEMMA_SCOPE if sae.W_skip is None else "") + _GEMMA_SCOPE_2
+
+
+def _target(sae: Sae, *, config: Config) -> list[tuple[str, str]]:
+    """What a transcoder predicts."""
+    if not sae.is_transcoder:
+        return []
+    skip = "" if sae.W_skip is None else ", with an affine skip: call `sae(x)` for all of it"
+    return [("predicts", f"{config.sae.target}, `{sae.metadata['hook_name_out']}`{skip}")]
+
+
 def model_card(sae: Sae, *, config: Config, evaluation: Evaluation | None) -> str:
     """The text of README.md, Markdown with the front matter of a Hub model card."""
     D, F = sae.W_enc.shape
@@ -49,12 +66,13 @@ def model_card(sae: Sae, *, config: Config, evaluation: Evaluation | None) -> st
     kind = ARCHITECTURE_NAMES[config.sae.architecture]
     selected = "" if config.sae.k is None else f", k = {config.sae.k}"
     loading = _LOADING.format(
-        others=_GEMMA_SCOPE if sae.k is None else "",
+        others=_others(sae),
         selection="" if sae.k is None else f", of which a row keeps the {sae.k} largest",
     )
     facts = [
         ("model", f"{sae.metadata['model_name']} ({config.model.dtype})"),
         ("site", f"{config.sae.site} of layer {config.sae.layer}, `{sae.metadata['hook_name']}`"),
+        *_target(sae, config=config),
         ("architecture", f"{kind}{selected}, {F:,} latents on vectors of {D:,}"),
         ("trained on", f"{training['tokens']:,} tokens in {training['step']:,} steps"),
         ("text", sae.metadata["dataset_path"]),

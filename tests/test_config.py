@@ -121,7 +121,6 @@ def test_scalars(text: str, value: Any) -> None:
         ("name=5", "5 is a number, not text: put it in quotes"),
         ("name=''", "must not be empty"),
         ("text.source=a.txt", "'a.txt' is not a list of texts: a list is written [a, b]"),
-        ("text.source=[]", "must not be empty"),
         ("text.source=[1]", "text.source[0]: 1 is a number, not text"),
         ("sae.site=resid_pst", "'resid_pst' is not one of resid_post, mlp_out, attn_out_prelinear"),
         ("sae.site=resid_pst", "did you mean 'resid_post'?"),
