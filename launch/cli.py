@@ -86,10 +86,15 @@ COMMANDS = (
         handler=commands.export,
         summary="write the release formats of trained SAEs",
         details="Writes release/gemma_scope, release/gemma_scope_2 and release/sae_lens into each "
-        "run's folder, and reads them back to check.",
-        example="sae export runs/demo",
+        "run's folder, and of a sweep a tree of all into its own, named as released suites are, "
+        "with a card and an index; reads every file back to check.",
+        example="sae export runs/demo --upload me/my-saes --dry-run",
         metavar="CONFIG-or-FOLDER",
         overrides=False,
+        options=(("--dry-run", "with --upload: list the files and their sizes, send nothing"),),
+        settings=(
+            ("--upload", str, None, "a repository of the Hub, organisation/name, to send it to"),
+        ),
     ),
     Command(
         name="sweep",

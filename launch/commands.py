@@ -15,6 +15,7 @@ from sae_train.cohort import check_cohort
 from sae_train.config import Config
 from sae_train.config_file import FILE_NAME, load_config, read_run_config, write_config
 from sae_train.run_folder import (
+    RELEASE,
     clear_failure,
     newest_checkpoint,
     run_folders,
@@ -165,8 +166,22 @@ def evaluate(arguments: argparse.Namespace, stop: StopFlag) -> int:
 
 
 def export(arguments: argparse.Namespace, stop: StopFlag) -> int:
+    from launch.publishing import check_repository, publish
+
+    if arguments.dry_run and arguments.upload is None:
+        raise UserError("--dry-run lists what --upload would send: give both")
+    if arguments.upload is not None:
+        check_repository(arguments.upload)
+    config = target_config(arguments.target)
     with stop.at_once():
-        stages.export(_trained_folders(target_config(arguments.target)))
+        folders = _trained_folders(config)
+        if config.sweep is None:
+            stages.export(folders)
+            release = folders[0] / RELEASE
+        else:
+            release = stages.export_tree(config, folders)
+        if arguments.upload is not None:
+            publish(release, repository=arguments.upload, dry_run=arguments.dry_run)
     return 0
 
 

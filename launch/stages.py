@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from pathlib import PurePath
 from typing import Any
 
 from activation_cache import distributed
@@ -24,6 +25,7 @@ from sae_train.run_folder import (
     CHECKPOINTS,
     EVALUATION,
     FAILURE,
+    RELEASE,
     RunFolder,
     checkpoint_time,
     labelled,
@@ -183,6 +185,13 @@ def export(folders: Sequence[Place]) -> None:
         run_export(folder)
 
 
+def export_tree(config: Config, folders: Sequence[Place]) -> Place:
+    """Release a sweep's runs, and gather them in the tree of a suite; returns its folder."""
+    from sae_train.release_tree import export_tree as run_export_tree
+
+    return run_export_tree(place(config.output), config, folders)
+
+
 def report(folder: Place) -> Place:
     """Write the report of a run or a sweep; returns its page."""
     from sae_train.report import write_report
@@ -224,7 +233,10 @@ def needs_evaluation(folder: Place) -> bool:
 def needs_release(folder: Place) -> bool:
     """Is a trained run's release missing, or older than its newest checkpoint?"""
     run = read_run(folder)
-    return not run.release or any(_older_than_checkpoint(run, folder / f) for f in run.release)
+    card = PurePath(RELEASE, "README.md")  # written last
+    return card not in run.release or any(
+        _older_than_checkpoint(run, folder / f) for f in run.release
+    )
 
 
 def _older_than_checkpoint(run: RunFolder, file: Place) -> bool:

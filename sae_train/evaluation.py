@@ -270,10 +270,11 @@ def read_frequencies(folder: Place, evaluation: Evaluation) -> Float[np.ndarray,
     Raises:
         UserError: firing_counts.npy is missing or not the one `evaluation` was written with.
     """
-    path = folder / FIRING_COUNTS
+    path = folder / labelled(FIRING_COUNTS, evaluation.label)
     if not path.is_file() or _sha256(path) != evaluation.fingerprints.get("firing_counts"):
         raise UserError(
-            f"{path} is missing or doesn't belong to {folder / EVALUATION}: evaluate again"
+            f"{path} is missing or doesn't belong to "
+            f"{folder / labelled(EVALUATION, evaluation.label)}: evaluate again"
         )
     return np.load(io.BytesIO(path.read_bytes())) / evaluation.tokens
 

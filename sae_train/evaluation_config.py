@@ -49,7 +49,8 @@ class ElsewhereConfig(Section):
         if self.label is not None:
             return self.label
         assert self.model is not None
-        return re.sub(r"[^A-Za-z0-9._-]+", "_", model_name(self.model.weights)).lstrip("._-")
+        name = model_name(self.model.weights).rpartition("/")[2]
+        return re.sub(r"[^A-Za-z0-9._-]+", "_", name).lstrip("._-")
 
 
 class EvaluationConfig(Section):

@@ -22,15 +22,22 @@ from sae_train.run_folder import RELEASE, newest_checkpoint, run_folders
 
 logger = logging.getLogger(__name__)
 
+WEIGHTS = ("params.npz", "params.safetensors", "sae_weights.safetensors")
+CARD = "README.md"
+
 
 @dataclass(frozen=True)
 class Release:
-    """What was written: the folder, its files, the SAE, the evaluation it quotes if any."""
+    """What was written: the folder, its files, the SAE, the evaluation it quotes if any.
+
+    `config` is the run's.
+    """
 
     folder: Place
     files: tuple[Place, ...]
     sae: Sae
     evaluation: Evaluation | None
+    config: Config
 
 
 def export(folder: Place) -> list[Release]:
@@ -51,10 +58,11 @@ def export(folder: Place) -> list[Release]:
         runs = [run for run in run_folders(folder) if newest_checkpoint(run) is not None]
     if not runs:
         raise UserError(f"{folder} holds no trained run yet: start with `sae train` or `sae sweep`")
-    return [_export_run(run) for run in runs]
+    return [export_run(run) for run in runs]
 
 
-def _export_run(folder: Place) -> Release:
+def export_run(folder: Place) -> Release:
+    """Write a run's `release/`, its card last; see `export`."""
     trained = load_trained(folder)
     sae = fold(trained)
     evaluation = _evaluation_of(sae, folder)
@@ -63,6 +71,8 @@ def _export_run(folder: Place) -> Release:
         frequency_F = read_frequencies(folder, evaluation)
         sae.metadata["l0"] = evaluation.l0
     target = make_folder(folder / RELEASE)
+    card = target / CARD
+    card.unlink(missing_ok=True)  # written last: without it a release isn't whole
     files: list[Place] = []
     if sae.k is None:  # Gemma Scope's formats have no place for a k, the first none for a skip
         if sae.W_skip is None:
@@ -70,13 +80,13 @@ def _export_run(folder: Place) -> Release:
         files += write_gemma_scope_2(sae, target / "gemma_scope_2")
     files += write_sae_lens(sae, target / "sae_lens", frequency_F=frequency_F)
     for path in files:
-        if path.name in ("params.npz", "params.safetensors", "sae_weights.safetensors"):
+        if path.name in WEIGHTS:
             check_same(sae, load_sae(path), path=path)
-    card = target / "README.md"
-    write_text(card, model_card(sae, config=_config(folder, trained.config), evaluation=evaluation))
+    config = _config(folder, trained.config)
+    write_text(card, model_card(sae, config=config, evaluation=evaluation))
     formats = sorted({path.parent.name for path in files})
     logger.info("%s: step %d released as %s", target, trained.step, ", ".join(formats))
-    return Release(target, (*files, card), sae, evaluation)
+    return Release(target, (*files, card), sae, evaluation, config)
 
 
 def _config(folder: Place, trained: Config) -> Config:

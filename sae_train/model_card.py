@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from sae_train.architecture import ARCHITECTURE_NAMES
 from sae_train.config import Config
@@ -10,7 +11,7 @@ from sae_train.config_file import resolved_yaml
 from sae_train.evaluation import Evaluation
 from sae_train.release import Sae
 
-_LICENCE = """\
+LICENCE = """\
 These weights were trained on activations of a Gemma model. Gemma is provided under and subject to
 the Gemma Terms of Use, <https://ai.google.dev/gemma/terms>; whoever publishes or uses them decides
 what those terms ask of them. This card grants no licence of its own.
@@ -82,16 +83,17 @@ def model_card(sae: Sae, *, config: Config, evaluation: Evaluation | None) -> st
         ("made with", training["library"]),
     ]
     return (
-        f"{_front_matter(config)}# {config.name}\n\n"
+        f"{front_matter(config, [config.sae.architecture])}# {config.name}\n\n"
         f"A {kind} sparse autoencoder in the manner of Gemma Scope (arXiv 2408.05147).\n\n"
-        f"{_table(facts)}\n## Measured\n\n{_measured(evaluation)}\n"
-        f"## Loading\n\n{loading}\n## Licence\n\n{_LICENCE}\n"
+        f"{table(facts)}\n## Measured\n\n{_measured(evaluation)}\n"
+        f"## Loading\n\n{loading}\n## Licence\n\n{LICENCE}\n"
         f"## Config\n\n```yaml\n{resolved_yaml(config).rstrip()}\n```\n"
     )
 
 
-def _front_matter(config: Config) -> str:
-    tags = f"tags: [sparse-autoencoder, {config.sae.architecture}, interpretability]"
+def front_matter(config: Config, architectures: Sequence[str]) -> str:
+    """What the Hub reads of a card."""
+    tags = f"tags: [sparse-autoencoder, {', '.join(architectures)}, interpretability]"
     lines = ["library_name: saelens", tags]
     weights = config.model.weights
     if weights.startswith("google/"):
@@ -105,12 +107,12 @@ def _measured(evaluation: Evaluation | None) -> str:
     e = evaluation
     rows = [
         ("L0", f"{e.l0:.2f}"),
-        ("FVU (squared error over variance)", _number(e.fvu)),
-        ("delta LM loss, nats per token", _number(e.delta_loss)),
-        ("loss without / with the SAE", f"{_number(e.loss)} / {_number(e.loss_spliced)}"),
-        ("loss with the site zero-ablated", _number(e.loss_zero_ablated)),
-        ("loss recovered", _number(e.loss_recovered)),
-        ("delta LM loss, spliced at BOS too", _number(e.delta_loss_all_positions)),
+        ("FVU (squared error over variance)", number(e.fvu)),
+        ("delta LM loss, nats per token", number(e.delta_loss)),
+        ("loss without / with the SAE", f"{number(e.loss)} / {number(e.loss_spliced)}"),
+        ("loss with the site zero-ablated", number(e.loss_zero_ablated)),
+        ("loss recovered", number(e.loss_recovered)),
+        ("delta LM loss, spliced at BOS too", number(e.delta_loss_all_positions)),
         ("latents alive", f"{e.alive_fraction:.1%}"),
         (
             "latents firing on over 10% of tokens",
@@ -118,16 +120,18 @@ def _measured(evaluation: Evaluation | None) -> str:
         ),
     ]
     return (
-        f"{_table(rows)}\nOn {e.sequences:,} held-out sequences of {e.sequence_length} tokens "
+        f"{table(rows)}\nOn {e.sequences:,} held-out sequences of {e.sequence_length} tokens "
         f"({e.loss_sequences:,} for the losses). BOS, EOS and padding are masked in every mean "
         "and, but where said, keep the model's own activations when the SAE is spliced in.\n"
     )
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Four decimals; in words where there is none."""
     return "not finite" if value is None else f"{value:.4f}"
 
 
-def _table(rows: list[tuple[str, str]]) -> str:
+def table(rows: list[tuple[str, str]]) -> str:
+    """Two columns in Markdown."""
     lines = ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows)]
     return "\n".join(lines) + "\n"

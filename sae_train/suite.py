@@ -27,7 +27,7 @@ _TRANSCODERS_READ: dict[Tree, Site] = {
 }
 _SPECIAL_TOKENS = 3  # BOS, EOS and padding, which no store of the embedding holds
 
-_GEMMA_SCOPE_SITES: dict[str, str] = {
+GEMMA_SCOPE_SITES: dict[str, str] = {
     "resid_post": "res",
     "mlp_out": "mlp",
     "attn_out_prelinear": "att",
@@ -117,7 +117,7 @@ class Cell:
 
     def _gemma_scope_cell(self) -> str:
         place = {
-            "sae": f"{_GEMMA_SCOPE_SITES.get(self.site or '')}/layer_{self.layer}",
+            "sae": f"{GEMMA_SCOPE_SITES.get(self.site or '')}/layer_{self.layer}",
             "transcoder": f"transcoders/layer_{self.layer}",
             "embedding": "res/embedding",
         }[self.kind]
