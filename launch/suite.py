@@ -33,6 +33,8 @@ def suite_runs(config: Config) -> Iterator[tuple[str, Mapping[str, Any], Config]
             "name": f"{config.name}-{name.replace('/', '-')}",
             "output": str(place(config.output) / name),
         }
+        if config.sweep is not None and config.sweep.start_from is not None:
+            own["sae.start_from"] = config.sweep.start_from.replace("{folder}", name)
         if cell.kind == "embedding":  # no tap of the model's, so `cache.sites` needn't have it
             own["cache.sites"] = [{"site": "embedding", "layers": [0]}]
         run = with_values(base, {**settings, **own}, source=f"sweep.cells, {name}")

@@ -368,6 +368,7 @@ class SweepConfig(Section):
     kinds: list[Kind] | None = None  # None: all that `cells` has
     only: list[str] | None = None  # patterns of names, * for anything; None: all
     stores: Literal["one", "per_layer", "per_tap"] = "one"
+    start_from: Annotated[str, Field(min_length=1)] | None = None  # of cells; {folder} is theirs
     cohort: CohortConfig = CohortConfig()
 
     @model_validator(mode="after")
@@ -376,6 +377,15 @@ class SweepConfig(Section):
             raise ValueError("sweep.cells stands alone: take out sweep.grid and sweep.zip")
         if not self.cells and (self.kinds is not None or self.stores != "one"):
             raise ValueError("sweep.kinds and sweep.stores are for sweep.cells, which is empty")
+        if self.start_from is not None:
+            if not self.cells:
+                raise ValueError("sweep.start_from is for sweep.cells; one SAE has sae.start_from")
+            rest = self.start_from.replace("{folder}", "")
+            if rest == self.start_from or set("{}") & set(rest):
+                raise ValueError(
+                    f"sweep.start_from {self.start_from} must have {{folder}}, which stands for a "
+                    "cell's folder, and no other braces: organisation/repository/{folder}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -86,11 +86,12 @@ def tree_folder(
     """
     suite = config.sweep is not None and bool(config.sweep.cells)
     if suite and config.sweep is not None and config.sweep.tree == "gemma_scope_2":
-        return re.sub(r"_l0_[^/]*$", "", str(run)), str(run)
+        return re.sub(r"_l0_[^_/]+|_seed_\d+$", "", str(run)), str(run)
     sae = release.config.sae
     kind = "" if sae.architecture == "jumprelu" else f"_{sae.architecture}"
-    site = GEMMA_SCOPE_SITES.get(sae.site, sae.site)
-    cell = f"{site}/layer_{sae.layer}/width_{width_name(sae.width)}{kind}"
+    site = "transcoders" if sae.is_transcoder else GEMMA_SCOPE_SITES.get(sae.site, sae.site)
+    affine = "_affine" if sae.affine_skip else ""
+    cell = f"{site}/layer_{sae.layer}/width_{width_name(sae.width)}{kind}{affine}"
     cell = str(run.parent) if suite else cell
     if release.evaluation is None:
         logger.warning("%s was not evaluated: its folder is called after the run", run)

@@ -18,7 +18,6 @@ from typing import Any
 from urllib.parse import quote
 
 from activation_cache.storage import AnyPath, Place, make_folder, place, write_text
-from sae_train import report_svg
 from sae_train.architecture import ARCHITECTURE_NAMES
 from sae_train.config import Config
 from sae_train.config_file import FILE_NAME, differing_fields, read_run_config, resolved_yaml
@@ -32,7 +31,8 @@ from sae_train.report_plots import (
     tiles,
     training_charts,
 )
-from sae_train.report_svg import Chart, compact
+from sae_train.report_published import published_sections
+from sae_train.report_svg import compact, figure
 from sae_train.run_folder import EVALUATION, RunFolder, read_run, run_folders
 
 _PACKAGES = ("open-gemma-scope", "jax", "flax", "orbax-checkpoint", "tensorstore", "numpy")
@@ -119,6 +119,7 @@ def _body(config: Config, runs: Sequence[ReportRun], *, page: Place) -> str:
             _training(runs),
             _frequencies(runs),
             _positions(runs),
+            published_sections(runs, legend=_legend(runs)),
             _configuration(config),
             _footer(),
         ]
@@ -162,11 +163,6 @@ def _problems(runs: Sequence[ReportRun]) -> str:
     return f'<div class="warn">{"".join(f"<p>{one}</p>" for one in lines)}</div>' if lines else ""
 
 
-def _figure(chart: Chart, *, heading: str, caption: str = "") -> str:
-    below = f"<figcaption>{caption}</figcaption>" if caption else ""
-    return f"<figure><h3>{escape(heading)}</h3>{report_svg.render(chart)}{below}</figure>"
-
-
 def _legend(runs: Sequence[ReportRun]) -> str:
     if len(runs) < 2:
         return ""
@@ -184,8 +180,8 @@ def _frontier(runs: Sequence[ReportRun]) -> str:
     return (
         "<h2>Sparsity and fidelity</h2>"
         f'<p class="note">{_loss_words(runs)} Lower left is better.</p>'
-        f'<div class="charts wide">{_figure(delta, heading="Delta loss against L0")}'
-        f"{_figure(fvu, heading='Unexplained variance against L0')}</div>{_legend(runs)}"
+        f'<div class="charts wide">{figure(delta, heading="Delta loss against L0")}'
+        f"{figure(fvu, heading='Unexplained variance against L0')}</div>{_legend(runs)}"
     )
 
 
@@ -262,7 +258,7 @@ def _relative(path: Place, page: Place) -> str:
 
 def _training(runs: Sequence[ReportRun]) -> str:
     charts = training_charts(runs)
-    figures = "".join(_figure(chart, heading=_capital(chart.y.label)) for chart in charts)
+    figures = "".join(figure(chart, heading=_capital(chart.y.label)) for chart in charts)
     return (
         '<h2>Training</h2><p class="note">Over the training batches, logged as they went; the loss '
         "is the reconstruction's squared error on scaled inputs plus the sparsity penalty.</p>"
@@ -277,7 +273,7 @@ def _frequencies(runs: Sequence[ReportRun]) -> str:
         if chart is not None:
             alive = run.measured("alive_fraction")
             words = "" if alive is None else f"{alive:.1%} of latents fired at least once."
-            figures += _figure(chart, heading=run.label, caption=words)
+            figures += figure(chart, heading=run.label, caption=words)
     if not figures:
         return ""
     return (
@@ -290,7 +286,7 @@ def _positions(runs: Sequence[ReportRun]) -> str:
     charts = [chart for chart in position_charts(runs) if chart.series]
     if not charts:
         return ""
-    figures = "".join(_figure(chart, heading=_capital(chart.y.label)) for chart in charts)
+    figures = "".join(figure(chart, heading=_capital(chart.y.label)) for chart in charts)
     return (
         '<h2>By position in the sequence</h2><p class="note">Held-out averages at each position; '
         f'BOS stands at position 0.</p><div class="charts">{figures}</div>{_legend(runs)}'

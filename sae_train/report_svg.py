@@ -112,6 +112,12 @@ def render(chart: Chart) -> str:
     return "\n".join(parts)
 
 
+def figure(chart: Chart, *, heading: str, caption: str = "") -> str:
+    """The chart with its heading, and a caption of HTML, as one `<figure>`."""
+    below = f"<figcaption>{caption}</figcaption>" if caption else ""
+    return f"<figure><h3>{escape(heading)}</h3>{render(chart)}{below}</figure>"
+
+
 def compact(value: float) -> str:
     """1200000 -> '1.2M', 0.00031 -> '3.1e-4', 12.0 -> '12': for ticks and tiles."""
     if value == 0:
@@ -146,6 +152,14 @@ def _scale(axis: Axis, values: Sequence[float], *, start: float, end: float) -> 
     first = math.ceil(low / step - 1e-9)
     count = int((high - first * step) / step + 1e-9) + 1
     return _Scale(axis, low, high, start, end, [(first + i) * step for i in range(count)])
+
+
+def nice_ticks(low: float, high: float) -> tuple[float, float, list[float]]:
+    """A range of round numbers around two, and the round numbers in it."""
+    high = high if high > low else low + 1.0
+    step = _nice_step((high - low) / 4)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return first * step, last * step, [step * i for i in range(first, last + 1)]
 
 
 def _nice_step(rough: float) -> float:
@@ -215,9 +229,10 @@ def _series(series: Series, x: _Scale, y: _Scale) -> str:
     if series.marks or len(points) == 1:
         for px, py, index in points:
             title = f"<title>{escape(series.titles[index])}</title>" if series.titles else ""
-            kind = "mark hollow" if series.hollow else "mark"
+            # A ring goes around the full mark that it may fall on.
+            kind, radius = ("mark hollow", 8) if series.hollow else ("mark", 5)
             parts.append(
-                f'<circle class="{kind}" cx="{px:.1f}" cy="{py:.1f}" r="5">{title}</circle>'
+                f'<circle class="{kind}" cx="{px:.1f}" cy="{py:.1f}" r="{radius}">{title}</circle>'
             )
     return "".join(parts) + "</g>"
 

@@ -16,6 +16,7 @@ from launch.sweep import expand
 from sae_train.config import Config
 from sae_train.config_file import write_config
 from sae_train.report import describe_runs, write_report
+from sae_train.report_rows import RowBars, RowChart, render_rows
 from sae_train.report_svg import Axis, Bars, Chart, Series, compact, render
 from sae_train.run_folder import read_run, record_failure, run_folders
 from tests.browser import measure, screenshot
@@ -98,7 +99,7 @@ def test_the_page_is_whole_by_itself(sweep: Path) -> None:
     page = Page(write_report(sweep))
     assert page.loads == []
     assert not re.search(r"url\(|@import|https?://(?!www\.w3\.org)", page.source)
-    assert page.counts["svg"] == 2 + 6 + 5 + 3
+    assert page.counts["svg"] == 2 + 6 + 5 + 3 + 2, "two sparsities have both widths"
 
 
 def test_every_link_leads_to_a_file(sweep: Path) -> None:
@@ -309,3 +310,85 @@ def test_choosing_a_run_dims_the_others(sweep: Path, tmp_path: Path) -> None:
         "(shade(part) === '1') === (part.dataset.run === run)) }"
     )
     assert measure(page, script, width=1280, workplace=tmp_path) == "true"
+
+
+# What the paper measures beyond its headline ----------------------------------------------------
+
+
+def published(folder: Path, *, more: bool = True) -> Path:
+    """Two widths at two sparsities, with all that an evaluation may hold."""
+    config = sweep_config(folder, coefficients=[1e-3, 4e-3], widths=[2048, 4096])
+    write_config(config, folder)
+    for run, l0 in zip(expand(config), (96, 82, 21, 18), strict=True):
+        write_run(run.config, l0=l0)
+        path = run.folder / "evaluation.json"
+        found = json.loads(path.read_text())
+        delta = found["delta_loss"]
+        rows = [("Europarl", 2.0), ("<b>DM Math", 0.5), ("silent", None)]
+        numbers = {"l0": l0, "fvu": 0.2, "delta_loss": delta}
+        kinds = ("float32", "bfloat16")
+        found |= {
+            "importance_uniformity": 0.7 - l0 / 1000,
+            "by_subset": {
+                name: {"l0": l0, "fvu": 0.2, "delta_loss": None if f is None else f * delta}
+                for name, f in rows
+            },
+            "by_precision": [numbers | {"model": m, "sae": s} for m in kinds for s in kinds],
+        }
+        if more:
+            path.write_text(json.dumps(found))
+            other = found | {"l0": l0 / 2, "delta_loss": 2 * delta}
+            (run.folder / "evaluation-gemma-it.json").write_text(json.dumps(other))
+    return folder
+
+
+def section(page: Path, heading: str) -> str:
+    (text,) = re.findall(rf"<h2>{heading}</h2>(.*?)(?=<h2>)", page.read_text(), flags=re.DOTALL)
+    return text
+
+
+def test_each_published_figure_has_its_numbers(tmp_path: Path) -> None:
+    page = write_report(published(tmp_path / "sweep"))
+    Page(page)
+    widths = section(page, "Firing frequencies by width")
+    assert widths.count("<figure>") == 2
+    assert widths.count('<path class="line"') == 4
+    importance = section(page, "Importance of active latents")
+    assert "width\u00a02048, λ\u00a00.001: L0 96.0, uniformity of importance 0.604" in importance
+    subsets = section(page, "By subset")
+    assert subsets.count("<svg") == 3
+    order = re.findall(r'class="end">([^<]+)</text>', subsets[: subsets.index("</svg>")])
+    assert order == ["&lt;b&gt;DM Math", "Europarl", "silent"], "from best to worst"
+    precision = section(page, "Precision")
+    assert precision.count("<tr>") == 5
+    assert len(re.findall(r"mark hollow", precision)) == 8
+    elsewhere = section(page, "In gemma-it")
+    assert "λ\u00a00.001, gemma-it: L0 48.0, delta loss (nats)" in elsewhere
+    assert len(re.findall(r'class="mark"', elsewhere)) == 8
+
+
+def test_bars_are_as_long_as_their_values() -> None:
+    chart = RowChart(
+        title="t",
+        axis="x",
+        names=["a", "b", "c"],
+        bars=[RowBars([1.0, -0.5, None], "#112233", "run", "run")],
+    )
+    svg = render_rows(chart)
+    bars = numbers(r'<rect x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', svg)
+    assert len(bars) == 2
+    (positive, long), (negative, short) = bars
+    assert long == pytest.approx(2 * short, rel=0.01)
+    assert negative + short == pytest.approx(positive, abs=0.2), "both begin at 0"
+
+
+def test_what_was_not_measured_is_not_shown(tmp_path: Path) -> None:
+    words = Page(write_report(published(tmp_path / "sweep", more=False))).words
+    for heading in ("By subset", "Importance", "Precision", "In gemma-it"):
+        assert heading not in words
+
+
+def test_the_published_figures_fit_a_phone(tmp_path: Path) -> None:
+    page = write_report(published(tmp_path / "sweep"))
+    found = measure(page, "document.documentElement.scrollWidth", width=390, workplace=tmp_path)
+    assert float(found) <= 390

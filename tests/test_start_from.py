@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +13,24 @@ import numpy as np
 import pytest
 
 from activation_cache.errors import UserError
+from activation_cache.known_models import known_config
+from launch.cli import main
+from launch.suite import suite_runs
 from sae_train import load_sae
 from sae_train.checkpoint import load_trained
 from sae_train.config import Config
+from sae_train.config_file import load_config
 from sae_train.formats import write_gemma_scope, write_sae_lens
 from sae_train.loop import train
 from sae_train.release import Sae, fold
 from sae_train.start_from import starting_params
+from sae_train.suite import all_cells
 from tests.configs import make_config
+from tests.pipeline import ROOT, write_pipeline
 from tests.saes import make_trained
 from tests.training import WIDTH, make_run
 
+DATA = Path(__file__).parent / "data"
 F = 24
 NONE = {"penalty": "none"}
 L1 = {"penalty": "l1", "coefficient": 0.03, "warmup_steps": 0}
@@ -137,3 +146,57 @@ def test_what_the_hub_gave_before_is_read_without_a_network(
         load_sae(f"{repository}/layer_99")
     with pytest.raises(UserError, match=r"the Hub does not give google/other"):
         load_sae("google/other/layer_1")
+
+
+# Suites -----------------------------------------------------------------------------------------
+
+TUNED = sorted((ROOT / "configs" / "gemma_scope_2").glob("*-it.yaml"))
+# Of each suite's SAEs, how many base ones aren't on the list (docs/suites.md).
+NOT_LISTED = {"270m-it": 70, "1b-it": 0, "4b-it": 0, "12b-it": 0, "27b-it": 640}
+
+
+@pytest.mark.parametrize("path", TUNED, ids=lambda path: path.stem)
+def test_the_tuned_suites_begin_with_the_base_ones(path: Path):
+    config = load_config(path, ["sweep.only=['*/layer_1?_width_16k_l0_small*']"])
+    base = f"google/gemma-scope-2-{path.stem.replace('-it', '-pt')}"
+    chosen = list(suite_runs(config))
+    assert chosen
+    for name, _, run in chosen:
+        assert run.sae.start_from == f"{base}/{name}"
+    with gzip.open(DATA / "gemma_scope_2_released.csv.gz", "rt", encoding="utf-8") as file:
+        listed = {row["repo_path"] for row in csv.DictReader(file)}
+    gemma = known_config(config.model.weights)
+    assert gemma is not None
+    folders = {f"{base}/{cell.folder}" for cell in all_cells(config, gemma)}
+    assert len(folders - listed) == NOT_LISTED[path.stem]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("sweep.start_from=google/gemma-scope-2-270m-pt", "must have {folder}"),
+        ("sweep.start_from='google/{folder}/{size}'", "no other braces"),
+        ("sweep={start_from: 'a/b/{folder}', grid: {train.seed: [0]}}", "is for sweep.cells"),
+    ],
+)
+def test_bad_templates_are_told(override: str, words: str):
+    with pytest.raises(UserError, match=words):
+        load_config(TUNED[0], [override])
+
+
+def test_a_suite_trains_on_from_released_saes(tmp_path: Path):
+    base = write_pipeline(tmp_path, sweep=BASE_SUITE)
+    assert main(["sweep", str(base)]) == 0
+    text = base.read_text().replace("{cells:", f"{{start_from: '{tmp_path}/out/{{folder}}', cells:")
+    tuned = tmp_path / "tuned.yaml"
+    tuned.write_text(text)
+    still = ["train.learning_rate.peak=1e-30"]
+    assert main(["sweep", str(tuned), f"output={tmp_path}/tuned", *still]) == 0
+    name = "res/layer_1/width_64/coefficient_0.001"
+    before, after = (load_trained(tmp_path / o / name).params["W_enc"] for o in ("out", "tuned"))
+    np.testing.assert_allclose(after, before, atol=1e-4 * np.abs(before).max())
+
+
+BASE_SUITE = """\
+sweep: {cells: [{sites: [resid_post], layers: [1], widths: [64], coefficients: [1e-3]}]}
+"""
