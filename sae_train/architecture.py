@@ -8,8 +8,8 @@ from __future__ import annotations
 from jaxtyping import Array, Bool, Float
 
 from sae_train import gated, relu, sae, topk
-from sae_train.config import Architecture, SaeConfig
 from sae_train.sae import Forward, Params
+from sae_train.sae_config import Architecture, SaeConfig
 
 ARCHITECTURE_NAMES: dict[Architecture, str] = {
     "jumprelu": "JumpReLU",

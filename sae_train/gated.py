@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sae_train.config import SaeConfig
 from sae_train.sae import Forward, Params, counted, decode, pre_activations
+from sae_train.sae_config import SaeConfig
 
 
 def forward(

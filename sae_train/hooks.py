@@ -14,7 +14,7 @@ from activation_cache.config import Site
 
 if TYPE_CHECKING:
     from sae_train.checkpoint import Trained
-    from sae_train.config import SaeConfig
+    from sae_train.sae_config import SaeConfig
 
 # The SAELens whose file format we write; below 6.0 its readers drop the metadata.
 SAE_LENS_VERSION = "6.54.12"

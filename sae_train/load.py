@@ -25,7 +25,7 @@ from activation_cache.storage import AnyPath, Place, on_disk, place
 from sae_train.hooks import hugging_face_hook, parse_hook, transformer_lens_hook
 from sae_train.hub_address import fetch_sae, is_hub_address
 from sae_train.load_sae_lens import read_sae_lens
-from sae_train.load_tensors import capital, checked, damaged, read_config, read_tensors
+from sae_train.load_tensors import Tensors, capital, checked, damaged, read_config, read_tensors
 from sae_train.release import SKIP, Sae, check_finite
 
 _SUPPORTED = (
@@ -120,20 +120,23 @@ def _read_gemma_scope_2(path: Path) -> Sae:
     if hook and (tap := parse_hook(hook)):
         metadata["hook_name"] = transformer_lens_hook(*tap)
     metadata = {key: value for key, value in metadata.items() if value is not None}
-    tensors = capital(read_tensors(path))
-    if "affine_skip_connection" in tensors:
-        tensors[SKIP] = tensors.pop("affine_skip_connection")
-    has_skip = SKIP in tensors
-    if config.get("affine_connection", has_skip) != has_skip:
-        raise UserError(
-            f"{config_path} has affine_connection {config['affine_connection']}, and the tensors "
-            f"{'have' if has_skip else 'lack'} affine_skip_connection: fetch or export both again"
-        )
+    tensors = _with_skip(capital(read_tensors(path)), config, path=config_path)
     if kind == "transcoder" or SKIP in tensors or hook_out not in (None, hook):
         tap = parse_hook(hook_out) if hook_out else None
         metadata["hook_name_out"] = transformer_lens_hook(*tap) if tap else None
         metadata["hf_hook_name_out"] = hook_out
     return checked(tensors, path=path, metadata=metadata)
+
+
+def _with_skip(tensors: Tensors, config: dict[str, Any], *, path: Path) -> Tensors:
+    """Gemma Scope 2's name of the skip as ours, config and tensors compared."""
+    has_skip = "affine_skip_connection" in tensors
+    if config.get("affine_connection", has_skip) != has_skip:
+        raise UserError(
+            f"{path} has affine_connection {config['affine_connection']}, and the tensors "
+            f"{'have' if has_skip else 'lack'} affine_skip_connection: fetch or export both again"
+        )
+    return {{"affine_skip_connection": SKIP}.get(name, name): t for name, t in tensors.items()}
 
 
 _READERS: dict[str, Callable[[Path], Sae]] = {

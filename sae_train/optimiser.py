@@ -16,8 +16,9 @@ import optax
 from jaxtyping import Array, Float
 
 from sae_train.architecture import has_unit_decoder
-from sae_train.config import AdamConfig, SaeConfig, TrainConfig
+from sae_train.config import AdamConfig, TrainConfig
 from sae_train.sae import Params
+from sae_train.sae_config import SaeConfig
 
 Scalar = Array | np.float32
 

@@ -25,7 +25,8 @@ from typing import Literal
 import jax.numpy as jnp
 
 from activation_cache.config import Dtype
-from sae_train.config import Architecture, MeshConfig
+from sae_train.config import MeshConfig
+from sae_train.sae_config import Architecture
 from sae_train.sharding import AXIS_OF_DIM, BATCH_DIMS, LAST_FIRED, Tensor, params_table
 
 Backend = Literal["accelerator", "cpu"]

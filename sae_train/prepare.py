@@ -20,8 +20,9 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from sae_train.config import Config, MatchL0Penalty, SaeConfig, TargetL0Penalty
+from sae_train.config import Config, MatchL0Penalty, TargetL0Penalty
 from sae_train.sae import Params, pre_activations
+from sae_train.sae_config import SaeConfig
 from sae_train.schedule import total_learning_rate
 from sae_train.sharding import mesh_of, sharding
 from sae_train.start_from import starting_params

@@ -20,9 +20,9 @@ from jaxtyping import Array, Float
 
 from activation_cache.config import Dtype
 from activation_cache.errors import UserError
-from sae_train.config import Architecture, SaeConfig
 from sae_train.hooks import metadata_of
 from sae_train.sae import PRECISION
+from sae_train.sae_config import Architecture, SaeConfig
 from sae_train.topk import select
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sae_train.config import SaeConfig
+from sae_train.sae_config import SaeConfig
 
 # Gemma Scope trains in float32; without this a GPU would round products to TF32.
 PRECISION = jax.lax.Precision.HIGHEST

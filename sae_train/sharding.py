@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from activation_cache.config import MeshConfig
 from activation_cache.copies import devices_of_processes
-from sae_train.config import Architecture, SaeConfig
+from sae_train.sae_config import Architecture, SaeConfig
 
 AXES = ("data", "model")
 AXIS_OF_DIM: dict[str, str | None] = {"B": "data", "F": "model", "D": None}

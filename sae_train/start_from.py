@@ -18,9 +18,9 @@ import numpy as np
 from jaxtyping import Float
 
 from activation_cache.errors import UserError
-from sae_train.config import SaeConfig
 from sae_train.load import load_sae
 from sae_train.release import Sae, check_kind
+from sae_train.sae_config import SaeConfig
 
 # A log-threshold has no zero; a latent that was active above 0 is so above this.
 _SMALLEST_THRESHOLD = 1e-6

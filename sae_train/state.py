@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from sae_train.config import SaeConfig
+from sae_train.sae_config import SaeConfig
 from sae_train.sharding import LAST_FIRED, Tensor, shape_of, sharding, table_of
 
 

@@ -20,10 +20,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from sae_train.architecture import forward
-from sae_train.config import Config, SaeConfig, TrainConfig
+from sae_train.config import Config, TrainConfig
 from sae_train.optimiser import update
 from sae_train.penalty import Priced, priced
 from sae_train.sae import Forward, Params, threshold_of
+from sae_train.sae_config import SaeConfig
 from sae_train.schedule import Scheduled
 from sae_train.sharding import BATCH_DIMS, sharding
 from sae_train.state import TrainState, state_shardings

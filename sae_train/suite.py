@@ -101,6 +101,9 @@ class Cell:
         )
         transcoder = {
             "sae.target": "mlp_out",
+            # Not published for Gemma Scope 2, whose models' MLPs may put out a hundred times what
+            # they read: docs/suites.md.
+            "sae.target_scale": "input" if self.tree == "gemma_scope" else "own",
             "sae.affine_skip": self.affine,
             "sae.pre_encoder_bias": False,
         }

@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sae_train.config import SaeConfig
 from sae_train.sae import Forward, Params, counted, decode, pre_activations, product_with_decoder
+from sae_train.sae_config import SaeConfig
 
 _BITS = 31  # of a float32 that isn't negative; read as integers they are in the floats' order
 
