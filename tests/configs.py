@@ -31,6 +31,8 @@ def make_config(
     penalty = {"penalty": "l0", "coefficient": 0.01, "warmup_steps": 0} | (sparsity or {})
     if penalty["penalty"] == "none":
         penalty = {"penalty": "none"}
+    own = {"site": "resid_post"} | (sae or {})
+    tapped = [own[key] for key in ("site", "target") if own.get(key)]
     defaults = {"batch_size": 64, "tokens": 64 * 10, "log_every_steps": 1}
     threshold = {
         "init": threshold_init,
@@ -43,7 +45,7 @@ def make_config(
         "text": {"source": ["*.txt"], "sequence_length": 16, "held_out_sequences": 1},
         "cache": {
             "path": cache_path,
-            "sites": [{"site": "resid_post", "layers": [layer]}],
+            "sites": [{"site": site, "layers": [layer]} for site in dict.fromkeys(tapped)],
             "tokens": rows,
             "shuffle_rows": 64,
             "block_rows": 8,

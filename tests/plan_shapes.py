@@ -31,9 +31,11 @@ def compile_step(
     mesh = devices or make_mesh(config.mesh)
     step = make_train_step(config, input_scale=1.3, mesh=mesh)
     state = abstract_state(config.sae, d_model=shape.d_model, mesh=mesh)
-    rows = jax.ShapeDtypeStruct(
+    rows: Any = jax.ShapeDtypeStruct(
         (shape.batch_size, shape.d_model), jnp.dtype(dtype), sharding=sharding(mesh, BATCH_DIMS)
     )
+    if config.sae.is_transcoder:
+        rows = (rows, rows)
     lowered: jax.stages.Lowered = step.lower(state, rows, scheduled(config.train, step=0))  # type: ignore[attr-defined]
     return lowered.compile()
 

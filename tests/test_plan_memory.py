@@ -75,3 +75,13 @@ def test_an_accelerator_needs_what_the_step_keeps_alive() -> None:
     }
     assert memory.biggest == "activations"
     assert memory.total == sum(memory.items.values()) + 4 * 8 * 4
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_transcoder_has_two_batches_and_perhaps_a_skip(skip: bool) -> None:
+    sizes = Shape(512, 256, 4096, MeshConfig(), is_transcoder=True, has_skip=skip)
+    own = {"site": "mlp_in", "target": "mlp_out", "affine_skip": skip}
+    arguments, total = measured_bytes(compile_step(sizes, sae=own))
+    planned = step_memory(sizes, backend="cpu")
+    assert sum(planned.items[name] for name in ("weights", "second moment", "batch")) == arguments
+    assert planned.step == pytest.approx(total, rel=TOLERANCE)
