@@ -207,7 +207,8 @@ def array_errors(path: Place, *, doing: str) -> Iterator[None]:
         named = re.search(r'(?:local file|at|key) "([^"]+)"', text)
         file = named.group(1) if named else str(path)
         if status in ("DATA_LOSS", "NOT_FOUND", "FAILED_PRECONDITION") and doing != "write":
-            raise UserError(_damage(file, status, text)) from error
+            found = text.split(" [", 1)[0]
+            raise damaged_shard(file, found, missing=status == "NOT_FOUND") from error
         if isinstance(path, BucketPath):
             raise array_error(str(path), text, doing=doing) or error from error
         code = re.search(r"os_error_code='(\d+)'", text)
@@ -218,10 +219,10 @@ def array_errors(path: Place, *, doing: str) -> Iterator[None]:
             raise OSError(number, text) from error
 
 
-def _damage(file: str, status: str, text: str) -> str:
-    found = text.split(" [", 1)[0]
-    reason = "is missing or incomplete" if status == "NOT_FOUND" else "is damaged"
-    return (
+def damaged_shard(file: Place | str, found: str, *, missing: bool = False) -> UserError:
+    """What to say of a shard that can't be read as it was written."""
+    reason = "is missing or incomplete" if missing else "is damaged"
+    return UserError(
         f"{file} {reason}: every chunk must be there and match its checksum and its description "
         f"({found}). Restore the file from a copy, or delete the folder and make it again."
     )

@@ -2,8 +2,8 @@
 
 A batch is a pure function of (store, tap, batch size, seed, step): there is no iterator state to
 save, and any step can be asked for at any time. Reading ahead changes when bytes are read and
-never which. TensorStore reads all blocks of all batches ahead concurrently, in its own threads,
-straight into each batch's memory; this class only keeps the queue. Legend: B batch, D width.
+never which. All blocks of all batches ahead are read concurrently, in other threads (`block_reads`;
+of a bucket TensorStore's); this class only keeps the queue. Legend: B batch, D width.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 import tensorstore as ts
 from jaxtyping import Float
 
+from activation_cache.block_reads import BlockReads, PendingRows, reads_blocks
 from activation_cache.layout import array_errors, start_read
 from activation_cache.order import BlockOrder
 from activation_cache.store import Store
@@ -77,8 +78,9 @@ class ActivationReader:
                 "file_io_concurrency": {"limit": _CONCURRENT_FILE_READS},
             }
         )
-        self._array = self._layout.open(context=context)
-        self._queue: deque[ts.Future] = deque()
+        self._array = self._layout.open(context=context)  # to be told of a wrong description
+        self._blocks = BlockReads(self._layout) if reads_blocks(self._layout) else None
+        self._queue: deque[ts.Future | PendingRows] = deque()
         self._first = start_step  # the step at the head of the queue
         self._read_ahead()
         logger.info(
@@ -100,6 +102,8 @@ class ActivationReader:
         trace: TracebackType | None,
     ) -> None:
         self._drop()
+        if self._blocks is not None:
+            self._blocks.close()
 
     def batch(self, step: int) -> Float[np.ndarray, "B D"]:
         """Rows `[step * B, (step + 1) * B)` of the stream, or the wanted part of them.
@@ -129,7 +133,10 @@ class ActivationReader:
                 start = (self._first + len(self._queue)) * self.batch_size
                 wanted = self._wanted
                 segments = self._order.segments(start + wanted.start, start + wanted.stop)
-                self._queue.append(start_read(self._array, segments))
+                if self._blocks is not None:
+                    self._queue.append(self._blocks.start(segments))
+                else:
+                    self._queue.append(start_read(self._array, segments))
 
     def _drop(self) -> None:
         while self._queue:

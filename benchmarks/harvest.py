@@ -1,0 +1,134 @@
+"""Our forward to a tap against `transformers` with hooks, and what a harvest loses beside it.
+
+    python -m benchmarks.harvest [--dtype bfloat16] [--layer 5]
+
+Both have the demo's Gemma 3 270M (`python -m launch.demo demo-data`), the same tokens in the same
+batches, the same dtype and as many threads; `transformers` is cut after the tapped layer and has no
+head, so both compute as deep. Each hands over what a store keeps: float32 on the host. The third
+number is a whole harvest, its tokens read, its rows shuffled and written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from activation_cache.config import Dtype, MeshConfig, ModelConfig
+from activation_cache.harvest import harvest
+from activation_cache.model import LanguageModel, load_model
+from activation_cache.taps import Tap
+from benchmarks.measure import interleaved
+from sae_train.config_file import load_config
+
+logger = logging.getLogger("harvest")
+
+CONFIG = "configs/demo.yaml"
+BATCH, LENGTH = 8, 256
+
+
+class _Hooked:
+    """`transformers`' model up to a layer, its output caught by a hook."""
+
+    def __init__(self, weights: Path, *, layer: int, dtype: Dtype) -> None:
+        whole: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            weights.parent, gguf_file=weights.name, dtype=getattr(torch, dtype)
+        )
+        self._model = whole.model.eval()
+        self._model.layers = self._model.layers[: layer + 1]
+        self._caught: torch.Tensor | None = None
+        self._model.layers[layer].register_forward_hook(self._catch)
+
+    def _catch(self, module: Any, inputs: Any, output: Any) -> None:
+        self._caught = output[0] if isinstance(output, tuple) else output
+
+    def __call__(self, tokens: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            self._model(torch.from_numpy(tokens).long(), use_cache=False)
+        assert self._caught is not None
+        return self._caught.float().numpy()
+
+
+def measure(*, dtype: Dtype, layer: int, rounds: int, rows: int) -> dict[str, Any]:
+    """Tokens per second of each, and their ratios."""
+    config = load_config(CONFIG, [f"model.dtype={dtype}"])
+    with tempfile.TemporaryDirectory() as scratch:
+        converted, tap = Path(scratch, "weights"), Tap("resid_post", layer)
+        ours = load_model(config.model, converted=converted)
+        theirs = _Hooked(Path(config.model.weights), layer=layer, dtype=dtype)
+        rng = np.random.default_rng(0)
+        tokens = rng.integers(1000, 200_000, (BATCH, LENGTH), dtype=np.int32)
+        tokens[:, 0] = 2
+        away = _difference(ours, theirs, tokens, tap)
+        times = interleaved(
+            {
+                "transformers, hooks": lambda: theirs(tokens),
+                "ours": lambda: _on_host(ours, tokens, tap),
+            },
+            rounds=rounds,
+        )
+        del ours, theirs
+        whole = _whole_harvest(config.model, scratch=Path(scratch), tap=tap, rows=rows)
+    rates = {name: BATCH * LENGTH / own.median for name, own in times.items()}
+    return {
+        "dtype": dtype,
+        "tap": tap.name,
+        "relative_difference": away,
+        "times": times,
+        "tokens_per_second": rates | {"a whole harvest": whole},
+        "ratio": rates["ours"] / rates["transformers, hooks"],
+        "harvest_of_forward": whole / rates["ours"],
+    }
+
+
+def _on_host(model: LanguageModel, tokens: np.ndarray, tap: Tap) -> np.ndarray:
+    return np.asarray(model.activations(tokens, [tap])[tap]).astype(np.float32)
+
+
+def _difference(ours: LanguageModel, theirs: _Hooked, tokens: np.ndarray, tap: Tap) -> float:
+    """How far apart the two are, so that it is the same work that is compared."""
+    a, b = _on_host(ours, tokens, tap), theirs(tokens)
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def _whole_harvest(model: ModelConfig, *, scratch: Path, tap: Tap, rows: int) -> float:
+    """Tokens per second of a harvest after its tokens are there, loading and compiling included."""
+    overrides = [
+        f"model.dtype={model.dtype}",
+        f"cache.path={scratch}/store",
+        f"cache.sites=[{{site: {tap.site}, layers: [{tap.layer}]}}]",
+        f"cache.tokens={rows}",
+        f"sae.layer={tap.layer}",
+    ]
+    config = load_config(CONFIG, overrides)
+    start = time.perf_counter()
+    harvest(model=config.model, text=config.text, cache=config.cache, mesh=MeshConfig())
+    return rows / (time.perf_counter() - start)
+
+
+def main() -> None:
+    """Log the rates and their ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--layer", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=60_000, help="of the whole harvest")
+    told = parser.parse_args()
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", force=True)
+    logger.setLevel(logging.INFO)
+    found = measure(dtype=told.dtype, layer=told.layer, rounds=told.rounds, rows=told.rows)
+    for name, times in found.pop("times").items():
+        logger.info("%-20s %s", name, times)
+    for name, value in found.items():
+        logger.info("%-20s %s", name, value)
+
+
+if __name__ == "__main__":
+    main()

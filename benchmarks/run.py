@@ -1,0 +1,82 @@
+"""Every speed benchmark in one go, as JSON and as the tables of docs/performance.md: `make bench`.
+
+    python -m benchmarks.run [--full] [--only step trainers reader harvest] [--json FILE]
+
+A few minutes; `--full` takes longer: more widths, more rounds, a larger store.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import harvest, reader, trainers
+from benchmarks.measure import write_results
+
+logger = logging.getLogger("bench")
+
+
+def _trainers(full: bool) -> list[dict[str, Any]]:
+    """A step beside other libraries'."""
+    return [
+        trainers.measure(width=width, l0=64, batch=4096, d_model=640, rounds=7 if full else 3)
+        for width in ((4096, 16_384, 65_536) if full else (16_384,))
+    ]
+
+
+def _reader(full: bool) -> list[dict[str, Any]]:
+    """The reader beside the disk."""
+    with tempfile.TemporaryDirectory(dir=".") as scratch:
+        sizes = {"gigabytes": 8.0 if full else 2.0, "rounds": 7 if full else 3}
+        return [reader.measure(Path(scratch), **sizes)]
+
+
+def _harvest(full: bool) -> list[dict[str, Any]]:
+    """The forward beside transformers, and a whole harvest beside the forward."""
+    return [
+        harvest.measure(dtype=dtype, layer=5, rounds=7 if full else 3, rows=60_000)
+        for dtype in (("float32", "bfloat16") if full else ("float32",))
+    ]
+
+
+PARTS: dict[str, Callable[[bool], list[dict[str, Any]]]] = {
+    "trainers": _trainers,
+    "reader": _reader,
+    "harvest": _harvest,
+}
+
+
+def main() -> None:
+    """Run the parts asked for; each is logged as it ends, all are kept as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--full", action="store_true", help="more sizes, more rounds")
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--json", type=Path, default=Path("runs/bench/results.json"))
+    told = parser.parse_args()
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", force=True)
+    logger.setLevel(logging.INFO)
+    results: dict[str, Any] = {}
+    for name in told.only:
+        results[name] = PARTS[name](told.full)
+        write_results(told.json, results)
+        for row in results[name]:
+            logger.info("%s", name)
+            for key, value in row.items():
+                _log(key, value)
+    logger.info("kept in %s", told.json)
+
+
+def _log(key: str, value: Any) -> None:
+    if isinstance(value, dict):
+        for name, own in value.items():
+            logger.info("    %-34s %s", name, own)
+    else:
+        logger.info("  %-36s %s", key, f"{value:.4g}" if isinstance(value, float) else value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""A training step beside other libraries': same width, batch, dtype, threads and active latents.
+
+    python -m benchmarks.trainers [--widths 16384 65536] [--l0 64]
+
+Every trainer gets the same Gaussian rows of unit mean square and thresholds set so that `--l0`
+latents of a row are active; a learning rate of almost nothing keeps it so. The steps take turns.
+sparsify has no JumpReLU: its TopK SAE steps with Adam, k the same number. Needs the extra `bench`.
+
+Legend: B rows of a batch, D model width, F latents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from sparsify import SparseCoder, SparseCoderConfig
+
+from benchmarks.measure import interleaved
+from benchmarks.other_trainers import Budget, DictionaryLearning, SaeLens
+from sae_train.sae import PRECISION
+from sae_train.schedule import scheduled
+from sae_train.sharding import make_mesh
+from sae_train.state import init_state
+from sae_train.step import make_train_step
+from tests.configs import make_config
+
+logger = logging.getLogger("trainers")
+
+STILL = 1e-12  # a learning rate that moves nothing
+
+
+def _rows(batch: int, d_model: int) -> np.ndarray:
+    rows = np.random.default_rng(0).standard_normal((batch, d_model))
+    return (rows / math.sqrt(d_model)).astype(np.float32)
+
+
+def _threshold(W_enc_FD: np.ndarray, x_BD: np.ndarray, *, l0: int) -> float:
+    """The common θ that leaves `l0` latents of a row active, from a few rows."""
+    pre = x_BD[:256] @ W_enc_FD.T
+    return float(np.quantile(pre, 1 - l0 / W_enc_FD.shape[0]))
+
+
+def our_step(
+    mode: Literal["auto", "dense", "sparse"], x_BD: np.ndarray, *, width: int, l0: int
+) -> Callable[[], Any]:
+    """Our step, by whole products or by pairs."""
+    B, D = x_BD.shape
+    config = make_config(
+        width=width,
+        batch_size=B,
+        tokens=1000 * B,
+        parametrisation="direct",
+        threshold_init=1.0,
+        step=mode,
+        learning_rate={"peak": STILL, "warmup_steps": 0},
+    )
+    mesh = make_mesh(config.mesh)
+    state = init_state(config.sae, d_model=D, seed=0, mesh=mesh)
+    theta = _threshold(np.asarray(state.params["W_enc"]), x_BD, l0=l0)
+    state.params["threshold"] = jnp.full(width, theta, jnp.float32)
+    step = make_train_step(config, input_scale=1.0, mesh=mesh)
+    rows, holder = jax.device_put(x_BD), {"state": state}
+
+    def once() -> Any:
+        holder["state"], metrics = step(holder["state"], rows, scheduled(config.train, step=500))
+        holder["l0"] = metrics.l0
+        return holder
+
+    return once
+
+
+def encoder_product(x_BD: np.ndarray, *, width: int) -> Callable[[], Any]:
+    """The one product a step can't be without, on its own."""
+    D = x_BD.shape[1]
+    W_FD = jax.random.uniform(jax.random.key(0), (width, D))
+    rows = jax.device_put(x_BD)
+    # Reduced, so that what is timed isn't the writing of [B, F].
+    product = jax.jit(
+        lambda x, w: jnp.einsum("bd,fd->bf", x, w, precision=PRECISION), donate_argnums=()
+    )
+    return lambda: product(rows, W_FD)
+
+
+def dictionary_learning_step(budget: Budget, x_BD: np.ndarray, *, l0: int) -> Callable[[], Any]:
+    """dictionary_learning's JumpReLU."""
+    trainer = DictionaryLearning(budget, target_l0=l0, learning_rate=STILL, bandwidth=0.001)
+    ae = trainer._trainer.ae
+    with torch.no_grad():
+        W_enc_FD = ae.W_enc.T.contiguous().numpy()
+        ae.threshold.fill_(_threshold(W_enc_FD, x_BD, l0=l0))
+    return lambda: trainer.step(x_BD)
+
+
+def sae_lens_step(budget: Budget, x_BD: np.ndarray, *, l0: int) -> Callable[[], Any]:
+    """SAELens' JumpReLU."""
+    trainer = SaeLens(
+        budget,
+        coefficient=0.0,
+        learning_rate=STILL,
+        bandwidth=0.05,
+        threshold=1.0,
+        norms=iter([x_BD] * 16),
+    )
+    sae, scale = trainer._sae, trainer._scale
+    with torch.no_grad():
+        W_enc_FD = sae.W_enc.T.contiguous().numpy()
+        sae.threshold.fill_(_threshold(W_enc_FD, x_BD / np.float32(scale), l0=l0))
+    return lambda: trainer.step(x_BD)
+
+
+def sparsify_step(x_BD: np.ndarray, *, width: int, k: int) -> Callable[[], Any]:
+    """sparsify's TopK SAE: its forward, its gradient projection, Adam, its normalisation."""
+    coder = SparseCoder(x_BD.shape[1], SparseCoderConfig(num_latents=width, k=k))
+    optimiser = torch.optim.Adam(coder.parameters(), lr=STILL)
+    x = torch.from_numpy(x_BD)
+
+    def once() -> None:
+        coder.set_decoder_norm_to_unit_norm()
+        coder(x).fvu.backward()
+        coder.remove_gradient_parallel_to_decoder_directions()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    return once
+
+
+def measure(*, width: int, l0: int, batch: int, d_model: int, rounds: int) -> dict[str, Any]:
+    """Seconds of each, taking turns, and ours against the fastest of the others."""
+    x_BD = _rows(batch, d_model)
+    budget = Budget(
+        d_model=d_model,
+        width=width,
+        batch_size=batch,
+        steps=1000,
+        warmup_steps=1,
+        sparsity_warmup_steps=1,
+        decay_steps=1,
+        input_scale=1.0,
+    )
+    ways = {
+        "encoder product": encoder_product(x_BD, width=width),
+        "ours, dense": our_step("dense", x_BD, width=width, l0=l0),
+        "ours, auto": our_step("auto", x_BD, width=width, l0=l0),
+        "dictionary_learning JumpReLU": dictionary_learning_step(budget, x_BD, l0=l0),
+        "SAELens JumpReLU": sae_lens_step(budget, x_BD, l0=l0),
+        "sparsify TopK": sparsify_step(x_BD, width=width, k=l0),
+    }
+    times = interleaved(ways, rounds=rounds)
+    ours = times["ours, auto"].median
+    jumprelu = min(
+        times[name].median for name in ("dictionary_learning JumpReLU", "SAELens JumpReLU")
+    )
+    return {
+        "width": width,
+        "l0": l0,
+        "batch": batch,
+        "d_model": d_model,
+        "our_l0": float(ways["ours, auto"]()["l0"]),
+        "times": times,
+        "faster_than_jumprelu": jumprelu / ours,
+        "faster_than_sparsify": times["sparsify TopK"].median / ours,
+        "of_encoder_product": ours / times["encoder product"].median,
+    }
+
+
+def main() -> None:
+    """Log each width's table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--widths", type=int, nargs="+", default=[16_384, 65_536])
+    parser.add_argument("--l0", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=4096)
+    parser.add_argument("--d-model", type=int, default=640)
+    parser.add_argument("--rounds", type=int, default=5)
+    told = parser.parse_args()
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", force=True)
+    logger.setLevel(logging.INFO)
+    for width in told.widths:
+        found = measure(
+            width=width, l0=told.l0, batch=told.batch, d_model=told.d_model, rounds=told.rounds
+        )
+        for name, times in found.pop("times").items():
+            logger.info("%7d %-30s %s", width, name, times)
+        for name in (
+            "our_l0",
+            "faster_than_jumprelu",
+            "faster_than_sparsify",
+            "of_encoder_product",
+        ):
+            logger.info("%7d %-30s %.2f", width, name, found[name])
+
+
+if __name__ == "__main__":
+    main()
