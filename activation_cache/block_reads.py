@@ -124,7 +124,7 @@ class BlockReads:
             if offset == _ABSENT or size != target.nbytes + _CHECKSUM_BYTES:
                 raise damaged_shard(shard, f"chunk {number} has {size} bytes")
             checksum = bytearray(_CHECKSUM_BYTES)
-            _read_fully(file, [target, checksum], offset, shard=shard)
+            _read_fully(file, [target.data, memoryview(checksum)], offset, shard=shard)
         finally:
             os.close(file)
         if google_crc32c.value(target) != int.from_bytes(checksum, "little"):
@@ -140,7 +140,7 @@ class BlockReads:
         start = os.fstat(file).st_size - len(end)
         if start < 0:
             raise damaged_shard(shard, "it is shorter than its index")
-        _read_fully(file, [end], start, shard=shard)
+        _read_fully(file, [memoryview(end)], start, shard=shard)
         table, checksum = bytes(end[:-_CHECKSUM_BYTES]), end[-_CHECKSUM_BYTES:]
         if google_crc32c.value(table) != int.from_bytes(checksum, "little"):
             raise damaged_shard(shard, "the checksum of its index doesn't match")
@@ -150,11 +150,8 @@ class BlockReads:
         return index
 
 
-def _read_fully(
-    file: int, targets: list[np.ndarray | bytearray], offset: int, *, shard: Path
-) -> None:
-    """Fill the targets, one after the other, from an offset on."""
-    views = [memoryview(target) for target in targets]
+def _read_fully(file: int, views: list[memoryview], offset: int, *, shard: Path) -> None:
+    """Fill the views, one after the other, from an offset on."""
     wanted = sum(len(view) for view in views)
     while wanted:
         count = os.preadv(file, views, offset)

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import platform
 from pathlib import Path
+from typing import Any
 
 from activation_cache.storage import user_cache
 
@@ -27,7 +28,8 @@ def keep_programs() -> None:
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    chosen: Any = jax.config  # whose attributes no type checker knows
+    if chosen.jax_compilation_cache_dir or not chosen.jax_enable_compilation_cache:
         return
     folder = user_cache() / "compiled" / _processor_key()
     try:
