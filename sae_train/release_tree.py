@@ -33,7 +33,7 @@ from sae_train.export import CARD, WEIGHTS, Release, check_same, export_run
 from sae_train.load import load_sae
 from sae_train.release_index import INDEX, Entry, index, with_canonical
 from sae_train.run_folder import RELEASE
-from sae_train.suite import GEMMA_SCOPE_SITES, width_name
+from sae_train.suite import GEMMA_SCOPE_SITES, released_folder, width_name
 from sae_train.suite_card import suite_card
 
 logger = logging.getLogger(__name__)
@@ -84,22 +84,29 @@ def tree_folder(
     Where two of a cell round to one L0 the later has its seed or a number behind it. What wasn't
     evaluated keeps the run's name.
     """
-    suite = config.sweep is not None and bool(config.sweep.cells)
-    if suite and config.sweep is not None and config.sweep.tree == "gemma_scope_2":
+    sweep, evaluation = config.sweep, release.evaluation
+    suite = sweep is not None and bool(sweep.cells)
+    if suite and sweep is not None and sweep.tree == "gemma_scope_2":
         return re.sub(r"_l0_[^_/]+|_seed_\d+$", "", str(run)), str(run)
-    sae = release.config.sae
-    kind = "" if sae.architecture == "jumprelu" else f"_{sae.architecture}"
-    site = "transcoders" if sae.is_transcoder else GEMMA_SCOPE_SITES.get(sae.site, sae.site)
-    affine = "_affine" if sae.affine_skip else ""
-    cell = f"{site}/layer_{sae.layer}/width_{width_name(sae.width)}{kind}{affine}"
-    cell = str(run.parent) if suite else cell
-    if release.evaluation is None:
+    cell = str(run.parent) if suite else _cell(release.config)
+    if evaluation is None:
         logger.warning("%s was not evaluated: its folder is called after the run", run)
         return cell, f"{cell}/{run.name}"
-    name = f"{cell}/average_l0_{release.evaluation.l0:.0f}"
+    name = released_folder(f"{cell}/", tree="gemma_scope", average_l0=evaluation.l0)
     seed = release.config.train.seed
     endings = ["", *([f"_seed_{seed}"] if seed else []), *(f"_{n}" for n in range(2, 10_000))]
     return cell, next(name + ending for ending in endings if name + ending not in taken)
+
+
+def _cell(config: Config) -> str:
+    """What a suite would call the cell of a run."""
+    sae = config.sae
+    kind = "" if sae.architecture == "jumprelu" else f"_{sae.architecture}"
+    affine = "_affine" if sae.affine_skip else ""
+    if sae.site == "embedding":
+        return f"res/embedding/width_{width_name(sae.width)}{kind}"
+    site = "transcoders" if sae.is_transcoder else GEMMA_SCOPE_SITES.get(sae.site, sae.site)
+    return f"{site}/layer_{sae.layer}/width_{width_name(sae.width)}{kind}{affine}"
 
 
 def _gather(release: Release, tree: Place, name: str) -> dict[str, int]:

@@ -72,10 +72,8 @@ class Cell:
         return f"{self._gemma_scope_cell()}/{self._sparsity()}"
 
     def released_folder(self, *, average_l0: float) -> str:
-        """Its folder in a released tree; Gemma Scope puts the measured L0, rounded, in the name."""
-        if self.tree == "gemma_scope_2":
-            return self._gemma_scope_2()
-        return f"{self._gemma_scope_cell()}/average_l0_{average_l0:.0f}"
+        """Its folder in a released tree."""
+        return released_folder(self.folder, tree=self.tree, average_l0=average_l0)
 
     @property
     def tap(self) -> Tap:
@@ -138,6 +136,13 @@ class Cell:
         text = f"coefficient_{self.coefficient:g}" if self.label is None else label + self.label
         affine = "_affine" if self.affine else ""
         return text + affine + (f"_seed_{self.seed}" if self.seed else "")
+
+
+def released_folder(folder: str, *, tree: Tree, average_l0: float) -> str:
+    """A run's folder in a released tree: Gemma Scope's ends in the measured L0, rounded."""
+    if tree == "gemma_scope_2":
+        return folder
+    return f"{folder.rpartition('/')[0]}/average_l0_{average_l0:.0f}"
 
 
 def width_name(width: int) -> str:
