@@ -265,6 +265,7 @@ def test_an_sae_in_another_model(world: World, tuned: ModelConfig):
     before = measured(world)
     found = elsewhere(world, {"model": tuned.model_dump()})("gemma-it")
     assert measured(world) == before, "the run's own evaluation stays"
+    read_frequencies(world.run, before)
     other = load_model(tuned)
     x = np.asarray(other.activations(world.tokens, [TAP])[TAP], np.float64)
     usable = ~np.isin(world.tokens, [PAD, EOS, BOS])
@@ -285,7 +286,7 @@ def test_another_text_with_prefixes_that_do_not_count(
     rollouts = tmp_path / "rollouts.jsonl"
     prefix, rows = "<s>user\n", []
     for number in range(12):
-        rows.append({"text": f"{prefix}why {number}? the answer and then some"})
+        rows.append({"text": f"well{prefix}why {number}? the answer and then some"})
     rollouts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = {"source": [str(rollouts)], "sequence_length": 12}
     entry = {"model": tuned.model_dump(), "text": text, "sequences": 5}
