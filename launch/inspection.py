@@ -145,11 +145,13 @@ def inspect_sae(path: Place) -> None:
     sae = load_sae(path)
     d_model, width = sae.W_enc.shape
     facts = {"width": f"{width:,} latents", "reads": f"activations of width {d_model:,}"}
-    for name in ("model_name", "hook_name", "context_size"):
+    if sae.W_skip is not None:
+        facts["affine skip"] = f"norm {np.linalg.norm(np.asarray(sae.W_skip, np.float64)):.5g}"
+    for name in ("model_name", "hook_name", "hook_name_out", "context_size"):
         if sae.metadata.get(name) is not None:
             facts[name.replace("_", " ")] = str(sae.metadata[name])
     facts["|b_dec|"] = f"{np.linalg.norm(np.asarray(sae.b_dec, np.float64)):.5g}"
-    print_table(_facts(f"SAE {path}", facts))
+    print_table(_facts(f"{'transcoder' if sae.is_transcoder else 'SAE'} {path}", facts))
     print_table(_quantiles(sae))
 
 

@@ -86,3 +86,8 @@ def test_from_text_to_release(
     for command in ("sweep", "evaluate", "status"):
         assert main([command, str(out)]) == 0
     assert "trained" in capsys.readouterr().out
+    last = next(run for name, run in runs.items() if name.startswith("transcoder"))
+    assert main(["inspect", str(last / "release" / "sae_lens")]) == 0
+    shown = capsys.readouterr().out
+    assert "hook name out" in shown
+    assert "blocks.1.hook_mlp_out" in shown
