@@ -64,7 +64,7 @@ class Job:
 
     @property
     def importance_sequences(self) -> int:
-        return min(self.settings.importance_sequences, self.settings.sequences)
+        return min(self.settings.importance_sequences, self.loss_sequences)
 
     def is_current(self, evaluation: Evaluation | None) -> bool:
         """Would the evaluation there is come out the same again?"""
