@@ -9,11 +9,16 @@ Legend: D model width, F latents.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from sae_train.architecture import has_unit_decoder
 from sae_train.config import AdamConfig, TrainConfig
@@ -44,16 +49,80 @@ def adam_step(
     learning_rate: Scalar,
     bias_correction: Scalar,
     config: AdamConfig,
+    kept: Array | None = None,
 ) -> tuple[Array, Array]:
     """One update of one tensor: (new parameter, new second moment).
 
     v ← β₂ v + (1 - β₂) g²;  p ← p - lr g / (√(v / bias_correction) + ε).
     `bias_correction` is 1 - β₂ᵗ, t counted from 1; the host computes it in float64, where
-    float32 would lose four digits in the first steps.
+    float32 would lose four digits in the first steps. `kept` takes the place of the first β₂
+    where v hasn't been brought up to date in every step (`kept_share`).
     """
-    moment = config.beta2 * second_moment + (1.0 - config.beta2) * jnp.square(gradient)
+    before = config.beta2 if kept is None else kept
+    moment = before * second_moment + (1.0 - config.beta2) * jnp.square(gradient)
     scaled = gradient / (jnp.sqrt(moment / bias_correction) + config.epsilon)
     return param - learning_rate * scaled, moment
+
+
+def kept_share(steps_N: Int[Array, " N"], *, config: AdamConfig) -> Float[Array, " N"]:
+    """What is left of a second moment after so many steps, all but the last without a gradient.
+
+    β₂ⁿ as exp(n log β₂): its error grows with n log β₂, which is small where the share isn't. The
+    β₂ is float32's, as in the dense update that this one must agree with.
+    """
+    if config.beta2 == 0:
+        return jnp.zeros(steps_N.shape)
+    beta2 = float(np.float32(config.beta2))
+    powers_N = jnp.exp(steps_N.astype(jnp.float32) * math.log(beta2))
+    return jnp.where(steps_N == 1, jnp.float32(beta2), powers_N)
+
+
+class Rows(NamedTuple):
+    """What a latent has D numbers of: its weights and their second moments, [F, D] each.
+
+    Its fields are arrays; in its twins, their dims or where they lie.
+    """
+
+    W_enc: Any
+    W_dec: Any
+    v_enc: Any
+    v_dec: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RowUpdate:
+    """The scalars of an update of rows; `scale` is what clipping leaves of a gradient.
+
+    In its twins, where they lie.
+    """
+
+    learning_rate: Any
+    bias_correction: Any
+    scale: Any
+
+
+def update_rows(
+    rows: Rows,
+    *,
+    g_enc_FD: Float[Array, "F D"],
+    g_dec_FD: Float[Array, "F D"],
+    kept_F: Float[Array, " F"],
+    scalars: RowUpdate,
+    config: AdamConfig,
+) -> Rows:
+    """`update` of some latents' rows of unit-norm architectures, the decoder not yet projected."""
+    step = partial(
+        adam_step,
+        learning_rate=scalars.learning_rate,
+        bias_correction=scalars.bias_correction,
+        config=config,
+        kept=kept_F[:, None],
+    )
+    g_dec_FD = remove_parallel(g_dec_FD, rows_FD=rows.W_dec) * scalars.scale
+    W_enc_FD, v_enc_FD = step(rows.W_enc, g_enc_FD * scalars.scale, second_moment=rows.v_enc)
+    W_dec_FD, v_dec_FD = step(rows.W_dec, g_dec_FD, second_moment=rows.v_dec)
+    return Rows(W_enc=W_enc_FD, W_dec=unit_rows(W_dec_FD), v_enc=v_enc_FD, v_dec=v_dec_FD)
 
 
 def update(
