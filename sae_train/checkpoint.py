@@ -38,7 +38,7 @@ from sae_train.state import TrainState, abstract_state
 logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 Loaded = TypeVar("Loaded")
 

@@ -149,6 +149,10 @@ class TrainConfig(Section):
     sparsity: Sparsity
     gradient_clip: Positive | None = None  # global norm; Gemma Scope clips nothing
     dead_after_tokens: PositiveCount = 10_000_000  # a latent silent for so long counts as dead
+    # What a step's gradients are made from (docs/performance.md): products of whole matrices, pairs
+    # of a row and an active latent where there are few, or one of the two by the SAE's shape.
+    step: Literal["auto", "dense", "sparse"] = "auto"
+    sparse_capacity: PositiveCount | None = None  # pairs a row; None: width / 16, at most 512
     stacked: bool = False  # one compiled program for members of a cohort with the same step
     log_every_steps: PositiveCount = 100
     tensorboard: bool = False

@@ -107,6 +107,8 @@ class Journal:
             "dead_fraction": float(metrics.dead_fraction),
             "threshold_mean": float(metrics.threshold_mean),
             "gradient_norm": float(metrics.gradient_norm),
+            "sparse_candidates": float(metrics.sparse_candidates),
+            "sparse_overflows": int(metrics.sparse_overflows),
             "learning_rate": float(scalars.learning_rate),
             "sparsity_coefficient": float(metrics.sparsity_coefficient),
         }

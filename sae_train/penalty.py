@@ -51,8 +51,17 @@ class Priced:
     log_gain: Float[Array, ""]
 
 
+@dataclass(frozen=True)
+class Counts:
+    """What a penalty prices, where there is no `Forward`; as its fields of these names."""
+
+    l0_B: Float[Array, " B"]
+    frequency_F: Float[Array, " F"]
+    l1_B: Float[Array, " B"] | None = None
+
+
 def priced(
-    out: Forward, scalars: Scheduled, *, log_gain: Float[Array, ""], train: TrainConfig
+    out: Forward | Counts, scalars: Scheduled, *, log_gain: Float[Array, ""], train: TrainConfig
 ) -> Priced:
     """The mean penalty of a batch.
 

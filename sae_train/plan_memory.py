@@ -1,8 +1,9 @@
 """What one device holds while it trains, item by item, before anything is allocated.
 
-The arguments of the compiled step (weights, second moments, the batch) follow from the table in
-`sharding`, byte for byte. Its temporaries follow from what the step keeps alive at its fullest,
-at the end of the backward pass:
+It is the step by whole products (`train.step: dense`); of one that may go by pairs, which needs
+less, docs/performance.md has what was measured. The arguments of the compiled step (weights, second
+moments, the batch) follow from the table in `sharding`, byte for byte. Its temporaries follow from
+what the step keeps alive at its fullest, at the end of the backward pass:
 
     gradients     of every parameter; W_dec's and W_enc's, [F, D] each, are what counts
     activations   two [B, F]: pre-activations and latents, then their cotangents in their place;
@@ -31,7 +32,9 @@ from sae_train.sharding import AXIS_OF_DIM, BATCH_DIMS, LAST_FIRED, Tensor, para
 
 Backend = Literal["accelerator", "cpu"]
 FLOAT_BYTES = 4
-STATE_SCALAR_BYTES = 12  # the step, what steering added to log λ, BatchTopK's threshold
+# The step, what steering added to log λ, BatchTopK's threshold, overflows. When latents were last
+# touched and how the last step went are no arguments of a step by whole products.
+STATE_SCALAR_BYTES = 16
 SCALAR_BYTES = 12  # learning rate, coefficient, bias correction
 _STATE = ("weights", "second moment")
 _HELD = (*_STATE, "batch")  # from one step to the next; the other items are temporaries

@@ -23,7 +23,12 @@ from activation_cache.copies import devices_of_processes
 from sae_train.sae_config import Architecture, SaeConfig
 
 AXES = ("data", "model")
-AXIS_OF_DIM: dict[str, str | None] = {"B": "data", "F": "model", "D": None}
+AXIS_OF_DIM: dict[str, str | None] = {
+    "B": "data",
+    "F": "model",
+    "D": None,
+    "whole": None,  # any dim, where every device has all of it
+}
 
 Initialiser = Callable[[jax.Array, tuple[int, ...], "SaeConfig"], Array]
 

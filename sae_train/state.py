@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +22,17 @@ class TrainState:
 
     Attributes:
         params: the trained parameters, see `sharding.params_table`.
-        second_moment: Adam's v for each of them.
+        second_moment: Adam's v for each of them; of a latent, as it was in the step `last_touched`.
         last_fired: for each latent the step (counted from 1) in which it last fired, 0 for never.
+        last_touched: for each latent the step in which its parameters and second moments were last
+            updated. In every step since, its gradient was 0 and its v has yet to decay.
         step: optimiser steps done.
         log_gain: what `match_l0` has added to the logarithm of its coefficient.
         selection_threshold: of BatchTopK the mean of the smallest latents selected, its threshold
             at inference; 0 of others.
+        candidates: pairs of row and latent, per row, that the last step had a gradient at.
+        sparse: 1 if the last step went by pairs, 0 if by whole products.
+        overflows: steps so far that tried to go by pairs and had too many.
 
     Its leaves are arrays; in its twins, their shardings or their abstract shapes.
     """
@@ -34,9 +40,13 @@ class TrainState:
     params: dict[str, Any]
     second_moment: dict[str, Any]
     last_fired: Any
+    last_touched: Any
     step: Any
     log_gain: Any
     selection_threshold: Any
+    candidates: Any
+    sparse: Any
+    overflows: Any
 
 
 def _map_table(leaf, scalar, *, config: SaeConfig) -> TrainState:
@@ -47,9 +57,13 @@ def _map_table(leaf, scalar, *, config: SaeConfig) -> TrainState:
         params=params,
         second_moment={name: leaf(f"second_moment.{name}", table[name]) for name in table},
         last_fired=leaf("last_fired", LAST_FIRED),
+        last_touched=leaf("last_touched", LAST_FIRED),
         step=scalar(jnp.int32),
         log_gain=scalar(jnp.float32),
         selection_threshold=scalar(jnp.float32),
+        candidates=scalar(jnp.float32),
+        sparse=scalar(jnp.int32),
+        overflows=scalar(jnp.int32),
     )
 
 
@@ -94,7 +108,9 @@ def init_state(config: SaeConfig, *, d_model: int, seed: int, mesh: Mesh) -> Tra
                 return tensor.init(key, shape, config).astype(tensor.dtype)
             return jnp.zeros(shape, tensor.dtype)
 
-        return _map_table(leaf, lambda dtype: jnp.zeros((), dtype), config=config)
+        state = _map_table(leaf, lambda dtype: jnp.zeros((), dtype), config=config)
+        # Half of all latents are active at first (docs/numerics.md): as if all were.
+        return dataclasses.replace(state, candidates=jnp.float32(config.width))
 
     placed = state_shardings(mesh, config=config)
     return jax.jit(init, out_shardings=placed)()

@@ -19,6 +19,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
+from sae_train.adaptive_step import AdaptiveStep, Stepped, is_adaptive
 from sae_train.architecture import forward
 from sae_train.config import Config, TrainConfig
 from sae_train.optimiser import update
@@ -37,8 +38,10 @@ class StepMetrics:
 
     `mse` is the squared error summed over D, mean over rows. `fvu` is the summed squared error
     over that of always predicting the batch's mean. `sparsity_coefficient` is the λ that was in
-    force, warm-up and steering included. `finite` covers loss and gradients, hence the state
-    after the step.
+    force, warm-up and steering included. `sparse_candidates` are the pairs of row and latent that
+    have a gradient, per row, and 0 where steps never go by pairs; `sparse_overflows` counts the
+    steps so far that tried to and had too many. `finite` covers loss and gradients, hence the
+    state after the step.
     """
 
     loss: Float[Array, ""]
@@ -49,6 +52,8 @@ class StepMetrics:
     threshold_mean: Float[Array, ""]
     sparsity_coefficient: Float[Array, ""]
     gradient_norm: Float[Array, ""]
+    sparse_candidates: Float[Array, ""]
+    sparse_overflows: Array
     finite: Array
 
 
@@ -114,29 +119,30 @@ def averaged(mean: Array, smallest: Array | None, *, step: Array) -> Array:
 
 def _measure(
     state: TrainState,
-    out: Forward,
+    stepped: Stepped,
     *,
     target_BD: Array,
-    loss: Array,
-    coefficient: Array,
-    norm: Array,
+    overflows: Array,
     config: Config,
 ) -> tuple[StepMetrics, Array]:
     """The step's metrics and the new `last_fired`."""
-    fired_F = (out.latents_BF > 0).any(axis=0)
+    loss, norm = stepped.loss, stepped.norm
+    fired_F = stepped.fired_F
     last_fired_F = jnp.where(fired_F, state.step + 1, state.last_fired)
-    mse = jnp.square(target_BD - out.reconstruction_BD).sum(axis=1).mean()
+    mse = jnp.square(target_BD - stepped.reconstruction_BD).sum(axis=1).mean()
     variance = jnp.square(target_BD - target_BD.mean(axis=0, keepdims=True)).sum(axis=1).mean()
     dead_F = _is_dead(last_fired_F, step=state.step + 1, train=config.train)
     metrics = StepMetrics(
         loss=loss,
         mse=mse,
         fvu=mse / variance,
-        l0=out.l0_B.mean(),
+        l0=stepped.l0_B.mean(),
         dead_fraction=dead_F.mean(),
         threshold_mean=_threshold_mean(state, config=config.sae),
-        sparsity_coefficient=coefficient,
+        sparsity_coefficient=stepped.coefficient,
         gradient_norm=norm,
+        sparse_candidates=stepped.candidates,
+        sparse_overflows=overflows,
         finite=jnp.isfinite(loss) & jnp.isfinite(norm),
     )
     return metrics, last_fired_F
@@ -155,7 +161,7 @@ def make_train_step(
     """
     states, rows, scalar = _placements(config, mesh)
     return jax.jit(
-        _plain_step(config, input_scale=input_scale, target_scale=target_scale),
+        _plain_step(config, input_scale=input_scale, target_scale=target_scale, mesh=mesh),
         in_shardings=(states, rows, scalar),
         out_shardings=(states, scalar),
         donate_argnums=0,
@@ -176,7 +182,7 @@ def make_stacked_step(
     that each can be saved, or leave, without being copied; they are donated.
     """
     states, rows, scalar = _placements(config, mesh)
-    plain = _plain_step(config, input_scale=input_scale, target_scale=target_scale)
+    plain = _plain_step(config, input_scale=input_scale, target_scale=target_scale, mesh=mesh)
 
     def step(
         own: tuple[TrainState, ...], batch: Batch, scalars: tuple[Scheduled, ...]
@@ -209,51 +215,75 @@ def _scaled(
     return inputs_BD * (1.0 / input_scale), targets_BD * (1.0 / (target_scale or input_scale))
 
 
-def _plain_step(config: Config, *, input_scale: float, target_scale: float | None) -> TrainStep:
+def _plain_step(
+    config: Config, *, input_scale: float, target_scale: float | None, mesh: Mesh
+) -> TrainStep:
     """The step as it is written, uncompiled."""
-    sae, train = config.sae, config.train
-    loss_gradient = jax.value_and_grad(loss_and_forward, has_aux=True)
+    adaptive = AdaptiveStep(config, mesh) if is_adaptive(config, mesh) else None
 
     def step(state: TrainState, batch: Batch, scalars: Scheduled) -> tuple[TrainState, StepMetrics]:
         x_BD, target_BD = _scaled(batch, input_scale=input_scale, target_scale=target_scale)
-        (loss, (out, penalty)), gradients = loss_gradient(
-            state.params,
-            x_BD,
-            scalars,
-            target_BD=target_BD,
-            log_gain=state.log_gain,
-            dead_F=_is_dead(state.last_fired, step=state.step, train=train),
-            sae=sae,
-            train=train,
-        )
+        smallest, sparse, overflows = None, jnp.zeros((), bool), state.overflows
+        if adaptive is None:
+            stepped, smallest = _whole(state, x_BD, target_BD, scalars, config=config)
+        else:
+            stepped, sparse, tried = adaptive(state, x_BD, target_BD=target_BD, scalars=scalars)
+            overflows = overflows + (tried & ~sparse).astype(jnp.int32)
         metrics, last_fired = _measure(
-            state,
-            out,
-            target_BD=target_BD,
-            loss=loss,
-            coefficient=penalty.coefficient,
-            norm=optax.tree.norm(gradients),
-            config=config,
-        )
-        params, second_moment = update(
-            state.params,
-            gradients,
-            second_moment=state.second_moment,
-            learning_rate=scalars.learning_rate,
-            bias_correction=scalars.bias_correction,
-            sae=sae,
-            train=train,
+            state, stepped, target_BD=target_BD, overflows=overflows, config=config
         )
         new_state = TrainState(
-            params=params,
-            second_moment=second_moment,
+            params=stepped.params,
+            second_moment=stepped.second_moment,
             last_fired=last_fired,
+            last_touched=stepped.last_touched,
             step=state.step + 1,
-            log_gain=penalty.log_gain,
-            selection_threshold=averaged(
-                state.selection_threshold, out.smallest, step=state.step + 1
-            ),
+            log_gain=stepped.log_gain,
+            selection_threshold=averaged(state.selection_threshold, smallest, step=state.step + 1),
+            candidates=stepped.candidates,
+            sparse=sparse.astype(jnp.int32),
+            overflows=overflows,
         )
         return new_state, metrics
 
     return step
+
+
+def _whole(
+    state: TrainState, x_BD: Array, target_BD: Array, scalars: Scheduled, *, config: Config
+) -> tuple[Stepped, Array | None]:
+    """A step of any architecture, by products of whole matrices; and BatchTopK's `smallest`."""
+    sae, train = config.sae, config.train
+    (loss, (out, penalty)), gradients = jax.value_and_grad(loss_and_forward, has_aux=True)(
+        state.params,
+        x_BD,
+        scalars,
+        target_BD=target_BD,
+        log_gain=state.log_gain,
+        dead_F=_is_dead(state.last_fired, step=state.step, train=train),
+        sae=sae,
+        train=train,
+    )
+    params, second_moment = update(
+        state.params,
+        gradients,
+        second_moment=state.second_moment,
+        learning_rate=scalars.learning_rate,
+        bias_correction=scalars.bias_correction,
+        sae=sae,
+        train=train,
+    )
+    stepped = Stepped(
+        params=params,
+        second_moment=second_moment,
+        last_touched=jnp.full_like(state.last_touched, state.step + 1),
+        loss=loss,
+        coefficient=penalty.coefficient,
+        log_gain=penalty.log_gain,
+        norm=optax.tree.norm(gradients),
+        reconstruction_BD=out.reconstruction_BD,
+        l0_B=out.l0_B,
+        fired_F=(out.latents_BF > 0).any(axis=0),
+        candidates=jnp.zeros(()),
+    )
+    return stepped, out.smallest

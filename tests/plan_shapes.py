@@ -26,6 +26,7 @@ def compile_step(
         batch_size=shape.batch_size,
         tokens=10 * shape.batch_size,
         mesh=(shape.mesh.data, shape.mesh.model),
+        step="dense",
         **options,
     )
     mesh = devices or make_mesh(config.mesh)

@@ -67,7 +67,9 @@ def test_an_accelerator_needs_what_the_step_keeps_alive() -> None:
     memory = step_memory(shape(8, 4, 2, 2, batch_size=16))
     params = 4 * (2 * 4 * 4 + 4 + 4 + 4)  # W_dec, W_enc; b_dec, b_enc, threshold
     assert memory.items == {
-        "weights": params + 4 * 4 + 12,  # last_fired, the step, log_gain, selection_threshold
+        "weights": params
+        + 4 * 4
+        + 16,  # last_fired; step, log_gain, selection_threshold, overflows
         "second moment": params,
         "batch": 4 * 8 * 4 + 12,
         "gradients": params,

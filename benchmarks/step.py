@@ -1,0 +1,246 @@
+"""A training step against its own matrix products: by whole products, and by pairs.
+
+    python -m benchmarks.step --out step.json
+
+For each width and L0 four programs take turns on the same batch: the step with `train.step:
+dense`, the one with `sparse`, the encoder's product alone, and all five products of a dense step.
+Rows and encoder are random and of unit norm, and the threshold the quantile that lets about L0
+latents fire. What counts is the ratio of medians in one run; the spread is the quartiles'.
+
+Legend: B rows of a batch, D model width, F latents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sae_train.config import Config
+from sae_train.sae import PRECISION
+from sae_train.schedule import scheduled
+from sae_train.sharding import make_mesh
+from sae_train.state import TrainState, init_state
+from sae_train.step import make_train_step
+
+
+@dataclass(frozen=True)
+class Row:
+    """Seconds of one program at one size; `temporary_bytes` as XLA reports them."""
+
+    program: str
+    width: int
+    l0: float
+    d_model: int
+    batch_size: int
+    median: float
+    quartiles: tuple[float, float]
+    temporary_bytes: int
+    overflows: int
+
+
+def config_of(*, width: int, batch_size: int, step: str) -> Config:
+    """A config of which the step looks at `sae` and `train` alone."""
+    site = {"site": "resid_post", "layers": [0]}
+    return Config.model_validate(
+        {
+            "name": "step",
+            "model": {"weights": "none", "dtype": "float32"},
+            "text": {"source": ["none"], "sequence_length": 16},
+            "cache": {"path": "none", "sites": [site], "tokens": batch_size},
+            "sae": {"site": "resid_post", "layer": 0, "width": width},
+            "train": {
+                "batch_size": batch_size,
+                "tokens": 1000 * batch_size,
+                "sparsity": {"coefficient": 1e-3, "warmup_steps": 0},
+                "step": step,
+            },
+            "output": "none",
+        }
+    )
+
+
+def unit_rows(num: int, d_model: int, *, seed: int) -> np.ndarray:
+    """Random rows of norm 1."""
+    rows = np.random.default_rng(seed).standard_normal((num, d_model), np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def state_of(config: Config, *, rows_BD: np.ndarray, l0: float) -> TrainState:
+    """A state in which about `l0` latents of each row are active."""
+    mesh = make_mesh(config.mesh)
+    state = init_state(config.sae, d_model=rows_BD.shape[1], seed=0, mesh=mesh)
+    some = rows_BD[:64] @ np.asarray(state.params["W_enc"]).T
+    theta = np.quantile(some, 1 - l0 / config.sae.width)
+    threshold = jnp.full(config.sae.width, np.log(theta), jnp.float32)
+    placed = jax.device_put(threshold, state.params["threshold"].sharding)
+    return dataclasses.replace(state, params=state.params | {"threshold": placed})
+
+
+class StepProgram:
+    """A compiled step that is always at its second one, its state handed on."""
+
+    def __init__(self, config: Config, *, rows_BD: np.ndarray, l0: float) -> None:
+        self._scalars = scheduled(config.train, step=1)
+        state = state_of(config, rows_BD=rows_BD, l0=l0)
+        step: Any = make_train_step(config, input_scale=1.0, mesh=make_mesh(config.mesh))
+        self._compiled = step.lower(state, rows_BD, self._scalars).compile()
+        self._state, self._rows_BD = state, jnp.asarray(rows_BD)
+        self.temporary_bytes = self._compiled.memory_analysis().temp_size_in_bytes
+        self.overflows, self.l0 = 0, 0.0
+
+    def __call__(self) -> Any:
+        self._state, metrics = self._compiled(self._state, self._rows_BD, self._scalars)
+        self.overflows, self.l0 = int(metrics.sparse_overflows), float(metrics.l0)
+        return self._state
+
+
+def products(rows_BD: np.ndarray, *, width: int) -> dict[str, Callable[[], Any]]:
+    """The encoder's product, and the five of a dense step."""
+    x_BD = jnp.asarray(rows_BD)
+    W_FD = jnp.asarray(unit_rows(width, rows_BD.shape[1], seed=1))
+
+    def product(spec: str) -> Callable:
+        return jax.jit(lambda a, b: jnp.einsum(spec, a, b, precision=PRECISION))
+
+    encode, decode = product("bd,fd->bf"), product("bf,fd->bd")
+    gradient = product("bf,bd->fd")
+
+    def five() -> list[Any]:
+        pre_BF = jax.block_until_ready(encode(x_BD, W_FD))
+        jax.block_until_ready(decode(pre_BF, W_FD))
+        jax.block_until_ready(gradient(pre_BF, x_BD))
+        jax.block_until_ready(encode(x_BD, W_FD))
+        return [gradient(pre_BF, x_BD)]
+
+    return {"encoder": lambda: encode(x_BD, W_FD), "five products": five}
+
+
+def timed(programs: dict[str, Callable[[], Any]], *, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each, taking turns, after one turn that isn't counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for turn in range(repeats + 1):
+        for name, program in programs.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(program())
+            if turn:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def measure(
+    *, width: int, l0: float, d_model: int, batch_size: int, repeats: int, dense: bool = True
+) -> list[Row]:
+    """The rows of one width and L0; `dense` is False where [B, F] is too much for the machine."""
+    rows_BD = unit_rows(batch_size, d_model, seed=2)
+    kinds = ("sparse", "dense") if dense else ("sparse",)
+    steps = {
+        kind: StepProgram(
+            config_of(width=width, batch_size=batch_size, step=kind), rows_BD=rows_BD, l0=l0
+        )
+        for kind in kinds
+    }
+    programs = products(rows_BD, width=width)
+    if not dense:
+        del programs["five products"]
+    seconds = timed({**steps, **programs}, repeats=repeats)
+    return [
+        Row(
+            program=name,
+            width=width,
+            l0=steps["sparse"].l0,
+            d_model=d_model,
+            batch_size=batch_size,
+            median=statistics.median(found),
+            quartiles=(float(np.quantile(found, 0.25)), float(np.quantile(found, 0.75))),
+            temporary_bytes=steps[name].temporary_bytes if name in steps else 0,
+            overflows=steps[name].overflows if name in steps else 0,
+        )
+        for name, found in seconds.items()
+    ]
+
+
+def sizes(*, full: bool) -> Iterator[tuple[int, float]]:
+    """(width, L0): over widths at 64 active, and with `full` over L0 at two widths too."""
+    yield from ((width, 64.0) for width in (4096, 16_384, 65_536))
+    if full:
+        yield from ((width, l0) for width in (16_384, 65_536) for l0 in (16.0, 256.0, 512.0))
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on, and the commit of the code."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "commit": git.stdout.strip(),
+        "device": jax.devices()[0].device_kind,
+        "processor": platform.processor() or platform.machine(),
+        "cores": len(jax.devices()) if jax.default_backend() != "cpu" else _cores(),
+        "jax": jax.__version__,
+    }
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: a line for each width and L0, times in seconds, and ratios."""
+    lines = [
+        "| width | L0 | encoder | five products | dense | sparse | dense / five | dense / sparse "
+        "| sparse / encoder | temporaries dense, sparse |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for key in dict.fromkeys((row.width, row.l0) for row in rows):
+        own = {row.program: row for row in rows if (row.width, row.l0) == key}
+        times = {name: row.median for name, row in own.items()}
+        lines.append(
+            f"| {key[0]} | {key[1]:.0f} | "
+            + " | ".join(
+                f"{times[name]:.2f}" for name in ("encoder", "five products", "dense", "sparse")
+            )
+            + f" | {times['dense'] / times['five products']:.2f}"
+            + f" | {times['dense'] / times['sparse']:.2f}"
+            + f" | {times['sparse'] / times['encoder']:.2f}"
+            + f" | {own['dense'].temporary_bytes / 1e9:.2f}, "
+            + f"{own['sparse'].temporary_bytes / 1e9:.2f} GB |"
+        )
+    return "\n".join(lines)
+
+
+def run(*, repeats: int, full: bool, d_model: int = 640, batch_size: int = 4096) -> list[Row]:
+    """All rows of the benchmark."""
+    rows: list[Row] = []
+    for width, l0 in sizes(full=full):
+        rows += measure(width=width, l0=l0, d_model=d_model, batch_size=batch_size, repeats=repeats)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="write JSON here")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--full", action="store_true", help="other L0s too: longer")
+    arguments = parser.parse_args()
+    rows = run(repeats=arguments.repeats, full=arguments.full)
+    print(table(rows))  # noqa: T201
+    if arguments.out is not None:
+        found = {"machine": machine(), "rows": [dataclasses.asdict(row) for row in rows]}
+        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Steps by pairs against steps by whole products, and against the float64 reference.
+
+Legend: B rows, D model width, F latents.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from sae_train.config import Config
+from sae_train.schedule import scheduled
+from sae_train.sharding import make_mesh
+from sae_train.state import TrainState, init_state
+from sae_train.step import StepMetrics, make_train_step
+from tests import reference
+from tests.configs import make_config
+from tests.test_step import PENALTIES, biased_state, plain_threshold
+
+B, D, F = 64, 32, 128
+COMMON: dict[str, Any] = {
+    "width": F,
+    "bandwidth": 0.05,
+    "threshold_init": 0.02,
+    "batch_size": B,
+    "tokens": B * 200,
+    "sparsity": {"coefficient": 0.01, "warmup_steps": 5},
+    "learning_rate": {"peak": 1e-3, "warmup_steps": 5},
+}
+
+
+def rows_of(step: int, *, num: int = B, width: int = D) -> np.ndarray:
+    """Raw rows of one batch, some of them far longer than the others: their L0 is extreme."""
+    rng = np.random.default_rng(step)
+    rows = 2.0 * rng.standard_normal((num, width)) / np.sqrt(width)
+    rows[:3] *= 6.0
+    return rows.astype(np.float32)
+
+
+def run(
+    config: Config, steps: int, *, state: TrainState | None = None, first: int = 0
+) -> tuple[TrainState, list[StepMetrics]]:
+    mesh = make_mesh(config.mesh)
+    if state is None:
+        state = init_state(config.sae, d_model=D, seed=1, mesh=mesh)
+    step_function, found = make_train_step(config, input_scale=2.0, mesh=mesh), []
+    for step in range(first, first + steps):
+        state, metrics = step_function(state, rows_of(step), scheduled(config.train, step=step))
+        found.append(metrics)
+    return jax.device_get(state), found
+
+
+def moments_now(state: TrainState, name: str) -> np.ndarray:
+    """A second moment brought up to date: decayed for the steps without a gradient."""
+    moment = np.asarray(state.second_moment[name], np.float64)
+    if moment.shape[0] != F:
+        return moment
+    late = np.asarray(state.step - state.last_touched, np.float64)
+    return moment * (0.999**late if moment.ndim == 1 else 0.999 ** late[:, None])
+
+
+def assert_same_training(a: TrainState, b: TrainState, *, atol: float = 1e-5) -> None:
+    for name, value in a.params.items():
+        np.testing.assert_allclose(b.params[name], value, atol=atol, rtol=1e-5, err_msg=name)
+        ours, theirs = moments_now(a, name), moments_now(b, name)
+        largest = max(theirs.max(), 1e-30)
+        np.testing.assert_allclose(ours / largest, theirs / largest, atol=1e-4, err_msg=name)
+    np.testing.assert_array_equal(a.last_fired, b.last_fired)
+
+
+def test_two_hundred_steps_by_pairs_are_those_by_products():
+    dense, dense_metrics = run(make_config(**COMMON, step="dense"), 200)
+    sparse, metrics = run(make_config(**COMMON, step="sparse", sparse_capacity=F), 200)
+    assert int(sparse.overflows) == 0
+    assert int(sparse.sparse) == 1
+    assert any(float(m.l0) < 40 for m in metrics)
+    for ours, theirs in zip(metrics, dense_metrics, strict=True):
+        for name in ("loss", "mse", "fvu", "l0", "gradient_norm", "dead_fraction"):
+            np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), rtol=1e-5)
+    assert_same_training(sparse, dense)
+
+
+def test_too_many_pairs_fall_back_and_are_counted():
+    dense, _ = run(make_config(**COMMON, step="dense"), 120)
+    mixed, metrics = run(make_config(**COMMON, step="sparse", sparse_capacity=48), 120)
+    counts = [int(m.sparse_overflows) for m in metrics]
+    assert counts[0] == 1  # half of all latents are active at first
+    assert 1 < counts[-1] < 120
+    assert int(mixed.sparse) == 1
+    assert float(metrics[0].sparse_candidates) > 48 > float(metrics[-1].sparse_candidates)
+    assert_same_training(mixed, dense)
+
+
+def test_left_open_a_step_goes_by_pairs_once_they_are_few(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sae_train.adaptive_step.SMALLEST_WIDTH", F)
+    dense, _ = run(make_config(**COMMON, step="dense"), 120)
+    config = make_config(**COMMON, step="auto", sparse_capacity=70)
+    auto, metrics = run(config, 120)
+    assert int(auto.overflows) == 0
+    assert int(auto.sparse) == 1
+    assert float(metrics[0].sparse_candidates) > 0.7 * 70
+    assert_same_training(auto, dense)
+    # Which way a step goes is in the state: stopped anywhere and gone on, the bits are the same.
+    for stop in (20, 110):
+        half, _ = run(config, stop)
+        assert int(half.sparse) == int(stop == 110)
+        again, _ = run(config, 120 - stop, first=stop, state=jax.device_put(half))
+        jax.tree.map(np.testing.assert_array_equal, again, auto)
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "capacity"),
+    [(8, 1, F), (4, 2, F), (2, 4, F), (1, 8, F), (2, 4, 36)],
+)
+def test_pairs_on_many_meshes(data: int, model: int, capacity: int):
+    single, metrics = run(make_config(**COMMON, step="sparse", sparse_capacity=capacity), 40)
+    config = make_config(**COMMON, step="sparse", sparse_capacity=capacity, mesh=(data, model))
+    meshed, meshed_metrics = run(config, 40)
+    for ours, theirs in zip(meshed_metrics, metrics, strict=True):
+        np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-5)
+        np.testing.assert_allclose(ours.gradient_norm, theirs.gradient_norm, rtol=1e-5)
+    assert_same_training(meshed, single)
+    assert int(meshed.sparse) == int(capacity == F)
+    if (data, model) == (4, 2):
+        again, _ = run(config, 40)
+        jax.tree.map(np.testing.assert_array_equal, again, meshed)
+
+
+@pytest.mark.parametrize(
+    ("penalty", "parametrisation", "capacity"),
+    [
+        *((penalty, "log", 96) for penalty in sorted(PENALTIES)),
+        (min(PENALTIES), "direct", 96),
+        (max(PENALTIES), "log", 1),
+        (min(PENALTIES), "direct", 1),
+    ],
+)
+def test_forty_steps_follow_the_float64_reference(
+    parametrisation: str, penalty: str, capacity: int
+):
+    config_penalty, oracle_penalty = copy.deepcopy(PENALTIES[penalty])
+    config = make_config(
+        width=96,
+        bandwidth=0.05,
+        parametrisation=parametrisation,
+        threshold_init=0.03,
+        multiplier=2.0,
+        sparsity=config_penalty | {"warmup_steps": 0},
+        batch_size=64,
+        tokens=64 * 40,
+        learning_rate={"peak": 1e-3, "warmup_steps": 0},
+        step="sparse",
+        sparse_capacity=capacity,
+    )
+    state = biased_state(config, d_model=24)
+    oracle = reference.Trainer(
+        params=plain_threshold(state, parametrisation),
+        bandwidth=0.05,
+        log_threshold=parametrisation == "log",
+        threshold_multiplier=2.0,
+    )
+    step_function = make_train_step(config, input_scale=3.5, mesh=make_mesh(config.mesh))
+    rng = np.random.default_rng(0)
+    for step in range(40):
+        x = rng.standard_normal((64, 24)) / np.sqrt(24) + 0.1
+        rows = (x * 3.5).astype(np.float32)
+        state, metrics = step_function(state, rows, scheduled(config.train, step=step))
+        expected = oracle.step(rows / 3.5, rate=1e-3, sparsity=oracle_penalty)
+        for name in ("loss", "mse", "fvu", "l0"):
+            np.testing.assert_allclose(getattr(metrics, name), expected[name], rtol=1e-5)
+    assert int(state.overflows) == (40 if capacity == 1 else 0)
+    for name, value in plain_threshold(state, parametrisation).items():
+        # Adam divides by |g|: a gradient near 0 turns float32 noise into a visible step.
+        np.testing.assert_allclose(value, oracle.params[name], rtol=1e-4, atol=2e-5, err_msg=name)
+
+
+def test_a_clipped_gradient_is_clipped_the_same_way():
+    common = COMMON | {"gradient_clip": 0.05}
+    dense, metrics = run(make_config(**common, step="dense"), 30)
+    assert float(metrics[-1].gradient_norm) > 0.05
+    for capacity in (F, 1):
+        sparse, _ = run(make_config(**common, step="sparse", sparse_capacity=capacity), 30)
+        assert_same_training(sparse, dense)
