@@ -172,9 +172,9 @@ def measure(
     ]
 
 
-def sizes(*, full: bool) -> Iterator[tuple[int, float]]:
+def sizes(*, widths: Sequence[int], full: bool) -> Iterator[tuple[int, float]]:
     """(width, L0): over widths at 64 active, and with `full` over L0 at two widths too."""
-    yield from ((width, 64.0) for width in (4096, 16_384, 65_536))
+    yield from ((width, 64.0) for width in widths)
     if full:
         yield from ((width, l0) for width in (16_384, 65_536) for l0 in (16.0, 256.0, 512.0))
 
@@ -221,10 +221,20 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def run(*, repeats: int, full: bool, d_model: int = 640, batch_size: int = 4096) -> list[Row]:
+WIDTHS = (4096, 16_384, 65_536)
+
+
+def run(
+    *,
+    repeats: int,
+    full: bool,
+    widths: Sequence[int] = WIDTHS,
+    d_model: int = 640,
+    batch_size: int = 4096,
+) -> list[Row]:
     """All rows of the benchmark."""
     rows: list[Row] = []
-    for width, l0 in sizes(full=full):
+    for width, l0 in sizes(widths=widths, full=full):
         rows += measure(width=width, l0=l0, d_model=d_model, batch_size=batch_size, repeats=repeats)
     return rows
 
@@ -233,9 +243,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="write JSON here")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
     parser.add_argument("--full", action="store_true", help="other L0s too: longer")
     arguments = parser.parse_args()
-    rows = run(repeats=arguments.repeats, full=arguments.full)
+    rows = run(repeats=arguments.repeats, full=arguments.full, widths=arguments.widths)
     print(table(rows))  # noqa: T201
     if arguments.out is not None:
         found = {"machine": machine(), "rows": [dataclasses.asdict(row) for row in rows]}
