@@ -23,22 +23,9 @@ from jaxtyping import Array, Float
 from activation_cache.config import Site, SiteConfig
 from activation_cache.errors import UserError
 from activation_cache.gemma_config import GemmaConfig
+from activation_cache.tap import EMBEDDING, Tap
 
-
-@dataclass(frozen=True, order=True)
-class Tap:
-    """One site of one layer."""
-
-    site: Site
-    layer: int
-
-    @property
-    def name(self) -> str:
-        """`resid_post.5`, and `embedding`: the name of the tap's array in a store."""
-        return self.site if self.site == "embedding" else f"{self.site}.{self.layer}"
-
-
-EMBEDDING = Tap("embedding", 0)
+__all__ = ["EMBEDDING", "Splice", "Tap", "check_tap", "resolve_taps", "tap_width"]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from activation_cache.config import (
     SiteConfig,
     TextConfig,
 )
-from activation_cache.taps import Tap
+from activation_cache.tap import Tap
 from sae_train.evaluation_config import EvaluationConfig
 from sae_train.launch_config import Launch, LocalLaunch
 from sae_train.sae_config import SaeConfig

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from activation_cache.config import Count, NonNegative, Positive, PositiveCount, Section, Site
-from activation_cache.taps import Tap
+from activation_cache.tap import Tap
 
 
 class ThresholdConfig(Section):
