@@ -185,3 +185,25 @@ def test_a_clipped_gradient_is_clipped_the_same_way():
     for capacity in (F, 1):
         sparse, _ = run(make_config(**common, step="sparse", sparse_capacity=capacity), 30)
         assert_same_training(sparse, dense)
+
+
+@pytest.mark.parametrize("capacity", [F, 1])
+def test_a_transcoder_with_a_skip_goes_by_pairs_too(capacity: int):
+    config = make_config(**COMMON, sparse_capacity=capacity)
+    values = config.model_dump(mode="json")
+    values["sae"] |= {"site": "mlp_in", "target": "mlp_out", "affine_skip": True}
+    values["sae"]["pre_encoder_bias"] = False
+    values["cache"]["sites"] = [{"site": site, "layers": [1]} for site in ("mlp_in", "mlp_out")]
+    states = []
+    for kind in ("dense", "sparse"):
+        values["train"]["step"] = kind
+        own = Config.model_validate(values)
+        mesh = make_mesh(own.mesh)
+        state = init_state(own.sae, d_model=D, seed=1, mesh=mesh)
+        step_function = make_train_step(own, input_scale=2.0, target_scale=1.5, mesh=mesh)
+        for step in range(20):
+            batch = rows_of(step), rows_of(1000 + step)
+            state, _ = step_function(state, batch, scheduled(own.train, step=step))
+        states.append(jax.device_get(state))
+    assert np.abs(states[0].params["W_skip"]).max() > 1e-3
+    assert_same_training(states[1], states[0])
