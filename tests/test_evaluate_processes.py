@@ -63,7 +63,10 @@ def test_two_processes_measure_what_one_does(
     left, right = numbers(alone), numbers(shared)
     assert left.keys() == right.keys()
     for key, value in left.items():
-        if isinstance(value, float):
+        if key == ".importance_uniformity":
+            # It counts active latents: one on the edge of its threshold moves a token's by 1 / L0.
+            assert right[key] == pytest.approx(value, abs=3e-3), key
+        elif isinstance(value, float):
             # Over four devices sums are taken in another order; delta loss is a difference of two.
             assert right[key] == pytest.approx(value, rel=1e-5, abs=2e-6), key
         else:
