@@ -8,16 +8,24 @@ A few minutes; `--full` takes longer: more widths, more rounds, a larger store.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harvest, reader, trainers
+from benchmarks import harvest, reader, step, trainers
 from benchmarks.measure import write_results
 
 logger = logging.getLogger("bench")
+
+
+def _step(full: bool) -> list[dict[str, Any]]:
+    """A step beside its own matrix products."""
+    widths = step.WIDTHS if full else step.WIDTHS[:2]
+    rows = step.run(repeats=7 if full else 3, full=full, widths=widths)
+    return [dataclasses.asdict(row) for row in rows]
 
 
 def _trainers(full: bool) -> list[dict[str, Any]]:
@@ -44,6 +52,7 @@ def _harvest(full: bool) -> list[dict[str, Any]]:
 
 
 PARTS: dict[str, Callable[[bool], list[dict[str, Any]]]] = {
+    "step": _step,
     "trainers": _trainers,
     "reader": _reader,
     "harvest": _harvest,

@@ -14,11 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import platform
-import statistics
-import subprocess
-import time
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.measure import interleaved, write_results
 from sae_train.config import Config
 from sae_train.sae import PRECISION
 from sae_train.schedule import scheduled
@@ -128,18 +125,6 @@ def products(rows_BD: np.ndarray, *, width: int) -> dict[str, Callable[[], Any]]
     return {"encoder": lambda: encode(x_BD, W_FD), "five products": five}
 
 
-def timed(programs: dict[str, Callable[[], Any]], *, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each, taking turns, after one turn that isn't counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for turn in range(repeats + 1):
-        for name, program in programs.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(program())
-            if turn:
-                seconds[name].append(time.perf_counter() - begin)
-    return seconds
-
-
 def measure(
     *, width: int, l0: float, d_model: int, batch_size: int, repeats: int, dense: bool = True
 ) -> list[Row]:
@@ -155,7 +140,7 @@ def measure(
     programs = products(rows_BD, width=width)
     if not dense:
         del programs["five products"]
-    seconds = timed({**steps, **programs}, repeats=repeats)
+    times = interleaved({**steps, **programs}, rounds=repeats)
     return [
         Row(
             program=name,
@@ -163,12 +148,12 @@ def measure(
             l0=steps["sparse"].l0,
             d_model=d_model,
             batch_size=batch_size,
-            median=statistics.median(found),
-            quartiles=(float(np.quantile(found, 0.25)), float(np.quantile(found, 0.75))),
+            median=found.median,
+            quartiles=(found.low, found.high),
             temporary_bytes=steps[name].temporary_bytes if name in steps else 0,
             overflows=steps[name].overflows if name in steps else 0,
         )
-        for name, found in seconds.items()
+        for name, found in times.items()
     ]
 
 
@@ -177,24 +162,6 @@ def sizes(*, widths: Sequence[int], full: bool) -> Iterator[tuple[int, float]]:
     yield from ((width, 64.0) for width in widths)
     if full:
         yield from ((width, l0) for width in (16_384, 65_536) for l0 in (16.0, 256.0, 512.0))
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were taken on, and the commit of the code."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "commit": git.stdout.strip(),
-        "device": jax.devices()[0].device_kind,
-        "processor": platform.processor() or platform.machine(),
-        "cores": len(jax.devices()) if jax.default_backend() != "cpu" else _cores(),
-        "jax": jax.__version__,
-    }
-
-
-def _cores() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0))
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -247,10 +214,9 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="other L0s too: longer")
     arguments = parser.parse_args()
     rows = run(repeats=arguments.repeats, full=arguments.full, widths=arguments.widths)
-    print(table(rows))  # noqa: T201
+    sys.stdout.write(table(rows) + "\n")
     if arguments.out is not None:
-        found = {"machine": machine(), "rows": [dataclasses.asdict(row) for row in rows]}
-        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+        write_results(arguments.out, {"rows": [dataclasses.asdict(row) for row in rows]})
 
 
 if __name__ == "__main__":

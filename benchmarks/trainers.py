@@ -2,8 +2,9 @@
 
     python -m benchmarks.trainers [--widths 16384 65536] [--l0 64]
 
-Every trainer gets the same Gaussian rows of unit mean square and thresholds set so that `--l0`
-latents of a row are active; a learning rate of almost nothing keeps it so. The steps take turns.
+Every trainer gets the same random rows of unit norm and thresholds set so that `--l0` latents of a
+row are active; a learning rate of almost nothing keeps theirs so. The steps take turns, ours with
+`train.step: auto`.
 sparsify has no JumpReLU: its TopK SAE steps with Adam, k the same number. Needs the extra `bench`.
 
 Legend: B rows of a batch, D model width, F latents.
@@ -13,80 +14,26 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 from sparsify import SparseCoder, SparseCoderConfig
 
 from benchmarks.measure import interleaved
 from benchmarks.other_trainers import Budget, DictionaryLearning, SaeLens
-from sae_train.sae import PRECISION
-from sae_train.schedule import scheduled
-from sae_train.sharding import make_mesh
-from sae_train.state import init_state
-from sae_train.step import make_train_step
-from tests.configs import make_config
+from benchmarks.step import StepProgram, config_of, products, unit_rows
 
 logger = logging.getLogger("trainers")
 
 STILL = 1e-12  # a learning rate that moves nothing
 
 
-def _rows(batch: int, d_model: int) -> np.ndarray:
-    rows = np.random.default_rng(0).standard_normal((batch, d_model))
-    return (rows / math.sqrt(d_model)).astype(np.float32)
-
-
 def _threshold(W_enc_FD: np.ndarray, x_BD: np.ndarray, *, l0: int) -> float:
     """The common θ that leaves `l0` latents of a row active, from a few rows."""
     pre = x_BD[:256] @ W_enc_FD.T
     return float(np.quantile(pre, 1 - l0 / W_enc_FD.shape[0]))
-
-
-def our_step(
-    mode: Literal["auto", "dense", "sparse"], x_BD: np.ndarray, *, width: int, l0: int
-) -> Callable[[], Any]:
-    """Our step, by whole products or by pairs."""
-    B, D = x_BD.shape
-    config = make_config(
-        width=width,
-        batch_size=B,
-        tokens=1000 * B,
-        parametrisation="direct",
-        threshold_init=1.0,
-        step=mode,
-        learning_rate={"peak": STILL, "warmup_steps": 0},
-    )
-    mesh = make_mesh(config.mesh)
-    state = init_state(config.sae, d_model=D, seed=0, mesh=mesh)
-    theta = _threshold(np.asarray(state.params["W_enc"]), x_BD, l0=l0)
-    state.params["threshold"] = jnp.full(width, theta, jnp.float32)
-    step = make_train_step(config, input_scale=1.0, mesh=mesh)
-    rows, holder = jax.device_put(x_BD), {"state": state}
-
-    def once() -> Any:
-        holder["state"], metrics = step(holder["state"], rows, scheduled(config.train, step=500))
-        holder["l0"] = metrics.l0
-        return holder
-
-    return once
-
-
-def encoder_product(x_BD: np.ndarray, *, width: int) -> Callable[[], Any]:
-    """The one product a step can't be without, on its own."""
-    D = x_BD.shape[1]
-    W_FD = jax.random.uniform(jax.random.key(0), (width, D))
-    rows = jax.device_put(x_BD)
-    # Reduced, so that what is timed isn't the writing of [B, F].
-    product = jax.jit(
-        lambda x, w: jnp.einsum("bd,fd->bf", x, w, precision=PRECISION), donate_argnums=()
-    )
-    return lambda: product(rows, W_FD)
 
 
 def dictionary_learning_step(budget: Budget, x_BD: np.ndarray, *, l0: int) -> Callable[[], Any]:
@@ -134,7 +81,7 @@ def sparsify_step(x_BD: np.ndarray, *, width: int, k: int) -> Callable[[], Any]:
 
 def measure(*, width: int, l0: int, batch: int, d_model: int, rounds: int) -> dict[str, Any]:
     """Seconds of each, taking turns, and ours against the fastest of the others."""
-    x_BD = _rows(batch, d_model)
+    x_BD = unit_rows(batch, d_model, seed=2)
     budget = Budget(
         d_model=d_model,
         width=width,
@@ -145,16 +92,17 @@ def measure(*, width: int, l0: int, batch: int, d_model: int, rounds: int) -> di
         decay_steps=1,
         input_scale=1.0,
     )
-    ways = {
-        "encoder product": encoder_product(x_BD, width=width),
-        "ours, dense": our_step("dense", x_BD, width=width, l0=l0),
-        "ours, auto": our_step("auto", x_BD, width=width, l0=l0),
+    config = config_of(width=width, batch_size=batch, step="auto")
+    ours = StepProgram(config, rows_BD=x_BD, l0=l0)
+    ways: dict[str, Callable[[], Any]] = {
+        "encoder product": products(x_BD, width=width)["encoder"],
+        "ours": ours,
         "dictionary_learning JumpReLU": dictionary_learning_step(budget, x_BD, l0=l0),
         "SAELens JumpReLU": sae_lens_step(budget, x_BD, l0=l0),
         "sparsify TopK": sparsify_step(x_BD, width=width, k=l0),
     }
     times = interleaved(ways, rounds=rounds)
-    ours = times["ours, auto"].median
+    own = times["ours"].median
     jumprelu = min(
         times[name].median for name in ("dictionary_learning JumpReLU", "SAELens JumpReLU")
     )
@@ -163,11 +111,11 @@ def measure(*, width: int, l0: int, batch: int, d_model: int, rounds: int) -> di
         "l0": l0,
         "batch": batch,
         "d_model": d_model,
-        "our_l0": float(ways["ours, auto"]()["l0"]),
+        "our_l0": ours.l0,
         "times": times,
-        "faster_than_jumprelu": jumprelu / ours,
-        "faster_than_sparsify": times["sparsify TopK"].median / ours,
-        "of_encoder_product": ours / times["encoder product"].median,
+        "faster_than_jumprelu": jumprelu / own,
+        "faster_than_sparsify": times["sparsify TopK"].median / own,
+        "of_encoder_product": own / times["encoder product"].median,
     }
 
 
