@@ -209,12 +209,21 @@ class Checkpoints:
 
         Raises:
             DamagedCheckpoint: it isn't what was written.
+            UserError: another version of this software wrote it, in another format.
         """
         file = self.folder / str(step) / META
         try:
-            return unseal_meta(file.read_bytes())
+            meta = unseal_meta(file.read_bytes())
         except FileNotFoundError as error:
             raise DamagedCheckpoint(f"{file} is missing") from error
+        # No damage, which a run passes over and deletes: what is there is whole.
+        if meta["format_version"] != FORMAT_VERSION:
+            raise UserError(
+                f"{file} has checkpoint format {meta['format_version']}, and this version of the "
+                f"software reads {FORMAT_VERSION}: go on with the version that wrote it, or start "
+                "the run anew with --fresh (nothing was changed)"
+            )
+        return meta
 
     def restore(self, abstract: TrainState, *, step: int) -> TrainState:
         """The state of one checkpoint, placed as `abstract` says, and checked.

@@ -123,6 +123,20 @@ def test_every_flipped_byte_is_found(whole: Path):
     assert found >= 3
 
 
+def test_another_format_is_told_and_deleted_by_nobody(whole: Path):
+    shutil.copytree(whole / "whole", whole / "other-format")
+    for file in (whole / "other-format" / "checkpoints").glob(f"*/{META}"):
+        meta = unseal_meta(file.read_bytes())
+        checksums = meta.pop("checksums")
+        sealed = seal_meta(meta | {"format_version": 3}, checksums=checksums)
+        file.write_text(json.dumps(sealed))
+    with pytest.raises(UserError, match=r"checkpoint format 3.* reads 4.*--fresh"):
+        load_trained(whole / "other-format")
+    with pytest.raises(UserError, match="checkpoint format 3"):
+        train(make_run(whole, output="other-format"))
+    assert len(list((whole / "other-format" / "checkpoints").glob(f"*/{META}"))) == 2
+
+
 def test_all_damaged_is_told_and_fresh_helps(whole: Path):
     shutil.copytree(whole / "whole", whole / "hopeless")
     for checkpoint in (whole / "hopeless" / "checkpoints").iterdir():
