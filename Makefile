@@ -20,7 +20,8 @@ bench: $(VENV)/bench.stamp
 # FVU at the same L0 beside other libraries: docs/results.md. Needs the store of the small suite.
 bench-quality: $(VENV)/bench.stamp
 	$(BIN)/sae harvest configs/small_suite.yaml
-	$(BIN)/python -m benchmarks.quality configs/small_suite.yaml runs/quality
+	$(BIN)/python -m benchmarks.quality configs/small_suite.yaml runs/quality \
+	    train.batch_size=512 train.tokens=307_200 train.learning_rate.decay_steps=120
 
 check: format lint types test
 

@@ -48,9 +48,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(config: Path, **environment: str) -> int:
     """Train in a process of its own; returns how many programs came from the cache."""
+    # A test before may have chosen a folder for the processes that it starts.
+    inherited = {key: os.environ[key] for key in os.environ if not key.startswith("JAX_COMP")}
     told = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(config)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        env=inherited | {"PYTHONPATH": str(ROOT)} | environment,
         capture_output=True,
         text=True,
         check=True,

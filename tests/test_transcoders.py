@@ -428,5 +428,5 @@ def test_a_resumed_run_is_the_same(folder: Path):
     train(parts)
     whole = tiny(folder, name="whole", affine_skip=True)
     train(whole)
-    assert len(final_state(Path(whole.output), step=20)) == 16  # six parameters twice, and four
+    assert len(final_state(Path(whole.output), step=20)) == 20  # six parameters twice, and eight
     assert_same_run(Path(whole.output), Path(parts.output), step=20)
