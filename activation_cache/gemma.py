@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh
@@ -114,15 +115,25 @@ def _soft_cap(x: Array, cap: float | None) -> Array:
 
 def rope(x_BSHE: Float[Array, "B S H E"], *, base: float, factor: float) -> Float[Array, "B S H E"]:
     """Rotate pairs (i, i + E/2) by position / factor * base^(-2i/E)."""
-    num_positions, head_dim = x_BSHE.shape[1], x_BSHE.shape[-1]
-    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    frequency = 1.0 / (base**exponent) / factor
-    position = jnp.arange(num_positions, dtype=jnp.float32)
-    angle = (position[:, None] * frequency[None, :])[None, :, None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    cos, sin = _rotations(x_BSHE.shape[1], x_BSHE.shape[-1], base, factor)
     first, second = jnp.split(x_BSHE.astype(jnp.float32), 2, axis=-1)
     rotated = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(rotated, axis=-1).astype(x_BSHE.dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def _rotations(
+    num_positions: int, head_dim: int, base: float, factor: float
+) -> tuple[Float[np.ndarray, "1 S 1 half"], Float[np.ndarray, "1 S 1 half"]]:
+    """Cosines and sines for `rope`, float32 throughout as in `transformers`.
+
+    Constants of the program: left to XLA, a CPU computes them anew for each sequence and head, at
+    several times the cost of all the rest of `rope`.
+    """
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequency = np.float32(1.0) / np.float32(base) ** exponent / np.float32(factor)
+    angle = np.arange(num_positions, dtype=np.float32)[:, None] * frequency[None, :]
+    return np.cos(angle)[None, :, None, :], np.sin(angle)[None, :, None, :]
 
 
 class Attention(nn.Module):

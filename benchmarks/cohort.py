@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from activation_cache.reader import ActivationReader
+from benchmarks.measure import prepare
 from sae_train.config import Config
 from sae_train.loop import train, train_cohort
 from sae_train.schedule import scheduled
@@ -40,7 +41,7 @@ def main() -> None:
     for name, default in (("width", 2048), ("d-model", 640), ("batch", 512), ("steps", 40)):
         parser.add_argument(f"--{name}", type=int, default=default)
     sizes = parser.parse_args()
-    logging.basicConfig(level=logging.ERROR, format="%(message)s", force=True)
+    prepare()
     logger.setLevel(logging.INFO)
     with tempfile.TemporaryDirectory() as scratch:
         rows = sizes.batch * sizes.steps

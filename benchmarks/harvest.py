@@ -25,7 +25,7 @@ from activation_cache.config import Dtype, MeshConfig, ModelConfig
 from activation_cache.harvest import harvest
 from activation_cache.model import LanguageModel, load_model
 from activation_cache.taps import Tap
-from benchmarks.measure import interleaved
+from benchmarks.measure import interleaved, prepare
 from sae_train.config_file import load_config
 
 logger = logging.getLogger("harvest")
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=60_000, help="of the whole harvest")
     told = parser.parse_args()
-    logging.basicConfig(level=logging.ERROR, format="%(message)s", force=True)
+    prepare()
     logger.setLevel(logging.INFO)
     found = measure(dtype=told.dtype, layer=told.layer, rounds=told.rounds, rows=told.rows)
     for name, times in found.pop("times").items():

@@ -8,6 +8,7 @@ them.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -19,6 +20,14 @@ from typing import Any
 
 import jax
 import numpy as np
+
+from launch.allocator import keep_freed_memory
+
+
+def prepare() -> None:
+    """Make this process as a stage of `sae` is; its log has the benchmark's lines alone."""
+    keep_freed_memory()
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", force=True)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from activation_cache.layout import bucket_rows
 from activation_cache.manifest import Manifest
 from activation_cache.reader import ActivationReader
 from activation_cache.store import Store
-from benchmarks.measure import interleaved
+from benchmarks.measure import interleaved, prepare
 from tests.stores import TAP, make_manifest, write_store
 
 logger = logging.getLogger("reader")
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path(), help="on the disk to measure")
     sizes = parser.parse_args()
-    logging.basicConfig(level=logging.ERROR, format="%(message)s", force=True)
+    prepare()
     logger.setLevel(logging.INFO)
     with tempfile.TemporaryDirectory(dir=sizes.folder) as scratch:
         found = measure(Path(scratch), gigabytes=sizes.gigabytes, rounds=sizes.rounds)

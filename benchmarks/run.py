@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harvest, reader, step, trainers
-from benchmarks.measure import write_results
+from benchmarks.measure import prepare, write_results
 
 logger = logging.getLogger("bench")
 
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--json", type=Path, default=Path("runs/bench/results.json"))
     told = parser.parse_args()
-    logging.basicConfig(level=logging.ERROR, format="%(message)s", force=True)
+    prepare()
     logger.setLevel(logging.INFO)
     results: dict[str, Any] = {}
     for name in told.only:

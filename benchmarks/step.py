@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import interleaved, write_results
+from benchmarks.measure import interleaved, prepare, write_results
 from sae_train.config import Config
 from sae_train.sae import PRECISION
 from sae_train.schedule import scheduled
@@ -213,6 +213,7 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
     parser.add_argument("--full", action="store_true", help="other L0s too: longer")
     arguments = parser.parse_args()
+    prepare()
     rows = run(repeats=arguments.repeats, full=arguments.full, widths=arguments.widths)
     sys.stdout.write(table(rows) + "\n")
     if arguments.out is not None:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from sparsify import SparseCoder, SparseCoderConfig
 
-from benchmarks.measure import interleaved
+from benchmarks.measure import interleaved, prepare
 from benchmarks.other_trainers import Budget, DictionaryLearning, SaeLens
 from benchmarks.step import StepProgram, config_of, products, unit_rows
 
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--d-model", type=int, default=640)
     parser.add_argument("--rounds", type=int, default=5)
     told = parser.parse_args()
-    logging.basicConfig(level=logging.ERROR, format="%(message)s", force=True)
+    prepare()
     logger.setLevel(logging.INFO)
     for width in told.widths:
         found = measure(

@@ -16,6 +16,7 @@ from activation_cache import distributed
 from activation_cache.errors import UserError
 from activation_cache.storage import Place, folder_lock, place, read_json, remove_tree
 from launch import group
+from launch.allocator import keep_freed_memory
 from launch.compile_cache import keep_programs
 from launch.signals import StopFlag
 from sae_train.config import Config, EvaluationConfig
@@ -37,6 +38,11 @@ from sae_train.run_folder import (
 logger = logging.getLogger(__name__)
 
 
+def _prepare_process() -> None:
+    keep_freed_memory()
+    keep_programs()
+
+
 def harvest(config: Config, *, stop: Callable[[], bool]) -> None:
     """Make the activation store of `config.cache`, or finish one that was begun."""
     _, mesh = config.harvest_mesh
@@ -51,7 +57,7 @@ def harvest(config: Config, *, stop: Callable[[], bool]) -> None:
         )
         return
     group.join(config)
-    keep_programs()
+    _prepare_process()
     from activation_cache.harvest import harvest as run_harvest
 
     run_harvest(
@@ -82,7 +88,7 @@ def train(configs: Sequence[Config], *, fresh: bool, stop: Callable[[], bool]) -
         _train_in_group(configs, fresh=fresh, stop=stop)
         return
     group.join(*configs)
-    keep_programs()
+    _prepare_process()
     from sae_train.loop import train_cohort
 
     train_cohort(configs, fresh=fresh, stop=stop)
@@ -170,7 +176,7 @@ def evaluate(
         )
         return
     group.join(config)
-    keep_programs()
+    _prepare_process()
     from sae_train.evaluate import evaluate as run_evaluate
 
     with stop.at_once() if distributed.process_count() == 1 else nullcontext():
