@@ -8,6 +8,7 @@ Legend: B rows of a batch, D model width, F latents.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,7 @@ from sae_train.penalty import Counts, priced
 from sae_train.row_passes import Gradients, Pulls, Sums
 from sae_train.sae import PRECISION, Params, threshold_of
 from sae_train.schedule import Scheduled
-from sae_train.sparse_step import Encoded, ShardedParts, capacity_per_row
+from sae_train.sparse_step import Encoded, EncodedSums, ShardedParts, capacity_per_row
 from sae_train.state import TrainState
 
 # Below this width whole products are as fast on a CPU (docs/performance.md).
@@ -95,8 +96,9 @@ class AdaptiveStep:
         tries = self._tries(state)
         encoded = jax.lax.cond(tries, self._encode, self._without_pairs, batch)
         fits = self._parts.fits(encoded)
-        stepped = jax.lax.cond(fits, self._sparsely, self._densely, batch, encoded)
-        return stepped, fits, tries
+        sums = jax.lax.cond(fits, lambda _: encoded.sums, self._encode_densely, batch)
+        encoded = dataclasses.replace(encoded, sums=sums)
+        return self._finish(batch, encoded, fits), fits, tries
 
     def _tries(self, state: TrainState) -> Array:
         if self._train.step == "sparse":
@@ -115,26 +117,14 @@ class AdaptiveStep:
     def _without_pairs(self, batch: _Batch) -> Encoded:
         return self._parts.no_pairs(x_BD=batch.x_BD, width=self._sae.width)
 
-    def _sparsely(self, batch: _Batch, encoded: Encoded) -> Stepped:
-        def update(rows: Rows, pulls: Pulls, write: Any, arguments: Any) -> Any:
-            return self._parts.update_touched(
-                rows, encoded.pairs, pulls, write=write, arguments=arguments
-            )
+    def _encode_densely(self, batch: _Batch) -> EncodedSums:
+        return self._parts.encode_densely(*self._weights(batch))
 
-        return self._finish(batch, encoded, update)
-
-    def _densely(self, batch: _Batch, encoded: Encoded) -> Stepped:
-        def update(rows: Rows, pulls: Pulls, write: Any, arguments: Any) -> Any:
-            rows, sums = self._parts.update_all(rows, pulls, write=write, arguments=arguments)
-            return rows, sums, jnp.ones(self._sae.width, bool)
-
-        whole = self._parts.encode_densely(*self._weights(batch))
-        return self._finish(batch, Encoded(**whole, pairs=None), update)
-
-    def _finish(self, batch: _Batch, encoded: Encoded, update: Callable) -> Stepped:
-        """From sums over latents on; `update` makes new rows and the sums of their gradients."""
+    def _finish(self, batch: _Batch, encoded: Encoded, fits: Array) -> Stepped:
+        """From sums over latents on: what they cost, what that sends back, the update."""
+        sums = encoded.sums
         state, scalars, params = batch.state, batch.scalars, batch.state.params
-        reconstruction_BD = encoded.decoded_BD + params["b_dec"][None, :]
+        reconstruction_BD = sums.decoded_BD + params["b_dec"][None, :]
         if "W_skip" in params:
             reconstruction_BD = reconstruction_BD + jnp.einsum(
                 "bd,de->be", batch.x_BD, params["W_skip"], precision=PRECISION
@@ -153,7 +143,7 @@ class AdaptiveStep:
 
         (_, penalty), (g_l0_B, g_frequency_F) = jax.value_and_grad(
             price, argnums=(0, 1), has_aux=True
-        )(encoded.l0_B, encoded.active_F / num_rows)
+        )(sums.l0_B, sums.active_F / num_rows)
         pulls = Pulls(
             x_BD=batch.shifted_BD,
             g_BD=-2.0 / num_rows * residual_BD,
@@ -162,6 +152,7 @@ class AdaptiveStep:
             theta_F=batch.theta_F,
             bias_F=params["b_enc"],
         )
+        update = partial(self._parts.update, pairs=encoded.pairs, fits=fits, pulls=pulls)
         new_params, second_moment, last_touched, norm = self._updated(batch, pulls, update)
         return Stepped(
             params=new_params,
@@ -172,9 +163,9 @@ class AdaptiveStep:
             log_gain=penalty.log_gain,
             norm=norm,
             reconstruction_BD=reconstruction_BD,
-            l0_B=encoded.l0_B,
-            fired_F=encoded.active_F > 0,
-            candidates=encoded.per_row,
+            l0_B=sums.l0_B,
+            fired_F=sums.active_F > 0,
+            candidates=sums.per_row,
         )
 
     def _updated(
@@ -187,7 +178,7 @@ class AdaptiveStep:
         kept_F = kept_share(state.step + 1 - state.last_touched, config=self._train.adam)
         scale = jnp.ones(())
         if self._train.gradient_clip is not None:
-            _, sums, _ = update(rows, pulls, None, ())
+            _, sums, _ = update(rows, write=None, arguments=())
             norm = _norm(sums.projected, self._small_gradients(batch, pulls, sums))
             scale = jnp.minimum(1.0, self._train.gradient_clip / norm)
         scalars_of_rows = RowUpdate(
@@ -196,7 +187,7 @@ class AdaptiveStep:
             scale=scale,
         )
         write = partial(_write, config=self._train.adam)
-        rows, sums, touched_F = update(rows, pulls, write, (scalars_of_rows, kept_F))
+        rows, sums, touched_F = update(rows, write=write, arguments=(scalars_of_rows, kept_F))
         small = self._small_gradients(batch, pulls, sums)
         new, new_moment = {}, {}
         for name in params:

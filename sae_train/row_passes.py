@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sae_train.optimiser import Rows, remove_parallel
 from sae_train.pair_sums import Segments, block_of, over_pairs, weighted_rows
@@ -218,6 +218,7 @@ def _dots(source_BD: Array, row_SC: Array, with_SD: Array) -> Array:
 
 def every_pass(
     rows: Rows,
+    wanted: Bool[Array, ""],
     *,
     pulls: Pulls,
     bandwidth: float,
@@ -227,6 +228,7 @@ def every_pass(
     """Over all latents, tile by tile: (rows, sums). Each tile's pre-activations are made again.
 
     Args:
+        wanted: False goes over none.
         reduce: adds up the gradients of the parts of a batch.
     """
     width, d_model = rows.W_enc.shape
@@ -247,7 +249,7 @@ def every_pass(
         return Rows(*(place(a, b, at, axis=0) for a, b in zip(rows, new, strict=True))), sums
 
     start = rows, _no_sums(width, d_model, like=rows.W_enc[0, 0])
-    return jax.lax.fori_loop(0, width // size, one_tile, start)
+    return jax.lax.fori_loop(0, jnp.where(wanted, width // size, 0), one_tile, start)
 
 
 def _from_products(own: Rows, ids_S: Array, *, pulls: Pulls, bandwidth: float) -> Gradients:

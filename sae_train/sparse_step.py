@@ -40,21 +40,33 @@ _LARGEST_CAPACITY = 512  # pairs a row, unless configured
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Encoded:
-    """A batch's latents in sum, and the pairs they are at if there were places for all.
+class EncodedSums:
+    """A batch's latents in sum.
 
     Attributes:
         decoded_BD: f W_dec.
         l0_B: active latents of a row.
         active_F: active rows of a latent, over the whole batch.
         per_row: pairs a row, of the device with the most, times the devices along `model`.
-        pairs: of each device, stacked [data, model, ...].
+
+    Its leaves are arrays; in its twins, their dims or where they lie.
     """
 
     decoded_BD: Any
     l0_B: Any
     active_F: Any
     per_row: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Encoded:
+    """A batch's latents in sum, and the pairs they are at if there were places for all.
+
+    `pairs` are each device's, stacked [data, model, ...].
+    """
+
+    sums: EncodedSums
     pairs: Any
 
 
@@ -107,17 +119,17 @@ class ShardedParts:
                 lambda array: array[None, None], pairs
             )
 
-        summed, pairs = self._map(
+        sums, pairs = self._map(
             part,
             (("F", "D"), ("F", "D"), ("F",), ("F",), ("B", "D")),
             (_ENCODED_DIMS, _PAIR_DIMS),
         )(W_enc_FD, W_dec_FD, bias_F, theta_F, x_BD)
-        return Encoded(**summed, pairs=pairs)
+        return Encoded(sums=sums, pairs=pairs)
 
     def encode_densely(
         self, W_enc_FD: Array, W_dec_FD: Array, bias_F: Array, theta_F: Array, x_BD: Array
-    ) -> dict[str, Array]:
-        """By products of tiles: all of `Encoded` but the pairs."""
+    ) -> EncodedSums:
+        """By products of tiles."""
 
         def part(W_enc_FD, W_dec_FD, bias_F, theta_F, x_BD):
             width = W_enc_FD.shape[0]
@@ -152,15 +164,13 @@ class ShardedParts:
         dims = (("F", "D"), ("F", "D"), ("F",), ("F",), ("B", "D"))
         return self._map(part, dims, _ENCODED_DIMS)(W_enc_FD, W_dec_FD, bias_F, theta_F, x_BD)
 
-    def _summed(
-        self, decoded_BD: Array, l0_B: Array, active_F: Array, total: Array
-    ) -> dict[str, Array]:
-        return {
-            "decoded_BD": jax.lax.psum(decoded_BD, "model"),
-            "l0_B": jax.lax.psum(l0_B, "model"),
-            "active_F": jax.lax.psum(active_F, "data"),
-            "per_row": jax.lax.pmax(total, ("data", "model")) * (self._model / self._rows),
-        }
+    def _summed(self, decoded_BD: Array, l0_B: Array, active_F: Array, total: Array) -> EncodedSums:
+        return EncodedSums(
+            decoded_BD=jax.lax.psum(decoded_BD, "model"),
+            l0_B=jax.lax.psum(l0_B, "model"),
+            active_F=jax.lax.psum(active_F, "data"),
+            per_row=jax.lax.pmax(total, ("data", "model")) * (self._model / self._rows),
+        )
 
     def no_pairs(self, *, x_BD: Array, width: int) -> Encoded:
         """In the place of an encoding that wasn't tried: with infinitely many pairs."""
@@ -173,29 +183,59 @@ class ShardedParts:
             counts_F=jnp.zeros((*stacked, width // self._model), jnp.int32),
             total=jnp.zeros(stacked),
         )
-        return Encoded(
+        sums = EncodedSums(
             decoded_BD=jnp.zeros(x_BD.shape),
             l0_B=jnp.zeros(x_BD.shape[0]),
             active_F=jnp.zeros(width),
             per_row=jnp.full((), jnp.inf),
-            pairs=pairs,
         )
+        return Encoded(sums=sums, pairs=pairs)
 
     def fits(self, encoded: Encoded) -> Array:
         """Was there a place for every pair, on every device?"""
-        return encoded.per_row * (self._rows / self._model) <= self.capacity
+        return encoded.sums.per_row * (self._rows / self._model) <= self.capacity
 
-    def update_touched(
-        self, rows: Rows, pairs: Pairs, pulls: Pulls, *, write: Write | None, arguments: Any
+    def update(
+        self,
+        rows: Rows,
+        *,
+        pairs: Pairs,
+        fits: Array,
+        pulls: Pulls,
+        write: Write | None,
+        arguments: Any,
     ) -> tuple[Rows, Sums, Array]:
-        """Rows and sums of `touched_pass`, and which latents were touched.
+        """New rows, sums and which latents were touched: by pairs if they fit, else by products.
+
+        Both passes are in the program one behind the other, and one of them is of no length. Of
+        a `cond` XLA's CPU compiler copies what a branch writes into where it begins and ends.
+        """
+        rows, touched, touched_F = self._update_touched(
+            rows, pairs, fits, pulls, write=write, arguments=arguments
+        )
+        rows, every = self._update_all(rows, ~fits, pulls, write=write, arguments=arguments)
+        sums = jax.tree.map(partial(jnp.where, fits), touched, every)
+        return rows, sums, touched_F | ~fits
+
+    def _update_touched(
+        self,
+        rows: Rows,
+        pairs: Pairs,
+        fits: Array,
+        pulls: Pulls,
+        *,
+        write: Write | None,
+        arguments: Any,
+    ) -> tuple[Rows, Sums, Array]:
+        """Rows and sums of `touched_pass`, and which latents were touched: none unless `fits`.
 
         Each device goes over its latents with the pairs of the whole batch: the batch and what
         is sent back to it are smaller than the gradients that would be added up instead.
         """
 
-        def part(rows, pairs, pulls, arguments):
+        def part(rows, pairs, fits, pulls, arguments):
             counts_F, row_P, pre_P = self._merged(pairs, width=rows.W_enc.shape[0])
+            counts_F = jnp.where(fits, counts_F, 0)
             rows, sums = touched_pass(
                 rows,
                 longest_first(counts_F),
@@ -208,9 +248,10 @@ class ShardedParts:
             return rows, _over_model(sums), counts_F > 0
 
         everywhere = {name: ("whole", *dims[1:]) for name, dims in _PAIR_DIMS_BY_NAME.items()}
-        in_dims = (_ROW_DIMS, Pairs(**everywhere), _pull_dims("whole"), _argument_dims(arguments))
+        own_dims = _pull_dims("whole"), _argument_dims(arguments)
+        in_dims = (_ROW_DIMS, Pairs(**everywhere), (), *own_dims)
         return self._map(part, in_dims, (_ROW_DIMS, _SUM_DIMS, ("F",)))(
-            rows, pairs, pulls, arguments
+            rows, pairs, fits, pulls, arguments
         )
 
     def _merged(self, pairs: Pairs, *, width: int) -> tuple[Array, Array, Array]:
@@ -225,17 +266,18 @@ class ShardedParts:
         _, row_P, pre_P = jax.lax.sort((latent_P, row_P, pre_P), num_keys=1, is_stable=True)
         return counts_F, row_P, pre_P
 
-    def update_all(
-        self, rows: Rows, pulls: Pulls, *, write: Write | None, arguments: Any
+    def _update_all(
+        self, rows: Rows, wanted: Array, pulls: Pulls, *, write: Write | None, arguments: Any
     ) -> tuple[Rows, Sums]:
         """Rows and sums of `every_pass`, each device with its part of the batch."""
 
-        def part(rows, pulls, arguments):
+        def part(rows, wanted, pulls, arguments):
             def over_data(found: Gradients) -> Gradients:
                 return Gradients(*(jax.lax.psum(array, "data") for array in found))
 
             rows, sums = every_pass(
                 rows,
+                wanted,
                 pulls=pulls,
                 bandwidth=self._bandwidth,
                 write=None if write is None else partial(write, arguments),
@@ -243,13 +285,13 @@ class ShardedParts:
             )
             return rows, _over_model(sums)
 
-        in_dims = (_ROW_DIMS, _pull_dims("B"), _argument_dims(arguments))
-        return self._map(part, in_dims, (_ROW_DIMS, _SUM_DIMS))(rows, pulls, arguments)
+        in_dims = (_ROW_DIMS, (), _pull_dims("B"), _argument_dims(arguments))
+        return self._map(part, in_dims, (_ROW_DIMS, _SUM_DIMS))(rows, wanted, pulls, arguments)
 
 
 _PAIR_DIMS_BY_NAME = dict.fromkeys(("row_P", "latent_P", "pre_P", "counts_F", "total"), ("B", "F"))
 _PAIR_DIMS = Pairs(**_PAIR_DIMS_BY_NAME)
-_ENCODED_DIMS = {"decoded_BD": ("B", "D"), "l0_B": ("B",), "active_F": ("F",), "per_row": ()}
+_ENCODED_DIMS = EncodedSums(decoded_BD=("B", "D"), l0_B=("B",), active_F=("F",), per_row=())
 _ROW_DIMS = Rows(*(("F", "D"),) * 4)
 _SUM_DIMS = Sums(bias_F=("F",), theta_F=("F",), encoded_D=("D",), squares=(), projected=())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,12 @@ from tests.configs import make_config
 
 
 def compile_step(
-    shape: Shape, *, dtype: Dtype = "float32", devices: Mesh | None = None, **options: Any
+    shape: Shape,
+    *,
+    dtype: Dtype = "float32",
+    devices: Mesh | None = None,
+    step: Literal["dense", "sparse"] = "dense",
+    **options: Any,
 ) -> jax.stages.Compiled:
     """The step compiled for a shape; `options` go to `make_config`, `devices` default to ours."""
     config = make_config(
@@ -26,18 +31,20 @@ def compile_step(
         batch_size=shape.batch_size,
         tokens=10 * shape.batch_size,
         mesh=(shape.mesh.data, shape.mesh.model),
-        step="dense",
+        step=step,
         **options,
     )
     mesh = devices or make_mesh(config.mesh)
-    step = make_train_step(config, input_scale=1.3, mesh=mesh)
+    compile_ready = make_train_step(config, input_scale=1.3, mesh=mesh)
     state = abstract_state(config.sae, d_model=shape.d_model, mesh=mesh)
     rows: Any = jax.ShapeDtypeStruct(
         (shape.batch_size, shape.d_model), jnp.dtype(dtype), sharding=sharding(mesh, BATCH_DIMS)
     )
     if config.sae.is_transcoder:
         rows = (rows, rows)
-    lowered: jax.stages.Lowered = step.lower(state, rows, scheduled(config.train, step=0))  # type: ignore[attr-defined]
+    lowered: jax.stages.Lowered = compile_ready.lower(  # type: ignore[attr-defined]
+        state, rows, scheduled(config.train, step=0)
+    )
     return lowered.compile()
 
 
