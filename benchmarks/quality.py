@@ -131,7 +131,7 @@ def dictionary_learning(bench: Bench) -> Library:
         make=lambda bench, settings: DictionaryLearning(bench.budget, **settings),
         start={"learning_rate": 1e-3, "bandwidth": 0.01},
         choices={
-            "learning_rate": [{"learning_rate": 3e-4}, {"learning_rate": 3e-3}],
+            "learning_rate": [{"learning_rate": rate} for rate in (3e-4, 3e-3, 1e-2)],
             "bandwidth": [{"bandwidth": 0.001}],
         },
         sparsities=[{"target_l0": float(target)} for target in TARGETS],
@@ -155,7 +155,7 @@ def sae_lens(bench: Bench) -> Library:
         make=make,
         start={"learning_rate": 1e-3, "bandwidth": 0.01 * root, "threshold": 0.01 * root},
         choices={
-            "learning_rate": [{"learning_rate": 3e-3}],
+            "learning_rate": [{"learning_rate": rate} for rate in (3e-3, 1e-2)],
             "bandwidth": [{"bandwidth": 0.05, "threshold": 0.01}],
             "beta1": [{"beta1": 0.0}],
             "decoder_init_norm": [{"decoder_init_norm": 1.0}],

@@ -186,19 +186,28 @@ def _frontier(runs: Sequence[ReportRun]) -> str:
 
 
 def _loss_words(runs: Sequence[ReportRun]) -> str:
-    measured = next((run for run in runs if run.measured("loss") is not None), None)
-    if measured is None:
+    evaluations = [run.folder.evaluation or {} for run in runs if run.measured("loss") is not None]
+    if not evaluations:
         return "No run has been evaluated yet; <code>sae evaluate</code> measures them."
-    evaluation = measured.folder.evaluation or {}
-    loss, zero = evaluation["loss"], evaluation.get("loss_zero_ablated")
+    measured = evaluations[0]
+    loss = measured["loss"]
     words = (
-        f"On {evaluation.get('loss_sequences', 0):,} held-out sequences the model's loss is "
+        f"On {measured.get('loss_sequences', 0):,} held-out sequences the model's loss is "
         f"{loss:.3f} nats per token; delta loss is what splicing the SAE's reconstruction in adds, "
         "the special tokens left as they are."
     )
-    if zero is not None:
+    zeroed = [own["loss_zero_ablated"] for own in evaluations if own.get("loss_zero_ablated")]
+    if not zeroed:
+        return words
+    low, high = min(zeroed), max(zeroed)
+    if f"{low:.3f}" == f"{high:.3f}":
         words += (
-            f" Zero-ablating the site instead brings it to {zero:.3f}, that is {zero - loss:+.3f}."
+            f" Zero-ablating the site instead brings it to {low:.3f}, that is {low - loss:+.3f}."
+        )
+    else:  # several sites or layers
+        words += (
+            f" Zero-ablating instead brings it to between {low:.3f} and {high:.3f}, depending on "
+            "the site."
         )
     return words
 

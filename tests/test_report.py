@@ -121,6 +121,18 @@ def test_the_numbers_of_the_table(sweep: Path) -> None:
     assert "to 11.874, that is +8.712" in words
 
 
+def test_sites_zeroed_at_different_cost_are_told_as_a_range(tmp_path: Path) -> None:
+    config = sweep_config(tmp_path, coefficients=[1e-3, 4e-3], widths=[2048])
+    write_config(config, tmp_path)
+    for run in expand(config):
+        write_run(run.config, l0=50)
+    file = run_folders(tmp_path)[1] / "evaluation.json"
+    evaluation = json.loads(file.read_text())
+    file.write_text(json.dumps(evaluation | {"loss_zero_ablated": 20.5}))
+    words = Page(write_report(tmp_path)).words
+    assert "to between 11.874 and 20.500, depending on the site" in words
+
+
 def test_incomplete_runs_are_named(sweep: Path) -> None:
     page = Page(write_report(sweep))
     assert "width 2048, λ 0.01 is stopped, not trained to its end" in page.words
