@@ -6,9 +6,12 @@ Legend: B rows, D model width, F latents.
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -113,12 +116,51 @@ def test_left_open_a_step_goes_by_pairs_once_they_are_few(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
+    ("before", "share", "goes"),
+    [(0, 0.69, 1), (0, 0.71, 0), (0, 0.94, 0), (1, 0.71, 1), (1, 0.94, 1), (1, 0.96, 0)],
+)
+def test_steps_by_pairs_begin_at_fewer_than_they_cease_at(
+    idle_step: Any, before: int, share: float, goes: int
+):
+    """Far fewer pairs than places: what the step before had decides alone."""
+    config, step_function = idle_step
+    state = init_state(config.sae, d_model=D, seed=1, mesh=make_mesh(config.mesh))
+    state = dataclasses.replace(state, candidates=jnp.float32(share * F), sparse=jnp.int32(before))
+    state, _ = step_function(state, rows_of(0), scheduled(config.train, step=0))
+    assert int(state.sparse) == goes
+    assert int(state.overflows) == 0
+    assert 0 < float(state.candidates) < F / 2
+
+
+@pytest.fixture(scope="module")
+def idle_step() -> Any:
+    """A config with few active latents and its step, which takes the way it finds best."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sae_train.adaptive_step.SMALLEST_WIDTH", F)
+        config = make_config(**COMMON | {"threshold_init": 0.3}, step="auto", sparse_capacity=F)
+        return config, make_train_step(config, input_scale=2.0, mesh=make_mesh(config.mesh))
+
+
+# Every sum over devices has a say: of latents' frequencies, and of the norm that clips.
+ON_MESHES: dict[str, Any] = COMMON | {
+    "gradient_clip": 0.05,
+    "sparsity": {"coefficient": 0.01, "warmup_steps": 5, "frequency": {"scale": 0.1}},
+}
+
+
+@functools.cache
+def on_one_device(capacity: int) -> tuple[TrainState, list[StepMetrics]]:
+    return run(make_config(**ON_MESHES, step="sparse", sparse_capacity=capacity), 40)
+
+
+@pytest.mark.parametrize(
     ("data", "model", "capacity"),
     [(8, 1, F), (4, 2, F), (2, 4, F), (1, 8, F), (2, 4, 36)],
 )
 def test_pairs_on_many_meshes(data: int, model: int, capacity: int):
-    single, metrics = run(make_config(**COMMON, step="sparse", sparse_capacity=capacity), 40)
-    config = make_config(**COMMON, step="sparse", sparse_capacity=capacity, mesh=(data, model))
+    single, metrics = on_one_device(capacity)
+    assert float(metrics[-1].gradient_norm) > 0.05
+    config = make_config(**ON_MESHES, step="sparse", sparse_capacity=capacity, mesh=(data, model))
     meshed, meshed_metrics = run(config, 40)
     for ours, theirs in zip(meshed_metrics, metrics, strict=True):
         np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-5)
@@ -128,6 +170,26 @@ def test_pairs_on_many_meshes(data: int, model: int, capacity: int):
     if (data, model) == (4, 2):
         again, _ = run(config, 40)
         jax.tree.map(np.testing.assert_array_equal, again, meshed)
+
+
+def test_one_device_with_too_many_pairs_is_enough_to_fall_back():
+    """Room for all pairs in the sum of the devices, but they all lie on one of eight."""
+    rows = np.zeros((B, D), np.float32)
+    rows[: B // 8] = rows_of(0, num=B // 8)
+    found = []
+    for mesh, capacity in (((1, 1), F), ((8, 1), 8)):
+        config = make_config(
+            **COMMON | {"threshold_init": 0.3}, step="sparse", sparse_capacity=capacity, mesh=mesh
+        )
+        state = init_state(config.sae, d_model=D, seed=1, mesh=make_mesh(config.mesh))
+        step_function = make_train_step(config, input_scale=2.0, mesh=make_mesh(config.mesh))
+        state, metrics = step_function(state, rows, scheduled(config.train, step=4))
+        found.append((jax.device_get(state), metrics))
+    (alone, before), (meshed, metrics) = found
+    assert 1 < float(before.l0) < 8  # a device with all of them has places for 1 a row of the batch
+    assert int(metrics.sparse_overflows) == 1
+    assert float(metrics.sparse_candidates) > 8
+    assert_same_training(meshed, alone)
 
 
 @pytest.mark.parametrize(
