@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from jaxtyping import Array, Bool, Float
 
-from sae_train import gated, relu, sae, topk
+from sae_train import gated, relu, topk
 from sae_train.sae import Forward, Params
 from sae_train.sae_config import Architecture, SaeConfig
 
@@ -28,15 +28,14 @@ def forward(
     config: SaeConfig,
     dead_F: Bool[Array, " F"],
 ) -> Forward:
-    """One pass of whatever architecture `config` names over scaled rows.
+    """One pass over scaled rows, of any architecture but JumpReLU, whose step is explicit.
 
     Args:
         target_BD: what is to be predicted: of an SAE, x itself. Auxiliary losses look at it.
         dead_F: latents that haven't fired for long; only TopK and BatchTopK look at them.
     """
+    assert config.architecture != "jumprelu"
     match config.architecture:
-        case "jumprelu":
-            return sae.forward(params, x_BD, config=config)
         case "relu":
             return relu.forward(params, x_BD, config=config)
         case "gated":

@@ -148,6 +148,31 @@ def update(
     if train.gradient_clip is not None:
         scale = jnp.minimum(1.0, train.gradient_clip / optax.tree.norm(gradients))
         gradients = jax.tree.map(lambda g: g * scale, gradients)
+    new_params, new_moment = adam_update(
+        params,
+        gradients,
+        second_moment=second_moment,
+        learning_rate=learning_rate,
+        bias_correction=bias_correction,
+        sae=sae,
+        train=train,
+    )
+    if unit:
+        new_params["W_dec"] = unit_rows(new_params["W_dec"])
+    return new_params, new_moment
+
+
+def adam_update(
+    params: Params,
+    gradients: Params,
+    *,
+    second_moment: Params,
+    learning_rate: Scalar,
+    bias_correction: Scalar,
+    sae: SaeConfig,
+    train: TrainConfig,
+) -> tuple[Params, Params]:
+    """`adam_step` of each of some parameters: (new parameters, their new second moments)."""
     new_params, new_moment = {}, {}
     for name, param in params.items():
         factor = sae.threshold.learning_rate_multiplier if name == "threshold" else 1.0
@@ -159,8 +184,6 @@ def update(
             bias_correction=bias_correction,
             config=train.adam,
         )
-    if unit:
-        new_params["W_dec"] = unit_rows(new_params["W_dec"])
     if "threshold" in new_params and sae.threshold.parametrisation == "direct":
         # Released latents are relu(pre) where pre > θ: below 0 the two forms would differ.
         new_params["threshold"] = jnp.maximum(new_params["threshold"], 0.0)

@@ -7,7 +7,7 @@
     l1          λ mean L1                         the ReLU and the Gated SAE's
     frequency   λ Σ ω² / ω₀ beside any of them    GDM's update on high-frequency latents (2025)
 
-each the mean over rows. Their gradients reach the threshold only (`sae.jumprelu`).
+each the mean over rows. Their gradients reach the threshold only (`sae`).
 
 Legend: B rows of a batch, F latents.
 """

@@ -1,7 +1,7 @@
 """What one device holds while it trains, item by item, before anything is allocated.
 
-It is the step by whole products (`train.step: dense`); of one that may go by pairs, which needs
-less, docs/performance.md has what was measured. The arguments of the compiled step (weights, second
+It is the step by whole products (`train.step: dense`); of one that may go by pairs,
+docs/performance.md has what was measured. The arguments of the compiled step (weights, second
 moments, the batch) follow from the table in `sharding`, byte for byte. Its temporaries follow from
 what the step keeps alive at its fullest, at the end of the backward pass:
 
@@ -10,8 +10,9 @@ what the step keeps alive at its fullest, at the end of the backward pass:
                   two [B, D]: the scaled rows and the error; of a transcoder the target's rows too
 
 The state is donated, so new weights and moments are written over the old ones and cost nothing.
-XLA's TPU compiler was seen to need just this; its CPU compiler needs more, see `_cpu_temporaries`.
-docs/plan.md has both comparisons; tests/test_plan_memory.py holds the second within 10 %.
+XLA's TPU compiler was seen to need just this. On a CPU a JumpReLU's step needs far less and other
+architectures' need more, see `_tiled` and `_cpu_temporaries`. docs/plan.md has the comparisons;
+tests/test_plan_memory.py holds the JumpReLU's on a CPU within 10 %.
 
 Legend: B rows of a batch, D model width, F latents, each as one device holds them.
 """
@@ -27,6 +28,7 @@ import jax.numpy as jnp
 
 from activation_cache.config import Dtype
 from sae_train.config import MeshConfig
+from sae_train.dense_step import cpu_tile
 from sae_train.sae_config import Architecture
 from sae_train.sharding import AXIS_OF_DIM, BATCH_DIMS, LAST_FIRED, Tensor, params_table
 
@@ -119,7 +121,7 @@ def step_memory(
         "batch": batch + SCALAR_BYTES,
     }
     if backend == "cpu":
-        items |= _cpu_temporaries(shape)
+        items |= _tiled(shape) if shape.architecture == "jumprelu" else _cpu_temporaries(shape)
     else:
         latents = shape.local(("B", "F")) * FLOAT_BYTES
         rows = shape.local(("B", "D")) * FLOAT_BYTES
@@ -145,13 +147,29 @@ def cohort_memory(members: Sequence[StepMemory]) -> StepMemory:
     )
 
 
-def _cpu_temporaries(shape: Shape) -> dict[str, int]:
-    """Temporaries of XLA's CPU compiler, read off its live ranges.
+def _tiled(shape: Shape) -> dict[str, int]:
+    """Temporaries of the step a tile of latents at a time (`dense_step`), read off XLA's figures.
 
-    Beyond what the step needs it keeps three [F, D] arrays that hold one scalar each (learning
-    rate, bias correction, ε: its fused library calls take no scalars), and copies of donated
-    weights, for it decides on copies before it fixes an order, and only an order shows that the
-    new weights come last. The old weights' places then serve other arrays of at most their size.
+    Of what is [B, F] the pre-activations alone; five arrays the size of a tile's rows (gradients,
+    weights, moments), and three more where gradients are added up over `data`.
+    """
+    rows = shape.local(("B", "D")) * FLOAT_BYTES
+    tile = cpu_tile(shape.local(("F",))) * shape.d_model * FLOAT_BYTES
+    return {
+        "gradients": (5 if shape.mesh.data == 1 else 8) * tile,
+        "activations": shape.local(("B", "F")) * FLOAT_BYTES + (3 + shape.is_transcoder) * rows,
+    }
+
+
+def _cpu_temporaries(shape: Shape) -> dict[str, int]:
+    """Temporaries of XLA's CPU compiler for a step by autodiff, read off its live ranges.
+
+    Those of a JumpReLU's gradients by autodiff: a ReLU's step takes less, the others more
+    (docs/plan.md). Beyond what the step needs it keeps three [F, D] arrays that hold one scalar
+    each (learning rate, bias correction, ε: its fused library calls take no scalars), and copies
+    of donated weights, for it decides on copies before it fixes an order, and only an order shows
+    that the new weights come last. The old weights' places then serve other arrays of at most
+    their size.
     """
     matrix = shape.local(("F", "D")) * FLOAT_BYTES
     latents = shape.local(("B", "F")) * FLOAT_BYTES

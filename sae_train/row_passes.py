@@ -2,7 +2,7 @@
 
 A block's rows of weights and second moments are read, their gradients made, projected, put through
 Adam, renormalised and written back; no gradient of a weight matrix exists as a whole. Two passes
-make the same gradients (JumpReLU paper, equations 11 and 12; see `sae.jumprelu`):
+make the same gradients (JumpReLU paper, equations 11 and 12; docs/numerics.md):
 
     g_f  = d_i · g_b                         g_b the gradient in the reconstruction
     dd_i = Σ f g_b                           over active pairs (row, latent)
@@ -57,12 +57,15 @@ class Pulls:
 
 
 class Gradients(NamedTuple):
-    """Of the latents of one block: W_enc, W_dec, b_enc and θ itself."""
+    """Of the latents of one block: W_enc, W_dec, b_enc and θ itself.
 
-    enc_SD: Array
-    dec_SD: Array
-    bias_S: Array
-    theta_S: Array
+    Its fields are arrays; in its twins, their dims.
+    """
+
+    enc_SD: Any
+    dec_SD: Any
+    bias_S: Any
+    theta_S: Any
 
 
 @jax.tree_util.register_dataclass
@@ -240,7 +243,16 @@ def every_pass(
         ids_S = at + jnp.arange(size, dtype=jnp.int32)
         # Gathers: slices would be fused into what follows, and XLA then copies each whole matrix.
         own = Rows(*(matrix_FD.at[ids_S].get(mode="clip") for matrix_FD in rows))
-        found = reduce(_from_products(own, ids_S, pulls=pulls, bandwidth=bandwidth))
+        pre_SB = jnp.einsum("sd,bd->sb", own.W_enc, pulls.x_BD, precision=PRECISION)
+        found = from_products(
+            own.W_dec,
+            pre_SB + pulls.bias_F[ids_S][:, None],
+            theta_S=pulls.theta_F[ids_S],
+            g_count_S=pulls.g_count_F[ids_S],
+            pulls=pulls,
+            bandwidth=bandwidth,
+        )
+        found = reduce(found)
         sums = _added(sums, own, found, at=at)
         if write is None:
             return rows, sums
@@ -252,20 +264,30 @@ def every_pass(
     return jax.lax.fori_loop(0, jnp.where(wanted, width // size, 0), one_tile, start)
 
 
-def _from_products(own: Rows, ids_S: Array, *, pulls: Pulls, bandwidth: float) -> Gradients:
-    theta_S = pulls.theta_F[ids_S]
-    pre_BS = jnp.einsum("bd,sd->bs", pulls.x_BD, own.W_enc, precision=PRECISION)
-    pre_BS = pre_BS + pulls.bias_F[ids_S][None, :]
-    active_BS = pre_BS > theta_S[None, :]
-    window_BS = jnp.abs(pre_BS - theta_S[None, :]) < bandwidth / 2
-    g_f_BS = jnp.einsum("bd,sd->bs", pulls.g_BD, own.W_dec, precision=PRECISION)
-    g_pre_BS = jnp.where(active_BS, g_f_BS, 0.0)
-    f_BS = jnp.where(active_BS, pre_BS, 0.0)
-    step_BS = pulls.g_l0_B[:, None] + pulls.g_count_F[ids_S][None, :]
-    pull_BS = jnp.where(window_BS, theta_S[None, :] * g_f_BS + step_BS, 0.0)
+def from_products(
+    W_dec_SD: Float[Array, "S D"],
+    pre_SB: Float[Array, "S B"],
+    *,
+    theta_S: Float[Array, " S"],
+    g_count_S: Float[Array, " S"],
+    pulls: Pulls,
+    bandwidth: float,
+) -> Gradients:
+    """The gradients of a tile's latents, given their pre-activations.
+
+    Args:
+        theta_S, g_count_S: the tile's part of what `pulls` has for all latents.
+    """
+    g_f_SB = jnp.einsum("sd,bd->sb", W_dec_SD, pulls.g_BD, precision=PRECISION)
+    active_SB = pre_SB > theta_S[:, None]
+    window_SB = jnp.abs(pre_SB - theta_S[:, None]) < bandwidth / 2
+    g_pre_SB = jnp.where(active_SB, g_f_SB, 0.0)
+    f_SB = jnp.where(active_SB, pre_SB, 0.0)
+    step_SB = pulls.g_l0_B[None, :] + g_count_S[:, None]
+    pull_SB = jnp.where(window_SB, theta_S[:, None] * g_f_SB + step_SB, 0.0)
     return Gradients(
-        enc_SD=jnp.einsum("bs,bd->sd", g_pre_BS, pulls.x_BD, precision=PRECISION),
-        dec_SD=jnp.einsum("bs,bd->sd", f_BS, pulls.g_BD, precision=PRECISION),
-        bias_S=g_pre_BS.sum(axis=0),
-        theta_S=-pull_BS.sum(axis=0) / bandwidth,
+        enc_SD=jnp.einsum("sb,bd->sd", g_pre_SB, pulls.x_BD, precision=PRECISION),
+        dec_SD=jnp.einsum("sb,bd->sd", f_SB, pulls.g_BD, precision=PRECISION),
+        bias_S=g_pre_SB.sum(axis=1),
+        theta_S=-pull_SB.sum(axis=1) / bandwidth,
     )

@@ -1,4 +1,4 @@
-"""The JumpReLU sparse autoencoder: forward pass and straight-through gradients.
+"""The JumpReLU sparse autoencoder, and what all architectures' passes are made of.
 
     pre  = (x - b_dec) W_encᵀ + b_enc            no ReLU before the jump
     f    = pre · 1[pre > θ]
@@ -7,6 +7,10 @@
 
 A transcoder predicts another row y and not x (Gemma Scope, appendix B): y takes x's place in the
 loss, no b_dec is subtracted, and with an affine skip ŷ = f W_dec + b_dec + x W_skip.
+
+Straight-through gradients reach θ alone: ∂f/∂θ := -(θ/ε) K((pre - θ)/ε) and, of the step that
+counts a latent as active, ∂H/∂θ := -(1/ε) K((pre - θ)/ε), K the rectangle 1[|u| < 1/2]. With
+respect to `pre`, a latent passes 1[pre > θ] and its count passes nothing.
 
 Sources: Gemma Scope (arXiv 2408.05147) section 2 and the JumpReLU paper (arXiv 2407.14435)
 equations 8-12. Inputs are scaled to unit mean squared norm; the bandwidth assumes it.
@@ -17,7 +21,6 @@ Legend: B rows of a batch, D model width, F latents. Weights are latent-major, [
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +37,7 @@ Params = dict[str, Array]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Forward:
-    """One pass over a batch; all but the reconstruction carry straight-through gradients.
+    """One pass over a batch, of an architecture whose gradients are autodiff's.
 
     `l0_B` counts the active latents of a row; `frequency_F` is the share of rows a latent is
     active in. What only some architectures have: `l1_B`, the norm that an L1 penalty prices;
@@ -48,42 +51,6 @@ class Forward:
     l1_B: Float[Array, " B"] | None = None
     auxiliary: Float[Array, ""] | None = None
     smallest: Float[Array, ""] | None = None
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def jumprelu(
-    pre_BF: Float[Array, "B F"], threshold_F: Float[Array, " F"], bandwidth: float
-) -> tuple[Float[Array, "B F"], Float[Array, " B"], Float[Array, " F"]]:
-    """Latents, the number active per row, and each latent's frequency in the batch.
-
-    Pseudo-derivatives in the threshold are the JumpReLU paper's, equations 11 and 12, K the
-    rectangle 1[|u| < 1/2]: ∂f/∂θ := -(θ/ε) K((pre - θ)/ε) and, of the step that counts a latent
-    as active, ∂H/∂θ := -(1/ε) K((pre - θ)/ε). With respect to `pre`, the latent passes
-    1[pre > θ] and the step passes nothing.
-    """
-    active_BF = pre_BF > threshold_F[None, :]
-    l0_B = active_BF.sum(axis=1, dtype=pre_BF.dtype)
-    frequency_F = active_BF.sum(axis=0, dtype=pre_BF.dtype) / pre_BF.shape[0]
-    return jnp.where(active_BF, pre_BF, 0.0), l0_B, frequency_F
-
-
-def _jumprelu_forward(pre_BF, threshold_F, bandwidth):
-    return jumprelu(pre_BF, threshold_F, bandwidth), (pre_BF, threshold_F)
-
-
-def _jumprelu_backward(bandwidth, residuals, cotangents):
-    pre_BF, threshold_F = residuals
-    g_latents_BF, g_l0_B, g_frequency_F = cotangents
-    distance_BF = pre_BF - threshold_F[None, :]
-    window_BF = jnp.abs(distance_BF) < bandwidth / 2
-    g_pre_BF = jnp.where(distance_BF > 0, g_latents_BF, 0.0)
-    step_BF = g_l0_B[:, None] + g_frequency_F[None, :] / pre_BF.shape[0]
-    pull_BF = threshold_F[None, :] * g_latents_BF + step_BF
-    g_threshold_F = -jnp.where(window_BF, pull_BF, 0.0).sum(axis=0) / bandwidth
-    return g_pre_BF, g_threshold_F
-
-
-jumprelu.defvjp(_jumprelu_forward, _jumprelu_backward)
 
 
 def threshold_of(params: Params, *, config: SaeConfig) -> Float[Array, " F"]:
@@ -117,7 +84,14 @@ def decode(
     params: Params, latents_BF: Float[Array, "B F"], *, x_BD: Float[Array, "B D"]
 ) -> Float[Array, "B D"]:
     """f W_dec + b_dec, and x W_skip where a transcoder has an affine skip."""
-    decoded_BD = product_with_decoder(params, latents_BF) + params["b_dec"][None, :]
+    return decoded_with(params, product_with_decoder(params, latents_BF), x_BD=x_BD)
+
+
+def decoded_with(
+    params: Params, product_BD: Float[Array, "B D"], *, x_BD: Float[Array, "B D"]
+) -> Float[Array, "B D"]:
+    """What `decode` makes of f W_dec."""
+    decoded_BD = product_BD + params["b_dec"][None, :]
     if "W_skip" not in params:
         return decoded_BD
     return decoded_BD + jnp.einsum("bd,de->be", x_BD, params["W_skip"], precision=PRECISION)
@@ -131,7 +105,7 @@ def product_with_decoder(params: Params, latents_BF: Float[Array, "B F"]) -> Flo
 def counted(
     reconstruction_BD: Float[Array, "B D"], latents_BF: Float[Array, "B F"], **losses: Array
 ) -> Forward:
-    """A pass whose counts carry no gradient: the architectures without straight-through ones."""
+    """A pass over a batch, its counts without gradients."""
     active_BF = jax.lax.stop_gradient(latents_BF) > 0
     return Forward(
         reconstruction_BD=reconstruction_BD,
@@ -139,22 +113,4 @@ def counted(
         l0_B=active_BF.sum(axis=1, dtype=latents_BF.dtype),
         frequency_F=active_BF.sum(axis=0, dtype=latents_BF.dtype) / latents_BF.shape[0],
         **losses,
-    )
-
-
-def forward(params: Params, x_BD: Float[Array, "B D"], *, config: SaeConfig) -> Forward:
-    """Encode and decode scaled rows.
-
-    Args:
-        params: W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D] and the trained `threshold` [F].
-        x_BD: activations divided by the input scale, so that E|x|² = 1.
-    """
-    pre_BF = pre_activations(params, x_BD, bias=params["b_enc"], config=config)
-    theta_F = threshold_of(params, config=config)
-    latents_BF, l0_B, frequency_F = jumprelu(pre_BF, theta_F, config.bandwidth)
-    return Forward(
-        reconstruction_BD=decode(params, latents_BF, x_BD=x_BD),
-        latents_BF=latents_BF,
-        l0_B=l0_B,
-        frequency_F=frequency_F,
     )

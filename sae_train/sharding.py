@@ -152,6 +152,12 @@ def spec(dims: tuple[str, ...]) -> PartitionSpec:
     return PartitionSpec(*(AXIS_OF_DIM[dim] for dim in dims))
 
 
+def spec_on(mesh: Mesh, dims: tuple[str, ...]) -> PartitionSpec:
+    """As `spec`, but for axes of one device, over which there is nothing to add up."""
+    axes = (AXIS_OF_DIM[dim] for dim in dims)
+    return PartitionSpec(*(axis if axis and mesh.shape[axis] > 1 else None for axis in axes))
+
+
 def sharding(mesh: Mesh, dims: tuple[str, ...]) -> NamedSharding:
     """Where a tensor with these dims lives."""
     return NamedSharding(mesh, spec(dims))

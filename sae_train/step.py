@@ -1,8 +1,8 @@
 """One optimiser step: loss, gradients, update, metrics; compiled once per shape and mesh.
 
-Written with jit and NamedSharding over a (data, model) mesh: the compiler places the
-collectives. The loop sees only `TrainStep`, so another way to the same gradients can take the
-dense one's place without the loop noticing.
+The loop sees only `TrainStep`, whichever way gradients are come by: a JumpReLU's are explicit, by
+products (`dense_step`) or by pairs (`adaptive_step`); other architectures' are autodiff's, of one
+program over a (data, model) mesh in which the compiler places the collectives.
 
 Legend: B rows of a batch, D model width, F latents.
 """
@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float
 from sae_train.adaptive_step import AdaptiveStep, Stepped, is_adaptive
 from sae_train.architecture import forward
 from sae_train.config import Config, TrainConfig
+from sae_train.dense_step import DenseStep
 from sae_train.optimiser import update
 from sae_train.penalty import Priced, priced
 from sae_train.sae import Forward, Params, threshold_of
@@ -81,9 +82,7 @@ def loss_and_forward(
     sae: SaeConfig,
     train: TrainConfig,
 ) -> tuple[Float[Array, ""], tuple[Forward, Priced]]:
-    """Squared error plus penalty, mean over rows (Gemma Scope, equation 4).
-
-    And the architecture's own auxiliary loss, if it has one.
+    """Squared error plus penalty, mean over rows, and an auxiliary loss if there is one.
 
     Args:
         x_BD, target_BD: scaled rows; of an SAE the target is x.
@@ -220,15 +219,18 @@ def _plain_step(
 ) -> TrainStep:
     """The step as it is written, uncompiled."""
     adaptive = AdaptiveStep(config, mesh) if is_adaptive(config, mesh) else None
+    dense = DenseStep(config, mesh) if config.sae.architecture == "jumprelu" else None
 
     def step(state: TrainState, batch: Batch, scalars: Scheduled) -> tuple[TrainState, StepMetrics]:
         x_BD, target_BD = _scaled(batch, input_scale=input_scale, target_scale=target_scale)
         smallest, sparse, overflows = None, jnp.zeros((), bool), state.overflows
-        if adaptive is None:
-            stepped, smallest = _whole(state, x_BD, target_BD, scalars, config=config)
-        else:
+        if adaptive is not None:
             stepped, sparse, tried = adaptive(state, x_BD, target_BD=target_BD, scalars=scalars)
             overflows = overflows + (tried & ~sparse).astype(jnp.int32)
+        elif dense is not None:
+            stepped = dense(state, x_BD, target_BD=target_BD, scalars=scalars)
+        else:
+            stepped, smallest = _by_autodiff(state, x_BD, target_BD, scalars, config=config)
         metrics, last_fired = _measure(
             state, stepped, target_BD=target_BD, overflows=overflows, config=config
         )
@@ -249,10 +251,10 @@ def _plain_step(
     return step
 
 
-def _whole(
+def _by_autodiff(
     state: TrainState, x_BD: Array, target_BD: Array, scalars: Scheduled, *, config: Config
 ) -> tuple[Stepped, Array | None]:
-    """A step of any architecture, by products of whole matrices; and BatchTopK's `smallest`."""
+    """A step of any architecture but JumpReLU; and BatchTopK's `smallest`."""
     sae, train = config.sae, config.train
     (loss, (out, penalty)), gradients = jax.value_and_grad(loss_and_forward, has_aux=True)(
         state.params,

@@ -16,6 +16,7 @@ from sae_train.step import make_train_step
 from tests.configs import make_config
 
 BATCH, D_MODEL, WIDTH = 512, 64, 1024
+L0 = {"coefficient": 0.01}
 COLLECTIVE = re.compile(
     r"= (?P<type>.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|collective-permute|"
     r"all-to-all)(-start)?\("
@@ -23,9 +24,13 @@ COLLECTIVE = re.compile(
 SHAPE = re.compile(r"[a-z]+[0-9]*\[([0-9,]*)\]")
 
 
-def collectives(mesh: tuple[int, int], sparsity: dict) -> list[tuple[str, int]]:
+def collectives(
+    mesh: tuple[int, int], sparsity: dict, *, width: int = WIDTH
+) -> list[tuple[str, int]]:
     """(kind, elements) of every tensor a collective of the compiled step carries."""
-    config = make_config(width=WIDTH, batch_size=BATCH, tokens=BATCH, mesh=mesh, sparsity=sparsity)
+    config = make_config(
+        width=width, batch_size=BATCH, tokens=BATCH, mesh=mesh, sparsity=sparsity, step="dense"
+    )
     devices = make_mesh(config.mesh)
     step = make_train_step(config, input_scale=1.0, mesh=devices)
     state = abstract_state(config.sae, d_model=D_MODEL, mesh=devices)
@@ -66,10 +71,19 @@ def test_a_data_mesh_sends_the_gradients_once():
     assert weights == [WIDTH * D_MODEL] * 2
 
 
-def test_frequencies_are_summed_over_the_batch_only_where_they_are_priced():
-    plain = collectives((8, 1), {"coefficient": 0.01})
+def test_tiles_of_latents_send_nothing_more():
+    assert collectives((1, 8), L0, width=8 * 2048) == collectives((1, 8), L0)
+    # Each tile's own gradients and sums; frequencies and b_dec's gradient once for all tiles.
+    tiled, whole = (sum(size for _, size in collectives((8, 1), L0, width=n)) for n in (4096, 1024))
+    assert tiled == whole + 3 * 1024
+
+
+def test_pricing_frequencies_sends_nothing_more():
+    plain = collectives((8, 1), L0)
     priced = collectives((8, 1), {"coefficient": 0.01, "frequency": {"scale": 0.1}})
-    assert sorted(priced) == sorted([*plain, ("all-reduce", WIDTH)])
+    # Those of b_enc and θ, and which latents fired.
+    assert sorted(priced) == sorted(plain)
+    assert plain.count(("all-reduce", WIDTH)) == 3
     split = collectives((1, 8), {"coefficient": 0.01, "frequency": {"scale": 0.1}})
     assert max(size for _, size in split) == BATCH * D_MODEL
     assert sum(size for _, size in split) <= BATCH * D_MODEL + BATCH + D_MODEL + 16

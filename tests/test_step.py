@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from sae_train.config import Config
+from sae_train.dense_step import DenseStep, cpu_tile
 from sae_train.schedule import scheduled
 from sae_train.sharding import make_mesh
 from sae_train.state import TrainState, init_state
-from sae_train.step import loss_and_forward, make_train_step
+from sae_train.step import make_train_step
 from tests import reference
 from tests.configs import make_config
 
@@ -49,29 +50,22 @@ def golden_inputs() -> tuple[dict[str, np.ndarray], np.ndarray]:
 def test_golden_numbers_of_the_authors():
     config = make_config(bandwidth=0.1, parametrisation="log", sparsity={"coefficient": 1.2})
     params, data = golden_inputs()
+    dense = DenseStep(config, make_mesh(config.mesh))
     with jax.enable_x64(True):
-        (loss, (out, _)), gradients = jax.value_and_grad(loss_and_forward, has_aux=True)(
-            jax.tree.map(jnp.asarray, params),
-            jnp.asarray(data[0]),
-            jax.tree.map(jnp.float64, scheduled(config.train, step=0)),
-            target_BD=jnp.asarray(data[0]),
-            log_gain=jnp.asarray(0.0),
-            dead_F=jnp.zeros(len(params["b_enc"]), bool),
-            sae=config.sae,
-            train=config.train,
-        )
-    from sae_train.sae import pre_activations
-
-    with jax.enable_x64(True):
-        here = jax.tree.map(jnp.asarray, params)
-        pre = pre_activations(here, jnp.asarray(data[0]), bias=here["b_enc"], config=config.sae)
-    np.testing.assert_allclose(loss, 81.98928, atol=1e-4)  # printed to five decimals
+        here, x = jax.tree.map(jnp.asarray, params), jnp.asarray(data[0])
+        scalars = jax.tree.map(jnp.float64, scheduled(config.train, step=0))
+        out = dense.loss(here, x, scalars, target_BD=x, log_gain=jnp.asarray(0.0))
+        gradients = dense.gradients(here, x, out)
+        pre = out.kept_TLB.reshape(len(params["b_enc"]), -1).T
+    np.testing.assert_allclose(out.loss, 81.98928, atol=1e-4)  # printed to five decimals
     found = dict(gradients) | {"reconstruction": out.reconstruction_BD, "pre": pre}
     found["W_enc"] = found["W_enc"].T
     for name, (stride, expected) in GOLDEN.items():
         values = np.asarray(found[name]).ravel()[::stride]
         np.testing.assert_allclose(values, expected, atol=1e-5, err_msg=name)
 
+
+SEVERAL_TILES = 3 * 347  # latents, of which 347, a prime, are a tile
 
 PENALTIES = {
     "l0": ({"penalty": "l0", "coefficient": 0.05}, reference.Sparsity("l0", 0.05)),
@@ -125,9 +119,19 @@ def biased_state(config: Config, *, d_model: int) -> TrainState:
 @pytest.mark.parametrize("parametrisation", ["log", "direct"])
 @pytest.mark.parametrize("penalty", sorted(PENALTIES))
 def test_forty_steps_follow_the_float64_reference(parametrisation: str, penalty: str):
+    follow_the_reference(parametrisation, penalty, width=96, steps=40)
+
+
+@pytest.mark.parametrize("parametrisation", ["log", "direct"])
+def test_a_step_of_several_tiles_follows_the_float64_reference(parametrisation: str):
+    assert cpu_tile(SEVERAL_TILES) == 347
+    follow_the_reference(parametrisation, "per_token_frequency", width=SEVERAL_TILES, steps=10)
+
+
+def follow_the_reference(parametrisation: str, penalty: str, *, width: int, steps: int) -> None:
     config_penalty, oracle_penalty = copy.deepcopy(PENALTIES[penalty])
     config = make_config(
-        width=96,
+        width=width,
         bandwidth=0.05,
         parametrisation=parametrisation,
         threshold_init=0.03,
@@ -147,7 +151,7 @@ def test_forty_steps_follow_the_float64_reference(parametrisation: str, penalty:
     )
     step_function = make_train_step(config, input_scale=scale, mesh=make_mesh(config.mesh))
     rng = np.random.default_rng(0)
-    for step in range(40):
+    for step in range(steps):
         x = rng.standard_normal((64, 24)) / np.sqrt(24) + 0.1
         rows = (x * scale).astype(np.float32)
         state, metrics = step_function(state, rows, scheduled(config.train, step=step))
@@ -194,6 +198,40 @@ def test_one_maths_on_many_meshes(data: int, model: int):
     assert again_losses == meshed_losses
     jax.tree.map(np.testing.assert_array_equal, again, meshed)
     np.testing.assert_allclose(meshed.params["W_dec"], single.params["W_dec"], atol=2e-5)
+
+
+@pytest.mark.parametrize(("data", "model"), [(2, 1), (1, 2), (2, 2)])
+def test_tiles_of_latents_are_one_maths_on_many_meshes(data: int, model: int):
+    common = {
+        "width": 2 * SEVERAL_TILES,
+        "bandwidth": 0.05,
+        "threshold_init": 0.02,
+        "batch_size": 64,
+        "tokens": 64 * 8,
+        "sparsity": {"coefficient": 0.01, "frequency": {"scale": 0.1}},
+        "learning_rate": {"peak": 1e-3, "warmup_steps": 5},
+    }
+    single, losses = run_on_mesh(make_config(**common), 8)
+    meshed, meshed_losses = run_on_mesh(make_config(**common, mesh=(data, model)), 8)
+    np.testing.assert_allclose(meshed_losses, losses, rtol=1e-5)
+    for name, value in single.params.items():
+        np.testing.assert_allclose(meshed.params[name], value, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 2)])
+def test_gradients_made_whole_for_their_norm_are_those_of_the_tiles(mesh: tuple[int, int]):
+    common = {"width": 2 * SEVERAL_TILES, "threshold_init": 0.02, "mesh": mesh, "tokens": 64 * 8}
+    tiled, losses = run_on_mesh(make_config(**common), 8)
+    whole, whole_losses = run_on_mesh(make_config(**common, gradient_clip=1e6), 8)
+    np.testing.assert_allclose(whole_losses, losses, rtol=1e-6)
+    for name, value in tiled.params.items():
+        np.testing.assert_allclose(whole.params[name], value, atol=2e-6, err_msg=name)
+
+
+def test_a_width_without_divisors_is_one_tile():
+    assert cpu_tile(16_384) == 1024
+    assert cpu_tile(1031) == 1031
+    assert cpu_tile(4 * 1031) == 4 * 1031
 
 
 STEERED = {
