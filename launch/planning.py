@@ -159,19 +159,26 @@ def _work_table(plan: Plan) -> Table:
 
 def _memory_table(plan: Plan) -> Table:
     items = list(plan.runs[0].memory.items)
-    headings = ("run", *items, "next batch", "in all", "biggest", "on CPUs")
-    table = plan_table("memory of each device while training", *headings)
+    headings = ("run", "steps", *items, "next batch", "in all", "biggest", "on CPUs", "steps")
+    table = plan_table("memory of each device while training", *headings, words=2)
     for group in alike(plan):
-        memory, on_cpu = plan.runs[group[0]].memory, plan.runs[group[0]].memory_cpu
+        run = plan.runs[group[0]]
+        memory, on_cpu = run.memory, run.memory_cpu
         table.add_row(
             _label(plan, group),
+            _way(run.by_pairs),
             *(bytes_text(memory.items[name]) for name in items),
             bytes_text(memory.next_batch),
             bytes_text(memory.total),
             memory.biggest,
             bytes_text(on_cpu.total),
+            _way(run.by_pairs_cpu),
         )
     return table
+
+
+def _way(by_pairs: bool) -> str:
+    return "by pairs" if by_pairs else "by products"
 
 
 def _cohort_table(plan: Plan) -> Table:

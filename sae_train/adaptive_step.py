@@ -66,15 +66,19 @@ class _Batch:
     theta_F: Array
 
 
-def is_adaptive(config: Config, mesh: Mesh) -> bool:
+def may_go_by_pairs(config: Config, *, on_cpu: bool) -> bool:
     """May steps go by pairs? Only a JumpReLU's, and if left open only a wide one's on CPUs.
 
     On other devices nothing was measured: its many short loops may cost more there than products.
     """
     if config.sae.architecture != "jumprelu" or config.train.step == "dense":
         return False
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
     return config.train.step == "sparse" or (on_cpu and config.sae.width >= SMALLEST_WIDTH)
+
+
+def is_adaptive(config: Config, mesh: Mesh) -> bool:
+    """`may_go_by_pairs` on the devices of a mesh."""
+    return may_go_by_pairs(config, on_cpu=mesh.devices.flat[0].platform == "cpu")
 
 
 class AdaptiveStep:
@@ -83,7 +87,7 @@ class AdaptiveStep:
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self._sae, self._train = config.sae, config.train
         self._parts = ShardedParts(config, mesh)
-        self._capacity = capacity_per_row(config)
+        self._capacity = capacity_per_row(config.train, width=config.sae.width)
 
     def __call__(
         self, state: TrainState, x_BD: Array, *, target_BD: Array, scalars: Scheduled

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,9 +18,10 @@ from activation_cache.gemma_config import GemmaConfig
 from activation_cache.known_models import config_for_planning
 from activation_cache.taps import check_tap, tap_width
 from sae_train.accelerators import Accelerator
+from sae_train.adaptive_step import may_go_by_pairs
 from sae_train.cohort import group_cohorts
 from sae_train.config import Config, MeshConfig
-from sae_train.plan_memory import Shape, StepMemory, cohort_memory, step_memory
+from sae_train.plan_memory import Shape, StepMemory, cohort_memory, nearest_mesh, step_memory
 from sae_train.plan_work import (
     HarvestWork,
     StorePlan,
@@ -32,6 +33,7 @@ from sae_train.plan_work import (
     step_traffic,
     store_plan,
 )
+from sae_train.sparse_step import capacity_per_row
 
 # The runtime's own share, compiled programs, collectives' buffers, fragmentation.
 USABLE_MEMORY = 0.92
@@ -68,7 +70,11 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """One SAE: sizes, memory of a device, work per step. Independent of the accelerator."""
+    """One SAE: sizes, memory of a device, work per step. Independent of the accelerator.
+
+    `by_pairs` and `by_pairs_cpu` say whether steps may go by pairs of row and active latent;
+    `memory` and `memory_cpu` are theirs then. Work and collectives are always those of products.
+    """
 
     name: str
     tap: str
@@ -76,6 +82,8 @@ class RunPlan:
     steps: int
     memory: StepMemory
     memory_cpu: StepMemory
+    by_pairs: bool
+    by_pairs_cpu: bool
     flops_per_step: int
     paper_flops_per_step: int
     traffic_per_step: int
@@ -244,6 +252,10 @@ def _run_plan(name: str, config: Config, gemma: GemmaConfig) -> RunPlan:
         has_skip=config.sae.affine_skip,
     )
     dtype = config.cache.dtype
+    places = capacity_per_row(config.train, width=config.sae.width)
+    by_pairs, by_pairs_cpu = (may_go_by_pairs(config, on_cpu=on_cpu) for on_cpu in (False, True))
+    shape_cpu = dataclasses.replace(shape, places=places if by_pairs_cpu else None)
+    shape = dataclasses.replace(shape, places=places if by_pairs else None)
     collectives = collective_bytes(shape)
     sizes = [("data", config.mesh.data), ("model", config.mesh.model)]
     memory = step_memory(shape, store_dtype=dtype)
@@ -253,7 +265,9 @@ def _run_plan(name: str, config: Config, gemma: GemmaConfig) -> RunPlan:
         shape=shape,
         steps=config.train.steps,
         memory=memory,
-        memory_cpu=step_memory(shape, store_dtype=dtype, backend="cpu"),
+        memory_cpu=step_memory(shape_cpu, store_dtype=dtype, backend="cpu"),
+        by_pairs=by_pairs,
+        by_pairs_cpu=by_pairs_cpu,
         flops_per_step=step_flops(shape),
         paper_flops_per_step=paper_step_flops(shape),
         traffic_per_step=step_traffic(shape),
@@ -340,45 +354,6 @@ def _verdict(
         and chip.kind == "gpu"
         and run.memory.total > chip.hbm_bytes * GPU_DEFAULT_SHARE,
     )
-
-
-def nearest_mesh(shape: Shape, store_dtype: Any, *, usable: int, most: int) -> MeshConfig | None:
-    """The mesh nearest to the config's that divides the batch and the latents and fits.
-
-    Near means few doublings or halvings of each axis; of equally near ones the one with fewer
-    devices, then the one with more latents' shards.
-
-    Args:
-        usable: bytes of a device.
-        most: devices there are.
-    """
-
-    def distance(mesh: MeshConfig) -> tuple[float, int, int]:
-        doublings = abs(math.log2(mesh.data / shape.mesh.data)) + abs(
-            math.log2(mesh.model / shape.mesh.model)
-        )
-        return doublings, mesh.data * mesh.model, -mesh.model
-
-    fitting = [
-        mesh
-        for mesh in _meshes(shape, most=most)
-        if step_memory(_on(shape, mesh), store_dtype=store_dtype).total <= usable
-    ]
-    return min(fitting, key=distance, default=None)
-
-
-def _meshes(shape: Shape, *, most: int) -> Iterator[MeshConfig]:
-    for data in _divisors(shape.batch_size, most=most):
-        for model in _divisors(shape.width, most=most // data):
-            yield MeshConfig(data=data, model=model)
-
-
-def _divisors(number: int, *, most: int) -> list[int]:
-    return [one for one in range(1, min(number, most) + 1) if number % one == 0]
-
-
-def _on(shape: Shape, mesh: MeshConfig) -> Shape:
-    return dataclasses.replace(shape, mesh=mesh)
 
 
 def _cost(hours: float, devices: int, assumptions: Assumptions) -> float | None:

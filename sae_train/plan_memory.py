@@ -1,9 +1,8 @@
 """What one device holds while it trains, item by item, before anything is allocated.
 
-It is the step by whole products (`train.step: dense`); of one that may go by pairs,
-docs/performance.md has what was measured. The arguments of the compiled step (weights, second
-moments, the batch) follow from the table in `sharding`, byte for byte. Its temporaries follow from
-what the step keeps alive at its fullest, at the end of the backward pass:
+The arguments of the compiled step (weights, second moments, the batch) follow from the table in
+`sharding`, byte for byte. Its temporaries follow from what a step by whole products keeps alive at
+its fullest, at the end of the backward pass:
 
     gradients     of every parameter; W_dec's and W_enc's, [F, D] each, are what counts
     activations   two [B, F]: pre-activations and latents, then their cotangents in their place;
@@ -11,7 +10,8 @@ what the step keeps alive at its fullest, at the end of the backward pass:
 
 The state is donated, so new weights and moments are written over the old ones and cost nothing.
 XLA's TPU compiler was seen to need just this. On a CPU a JumpReLU's step needs far less and other
-architectures' need more, see `_tiled` and `_cpu_temporaries`. docs/plan.md has the comparisons;
+architectures' need more, see `_tiled` and `_cpu_temporaries`; a step that may go by pairs keeps
+neither [B, F] nor gradients [F, D], see `_by_pairs`. docs/plan.md has the comparisons;
 tests/test_plan_memory.py holds the JumpReLU's on a CPU within 10 %.
 
 Legend: B rows of a batch, D model width, F latents, each as one device holds them.
@@ -19,8 +19,9 @@ Legend: B rows of a batch, D model width, F latents, each as one device holds th
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,14 +30,17 @@ import jax.numpy as jnp
 from activation_cache.config import Dtype
 from sae_train.config import MeshConfig
 from sae_train.dense_step import cpu_tile
+from sae_train.pairs import tile_of
 from sae_train.sae_config import Architecture
 from sae_train.sharding import AXIS_OF_DIM, BATCH_DIMS, LAST_FIRED, Tensor, params_table
 
 Backend = Literal["accelerator", "cpu"]
 FLOAT_BYTES = 4
 # The step, what steering added to log λ, BatchTopK's threshold, overflows. When latents were last
-# touched and how the last step went are no arguments of a step by whole products.
+# touched and how the last step went are no arguments of a step by whole products: pairs a row and
+# the way it took are `WAY_BYTES`.
 STATE_SCALAR_BYTES = 16
+WAY_BYTES = 8
 SCALAR_BYTES = 12  # learning rate, coefficient, bias correction
 _STATE = ("weights", "second moment")
 _HELD = (*_STATE, "batch")  # from one step to the next; the other items are temporaries
@@ -44,7 +48,10 @@ _HELD = (*_STATE, "batch")  # from one step to the next; the other items are tem
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes a step is compiled for: global dims, and the mesh that cuts them."""
+    """The sizes a step is compiled for: global dims, and the mesh that cuts them.
+
+    `places` are those for pairs, a row, of a step that may go by pairs; None: by products only.
+    """
 
     batch_size: int
     d_model: int
@@ -53,6 +60,7 @@ class Shape:
     architecture: Architecture = "jumprelu"
     is_transcoder: bool = False
     has_skip: bool = False
+    places: int | None = None
 
     @property
     def table(self) -> Iterable[Tensor]:
@@ -120,7 +128,10 @@ def step_memory(
         "second moment": params,
         "batch": batch + SCALAR_BYTES,
     }
-    if backend == "cpu":
+    if shape.places is not None:
+        items["weights"] += shape.table_bytes([LAST_FIRED]) + WAY_BYTES  # `last_touched` is alike
+        items |= _by_pairs(shape, places=shape.places)
+    elif backend == "cpu":
         items |= _tiled(shape) if shape.architecture == "jumprelu" else _cpu_temporaries(shape)
     else:
         latents = shape.local(("B", "F")) * FLOAT_BYTES
@@ -145,6 +156,65 @@ def cohort_memory(members: Sequence[StepMemory]) -> StepMemory:
         items=states | {"batch": fullest.items["batch"]} | temporaries(fullest),
         next_batch=fullest.next_batch,
     )
+
+
+def nearest_mesh(shape: Shape, store_dtype: Dtype, *, usable: int, most: int) -> MeshConfig | None:
+    """The mesh nearest to the config's that divides the batch and the latents and fits.
+
+    Near means few doublings or halvings of each axis; of equally near ones the one with fewer
+    devices, then the one with more latents' shards.
+
+    Args:
+        usable: bytes of a device.
+        most: devices there are.
+    """
+
+    def distance(mesh: MeshConfig) -> tuple[float, int, int]:
+        doublings = abs(math.log2(mesh.data / shape.mesh.data)) + abs(
+            math.log2(mesh.model / shape.mesh.model)
+        )
+        return doublings, mesh.data * mesh.model, -mesh.model
+
+    fitting = [
+        mesh
+        for mesh in _meshes(shape, most=most)
+        if step_memory(dataclasses.replace(shape, mesh=mesh), store_dtype=store_dtype).total
+        <= usable
+    ]
+    return min(fitting, key=distance, default=None)
+
+
+def _meshes(shape: Shape, *, most: int) -> Iterator[MeshConfig]:
+    for data in _divisors(shape.batch_size, most=most):
+        for model in _divisors(shape.width, most=most // data):
+            yield MeshConfig(data=data, model=model)
+
+
+def _divisors(number: int, *, most: int) -> list[int]:
+    return [one for one in range(1, min(number, most) + 1) if number % one == 0]
+
+
+# Read off XLA's CPU compiler over widths, batches and places: rows [S, D] of a block of latents
+# (weights, moments, gradients, the new ones); tiles [B, L] alive together; words that sorting a
+# place takes, and those it holds; bytes of vectors of one number a latent.
+_BLOCK_ROWS, _TILES, _SORTED_WORDS, _PLACE_WORDS, _LATENT_BYTES = 10, 4, 8, 3, 52
+
+
+def _by_pairs(shape: Shape, *, places: int) -> dict[str, int]:
+    """Temporaries of a step by pairs or by tiles, the larger: at the fullest of three moments."""
+    width, rows = shape.local(("F",)), shape.local(("B",))
+    tile = tile_of(width)
+    row_bytes = shape.local(("B", "D")) * FLOAT_BYTES
+    words = -(-rows * places // shape.mesh.model) * FLOAT_BYTES
+    blocks = _BLOCK_ROWS * tile * shape.d_model * FLOAT_BYTES
+    updating = 3 * row_bytes + blocks + _PLACE_WORDS * words * shape.mesh.data
+    if shape.mesh.data > 1:  # what is read and what is sent back, of the whole batch
+        updating += row_bytes + 2 * row_bytes * shape.mesh.data
+    sorting = 4 * row_bytes + _SORTED_WORDS * words
+    by_tiles = 3 * row_bytes + _TILES * rows * tile * FLOAT_BYTES
+    fullest = max(updating, sorting, by_tiles) + _LATENT_BYTES * width
+    target = row_bytes if shape.is_transcoder else 0
+    return {"gradients": blocks, "activations": fullest - blocks + target}
 
 
 def _tiled(shape: Shape) -> dict[str, int]:

@@ -16,10 +16,12 @@ from activation_cache.config import CacheConfig
 from activation_cache.gemma_config import GemmaConfig
 from activation_cache.known_models import config_for_planning
 from sae_train.accelerators import Accelerator
+from sae_train.adaptive_step import may_go_by_pairs
 from sae_train.config import Config, MeshConfig
-from sae_train.plan import MOST_DEVICES, USABLE_MEMORY, Assumptions, nearest_mesh
-from sae_train.plan_memory import FLOAT_BYTES, Shape, StepMemory, step_memory
+from sae_train.plan import MOST_DEVICES, USABLE_MEMORY, Assumptions
+from sae_train.plan_memory import FLOAT_BYTES, Shape, StepMemory, nearest_mesh, step_memory
 from sae_train.plan_work import harvest_work, step_flops, step_traffic, store_plan
+from sae_train.sparse_step import capacity_per_row
 from sae_train.suite import Cell, all_cells, cache_of, cells_of, read_width
 
 
@@ -145,6 +147,9 @@ def _group(members: list[Cell], config: Config, gemma: GemmaConfig) -> CellGroup
         cell.mesh,
         is_transcoder=cell.kind == "transcoder",
         has_skip=cell.affine,
+        places=capacity_per_row(config.train, width=cell.width)
+        if may_go_by_pairs(config, on_cpu=False)
+        else None,
     )
     steps = max(1, cell.tokens // batch)
     weights = 2 * shape.width * shape.d_model + 2 * shape.width + shape.d_model

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from sae_train.config import Config
+from sae_train.config import Config, TrainConfig
 from sae_train.optimiser import Rows
 from sae_train.pair_sums import decode_pairs, longest_first
 from sae_train.pairs import Pairs, candidates, select_pairs, tile_of, varying_like
@@ -70,10 +70,9 @@ class Encoded:
     pairs: Any
 
 
-def capacity_per_row(config: Config) -> int:
+def capacity_per_row(train: TrainConfig, *, width: int) -> int:
     """Pairs a row, in the mean of a batch, that there are places for."""
-    configured = config.train.sparse_capacity
-    return configured or max(1, min(_LARGEST_CAPACITY, config.sae.width // 16))
+    return train.sparse_capacity or max(1, min(_LARGEST_CAPACITY, width // 16))
 
 
 class ShardedParts:
@@ -84,7 +83,8 @@ class ShardedParts:
         self._bandwidth = config.sae.bandwidth
         self._data, self._model = mesh.shape["data"], mesh.shape["model"]
         rows = config.train.batch_size // self._data
-        self.capacity = -(-rows * capacity_per_row(config) // self._model)
+        per_row = capacity_per_row(config.train, width=config.sae.width)
+        self.capacity = -(-rows * per_row // self._model)
         self._rows = rows
 
     def _map(self, function: Callable, in_dims: Any, out_dims: Any) -> Callable:

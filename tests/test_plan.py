@@ -24,8 +24,8 @@ from launch.sweep import expand
 from sae_train import plan_work
 from sae_train.accelerators import ACCELERATORS, accelerator
 from sae_train.config import Config, MeshConfig, SweepConfig
-from sae_train.plan import USABLE_MEMORY, Assumptions, make_plan, nearest_mesh
-from sae_train.plan_memory import Shape, cohort_memory, step_memory
+from sae_train.plan import USABLE_MEMORY, Assumptions, make_plan
+from sae_train.plan_memory import Shape, cohort_memory, nearest_mesh, step_memory
 from tests.plan_shapes import compile_step
 from tests.stores import make_manifest, write_store
 from tests.test_collectives import COLLECTIVE, SHAPE
@@ -226,6 +226,32 @@ def test_hours_reads_and_cost() -> None:
     assert on.harvest_hours == pytest.approx(harvest)
     assert on.total_hours == pytest.approx(harvest + verdict.hours)
     assert on.total_cost == pytest.approx((harvest + verdict.hours) * 8 * 3.0)
+
+
+@pytest.mark.parametrize(
+    ("sae", "step", "ways"),
+    [
+        ({}, "auto", (False, True)),
+        ({}, "sparse", (True, True)),
+        ({}, "dense", (False, False)),
+        ({"architecture": "relu"}, "auto", (False, False)),
+    ],
+)
+def test_the_step_a_run_takes_is_said_and_its_memory_counted(
+    sae: dict[str, Any], step: str, ways: tuple[bool, bool]
+) -> None:
+    penalty = "l1" if sae else "l0"
+    sparsity = {"penalty": penalty, "coefficient": 1}
+    train = {"step": step, "tokens": 8e9, "sparsity": sparsity}
+    plan = plan_of(scope_config(sae=sae, train=train))
+    (run,) = plan.runs
+    assert (run.by_pairs, run.by_pairs_cpu) == ways
+    text = "\n".join(rendered(tables(plan)))
+    assert ("by pairs" in text, "by products" in text) == (any(ways), not all(ways))
+    matrix = run.shape.local(("F", "D")) * 4
+    for by_pairs, memory in zip(ways, (run.memory, run.memory_cpu), strict=True):
+        temporary = memory.items["gradients"] + memory.items["activations"]
+        assert (temporary < 2 * matrix) == by_pairs
 
 
 def test_small_batches_are_bound_by_memory() -> None:

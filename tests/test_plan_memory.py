@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from activation_cache.config import Dtype
 from sae_train.config import MeshConfig
-from sae_train.plan_memory import Shape, step_memory
+from sae_train.plan_memory import WAY_BYTES, Shape, step_memory
 from tests.plan_shapes import compile_step, measured_bytes
 
 # XLA lays buffers of several sizes into one heap; which lies in whose place is its own choice.
@@ -50,6 +52,27 @@ def test_the_plan_is_what_xla_allocates(sizes: Shape) -> None:
     assert sum(planned.items[name] for name in known) == arguments, "to the byte"
     assert planned.step == pytest.approx(total, rel=TOLERANCE)
     assert set(known) < set(planned.items)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "places", "tolerance"),
+    [
+        (shape(16_384, 640, 1, 1), 512, 0.05),
+        (shape(16_384, 640, 1, 1), 1024, 0.05),
+        (shape(65_536, 2304, 1, 1), 512, 0.02),
+        (shape(65_536, 2304, 2, 4), 512, 0.05),
+    ],
+)
+def test_the_plan_of_a_step_by_pairs_is_what_xla_allocates(
+    sizes: Shape, places: int, tolerance: float
+) -> None:
+    arguments, total = measured_bytes(compile_step(sizes, step="sparse", sparse_capacity=places))
+    planned = step_memory(dataclasses.replace(sizes, places=places), backend="cpu")
+    known = ("weights", "second moment", "batch")
+    # A step that always tries by pairs doesn't ask how the one before went.
+    assert sum(planned.items[name] for name in known) == arguments + WAY_BYTES
+    assert planned.step == pytest.approx(total, rel=tolerance)
+    assert set(planned.items) == set(step_memory(sizes).items)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

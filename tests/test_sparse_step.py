@@ -87,6 +87,17 @@ def test_two_hundred_steps_by_pairs_are_those_by_products():
     assert_same_training(sparse, dense)
 
 
+def test_latents_that_rest_are_as_if_they_had_stepped():
+    options = COMMON | {"threshold_init": 1.5}
+    dense, _ = run(make_config(**options, step="dense"), 60)
+    sparse, metrics = run(make_config(**options, step="sparse", sparse_capacity=F), 60)
+    assert int(sparse.overflows) == 0
+    rested = int(sparse.step) - np.asarray(sparse.last_touched)
+    assert (rested > 2).sum() > F // 4
+    assert 0 < float(metrics[-1].l0) < 1
+    assert_same_training(sparse, dense)
+
+
 def test_too_many_pairs_fall_back_and_are_counted():
     dense, _ = run(make_config(**COMMON, step="dense"), 120)
     mixed, metrics = run(make_config(**COMMON, step="sparse", sparse_capacity=48), 120)
