@@ -220,12 +220,20 @@ def test_tiles_of_latents_are_one_maths_on_many_meshes(data: int, model: int):
 
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 2)])
 def test_gradients_made_whole_for_their_norm_are_those_of_the_tiles(mesh: tuple[int, int]):
-    common = {"width": 2 * SEVERAL_TILES, "threshold_init": 0.02, "mesh": mesh, "tokens": 64 * 8}
-    tiled, losses = run_on_mesh(make_config(**common), 8)
-    whole, whole_losses = run_on_mesh(make_config(**common, gradient_clip=1e6), 8)
+    common = {
+        "width": 2 * SEVERAL_TILES,
+        "threshold_init": 0.02,
+        "mesh": mesh,
+        "tokens": 64 * 8,
+        "learning_rate": {"peak": 3e-3, "warmup_steps": 0},  # W_enc and W_dec part soon
+    }
+    tiled, losses = run_on_mesh(make_config(**common), 2)
+    whole, whole_losses = run_on_mesh(make_config(**common, gradient_clip=1e6), 2)
     np.testing.assert_allclose(whole_losses, losses, rtol=1e-6)
     for name, value in tiled.params.items():
-        np.testing.assert_allclose(whole.params[name], value, atol=2e-6, err_msg=name)
+        np.testing.assert_allclose(whole.params[name], value, atol=2e-5, err_msg=name)
+    moments = (state.second_moment["b_dec"] for state in (whole, tiled))
+    np.testing.assert_allclose(*moments, rtol=1e-4)
 
 
 def test_a_width_without_divisors_is_one_tile():
