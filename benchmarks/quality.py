@@ -175,7 +175,7 @@ class Trial:
     @property
     def fvu(self) -> float:
         """What settings are chosen by; an L0 far off, or no number, is no choice."""
-        usable = np.isfinite(self.score.fvu) and MIDDLE / 10 < self.score.l0 < 10 * MIDDLE
+        usable = np.isfinite(self.score.fvu) and MIDDLE / 5 < self.score.l0 < 5 * MIDDLE
         return self.score.at_middle if usable else float("inf")
 
 
