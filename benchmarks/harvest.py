@@ -4,24 +4,30 @@
 
 Both have the demo's Gemma 3 270M (`python -m launch.demo demo-data`), the same tokens in the same
 batches, the same dtype and as many threads; `transformers` is cut after the tapped layer and has no
-head, so both compute as deep. Each hands over what a store keeps: float32 on the host. The third
-number is a whole harvest, its tokens read, its rows shuffled and written.
+head, so both compute as deep. Each hands over what a store keeps: float32 on the host. Beside them
+stand a whole harvest, its tokens read, its rows shuffled and written, and what each library's own
+matrix product runs at, which is the most that its forward could.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
 
 from activation_cache.config import Dtype, MeshConfig, ModelConfig
+from activation_cache.gemma import PRECISION
 from activation_cache.harvest import harvest
 from activation_cache.model import LanguageModel, load_model
 from activation_cache.taps import Tap
@@ -71,20 +77,42 @@ def measure(*, dtype: Dtype, layer: int, rounds: int, rows: int) -> dict[str, An
             {
                 "transformers, hooks": lambda: theirs(tokens),
                 "ours": lambda: _on_host(ours, tokens, tap),
-            },
+            }
+            | _products(ours, dtype=dtype),
             rounds=rounds,
         )
+        flops = 2 * BATCH * LENGTH * ours.config.d_model * ours.config.d_ff
         del ours, theirs
         whole = _whole_harvest(config.model, scratch=Path(scratch), tap=tap, rows=rows)
-    rates = {name: BATCH * LENGTH / own.median for name, own in times.items()}
+    rates = {name: BATCH * LENGTH / times[name].median for name in ("transformers, hooks", "ours")}
     return {
         "dtype": dtype,
         "tap": tap.name,
         "relative_difference": away,
         "times": times,
         "tokens_per_second": rates | {"a whole harvest": whole},
+        "product_gflop_per_s": {
+            name: flops / times[name].median / 1e9 for name in ("torch's product", "XLA's product")
+        },
         "ratio": rates["ours"] / rates["transformers, hooks"],
         "harvest_of_forward": whole / rates["ours"],
+    }
+
+
+def _products(model: LanguageModel, *, dtype: Dtype) -> dict[str, Callable[[], Any]]:
+    """The MLP's first product by torch and by XLA: what each forward can at best run at."""
+    rng = np.random.default_rng(1)
+    rows_ND = rng.standard_normal((BATCH * LENGTH, model.config.d_model), np.float32)
+    weight_DF = rng.standard_normal((model.config.d_model, model.config.d_ff), np.float32)
+    x, W = jnp.asarray(rows_ND, dtype), jnp.asarray(weight_DF, dtype)
+    wide = functools.partial(jnp.dot, precision=PRECISION, preferred_element_type=jnp.float32)
+    ours = jax.jit(lambda x, W: wide(x, W).astype(dtype))
+    their_x = torch.from_numpy(rows_ND).to(getattr(torch, dtype))
+    their_W = torch.from_numpy(weight_DF.T.copy()).to(getattr(torch, dtype))
+    linear = torch.nn.functional.linear
+    return {
+        "torch's product": lambda: linear(their_x, their_W),
+        "XLA's product": lambda: ours(x, W),
     }
 
 
