@@ -21,6 +21,7 @@ from activation_cache.config import CacheConfig, ModelConfig, SiteConfig
 from activation_cache.errors import UserError
 from activation_cache.gemma_config import config_from_hf, config_to_hf
 from activation_cache.gemma_params import make_mesh, parameter_table
+from activation_cache.gguf_file import open_gguf
 from activation_cache.model import LanguageModel, conversion_folder, load_model
 from activation_cache.taps import Splice, Tap, resolve_taps, tap_width
 from activation_cache.weights import (
@@ -84,6 +85,15 @@ def _assert_same_tree(ours: Any, theirs: Any) -> None:
             _assert_same_tree(value, theirs[key])
         else:
             np.testing.assert_array_equal(value, theirs[key])
+
+
+def test_a_gguf_header_is_read_anew_only_when_the_file_has_changed(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf")
+    first = open_gguf(path)
+    assert open_gguf(path) is first
+    write_gguf(path, num_layers=6)
+    changed = open_gguf(path)
+    assert changed.metadata["gemma3.block_count"] == 6 != first.metadata["gemma3.block_count"]
 
 
 def test_gguf_quantised_blocks(tmp_path: Path) -> None:
