@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float
 from sae_train.config import Config
 from sae_train.optimiser import Rows, RowUpdate, adam_step, kept_share, update_rows
 from sae_train.penalty import Counts, priced
-from sae_train.row_passes import Gradients, Pulls, Sums
+from sae_train.row_passes import Gradients, Pulls, Sums, small_gradients
 from sae_train.sae import PRECISION, Params, threshold_of
 from sae_train.schedule import Scheduled
 from sae_train.sparse_step import Encoded, EncodedSums, ShardedParts, capacity_per_row
@@ -205,18 +205,16 @@ class AdaptiveStep:
         return new, new_moment, last_touched, _norm(sums.squares, small)
 
     def _small_gradients(self, batch: _Batch, pulls: Pulls, sums: Sums) -> Params:
-        """The gradients of all but the two large matrices."""
         params = batch.state.params
-        log = self._sae.threshold.parametrisation == "log"
-        b_dec_D = pulls.g_BD.sum(axis=0)
-        small = {
-            "b_enc": sums.bias_F,
-            "threshold": sums.theta_F * batch.theta_F if log else sums.theta_F,
-            "b_dec": b_dec_D - sums.encoded_D if self._sae.pre_encoder_bias else b_dec_D,
-        }
-        if "W_skip" in params:
-            small["W_skip"] = jnp.einsum("bd,be->de", batch.x_BD, pulls.g_BD, precision=PRECISION)
-        return small
+        return small_gradients(
+            params,
+            batch.x_BD,
+            pulls=pulls,
+            bias_F=sums.bias_F,
+            theta_F=sums.theta_F,
+            encoded_D=sums.encoded_D,
+            sae=self._sae,
+        )
 
     def _small_update(
         self, name: str, gradient: Array, batch: _Batch, *, kept_F: Array, touched_F: Array

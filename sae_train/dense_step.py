@@ -30,7 +30,7 @@ from sae_train.config import Config
 from sae_train.optimiser import Rows, RowUpdate, adam_update, update, update_rows
 from sae_train.pairs import tile_of, varying_like
 from sae_train.penalty import Counts, Priced, priced
-from sae_train.row_passes import Gradients, Pulls, from_products
+from sae_train.row_passes import Gradients, Pulls, from_products, small_gradients
 from sae_train.sae import PRECISION, Params, decoded_with, threshold_of
 from sae_train.schedule import Scheduled
 from sae_train.sharding import spec_on
@@ -176,8 +176,14 @@ class DenseStep:
         whole, encoded_D = self._map(
             part, (("F", "D"), ("F", "D"), _KEPT_DIMS, _PULL_DIMS), out_dims
         )(params["W_enc"], params["W_dec"], found.kept_TLB, found.pulls)
-        small = self._small_gradients(
-            params, x_BD, found.pulls, _Sums(whole.bias_S, whole.theta_S, encoded_D, None)
+        small = small_gradients(
+            params,
+            x_BD,
+            pulls=found.pulls,
+            bias_F=whole.bias_S,
+            theta_F=whole.theta_S,
+            encoded_D=encoded_D,
+            sae=self._sae,
         )
         return small | {"W_enc": whole.enc_SD, "W_dec": whole.dec_SD}
 
@@ -204,7 +210,15 @@ class DenseStep:
         params, moment = state.params, state.second_moment
         rows = Rows(params["W_enc"], params["W_dec"], moment["W_enc"], moment["W_dec"])
         rows, sums = self._update_rows(rows, scalars, found)
-        small = self._small_gradients(params, x_BD, found.pulls, sums)
+        small = small_gradients(
+            params,
+            x_BD,
+            pulls=found.pulls,
+            bias_F=sums.bias_F,
+            theta_F=sums.theta_F,
+            encoded_D=sums.encoded_D,
+            sae=self._sae,
+        )
         new, new_moment = adam_update(
             {name: params[name] for name in small},
             small,
@@ -314,19 +328,6 @@ class DenseStep:
             bandwidth=self._sae.bandwidth,
         )
         return Gradients(*self._sum(tuple(own), "data"))
-
-    def _small_gradients(self, params: Params, x_BD: Array, pulls: Pulls, sums: _Sums) -> Params:
-        """The gradients of all but the two large matrices."""
-        log = self._sae.threshold.parametrisation == "log"
-        b_dec_D = pulls.g_BD.sum(axis=0)
-        small = {
-            "b_enc": sums.bias_F,
-            "threshold": sums.theta_F * pulls.theta_F if log else sums.theta_F,
-            "b_dec": b_dec_D - sums.encoded_D if self._sae.pre_encoder_bias else b_dec_D,
-        }
-        if "W_skip" in params:
-            small["W_skip"] = jnp.einsum("bd,be->de", x_BD, pulls.g_BD, precision=PRECISION)
-        return small
 
     def _rows_of(self, rows: Rows, number: Array) -> Rows:
         if rows.W_enc.shape[0] == self._tile:

@@ -27,10 +27,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from sae_train.config import SaeConfig
 from sae_train.optimiser import Rows, remove_parallel
 from sae_train.pair_sums import Segments, block_of, over_pairs, weighted_rows
 from sae_train.pairs import tile_of, varying_like
-from sae_train.sae import PRECISION
+from sae_train.sae import PRECISION, Params
 
 
 @jax.tree_util.register_dataclass
@@ -291,3 +292,31 @@ def from_products(
         bias_S=g_pre_SB.sum(axis=1),
         theta_S=-pull_SB.sum(axis=1) / bandwidth,
     )
+
+
+def small_gradients(
+    params: Params,
+    x_BD: Float[Array, "B D"],
+    *,
+    pulls: Pulls,
+    bias_F: Float[Array, " F"],
+    theta_F: Float[Array, " F"],
+    encoded_D: Float[Array, " D"],
+    sae: SaeConfig,
+) -> Params:
+    """The gradients of all but the two large matrices, from what a pass over the latents left.
+
+    Args:
+        x_BD: scaled rows, from which `pulls.x_BD` is shifted by b_dec where the config says so.
+        bias_F, theta_F, encoded_D: as in `Sums`.
+    """
+    log = sae.threshold.parametrisation == "log"
+    b_dec_D = pulls.g_BD.sum(axis=0)
+    small = {
+        "b_enc": bias_F,
+        "threshold": theta_F * pulls.theta_F if log else theta_F,
+        "b_dec": b_dec_D - encoded_D if sae.pre_encoder_bias else b_dec_D,
+    }
+    if "W_skip" in params:
+        small["W_skip"] = jnp.einsum("bd,be->de", x_BD, pulls.g_BD, precision=PRECISION)
+    return small
