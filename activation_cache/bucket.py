@@ -88,38 +88,48 @@ class BucketPath:
         return BucketPath.parse(f"{self}/{other}")
 
     def joinpath(self, *others: str) -> BucketPath:
+        """The place at these names, one below the other."""
         return self / "/".join(others)
 
     def with_name(self, name: str) -> BucketPath:
+        """The place of this name beside it."""
         return self.parent / name
 
     def absolute(self) -> BucketPath:
+        """Itself: no place in a bucket is relative."""
         return self
 
     def as_posix(self) -> str:
+        """Its address, scheme and bucket included."""
         return str(self)
 
     @property
     def name(self) -> str:
+        """The key's last part; the bucket's name for the bucket itself."""
         return PurePosixPath(self.key).name or self.bucket
 
     @property
     def parts(self) -> tuple[str, ...]:
+        """Scheme and bucket as one, then each part of the key."""
         return (f"{self.scheme}://{self.bucket}", *filter(None, self.key.split("/")))
 
     @property
     def stem(self) -> str:
+        """The name without its last suffix."""
         return PurePosixPath(self.name).stem
 
     @property
     def suffix(self) -> str:
+        """The name's last suffix with its dot; empty if it has none."""
         return PurePosixPath(self.name).suffix
 
     @property
     def parent(self) -> BucketPath:
+        """The folder it is in; the bucket's is the bucket itself."""
         return BucketPath(self.scheme, self.bucket, self.key.rpartition("/")[0])
 
     def relative_to(self, other: BucketPath) -> PurePosixPath:
+        """The way from a folder to here; raises `ValueError` if this isn't below it."""
         return PurePosixPath(str(self)).relative_to(str(other))
 
     def exists(self) -> bool:
@@ -127,9 +137,11 @@ class BucketPath:
         return _kind(self) is not None
 
     def is_file(self) -> bool:
+        """Is there an object of this very name?"""
         return _kind(self) == "file"
 
     def is_dir(self) -> bool:
+        """Does anything lie below it? Of the bucket itself always so."""
         return _kind(self) == "directory"
 
     def stat(self) -> BucketStat:

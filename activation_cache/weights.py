@@ -44,10 +44,16 @@ class Checkpoint(Protocol):
     """A model on disk whose tensors have been checked: reading one can't miss."""
 
     @property
-    def path(self) -> Path: ...
+    def path(self) -> Path:
+        """The folder or the file."""
+
     @property
-    def config(self) -> GemmaConfig: ...
-    def fingerprint(self) -> str: ...
+    def config(self) -> GemmaConfig:
+        """The model's shape."""
+
+    def fingerprint(self) -> str:
+        """The sampled sha256 of its files (`sampled_fingerprint`)."""
+
     def read(self, parameter: Parameter, index: Index = ()) -> np.ndarray:
         """Values in the checkpoint's layout, or a part; norm gains as w, never 1 + w."""
 
@@ -62,10 +68,12 @@ class FolderCheckpoint:
     tensors: Mapping[str, tuple[SafetensorsFile, str]]  # name without prefix -> where
 
     def fingerprint(self) -> str:
+        """See `Checkpoint.fingerprint`; config.json is part of it."""
         files = [(file.path, file.header_bytes) for file in self.files]
         return sampled_fingerprint(files, extra=(self.path / "config.json").read_bytes())
 
     def read(self, parameter: Parameter, index: Index = ()) -> np.ndarray:
+        """See `Checkpoint.read`."""
         file, name = self.tensors[parameter.hf]
         return file.read(name, index)
 
@@ -79,9 +87,11 @@ class GgufCheckpoint:
     file: GgufFile
 
     def fingerprint(self) -> str:
+        """See `Checkpoint.fingerprint`."""
         return sampled_fingerprint([(self.path, self.file.header_bytes)])
 
     def read(self, parameter: Parameter, index: Index = ()) -> np.ndarray:
+        """See `Checkpoint.read`."""
         values = self.file.read(parameter.gguf, index)
         # llama.cpp's converter stores norm gains as 1 + w.
         return values - np.float32(1) if parameter.is_norm else values

@@ -61,6 +61,7 @@ def run(config: Config, *, folder: Path, sparsity: dict[str, Any]) -> str:
 
 
 def main() -> int:
+    """Train with each penalty to each target and print the table row by row; returns 0."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("config")
     parser.add_argument("folder", type=Path, help="for the runs")

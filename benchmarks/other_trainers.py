@@ -83,10 +83,12 @@ class DictionaryLearning:
             self._trainer.ae.b_dec.data = torch.from_numpy(b_dec_D / self._scale).float()
 
     def step(self, rows_BD: Float[np.ndarray, "B D"]) -> None:
+        """Take one step; the library is given x / scale."""
         self._trainer.update(self._step, torch.from_numpy(rows_BD / np.float32(self._scale)))
         self._step += 1
 
     def sae(self) -> Sae:
+        """What was trained, acting on rows as they are stored."""
         ae = self._trainer.ae
         return _raw(
             {name: getattr(ae, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")},
@@ -150,10 +152,12 @@ class SaeLens:
             self._sae.b_dec.data = torch.from_numpy(b_dec_D / self._scale).float()
 
     def step(self, rows_BD: Float[np.ndarray, "B D"]) -> None:
+        """Take one step; the library scales the rows itself."""
         self._trainer.step(torch.from_numpy(rows_BD))
         self._trainer.n_training_steps += 1
 
     def sae(self) -> Sae:
+        """What was trained, acting on rows as they are stored."""
         names = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
         tensors = {name: getattr(self._sae, name) for name in names}
         if self._sae.cfg.apply_b_dec_to_input:

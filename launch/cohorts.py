@@ -23,10 +23,12 @@ class Cohort:
 
     @property
     def configs(self) -> list[Config]:
+        """Of its runs, in their order."""
         return [run.config for run in self.runs]
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Of its runs, in their order."""
         return tuple(run.name for run in self.runs)
 
     @property

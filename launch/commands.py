@@ -94,6 +94,7 @@ def _released_or_trained(config: Config) -> list[Place]:
 
 
 def harvest(arguments: argparse.Namespace, stop: StopFlag) -> int:
+    """`sae harvest`: write the config's store, or a suite's, one after the other; returns 0."""
     config = target_config(arguments.target, arguments.overrides)
     if backends.is_elsewhere(config, dry_run=arguments.dry_run):
         return backends.submit(config, command="harvest", dry_run=arguments.dry_run, stop=stop)
@@ -105,6 +106,14 @@ def harvest(arguments: argparse.Namespace, stop: StopFlag) -> int:
 
 
 def train(arguments: argparse.Namespace, stop: StopFlag) -> int:
+    """`sae train`: train one SAE, or those of several configs on the same batches; returns 0.
+
+    A failure is written into the runs' folders before it is raised.
+
+    Raises:
+        UserError: a mistake in a config or override, or the configs can't train together.
+        Interrupted: stopped by a signal, everything saved.
+    """
     configs = _training_configs(arguments)
     if backends.is_elsewhere(configs[0], dry_run=arguments.dry_run):
         if arguments.fresh:
@@ -154,6 +163,10 @@ def _training_configs(arguments: argparse.Namespace) -> list[Config]:
 
 
 def evaluate(arguments: argparse.Namespace, stop: StopFlag) -> int:
+    """`sae evaluate`: write evaluation.json of each trained run; returns 0.
+
+    Each run is measured as its own config says, unless the command line sets a key of `evaluation`.
+    """
     config = target_config(arguments.target, arguments.overrides)
     overridden = any(override.startswith("evaluation") for override in arguments.overrides)
     settings = config.evaluation if overridden else None
@@ -166,6 +179,11 @@ def evaluate(arguments: argparse.Namespace, stop: StopFlag) -> int:
 
 
 def export(arguments: argparse.Namespace, stop: StopFlag) -> int:
+    """`sae export`: write the release, or a sweep's tree of them; upload it if asked; returns 0.
+
+    Raises:
+        UserError: nothing is trained yet, no such repository, or --dry-run without --upload.
+    """
     from launch.publishing import check_repository, publish
 
     if arguments.dry_run and arguments.upload is None:
@@ -186,6 +204,7 @@ def export(arguments: argparse.Namespace, stop: StopFlag) -> int:
 
 
 def sweep(arguments: argparse.Namespace, stop: StopFlag) -> int:
+    """`sae sweep`: train, evaluate and release all runs; returns the command's exit status."""
     from launch.sweep import expand, run_sweep, show_runs
 
     config = target_config(arguments.target, arguments.overrides)
@@ -198,6 +217,7 @@ def sweep(arguments: argparse.Namespace, stop: StopFlag) -> int:
 
 
 def report(arguments: argparse.Namespace, stop: StopFlag) -> int:
+    """`sae report`: write report/index.html and print where it is; returns 0."""
     from launch.console import print_line
 
     folder = target_folder(arguments.target)
@@ -211,6 +231,7 @@ def report(arguments: argparse.Namespace, stop: StopFlag) -> int:
 
 
 def plan(arguments: argparse.Namespace, stop: StopFlag) -> int:
+    """`sae plan`: print what the config, its sweep or its suite needs; returns 0."""
     from launch.planning import show_plan
 
     with stop.at_once():
@@ -220,6 +241,7 @@ def plan(arguments: argparse.Namespace, stop: StopFlag) -> int:
 
 
 def status(arguments: argparse.Namespace, stop: StopFlag) -> int:
+    """`sae status`: print where each run stands; returns 0."""
     from launch.console import print_table
     from launch.status import status_table
 
@@ -229,6 +251,7 @@ def status(arguments: argparse.Namespace, stop: StopFlag) -> int:
 
 
 def inspect(arguments: argparse.Namespace, stop: StopFlag) -> int:
+    """`sae inspect`: print what a store, run or release holds, verified if asked; returns 0."""
     from launch.inspection import inspect_path
 
     with stop.at_once():

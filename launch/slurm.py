@@ -74,6 +74,7 @@ class TaskState:
 
     @property
     def has_ended(self) -> bool:
+        """Is it in a state that a job doesn't leave?"""
         return self.state in _ENDED
 
 

@@ -109,10 +109,12 @@ class Script:
 
     @property
     def file_name(self) -> str:
+        """`<stage>.sbatch`."""
         return f"{self.stage}.sbatch"
 
     @property
     def text(self) -> str:
+        """The script itself, without the configs it reads."""
         return self.files[self.file_name]
 
     @property

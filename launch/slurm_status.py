@@ -27,6 +27,7 @@ class QueueView:
     others: str = ""
 
     def is_running(self, run: str) -> bool:
+        """Does the queue say that the run of this name is running?"""
         return self.runs.get(run, "").endswith(" RUNNING")
 
 

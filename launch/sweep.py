@@ -45,6 +45,7 @@ class Run:
 
     @property
     def folder(self) -> Place:
+        """Its output folder."""
         return place(self.config.output)
 
 

@@ -62,6 +62,7 @@ class BucketCheckpoints:
             self._clear_unfinished()
 
     def close(self) -> None:
+        """Return when the save under way is over; saves no more. `wait` tells of failures."""
         self._pool.shutdown()
 
     def wait(self) -> None:

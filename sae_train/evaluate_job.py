@@ -59,11 +59,13 @@ class Job:
 
     @property
     def loss_sequences(self) -> int:
+        """Sequences that the losses are measured on: as many as are read, at most."""
         wanted = self.settings.loss_sequences or self.settings.sequences
         return min(wanted, self.settings.sequences)
 
     @property
     def importance_sequences(self) -> int:
+        """Sequences that importance is measured on: those of the losses, at most."""
         return min(self.settings.importance_sequences, self.loss_sequences)
 
     def is_current(self, evaluation: Evaluation | None) -> bool:

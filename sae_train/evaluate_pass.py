@@ -95,6 +95,7 @@ class Pass:
 
     @property
     def num_subsets(self) -> int:
+        """Into how many subsets the table divides its sequences."""
         return len(self.table.summary.subsets)
 
     def run(self) -> None:

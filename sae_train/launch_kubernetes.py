@@ -148,10 +148,12 @@ class TpuNodes(Section):
 
     @property
     def devices(self) -> int:
+        """Chips of the slice."""
         return math.prod(int(side) for side in self.topology.split("x"))
 
     @property
     def count(self) -> int:
+        """Nodes of the slice, one process on each."""
         return self.devices // self.per_node
 
 
@@ -165,6 +167,7 @@ class GpuNodes(Section):
 
     @property
     def devices(self) -> int:
+        """GPUs of all nodes."""
         return self.per_node * self.count
 
 
@@ -176,6 +179,7 @@ class CpuNodes(Section):
 
     @property
     def devices(self) -> int:
+        """One a node: a process's CPUs are one device."""
         return self.count
 
 

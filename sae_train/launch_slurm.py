@@ -141,4 +141,5 @@ class SlurmLaunch(Section):
 
     @property
     def processes(self) -> int:
+        """Of all nodes together."""
         return self.nodes * self.tasks_per_node

@@ -94,6 +94,7 @@ class Member:
 
     @property
     def checkpoints(self) -> Checkpoints:
+        """The run's checkpoints, once `begin` has taken its folder."""
         assert self._checkpoints is not None, "begin() comes first"
         return self._checkpoints
 

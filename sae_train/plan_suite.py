@@ -98,6 +98,7 @@ class SuitePlan:
 
     @property
     def cells(self) -> int:
+        """SAEs of the suite, in all groups."""
         return sum(group.cells for group in self.groups)
 
     @property

@@ -41,6 +41,7 @@ class ReportRun:
 
     @property
     def key(self) -> str:
+        """What the page's script calls the run by: its config's name."""
         return self.folder.config.name
 
     def measured(self, name: str) -> float | None:

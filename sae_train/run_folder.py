@@ -65,6 +65,7 @@ class RunFolder:
 
     @property
     def name(self) -> str:
+        """The folder's own name."""
         return self.path.name
 
     @property
