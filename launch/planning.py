@@ -12,15 +12,8 @@ from launch.console import print_line, print_table
 from launch.sweep import expand
 from sae_train.accelerators import ACCELERATORS, Accelerator, accelerator
 from sae_train.config import Config, MeshConfig
-from sae_train.plan import (
-    AcceleratorPlan,
-    Assumptions,
-    CohortVerdict,
-    Plan,
-    Verdict,
-    make_plan,
-    plan_record,
-)
+from sae_train.plan import Plan, make_plan, plan_record
+from sae_train.plan_accelerator import AcceleratorPlan, Assumptions, CohortVerdict, Verdict
 
 _FRACTION = "* more than JAX takes of a GPU by itself: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"
 

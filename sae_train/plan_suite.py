@@ -18,7 +18,7 @@ from activation_cache.known_models import config_for_planning
 from sae_train.accelerators import Accelerator
 from sae_train.adaptive_step import may_go_by_pairs
 from sae_train.config import Config, MeshConfig
-from sae_train.plan import MOST_DEVICES, USABLE_MEMORY, Assumptions
+from sae_train.plan_accelerator import Assumptions, total, usable_bytes
 from sae_train.plan_memory import FLOAT_BYTES, Shape, StepMemory, nearest_mesh, step_memory
 from sae_train.plan_work import harvest_work, step_flops, step_traffic, store_plan
 from sae_train.sparse_step import capacity_per_row
@@ -197,13 +197,11 @@ def _on_accelerator(
     verdicts = tuple(_verdict(group, chip, config, assumptions) for group in groups)
     rate = chip.peak(config.model.dtype) * assumptions.mfu
     harvest = sum(store.flops for store in stores) / rate / 3600
-    hours = [verdict.device_hours for verdict in verdicts]
-    known = [one for one in hours if one is not None]
-    train = sum(known) if len(known) == len(hours) else None
+    train = total([verdict.device_hours for verdict in verdicts])
     price = assumptions.price
     return SuiteAccelerator(
         accelerator=chip,
-        usable_bytes=int(chip.hbm_bytes * USABLE_MEMORY),
+        usable_bytes=usable_bytes(chip),
         harvest_hours=harvest,
         verdicts=verdicts,
         train_hours=train,
@@ -214,7 +212,7 @@ def _on_accelerator(
 def _verdict(
     group: CellGroup, chip: Accelerator, config: Config, assumptions: Assumptions
 ) -> GroupVerdict:
-    usable, most = int(chip.hbm_bytes * USABLE_MEMORY), assumptions.devices or MOST_DEVICES
+    usable, most = usable_bytes(chip), assumptions.most_devices
     fits = group.memory.total <= usable and group.devices <= most
     mesh: MeshConfig | None = group.shape.mesh
     if not fits:

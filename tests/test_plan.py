@@ -24,7 +24,8 @@ from launch.sweep import expand
 from sae_train import plan_work
 from sae_train.accelerators import ACCELERATORS, accelerator
 from sae_train.config import Config, MeshConfig, SweepConfig
-from sae_train.plan import USABLE_MEMORY, Assumptions, make_plan
+from sae_train.plan import make_plan
+from sae_train.plan_accelerator import USABLE_MEMORY, Assumptions
 from sae_train.plan_memory import Shape, cohort_memory, nearest_mesh, step_memory
 from tests.plan_shapes import compile_step
 from tests.stores import make_manifest, write_store

@@ -23,7 +23,8 @@ from launch.sweep import expand
 from sae_train.accelerators import accelerator
 from sae_train.config import Config
 from sae_train.config_file import load_config, resolved_yaml
-from sae_train.plan import Assumptions, make_plan
+from sae_train.plan import make_plan
+from sae_train.plan_accelerator import Assumptions
 from sae_train.plan_suite import make_suite_plan
 from sae_train.run_folder import run_folders
 from sae_train.suite import Cell, all_cells, cells_of, target_l0, width_name
