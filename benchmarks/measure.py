@@ -43,16 +43,19 @@ class Times:
         return f"{1e3 * self.median:.1f} ms ({1e3 * self.low:.1f} to {1e3 * self.high:.1f})"
 
 
-def interleaved(ways: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, Times]:
+def interleaved(
+    ways: Mapping[str, Callable[[], Any]], *, rounds: int, pause: float = 0.0
+) -> dict[str, Times]:
     """Time each way `rounds` times, taking turns, after one untimed call of each.
 
-    What a way returns is waited for, if it is of JAX.
+    What a way returns is waited for, if it is of JAX; `pause` seconds pass before each call.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for way in ways.values():
         jax.block_until_ready(way())
     for _ in range(rounds):
         for name, way in ways.items():
+            time.sleep(pause)
             start = time.perf_counter()
             jax.block_until_ready(way())
             seconds[name].append(time.perf_counter() - start)

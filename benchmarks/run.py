@@ -45,9 +45,20 @@ def _reader(full: bool) -> list[dict[str, Any]]:
 
 def _harvest(full: bool) -> list[dict[str, Any]]:
     """The forward beside transformers, and a whole harvest beside the forward."""
+    ways = [("float32", 8, 256, 60_000), ("bfloat16", 8, 256, 60_000)]
+    if full:
+        # The length of Gemma Scope's sequences.
+        ways += [("float32", 2, 1024, 0), ("bfloat16", 2, 1024, 0)]
     return [
-        harvest.measure(dtype=dtype, layer=5, rounds=7 if full else 3, rows=60_000)
-        for dtype in (("float32", "bfloat16") if full else ("float32",))
+        harvest.measure(
+            dtype=dtype,
+            layer=5,
+            batch=batch,
+            length=length,
+            rounds=9 if full else 5,
+            rows=rows,
+        )
+        for dtype, batch, length, rows in ways
     ]
 
 
