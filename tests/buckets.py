@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import os
-import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,17 +23,11 @@ from activation_cache.bucket import BucketPath, files_below
 from activation_cache.storage import place
 from sae_train.config import Config
 from tests.bucket_proxy import Proxy, proxy_before
+from tests.processes import free_port
 from tests.training import make_run
 
 BUCKET = "acts"
 _START_SECONDS = 120
-
-
-def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @dataclass(frozen=True)
@@ -138,9 +130,3 @@ def run_in(server: Server, local: Path, name: str, **options: Any) -> Config:
     config = make_run(local, output="whole", **options)
     cache = config.cache.model_copy(update={"path": str(store)})
     return config.model_copy(update={"cache": cache, "output": server.folder(name)})
-
-
-def stopping_at(calls: int) -> Callable[[], bool]:
-    """A `stop` that says yes from that call on."""
-    count = itertools.count()
-    return lambda: next(count) >= calls

@@ -1,4 +1,7 @@
-"""Settings that must be made before the first array: CPU, eight devices, strict arithmetic."""
+"""Settings made before the first array: CPU, eight devices, strict arithmetic; shared fixtures.
+
+What a fixture needs is imported in it: most test files need little of it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,10 @@ import logging
 import os
 import shutil
 import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +24,9 @@ import jax
 import pytest
 
 import tests.typechecker  # noqa: F401 - the check named in pyproject is looked up as an attribute
+
+if TYPE_CHECKING:
+    from tests.buckets import Server
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 jax.config.update("jax_num_cpu_devices", 8)
@@ -29,3 +39,48 @@ def logging_unconfigured() -> None:
     """No test hears less because one before it ran a command, with `-q` perhaps, in its process."""
     for name in ("activation_cache", "sae_train", "launch", "absl", "py.warnings"):
         logging.getLogger(name).setLevel(logging.NOTSET)
+
+
+@pytest.fixture(scope="session")
+def sae_lens() -> Any:
+    """SAELens, the oracle of releases and architectures."""
+    # What it pulls in warns on import of its own affairs (deprecations, optional packages).
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import sae_lens
+        import sae_lens.loading.pretrained_sae_loaders
+        import sae_lens.saes.sae
+    return sae_lens
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a store and, in `whole`, a run on it of 40 steps, saved at 30 and 40."""
+    from sae_train.loop import train
+    from tests.training import make_run
+
+    folder = tmp_path_factory.mktemp("finished")
+    train(make_run(folder, output="whole"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bucket_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
+    """A running server of each kind, by its scheme, and the environment set for them."""
+    from tests.buckets import servers
+
+    with servers(tmp_path_factory.mktemp("servers"), "gs", "s3") as found:
+        yield found
+
+
+@pytest.fixture(params=["gs", "s3"])
+def bucket_server(
+    bucket_servers: dict[str, Server], request: pytest.FixtureRequest
+) -> Iterator[Server]:
+    """One of them after the other; it fails no more when the test is over."""
+    from activation_cache import bucket
+
+    found = bucket_servers[request.param]
+    yield found
+    found.proxy.fail = lambda method, path: None
+    bucket._known_buckets.clear()

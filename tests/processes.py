@@ -6,7 +6,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def free_port() -> int:
+    """A port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -86,6 +88,17 @@ def start_group(
             )
         )
     return Group(processes)
+
+
+def wait_for(
+    condition: Callable[[], bool], alive: Callable[[], bool], *, pause: float = 0.01
+) -> bool:
+    """Poll until `condition()` or nobody is alive; says which."""
+    while alive():
+        if condition():
+            return True
+        time.sleep(pause)
+    return False
 
 
 def children(process: subprocess.Popen[str]) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +34,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "topk": {"sparsity": NONE, "sae": {"architecture": "topk", "k": K}},
     "batch_topk": {"sparsity": NONE, "sae": {"architecture": "batch_topk", "k": K}},
 }
-
-
-@pytest.fixture(scope="module")
-def sae_lens():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import sae_lens
-        import sae_lens.saes.sae
-    return sae_lens
 
 
 @pytest.fixture

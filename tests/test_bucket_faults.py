@@ -5,47 +5,24 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from activation_cache import bucket, lease
+from activation_cache import lease
 from activation_cache.errors import UserError
 from activation_cache.storage import place
 from sae_train.config import Config
 from sae_train.config_file import write_config
 from sae_train.loop import train
 from sae_train.run_folder import newest_checkpoint
-from tests.buckets import Server, run_in, servers, stopping_at
+from tests.buckets import Server, run_in
 from tests.processes import Group, start_group
-from tests.training import assert_same_run, make_run
+from tests.training import assert_same_run, make_run, stop_after
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 MESH = (2, 1)
-
-
-@pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
-    with servers(tmp_path_factory.mktemp("servers"), "gs", "s3") as found:
-        yield found
-
-
-@pytest.fixture(params=["gs", "s3"])
-def server(both: dict[str, Server], request: pytest.FixtureRequest) -> Iterator[Server]:
-    found = both[request.param]
-    yield found
-    found.proxy.fail = lambda method, path: None
-    bucket._known_buckets.clear()
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 40 steps on the disk, in `whole`, and its store."""
-    folder = tmp_path_factory.mktemp("local")
-    train(make_run(folder, output="whole"))
-    return folder
 
 
 class Outages:
@@ -61,11 +38,11 @@ class Outages:
 
 
 def test_a_server_that_fails_for_a_while_is_waited_for(
-    server: Server, local: Path, monkeypatch: pytest.MonkeyPatch
+    bucket_server: Server, finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("SAE_STORAGE_SECONDS", "20")
-    config = run_in(server, local, "patient")
-    outages, before, calls = Outages(server), server.proxy.refused, iter(range(1000))
+    config = run_in(bucket_server, finished_run, "patient")
+    outages, before, calls = Outages(bucket_server), bucket_server.proxy.refused, iter(range(1000))
 
     def two_bad_spells() -> bool:
         if next(calls) in (10, 27):  # the first falls on a save
@@ -73,16 +50,16 @@ def test_a_server_that_fails_for_a_while_is_waited_for(
         return False
 
     assert train(config, stop=two_bad_spells).step == 40
-    assert server.proxy.refused == before + 8
-    assert_same_run(local / "whole", place(config.output), step=40)
+    assert bucket_server.proxy.refused == before + 8
+    assert_same_run(finished_run / "whole", place(config.output), step=40)
 
 
 def test_a_server_that_is_gone_is_told_and_nothing_is_lost(
-    server: Server, local: Path, monkeypatch: pytest.MonkeyPatch
+    bucket_server: Server, finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("SAE_STORAGE_SECONDS", "2")
-    config = run_in(server, local, "cut")
-    outages, before = Outages(server), stopping_at(25)
+    config = run_in(bucket_server, finished_run, "cut")
+    outages, before = Outages(bucket_server), stop_after(25)
 
     def gone_from_step_25() -> bool:
         if before():
@@ -98,7 +75,7 @@ def test_a_server_that_is_gone_is_told_and_nothing_is_lost(
     monkeypatch.setattr(lease, "_LOOK_SECONDS", 0.1)
     assert newest_checkpoint(place(config.output)) in (10, 20)  # 20 may have been on its way
     assert train(config).step == 40
-    assert_same_run(local / "whole", place(config.output), step=40)
+    assert_same_run(finished_run / "whole", place(config.output), step=40)
 
 
 def start_two(folder: Path, *configs: Config) -> Group:
@@ -110,14 +87,16 @@ def start_two(folder: Path, *configs: Config) -> Group:
     return start_group([["-m", "tests.train_child", *files]] * 2)
 
 
-def test_two_processes_save_together_and_are_killed(server: Server, local: Path, tmp_path: Path):
-    on_disk = make_run(local, output=f"two-{server.scheme}", mesh=MESH)
-    undisturbed = run_in(server, local, "two", mesh=MESH)
+def test_two_processes_save_together_and_are_killed(
+    bucket_server: Server, finished_run: Path, tmp_path: Path
+):
+    on_disk = make_run(finished_run, output=f"two-{bucket_server.scheme}", mesh=MESH)
+    undisturbed = run_in(bucket_server, finished_run, "two", mesh=MESH)
     group = start_two(tmp_path, on_disk, undisturbed)
     assert group.wait() == [0, 0], "\n".join(group.logs)
     assert_same_run(Path(on_disk.output), place(undisturbed.output), step=40)
 
-    killed = run_in(server, local, "killed", mesh=MESH)
+    killed = run_in(bucket_server, finished_run, "killed", mesh=MESH)
     group = start_two(tmp_path / "killed", killed)
     deadline = time.monotonic() + 240
     while (newest_checkpoint(place(killed.output)) or 0) < 10:

@@ -7,7 +7,6 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,26 +24,12 @@ from sae_train.config_file import load_config
 from sae_train.load import load_sae
 from sae_train.loop import train
 from sae_train.run_folder import newest_checkpoint, read_run
-from tests.buckets import Server, object_hashes, run_in, servers, stopping_at
+from tests.buckets import Server, object_hashes, run_in
 from tests.pipeline import write_pipeline
 from tests.stores import file_hashes
-from tests.training import assert_same_run, make_run
+from tests.training import assert_same_run, make_run, stop_after
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-@pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
-    with servers(tmp_path_factory.mktemp("servers"), "gs", "s3") as found:
-        yield found
-
-
-@pytest.fixture(params=["gs", "s3"])
-def server(both: dict[str, Server], request: pytest.FixtureRequest) -> Iterator[Server]:
-    found = both[request.param]
-    yield found
-    found.proxy.fail = lambda method, path: None
-    bucket._known_buckets.clear()
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +40,10 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 40 steps on the disk, in `whole`, and its store."""
-    folder = tmp_path_factory.mktemp("local")
-    train(make_run(folder, output="whole"))
-    return folder
-
-
-def test_the_whole_pipeline(server: Server, pipeline: Path, capsys: pytest.CaptureFixture[str]):
-    out, config = server.folder("out"), str(pipeline / "config.yaml")
+def test_the_whole_pipeline(
+    bucket_server: Server, pipeline: Path, capsys: pytest.CaptureFixture[str]
+):
+    out, config = bucket_server.folder("out"), str(pipeline / "config.yaml")
     places = [f"cache.path={out}/store", f"output={out}", "-q"]
     for command in ("harvest", "train", "evaluate"):
         assert main([command, config, *places]) == 0
@@ -90,8 +69,8 @@ def test_the_whole_pipeline(server: Server, pipeline: Path, capsys: pytest.Captu
     assert not Path("gs:").exists() and not Path("s3:").exists()  # noqa: PT018
 
 
-def test_a_harvest_goes_on_in_the_bucket(server: Server, pipeline: Path):
-    config = load_config(pipeline / "config.yaml", [f"cache.path={server.folder('broken')}"])
+def test_a_harvest_goes_on_in_the_bucket(bucket_server: Server, pipeline: Path):
+    config = load_config(pipeline / "config.yaml", [f"cache.path={bucket_server.folder('broken')}"])
     sections = {"model": config.model, "text": config.text, "cache": config.cache}
     with pytest.raises(Interrupted):
         harvest(**sections, stop=lambda: (place(config.cache.path) / "commits" /
@@ -104,24 +83,26 @@ def test_a_harvest_goes_on_in_the_bucket(server: Server, pipeline: Path):
     assert ours == {k: v for k, v in disk.items() if k not in ("config.yaml", ".lock")}
 
 
-def test_a_run_stopped_and_gone_on_with_is_the_one_on_the_disk(server: Server, local: Path):
-    config = run_in(server, local, "stopped")
+def test_a_run_stopped_and_gone_on_with_is_the_one_on_the_disk(
+    bucket_server: Server, finished_run: Path
+):
+    config = run_in(bucket_server, finished_run, "stopped")
     with pytest.raises(Interrupted):
-        train(config, stop=stopping_at(25))
+        train(config, stop=stop_after(25))
     assert newest_checkpoint(place(config.output)) == 25
     assert train(config).step == 40
     with Checkpoints(config.output) as checkpoints:
         assert checkpoints.steps() == [30, 40]
-    assert_same_run(local / "whole", place(config.output), step=40)
+    assert_same_run(finished_run / "whole", place(config.output), step=40)
     assert read_run(config.output).restarts == 1
 
 
 @pytest.mark.parametrize("damage", ["half uploaded", "flipped", "object gone"])
 def test_the_checkpoint_before_is_gone_on_from(
-    server: Server, local: Path, damage: str, caplog: pytest.LogCaptureFixture
+    bucket_server: Server, finished_run: Path, damage: str, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.INFO, logger="sae_train")
-    config = run_in(server, local, f"damaged-{damage.replace(' ', '-')}")
+    config = run_in(bucket_server, finished_run, f"damaged-{damage.replace(' ', '-')}")
     train(config)
     newest = place(config.output) / "checkpoints" / "40"
     assert isinstance(newest, BucketPath)
@@ -139,44 +120,50 @@ def test_the_checkpoint_before_is_gone_on_from(
     assert train(config).step == 40
     assert ("half uploaded" if damage == "half uploaded" else "skipping the damaged") in caplog.text
     assert "going on from the checkpoint at step 30" in caplog.text
-    assert_same_run(local / "whole", place(config.output), step=40)
+    assert_same_run(finished_run / "whole", place(config.output), step=40)
 
 
-def test_a_run_copied_from_a_bucket_is_read_on_a_disk(server: Server, local: Path, tmp_path: Path):
-    config = run_in(server, local, "copied")
+def test_a_run_copied_from_a_bucket_is_read_on_a_disk(
+    bucket_server: Server, finished_run: Path, tmp_path: Path
+):
+    config = run_in(bucket_server, finished_run, "copied")
     train(config)
     for file in files_below(BucketPath.parse(config.output)):
         target = tmp_path / "copy" / str(file)[len(config.output) + 1 :]
         target.parent.mkdir(parents=True, exist_ok=True)
         bucket.download(file, target)
-    assert_same_run(local / "whole", tmp_path / "copy", step=40)
+    assert_same_run(finished_run / "whole", tmp_path / "copy", step=40)
 
 
 @pytest.mark.parametrize("status", [403, 401])
-def test_refused_credentials_are_told_at_once(server: Server, local: Path, status: int):
-    config = run_in(server, local, "denied")
+def test_refused_credentials_are_told_at_once(
+    bucket_server: Server, finished_run: Path, status: int
+):
+    config = run_in(bucket_server, finished_run, "denied")
     bucket._known_buckets.clear()
-    server.proxy.fail = lambda method, path: status
+    bucket_server.proxy.fail = lambda method, path: status
     with pytest.raises(StorageError, match=r"refuses the credentials .*They come from"):
         train(config)
     # TensorStore's words, where gcsfs and s3fs still get through.
-    server.proxy.fail = lambda method, path: status if "/c/" in path else None
+    bucket_server.proxy.fail = lambda method, path: status if "/c/" in path else None
     bucket._known_buckets.clear()
     with pytest.raises(StorageError, match="refuses the credentials"):
         open_store(config.cache.path).provenance(start=0, stop=8)
 
 
-def test_a_missing_bucket_is_told(server: Server, pipeline: Path, capsys: object):
-    elsewhere = f"{server.scheme}://no-such-bucket/store"
-    with pytest.raises(StorageError, match=f"there is no bucket {server.scheme}://no-such-bucket"):
+def test_a_missing_bucket_is_told(bucket_server: Server, pipeline: Path, capsys: object):
+    elsewhere = f"{bucket_server.scheme}://no-such-bucket/store"
+    with pytest.raises(
+        StorageError, match=f"there is no bucket {bucket_server.scheme}://no-such-bucket"
+    ):
         open_store(elsewhere)
     assert main(["harvest", "-q", str(pipeline / "config.yaml"), f"cache.path={elsewhere}"]) == 2
 
 
-def test_one_process_holds_a_folder(server: Server, monkeypatch: pytest.MonkeyPatch):
+def test_one_process_holds_a_folder(bucket_server: Server, monkeypatch: pytest.MonkeyPatch):
     for name, seconds in (("LEASE_SECONDS", 30), ("_RENEW_SECONDS", 0.1), ("_LOOK_SECONDS", 0.1)):
         monkeypatch.setattr(lease, name, seconds)
-    folder = place(server.folder("held"))
+    folder = place(bucket_server.folder("held"))
     with folder_lock(folder):
         assert is_locked(folder)
         with (
@@ -189,9 +176,11 @@ def test_one_process_holds_a_folder(server: Server, monkeypatch: pytest.MonkeyPa
         pass
 
 
-def test_the_lease_of_a_dead_process_is_taken(server: Server, monkeypatch: pytest.MonkeyPatch):
+def test_the_lease_of_a_dead_process_is_taken(
+    bucket_server: Server, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(lease, "_LOOK_SECONDS", 0.1)
-    folder = place(server.folder("dead"))
+    folder = place(bucket_server.folder("dead"))
     left = {"owner": "x", "host": platform.node(), "boot": lease._boot(), "process": os.getpid(),
             "started": "before", "renewals": 3}  # fmt: skip
     write_text(folder / ".lock", json.dumps(left))
@@ -203,8 +192,8 @@ def test_the_lease_of_a_dead_process_is_taken(server: Server, monkeypatch: pytes
         pass
 
 
-def test_who_lost_the_folder_writes_no_more(server: Server):
-    folder = place(server.folder("lost"))
+def test_who_lost_the_folder_writes_no_more(bucket_server: Server):
+    folder = place(bucket_server.folder("lost"))
     assert isinstance(folder, BucketPath)
     with folder_lock(folder):
         write_text(folder / "before", "ours")
@@ -218,9 +207,9 @@ def test_who_lost_the_folder_writes_no_more(server: Server):
     other.give_back()
 
 
-def test_of_two_that_take_a_lease_one_wins(server: Server):
+def test_of_two_that_take_a_lease_one_wins(bucket_server: Server):
     """Conditional writes: whoever writes on what it read earlier is refused."""
-    folder = place(server.folder("race"))
+    folder = place(bucket_server.folder("race"))
     assert isinstance(folder, BucketPath)
     first, second = lease._Lease(folder), lease._Lease(folder)
     nothing = second._read()
@@ -254,9 +243,9 @@ def test_tensorboard_needs_a_disk(tmp_path: Path):
         load_config(write_pipeline(tmp_path), ["output=gs://acts/run", "train.tensorboard=true"])
 
 
-def test_a_run_folder_that_vanishes_from_a_disk_is_told(local: Path):
-    config = make_run(local, output="vanishing")
-    before = stopping_at(25)
+def test_a_run_folder_that_vanishes_from_a_disk_is_told(finished_run: Path):
+    config = make_run(finished_run, output="vanishing")
+    before = stop_after(25)
 
     def vanish() -> bool:
         if before():

@@ -75,7 +75,9 @@ def test_overview_lists_every_command(capsys: pytest.CaptureFixture[str]) -> Non
         ("status runs a=b", "a=b"),
         ("train nowhere.yaml", "nowhere.yaml: no such config file"),
         ("report nowhere", "no such config file"),
+        (f"plan {ROOT}/configs/dmeo.yaml", "no such config file; did you mean"),
         ("inspect nowhere", "does not exist"),
+        (f"inspect {ROOT}/configs/demo.yaml", "is a config: give the store or the output folder"),
     ],
 )
 def test_mistakes_on_the_command_line_exit_2(

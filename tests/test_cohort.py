@@ -30,7 +30,7 @@ from sae_train.schedule import scheduled
 from sae_train.sharding import make_mesh
 from sae_train.state import abstract_state
 from tests.configs import make_config
-from tests.training import assert_same_run, make_run
+from tests.training import assert_same_run, make_run, stop_after
 
 # Three runs that have nothing in common but what they read.
 MEMBERS: dict[str, dict[str, Any]] = {
@@ -61,12 +61,6 @@ def member(folder: Path, name: str, *, place: str = "cohort", **options: Any) ->
 
 def cohort(folder: Path, *, place: str = "cohort", **options: Any) -> list[Config]:
     return [member(folder, name, place=place, **options) for name in MEMBERS]
-
-
-def stop_after(calls: int):
-    """A `stop` that says yes at the given call."""
-    counter = iter(range(calls))
-    return lambda: next(counter, None) is None
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -8,8 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,8 @@ from activation_cache.storage import folder_lock
 from sae_train.config import Config
 from sae_train.config_file import write_config
 from sae_train.run_folder import newest_checkpoint
-from tests.processes import Group, child_environment, start_group
-from tests.test_preemption import children
-from tests.training import assert_same_run, make_run
+from tests.processes import Group, child_environment, children, start_group, wait_for
+from tests.training import assert_same_run, lines_logged, make_run
 
 STEPS = {"a": 120, "b": 75, "c": 120}
 MEMBERS: dict[str, dict[str, Any]] = {
@@ -70,19 +67,6 @@ def start(files: list[str]) -> Group:
     return start_group([command] * 2, environment={"SAE_HEARTBEAT_SECONDS": "10"})
 
 
-def lines(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def wait_for(condition: Callable[[], bool], alive: Callable[[], bool]) -> bool:
-    while alive():
-        if condition():
-            return True
-        time.sleep(0.01)
-    return False
-
-
 def assert_as_alone(folder: Path, place: str) -> None:
     for name, steps in STEPS.items():
         assert_same_run(folder / "alone" / name, folder / place / name, step=steps)
@@ -91,7 +75,7 @@ def assert_as_alone(folder: Path, place: str) -> None:
 def test_stopped_and_one_diverging_all_others_end_as_alone(folder: Path) -> None:
     files, place = make_files(folder, "together", "a", "bad", "b", "c"), folder / "together"
     group = start(files)
-    if not wait_for(lambda: lines(place / "a") >= 20, group.alive):
+    if not wait_for(lambda: lines_logged(place / "a") >= 20, group.alive):
         pytest.fail("\n".join([str(group.wait()), *group.logs]))
     group.processes[1].send_signal(signal.SIGTERM)
     assert group.wait() == [75, 75], "\n".join(group.logs)
@@ -126,7 +110,7 @@ def test_a_killed_process_costs_no_member_anything(folder: Path) -> None:
     )
     for index, goal in ((1, 25), (0, 80)):
         alive = lambda: supervisor.poll() is None  # noqa: E731
-        if not wait_for(lambda goal=goal: lines(place / "a") >= goal, alive):
+        if not wait_for(lambda goal=goal: lines_logged(place / "a") >= goal, alive):
             pytest.fail(str(supervisor.communicate()))
         before = set(children(supervisor))
         os.kill(sorted(before)[index], signal.SIGKILL)

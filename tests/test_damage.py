@@ -30,14 +30,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished run of 40 steps, saved at 30 and 40."""
-    folder = tmp_path_factory.mktemp("damage")
-    train(make_run(folder, output="whole"))
-    return folder
-
-
 def largest(checkpoint: Path) -> Path:
     files = (path for path in (checkpoint / "state").rglob("*") if path.is_file())
     return max(files, key=lambda path: path.stat().st_size)
@@ -84,35 +76,35 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_the_checkpoint_before_is_gone_on_from(
-    whole: Path, kind: str, caplog: pytest.LogCaptureFixture
+    finished_run: Path, kind: str, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level("INFO", logger="sae_train")
     name = f"run-{kind.replace(' ', '-')}"
-    shutil.copytree(whole / "whole", whole / name)
-    DAMAGES[kind](whole / name / "checkpoints" / "40")
-    trained = load_trained(whole / name)
+    shutil.copytree(finished_run / "whole", finished_run / name)
+    DAMAGES[kind](finished_run / name / "checkpoints" / "40")
+    trained = load_trained(finished_run / name)
     assert trained.step == 30
     assert "skipping the damaged checkpoint at step 40" in caplog.text
-    assert (whole / name / "checkpoints" / "40").exists(), "reading deletes nothing"
-    assert train(make_run(whole, output=name)).step == 40
+    assert (finished_run / name / "checkpoints" / "40").exists(), "reading deletes nothing"
+    assert train(make_run(finished_run, output=name)).step == 40
     assert "going on from the checkpoint at step 30" in caplog.text
-    assert_same_run(whole / "whole", whole / name, step=40)
+    assert_same_run(finished_run / "whole", finished_run / name, step=40)
 
 
-def test_every_flipped_byte_is_found(whole: Path):
+def test_every_flipped_byte_is_found(finished_run: Path):
     """Whatever byte of whatever file: the run reads what was written, or says it can't."""
     rng = random.Random(0)
-    expected = load_trained(whole / "whole", step=40).params
-    checkpoint = whole / "whole" / "checkpoints" / "40"
+    expected = load_trained(finished_run / "whole", step=40).params
+    checkpoint = finished_run / "whole" / "checkpoints" / "40"
     # In a fixed order, and by bytes: of most of the small files no byte is ever looked at.
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     sizes = [path.stat().st_size for path in files]
     found = 0
     for number in range(12):
-        copy = whole / f"flip-{number}"
-        shutil.copytree(whole / "whole", copy)
+        copy = finished_run / f"flip-{number}"
+        shutil.copytree(finished_run / "whole", copy)
         [file] = rng.choices(files, weights=sizes)
-        flip(copy / file.relative_to(whole / "whole"), rng.randrange(file.stat().st_size))
+        flip(copy / file.relative_to(finished_run / "whole"), rng.randrange(file.stat().st_size))
         try:
             params = load_trained(copy, step=40).params
         except DamagedCheckpoint:
@@ -123,40 +115,40 @@ def test_every_flipped_byte_is_found(whole: Path):
     assert found >= 3
 
 
-def test_another_format_is_told_and_deleted_by_nobody(whole: Path):
-    shutil.copytree(whole / "whole", whole / "other-format")
-    for file in (whole / "other-format" / "checkpoints").glob(f"*/{META}"):
+def test_another_format_is_told_and_deleted_by_nobody(finished_run: Path):
+    shutil.copytree(finished_run / "whole", finished_run / "other-format")
+    for file in (finished_run / "other-format" / "checkpoints").glob(f"*/{META}"):
         meta = unseal_meta(file.read_bytes())
         checksums = meta.pop("checksums")
         sealed = seal_meta(meta | {"format_version": 3}, checksums=checksums)
         file.write_text(json.dumps(sealed))
     with pytest.raises(UserError, match=r"checkpoint format 3.* reads 4.*--fresh"):
-        load_trained(whole / "other-format")
+        load_trained(finished_run / "other-format")
     with pytest.raises(UserError, match="checkpoint format 3"):
-        train(make_run(whole, output="other-format"))
-    assert len(list((whole / "other-format" / "checkpoints").glob(f"*/{META}"))) == 2
+        train(make_run(finished_run, output="other-format"))
+    assert len(list((finished_run / "other-format" / "checkpoints").glob(f"*/{META}"))) == 2
 
 
-def test_all_damaged_is_told_and_fresh_helps(whole: Path):
-    shutil.copytree(whole / "whole", whole / "hopeless")
-    for checkpoint in (whole / "hopeless" / "checkpoints").iterdir():
+def test_all_damaged_is_told_and_fresh_helps(finished_run: Path):
+    shutil.copytree(finished_run / "whole", finished_run / "hopeless")
+    for checkpoint in (finished_run / "hopeless" / "checkpoints").iterdir():
         cut_largest(checkpoint)
-    config = make_run(whole, output="hopeless")
+    config = make_run(finished_run, output="hopeless")
     with pytest.raises(UserError, match=r"every checkpoint of .*hopeless is damaged.*--fresh"):
         train(config)
     assert train(config, fresh=True).step == 40
-    assert_same_run(whole / "whole", whole / "hopeless", step=40)
+    assert_same_run(finished_run / "whole", finished_run / "hopeless", step=40)
 
 
-def test_reading_disturbs_no_save_in_progress(whole: Path):
-    shutil.copytree(whole / "whole", whole / "busy")
-    partial = whole / "busy" / "checkpoints" / "50.orbax-checkpoint-tmp"
+def test_reading_disturbs_no_save_in_progress(finished_run: Path):
+    shutil.copytree(finished_run / "whole", finished_run / "busy")
+    partial = finished_run / "busy" / "checkpoints" / "50.orbax-checkpoint-tmp"
     partial.mkdir()
     (partial / "file").write_text("half")
-    assert load_trained(whole / "busy").step == 40
+    assert load_trained(finished_run / "busy").step == 40
     assert (partial / "file").exists()
-    shutil.rmtree(whole / "busy" / "checkpoints" / "40")
-    assert train(make_run(whole, output="busy")).step == 40
+    shutil.rmtree(finished_run / "busy" / "checkpoints" / "40")
+    assert train(make_run(finished_run, output="busy")).step == 40
     # Orbax tidies in the background; before its first save it waits for that.
     assert not partial.exists(), "the one that saves tidies up"
 

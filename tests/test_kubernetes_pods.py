@@ -18,7 +18,7 @@ from sae_train.config import Config
 from sae_train.loop import train
 from sae_train.run_folder import newest_checkpoint
 from tests.processes import child_environment, free_port
-from tests.training import assert_same_run, make_run
+from tests.training import assert_same_run, lines_logged, make_run
 
 STEPS = 800  # seconds of work: a signal needs one to be agreed upon
 SAVES = {"every_steps": 200, "keep": 2}
@@ -67,7 +67,7 @@ class Job:
         until = time.monotonic() + _DEADLINE_SECONDS
         try:
             while pods and time.monotonic() < until:
-                if not self.ignored and preempt_at and lines(run_folder) >= preempt_at:
+                if not self.ignored and preempt_at and lines_logged(run_folder) >= preempt_at:
                     pods[1].send_signal(signal.SIGTERM)
                     preempt_at = 0
                 for index, pod in list(pods.items()):
@@ -93,11 +93,6 @@ class Job:
             if status in rule.get("onExitCodes", {}).get("values", []):
                 return rule["action"]
         return "BackoffLimitExceeded"
-
-
-def lines(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def pods_config(folder: Path, *, output: str, **options: Any) -> Config:

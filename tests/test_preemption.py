@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,8 @@ from sae_train.config import Config
 from sae_train.config_file import write_config
 from sae_train.loop import train
 from sae_train.run_folder import newest_checkpoint
-from tests.processes import ROOT, Group, child_environment, children, start_group
-from tests.training import assert_same_run, make_run
+from tests.processes import ROOT, Group, child_environment, children, start_group, wait_for
+from tests.training import assert_same_run, lines_logged, make_run
 
 STEPS = 400
 MESH = (2, 1)
@@ -51,20 +50,6 @@ def start_supervised(*command: str) -> subprocess.Popen[str]:
     )
 
 
-def lines(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def wait_for(condition: Callable[[], bool], alive: Callable[[], bool]) -> bool:
-    """Poll until `condition()` or nobody is alive; says which."""
-    while alive():
-        if condition():
-            return True
-        time.sleep(0.01)
-    return False
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the runs are, an undisturbed one among them."""
@@ -80,9 +65,9 @@ def test_a_signal_to_any_process_stops_all_at_one_step(folder: Path):
     file, run = make_file(folder, "stopped"), folder / "stopped"
     stops = ((0, signal.SIGTERM), (1, signal.SIGTERM), (1, signal.SIGINT))
     for number, (index, kind) in enumerate(stops):
-        goal = lines(run) + 20
+        goal = lines_logged(run) + 20
         group = start_processes(file)
-        if not wait_for(lambda goal=goal: lines(run) >= goal, group.alive):
+        if not wait_for(lambda goal=goal: lines_logged(run) >= goal, group.alive):
             pytest.fail("\n".join([str(group.wait()), *group.logs]))
         group.processes[index].send_signal(kind)
         codes = group.wait()
@@ -91,7 +76,7 @@ def test_a_signal_to_any_process_stops_all_at_one_step(folder: Path):
         assert "Traceback" not in logs
         steps = set(re.findall(r"stopped by a signal at step (\d+)", logs))
         assert steps == {str(newest_checkpoint(run))}, logs
-        assert newest_checkpoint(run) == lines(run), number
+        assert newest_checkpoint(run) == lines_logged(run), number
     group = start_processes(file)
     assert group.wait() == [0, 0], "\n".join(group.logs)
     assert_same_run(folder / "undisturbed", run, step=STEPS)
@@ -102,7 +87,7 @@ def test_a_killed_process_is_recovered_from(folder: Path):
     supervisor = start_supervised("train", str(file))
     for index, goal in ((1, 40), (0, 150)):
         alive = lambda: supervisor.poll() is None  # noqa: E731
-        if not wait_for(lambda goal=goal: lines(run) >= goal, alive):
+        if not wait_for(lambda goal=goal: lines_logged(run) >= goal, alive):
             pytest.fail(str(supervisor.communicate()))
         os.kill(sorted(children(supervisor))[index], signal.SIGKILL)
         time.sleep(0.5)
@@ -115,7 +100,7 @@ def test_a_killed_process_is_recovered_from(folder: Path):
 
 def test_the_others_notice_a_lost_process_by_themselves(folder: Path):
     group = start_processes(make_file(folder, "noticed"))
-    assert wait_for(lambda: lines(folder / "noticed") >= 5, group.alive)
+    assert wait_for(lambda: lines_logged(folder / "noticed") >= 5, group.alive)
     group.processes[1].kill()
     begin = time.monotonic()
     codes = group.wait(timeout=60)
@@ -126,7 +111,7 @@ def test_the_others_notice_a_lost_process_by_themselves(folder: Path):
 def test_a_stop_through_the_supervisor(folder: Path):
     file, run = make_file(folder, "through"), folder / "through"
     supervisor = start_supervised("train", str(file))
-    assert wait_for(lambda: lines(run) >= 20, lambda: supervisor.poll() is None)
+    assert wait_for(lambda: lines_logged(run) >= 20, lambda: supervisor.poll() is None)
     supervisor.send_signal(signal.SIGINT)
     output, _ = supervisor.communicate(timeout=120)
     assert supervisor.returncode == 75, output

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,6 @@ from sae_train.release import Sae, fold
 from tests.saes import make_trained
 
 D, F, K = 10, 24, 5
-
-
-@pytest.fixture(scope="module")
-def sae_lens():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import sae_lens
-    return sae_lens
 
 
 @pytest.fixture

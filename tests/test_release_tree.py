@@ -7,7 +7,6 @@ import errno
 import json
 import os
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +57,6 @@ def write_sweep(root: Path, sweep: dict[str, Any]) -> Path:
         config["train"] |= {"sparsity": {"penalty": "target_l0", "target": 5}}
     write_config(Config.model_validate(config | {"sweep": sweep}), root)
     return root
-
-
-@pytest.fixture(scope="module")
-def sae_lens():
-    # What it pulls in warns on import of its own affairs.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import sae_lens
-    return sae_lens
 
 
 @pytest.fixture(scope="module")

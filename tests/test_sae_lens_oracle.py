@@ -6,8 +6,6 @@ module whose parameters have the names of the npz.
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import pytest
 import torch
@@ -18,16 +16,6 @@ from sae_train.release import Sae, fold
 from tests.saes import make_sae, make_trained, reference_latents, reference_reconstruction
 
 D, F = 10, 24
-
-
-@pytest.fixture(scope="module")
-def sae_lens():
-    # What it pulls in warns on import of its own affairs (deprecations, optional packages).
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import sae_lens
-        import sae_lens.loading.pretrained_sae_loaders
-    return sae_lens
 
 
 @pytest.fixture

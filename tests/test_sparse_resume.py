@@ -16,9 +16,8 @@ from sae_train.loop import train
 from sae_train.metrics import read_metrics
 from sae_train.sharding import make_mesh
 from sae_train.state import TrainState, abstract_state
-from tests.test_train import stop_after
-from tests.test_train_kill import finish, kill, lines, start, wait_for
-from tests.training import assert_same_run, make_run
+from tests.test_train_kill import finish, kill, reached, start
+from tests.training import assert_same_run, lines_logged, make_run, stop_after
 
 STEPS, WIDTH = 300, 64
 
@@ -73,7 +72,7 @@ def test_stopped_and_gone_on_it_ends_with_the_same_bits(folder: Path, stop_step:
 def test_a_killed_run_ends_with_the_same_bits(folder: Path):
     write_config(by_pairs(folder, "killed"), folder / "config")
     process = start(folder / "config" / "config.yaml")
-    assert wait_for(lambda: lines(folder / "killed") >= 31, process)
+    assert reached(lambda: lines_logged(folder / "killed") >= 31, process)
     kill(process)
     finish(folder / "config" / "config.yaml")
     assert_same_run(folder / "whole", folder / "killed", step=STEPS)

@@ -14,7 +14,7 @@ from sae_train.checkpoint import Checkpoints, load_trained
 from sae_train.loop import train
 from sae_train.metrics import read_metrics
 from tests.stores import make_manifest, write_store
-from tests.training import ROWS, assert_same_run, make_run, untimed_metrics
+from tests.training import ROWS, assert_same_run, make_run, stop_after, untimed_metrics
 
 REQUIRED = {
     "step",
@@ -30,12 +30,6 @@ REQUIRED = {
     "tokens_per_second",
     "input_wait_fraction",
 }
-
-
-def stop_after(calls: int):
-    """A `stop` that says yes at the given call."""
-    counter = iter(range(calls))
-    return lambda: next(counter, None) is None
 
 
 def test_a_run_leaves_metrics_config_and_checkpoints(tmp_path: Path):

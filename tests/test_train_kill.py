@@ -7,13 +7,14 @@ import random
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from sae_train.config_file import write_config
-from tests.training import assert_same_run, make_run
+from tests.processes import wait_for
+from tests.training import assert_same_run, lines_logged, make_run
 
 STEPS = 120
 
@@ -54,18 +55,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def wait_for(condition, process: subprocess.Popen) -> bool:
-    """Poll until `condition()` or the process ends; says whether it is still running."""
-    while process.poll() is None:
-        if condition():
-            return True
-        time.sleep(0.001)
-    return False
-
-
-def lines(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+def reached(condition: Callable[[], bool], process: subprocess.Popen) -> bool:
+    """As `wait_for` of one process, often enough to catch a save in the act."""
+    return wait_for(condition, lambda: process.poll() is None, pause=0.001)
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -77,8 +69,8 @@ def test_kills_in_mid_training(undisturbed: Path):
     config_file, run = make_config_file(undisturbed, "killed"), undisturbed / "killed"
     rng, killed = random.Random(0), 0
     for _ in range(3):
-        process, target = start(config_file), lines(run) + rng.randint(5, 35)
-        if wait_for(lambda goal=target: lines(run) >= goal, process):
+        process, target = start(config_file), lines_logged(run) + rng.randint(5, 35)
+        if reached(lambda goal=target: lines_logged(run) >= goal, process):
             kill(process)
             killed += 1
     assert killed == 3
@@ -92,7 +84,7 @@ def test_kills_in_the_middle_of_a_checkpoint_save(undisturbed: Path):
     for _ in range(3):
         process = start(config_file)
         known = set(run.glob("checkpoints/*"))
-        if wait_for(lambda old=known: bool(partial(run) - old), process):
+        if reached(lambda old=known: bool(partial(run) - old), process):
             kill(process)
             unfinished += bool(partial(run))
     assert unfinished >= 1, "no kill hit a save: make the state larger"
@@ -111,12 +103,12 @@ def test_a_signal_saves_and_exits_75(undisturbed: Path, kind: signal.Signals):
     config_file = make_config_file(undisturbed, kind.name)
     run = undisturbed / kind.name
     process = start(config_file)
-    assert wait_for(lambda: lines(run) >= 23, process)
+    assert reached(lambda: lines_logged(run) >= 23, process)
     process.send_signal(kind)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output.decode()
     assert b"Traceback" not in output
     saved = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
-    assert saved == lines(run)
+    assert saved == lines_logged(run)
     finish(config_file)
     assert_same_run(undisturbed / "undisturbed", run, step=STEPS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,18 @@ def make_run(folder: Path, *, steps: int = 40, output: str = "run", **options: A
         tokens=48 * steps,
         **(defaults | options),
     )
+
+
+def stop_after(calls: int) -> Callable[[], bool]:
+    """A `stop` that says no so many times, and yes from then on."""
+    count = itertools.count()
+    return lambda: next(count) >= calls
+
+
+def lines_logged(run_folder: Path) -> int:
+    """Whole lines of a run's metrics by now."""
+    path = run_folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def final_state(run_folder: Path, *, step: int) -> list[np.ndarray]:
