@@ -44,7 +44,7 @@ class Command:
     metavar: str = "CONFIG"
     target: str = _TARGET
     overrides: bool = True
-    words: str = "config overrides"
+    others: tuple[str, str] = ("key=value", "config overrides")  # what follows, and what it is
     options: tuple[tuple[str, str], ...] = ()
     settings: tuple[tuple[str, Callable[[str], Any], Any, str], ...] = ()  # with a value
 
@@ -55,7 +55,7 @@ COMMANDS = (
         handler=commands.harvest,
         summary="run the model over the text and write the activation store",
         details="Writes the store that cache.path names. Stopped or killed, the same command goes "
-        "on from the last committed shard.",
+        "on from the last bucket of rows that was whole.",
         example="sae harvest configs/demo.yaml cache.tokens=1e6",
         options=(_DRY_RUN,),
     ),
@@ -71,7 +71,7 @@ COMMANDS = (
             ("--fresh", "delete what an earlier run left in the folder and start anew"),
             _DRY_RUN,
         ),
-        words="further CONFIGs, and config overrides",
+        others=("CONFIG|key=value", "further configs, and config overrides"),
     ),
     Command(
         name="evaluate",
@@ -151,7 +151,8 @@ COMMANDS = (
         name="inspect",
         handler=commands.inspect,
         summary="describe a store, a run or a released SAE",
-        details="Shapes, sizes, norms, thresholds.",
+        details="Of a store its taps, rows and norms; of a run how far it is; of an SAE its "
+        "shapes, norms and thresholds.",
         example="sae inspect runs/demo/store --verify",
         metavar="PATH",
         target="an activation store, a run's or sweep's folder, or a released SAE",
@@ -242,7 +243,8 @@ def _add_command(parsers: argparse._SubParsersAction, command: Command) -> None:
     )
     parser.add_argument("target", metavar=command.metavar, help=command.target)
     if command.overrides:
-        parser.add_argument("overrides", nargs="*", metavar="key=value", help=command.words)
+        metavar, words = command.others
+        parser.add_argument("overrides", nargs="*", metavar=metavar, help=words)
     for flag, words in command.options:
         parser.add_argument(flag, action="store_true", help=words)
     for flag, kind, default, words in command.settings:

@@ -49,6 +49,8 @@ def inspect_path(path: Place, *, verify: bool) -> None:
         inspect_store(path, verify=verify)
     elif (path / FILE_NAME).exists():
         inspect_run(path)
+    elif path.suffix in (".yaml", ".yml"):
+        raise UserError(f"{path} is a config: give the store or the output folder that it names")
     else:
         inspect_sae(path)
 

@@ -9,6 +9,7 @@ told together, each with its line and key path.
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -95,13 +96,24 @@ def _read_text(path: AnyPath) -> str:
     try:
         return place(path).read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such config file") from error
+        raise UserError(f"{path}: no such config file{_meant(path)}") from error
     except IsADirectoryError as error:
         raise UserError(f"{path} is a folder; a config file was expected") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}): not a config") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _meant(path: AnyPath) -> str:
+    """A file beside a missing one whose name is nearly its, in words; empty if there is none."""
+    wanted = place(path)
+    try:
+        names = [file.name for file in wanted.parent.iterdir()]
+    except OSError:
+        return " or output folder"
+    near = difflib.get_close_matches(wanted.name, names, n=1, cutoff=0.8)
+    return f"; did you mean {wanted.parent / near[0]}?" if near else " or output folder"
 
 
 def _validate(
