@@ -31,6 +31,7 @@ from activation_cache.storage import disk_errors
 
 _THREADS = 16  # enough to hide the latency of a network disk
 _CHECKSUM_BYTES = 4
+_PIECE_BYTES = 2**18  # summed in 30 microseconds, and still in the processor's cache by then
 _ENTRY_BYTES = 16  # offset and size
 _ABSENT = np.iinfo(np.uint64).max
 
@@ -39,6 +40,7 @@ def reads_blocks(layout: ArrayLayout) -> bool:
     """Can this array be read here: files of this machine, and fast checksums?"""
     return (
         isinstance(layout.path, Path)
+        and hasattr(os, "posix_fadvise")
         and sys.byteorder == "little"
         and google_crc32c.implementation == "c"
     )
@@ -123,11 +125,12 @@ class BlockReads:
             offset, size = (int(value) for value in index[number])
             if offset == _ABSENT or size != target.nbytes + _CHECKSUM_BYTES:
                 raise damaged_shard(shard, f"chunk {number} has {size} bytes")
+            taken = _read_summed(file, target, offset, shard=shard)
             checksum = bytearray(_CHECKSUM_BYTES)
-            _read_fully(file, [target.data, memoryview(checksum)], offset, shard=shard)
+            _read_fully(file, [memoryview(checksum)], offset + target.nbytes, shard=shard)
         finally:
             os.close(file)
-        if google_crc32c.value(target) != int.from_bytes(checksum, "little"):
+        if taken != int.from_bytes(checksum, "little"):
             raise damaged_shard(shard, f"the checksum of chunk {number} doesn't match its rows")
 
     def _index(self, file: int, shard: Path) -> np.ndarray:
@@ -148,6 +151,22 @@ class BlockReads:
         with self._lock:
             self._indexes[shard] = index
         return index
+
+
+def _read_summed(file: int, target: np.ndarray, offset: int, *, shard: Path) -> int:
+    """Fill `target` from an offset on; the crc32c of what was read.
+
+    Piece by piece, because google_crc32c keeps the interpreter's lock while it sums, and the
+    training loop waits for that lock. The kernel is told of the whole at once: small reads of
+    one place after the other leave a disk half idle.
+    """
+    os.posix_fadvise(file, offset, target.nbytes + _CHECKSUM_BYTES, os.POSIX_FADV_WILLNEED)
+    checksum = 0
+    for first in range(0, target.nbytes, _PIECE_BYTES):
+        piece = target[first : first + _PIECE_BYTES]
+        _read_fully(file, [piece.data], offset + first, shard=shard)
+        checksum = google_crc32c.extend(checksum, piece)
+    return int(checksum)
 
 
 def _read_fully(file: int, views: list[memoryview], offset: int, *, shard: Path) -> None:

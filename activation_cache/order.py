@@ -16,8 +16,8 @@ of a single bit here is a new `ALGORITHM`.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from jaxtyping import Int64, UInt64
@@ -30,6 +30,8 @@ _ROUNDS = 8
 
 # The first word after the seed in every key: one stream per purpose.
 SEQUENCES, BUCKET, BLOCKS = 1, 2, 3
+
+_STRETCH = 1024  # places of an epoch whose blocks are worked out together
 
 
 def mix(x: UInt64[np.ndarray, "N"]) -> UInt64[np.ndarray, "N"]:
@@ -62,11 +64,11 @@ class Permutation:
         """The index that `forward` sends to `image`."""
         return self._walk(image, self._round_keys[::-1], swapped=True)
 
-    @cached_property
+    @functools.cached_property
     def _half_bits(self) -> int:
         return max(1, ((self.size - 1).bit_length() + 1) // 2)
 
-    @cached_property
+    @functools.cached_property
     def _round_keys(self) -> list[np.uint64]:
         return [np.uint64(derive_key(self.key, number)) for number in range(_ROUNDS)]
 
@@ -141,10 +143,8 @@ class BlockOrder:
         return found
 
     def _within(self, epoch: int, start: int, stop: int) -> list[Segment]:
-        order = Permutation(self.num_blocks, derive_key(self.seed, BLOCKS, epoch))
+        _, short = _epoch_order(self, epoch)
         missing = self.num_blocks * self.block_rows - self.rows
-        # The place of the short block: everything after it begins `missing` rows earlier.
-        short = int(order.inverse(np.array([self.num_blocks - 1]))[0])
         short_stop = (short + 1) * self.block_rows - missing
 
         def place(row: int) -> int:
@@ -155,5 +155,32 @@ class BlockOrder:
         sizes = np.where(places == short, self.block_rows - missing, self.block_rows)
         first = np.maximum(start - begins, 0)
         counts = np.minimum(stop - begins, sizes) - first
-        starts = order.forward(places) * self.block_rows + first
+        starts = _blocks_at(self, epoch, places) * self.block_rows + first
         return [Segment(int(s), int(c)) for s, c in zip(starts, counts, strict=True)]
+
+
+def _blocks_at(
+    blocks: BlockOrder, epoch: int, places: Int64[np.ndarray, "N"]
+) -> Int64[np.ndarray, "N"]:
+    """The blocks at consecutive places of an epoch's order."""
+    first, last = int(places[0]) // _STRETCH, int(places[-1]) // _STRETCH
+    known = [_stretch(blocks, epoch, number) for number in range(first, last + 1)]
+    return np.concatenate(known)[places - first * _STRETCH]
+
+
+# Kept, because the permutation's many small steps cost a millisecond for one block or a thousand.
+@functools.lru_cache(maxsize=16)
+def _stretch(blocks: BlockOrder, epoch: int, number: int) -> Int64[np.ndarray, "N"]:
+    order, _ = _epoch_order(blocks, epoch)
+    stop = min((number + 1) * _STRETCH, blocks.num_blocks)
+    return order.forward(np.arange(number * _STRETCH, stop))
+
+
+@functools.lru_cache(maxsize=16)
+def _epoch_order(blocks: BlockOrder, epoch: int) -> tuple[Permutation, int]:
+    """The permutation of an epoch's blocks, and the place of the last, short block in it.
+
+    Everything after that place begins earlier by the rows that the short block lacks.
+    """
+    order = Permutation(blocks.num_blocks, derive_key(blocks.seed, BLOCKS, epoch))
+    return order, int(order.inverse(np.array([blocks.num_blocks - 1]))[0])

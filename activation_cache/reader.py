@@ -2,14 +2,17 @@
 
 A batch is a pure function of (store, tap, batch size, seed, step): there is no iterator state to
 save, and any step can be asked for at any time. Reading ahead changes when bytes are read and
-never which. All blocks of all batches ahead are read concurrently, in other threads (`block_reads`;
-of a bucket TensorStore's); this class only keeps the queue. Legend: B batch, D width.
+never which. One thread works out which blocks the batches ahead need; all of those are read
+concurrently, in other threads (`block_reads`; of a bucket TensorStore's). Who asks for a batch
+only takes it from the queue and puts the next one on. Legend: B batch, D width.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
@@ -24,7 +27,40 @@ from activation_cache.taps import Tap
 
 logger = logging.getLogger(__name__)
 
+READ_AHEAD_BYTES = 512 * 2**20  # of the batches ahead: a third of a second at 1.5 GB/s
+FEWEST_AHEAD, MOST_AHEAD = 4, 16
+
 _CONCURRENT_FILE_READS = 32  # enough to hide the latency of a network disk
+
+
+def batches_ahead(batch_bytes: int) -> int:
+    """How many batches to read ahead: what `READ_AHEAD_BYTES` holds, from 4 to 16.
+
+    Deep enough that a disk which stalls for as long as several steps take isn't waited for.
+    """
+    return max(FEWEST_AHEAD, min(MOST_AHEAD, READ_AHEAD_BYTES // batch_bytes))
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """A batch that is being read ahead: worked out in another thread, then read in others."""
+
+    begun: Future[ts.Future | PendingRows]
+
+    def done(self) -> bool:
+        """Are its rows there, or the reason why they aren't?"""
+        return self.begun.done() and (
+            self.begun.exception() is not None or self.begun.result().done()
+        )
+
+    def cancel(self) -> None:
+        """Don't begin what hasn't begun."""
+        if not self.begun.cancel() and self.begun.exception() is None:
+            self.begun.result().cancel()
+
+    def result(self) -> Float[np.ndarray, "B D"]:
+        """Its rows, once all are there."""
+        return self.begun.result().result()
 
 
 class ActivationReader:
@@ -44,12 +80,13 @@ class ActivationReader:
         batch_size: int,
         seed: int,
         start_step: int = 0,
-        read_ahead: int = 4,
+        read_ahead: int | None = None,
         rows: slice | None = None,
     ) -> None:
         """Open the array and start reading.
 
         Args:
+            read_ahead: batches, None for as many as `batches_ahead` says.
             rows: the part of each batch that is wanted, and all that is read; None for the whole.
                 With several processes, each reads what its devices need.
 
@@ -57,8 +94,8 @@ class ActivationReader:
             UserError: the store hasn't the tap, or the array is missing or damaged.
         """
         assert batch_size >= 1, batch_size
-        assert read_ahead >= 1, read_ahead
-        self.batch_size, self.read_ahead = batch_size, read_ahead
+        assert read_ahead is None or read_ahead >= 1, read_ahead
+        self.batch_size = batch_size
         wanted = range(batch_size)[slice(None) if rows is None else rows]
         assert wanted, (rows, batch_size)
         assert wanted.step == 1, rows
@@ -68,10 +105,11 @@ class ActivationReader:
         self._order = BlockOrder(rows=store.rows, block_rows=block_rows, seed=seed)
         block_bytes = block_rows * self._layout.row_bytes
         batch_bytes = len(wanted) * self._layout.row_bytes
+        self.read_ahead = read_ahead or batches_ahead(batch_bytes)
         # A block that straddles batches is needed by each of them: keep it for the next.
         aligned = all(place % block_rows == 0 for place in (batch_size, wanted.start, wanted.stop))
         cache_bytes = 0 if aligned else 2 * (batch_bytes + block_bytes)
-        self.memory_bytes = 2 * (read_ahead + 1) * batch_bytes + cache_bytes
+        self.memory_bytes = 2 * (self.read_ahead + 1) * batch_bytes + cache_bytes
         context = ts.Context(
             {
                 "cache_pool": {"total_bytes_limit": cache_bytes},
@@ -80,7 +118,9 @@ class ActivationReader:
         )
         self._array = self._layout.open(context=context)  # to be told of a wrong description
         self._blocks = BlockReads(self._layout) if reads_blocks(self._layout) else None
-        self._queue: deque[ts.Future | PendingRows] = deque()
+        # Handing out a batch's blocks takes long enough for a step of a fast device to wait.
+        self._planner = ThreadPoolExecutor(1, thread_name_prefix="plan")
+        self._queue: deque[_Ahead] = deque()
         self._first = start_step  # the step at the head of the queue
         self._read_ahead()
         logger.info(
@@ -88,7 +128,7 @@ class ActivationReader:
             tap.name,
             len(wanted),
             batch_size,
-            read_ahead,
+            self.read_ahead,
             self.memory_bytes / 2**20,
         )
 
@@ -102,6 +142,7 @@ class ActivationReader:
         trace: TracebackType | None,
     ) -> None:
         self._drop()
+        self._planner.shutdown(wait=True)
         if self._blocks is not None:
             self._blocks.close()
 
@@ -111,7 +152,8 @@ class ActivationReader:
         In the store's dtype.
 
         Steps in order come from memory, and the time spent here is the time waited for the
-        disk. Any other step empties the queue and begins to read ahead from there.
+        disk. Any other step empties the queue and begins to read ahead from there. What went
+        wrong while reading ahead is told when its batch is asked for.
 
         Raises:
             UserError: a shard is damaged or missing; names the file.
@@ -121,22 +163,23 @@ class ActivationReader:
             self._drop()
             self._first = step
         self._read_ahead()
-        future = self._queue.popleft()
+        ahead = self._queue.popleft()
         self._first += 1
         self._read_ahead()
         with array_errors(self._layout.path, doing="read"):
-            return future.result()
+            return ahead.result()
 
     def _read_ahead(self) -> None:
-        with array_errors(self._layout.path, doing="read"):
-            while len(self._queue) < self.read_ahead:
-                start = (self._first + len(self._queue)) * self.batch_size
-                wanted = self._wanted
-                segments = self._order.segments(start + wanted.start, start + wanted.stop)
-                if self._blocks is not None:
-                    self._queue.append(self._blocks.start(segments))
-                else:
-                    self._queue.append(start_read(self._array, segments))
+        while len(self._queue) < self.read_ahead:
+            step = self._first + len(self._queue)
+            self._queue.append(_Ahead(self._planner.submit(self._begin, step)))
+
+    def _begin(self, step: int) -> ts.Future | PendingRows:
+        start, wanted = step * self.batch_size, self._wanted
+        segments = self._order.segments(start + wanted.start, start + wanted.stop)
+        if self._blocks is not None:
+            return self._blocks.start(segments)
+        return start_read(self._array, segments)
 
     def _drop(self) -> None:
         while self._queue:

@@ -1,11 +1,14 @@
 """The reader with full shuffling against the disk's own sequential rate.
 
-    python -m benchmarks.reader [--gigabytes 4] [--folder .]
+    python -m benchmarks.reader [--gigabytes 4] [--rounds 5] [--folder .] [--width 64]
 
-Three ways take turns over the same store, whose pages the kernel is asked to forget before each:
-its files one after the other in 8 MiB reads, by as many threads as the reader has; batches in
-training order; and the same with a step's worth of waiting between them, whose time spent waiting
-for a batch is what `input_wait_fraction` is made of.
+Two ways take turns over the same store, whose pages the kernel is asked to forget before each: its
+files one after the other in 8 MiB reads, by as many threads as the reader has, and batches in
+training order. Then the share of its time that a run waits for batches, what `input_wait_fraction`
+says of its steps: with pauses for steps, of 1.25 times what the disk needs for a batch, as often as
+there are rounds; and of a training run on the store, whose SAE of `--width` latents takes as long
+for a step as it takes here. A run's first batch is waited for whatever the disk, so both begin with
+the second.
 """
 
 from __future__ import annotations
@@ -26,6 +29,9 @@ from activation_cache.manifest import Manifest
 from activation_cache.reader import ActivationReader
 from activation_cache.store import Store
 from benchmarks.measure import interleaved, prepare
+from sae_train.loop import train
+from sae_train.metrics import read_metrics
+from tests.configs import make_config
 from tests.stores import TAP, make_manifest, write_store
 
 logger = logging.getLogger("reader")
@@ -33,6 +39,8 @@ logger = logging.getLogger("reader")
 WIDTH, BATCH = 2304, 4096  # Gemma 2 2B's residual stream, Gemma Scope's batch
 PIECE = 8 * 2**20
 THREADS = 8
+SHUFFLE_ROWS, BLOCK_ROWS = 65_536, 256
+PACE = 1.25  # of the disk's own: it can keep up
 
 
 def _rows(start: int, stop: int, width: int, dtype: str = "float32") -> np.ndarray:
@@ -42,8 +50,9 @@ def _rows(start: int, stop: int, width: int, dtype: str = "float32") -> np.ndarr
 
 
 def _manifest(rows: int) -> Manifest:
-    manifest = make_manifest(rows=rows, width=WIDTH, shuffle_rows=65_536, block_rows=256)
-    assert manifest.shuffling.bucket_rows == bucket_rows(shuffle_rows=65_536, block_rows=256)
+    cut = {"shuffle_rows": SHUFFLE_ROWS, "block_rows": BLOCK_ROWS}
+    manifest = make_manifest(rows=rows, width=WIDTH, **cut)
+    assert manifest.shuffling.bucket_rows == bucket_rows(**cut)
     return manifest
 
 
@@ -68,8 +77,12 @@ def _sequential(path: Path) -> int:
     return total
 
 
-def measure(folder: Path, *, gigabytes: float, rounds: int) -> dict[str, Any]:
-    """Write a store of that size below `folder`, and time the ways to read it."""
+def measure(folder: Path, *, gigabytes: float, rounds: int, width: int = 64) -> dict[str, Any]:
+    """Write a store of that size below `folder`, and time the ways to read it.
+
+    Args:
+        width: latents of the SAE that is trained.
+    """
     rows = max(BATCH * 8, int(gigabytes * 1e9) // (4 * WIDTH) // BATCH * BATCH)
     store = write_store(folder, _manifest(rows), make_rows=_rows)
     files, step_bytes = _files(folder), 4 * WIDTH * BATCH
@@ -86,15 +99,20 @@ def measure(folder: Path, *, gigabytes: float, rounds: int) -> dict[str, Any]:
     )
     disk = size / times["files in order"].median
     reader = step_bytes * (rows // BATCH) / times["batches, shuffled"].median
-    # Where steps take 1.25 times what the disk needs for a batch, the disk can keep up.
-    waited = _wait_fraction(store, rows, folder, seconds=1.25 * step_bytes / disk)
+    seconds = step_bytes / disk
+    paced = [_waited(store, rows, folder, seconds=PACE * seconds) for _ in range(rounds)]
+    low, median, high = np.quantile(paced, [0.25, 0.5, 0.75])
+    waited, step = _trained(store, folder, width=width)
     return {
         "bytes": size,
         "times": times,
         "disk_gb_per_s": disk / 1e9,
         "reader_gb_per_s": reader / 1e9,
         "ratio": reader / disk,
-        "input_wait_fraction": waited,
+        "input_wait_fraction": float(median),
+        "input_wait_fraction_quartiles": [float(low), float(high)],
+        "trained_input_wait_fraction": waited,
+        "trained_step_over_disk": step / seconds,
     }
 
 
@@ -105,20 +123,45 @@ def _batches(store: Store, rows: int, folder: Path) -> None:
             reader.batch(step)
 
 
-def _wait_fraction(store: Store, rows: int, folder: Path, *, seconds: float) -> float:
+def _waited(store: Store, rows: int, folder: Path, *, seconds: float) -> float:
     """The share of a run's time spent waiting for batches, its steps taking so many seconds."""
     _forget(folder)
-    waited, start = 0.0, 0.0
+    waited = 0.0
     with ActivationReader(store, TAP, batch_size=BATCH, seed=1) as reader:
-        for step in range(rows // BATCH):
+        reader.batch(0)
+        start = time.perf_counter()
+        for step in range(1, rows // BATCH):
+            time.sleep(seconds)
             asked = time.perf_counter()
             reader.batch(step)
-            if step == 0:  # a run's first batch is waited for whatever the disk
-                start = time.perf_counter()
-            else:
-                waited += time.perf_counter() - asked
-            time.sleep(seconds)
-    return waited / (time.perf_counter() - start)
+            waited += time.perf_counter() - asked
+        return waited / (time.perf_counter() - start)
+
+
+def _trained(store: Store, folder: Path, *, width: int) -> tuple[float, float]:
+    """The same share as metrics.jsonl has it, of a run of one epoch, and the seconds of a step."""
+    every = 5
+    with tempfile.TemporaryDirectory(dir=folder.parent) as output:
+        config = make_config(
+            rows=store.rows,
+            cache_path=str(folder),
+            output=output,
+            width=width,
+            checkpoint={"every_steps": 10**9},
+            batch_size=BATCH,
+            tokens=store.rows,
+            log_every_steps=every,
+        )
+        cut = {"shuffle_rows": SHUFFLE_ROWS, "block_rows": BLOCK_ROWS}
+        config = config.model_copy(update={"cache": config.cache.model_copy(update=cut)})
+        _forget(folder)
+        train(config)
+        lines = read_metrics(Path(output))
+    # The first five steps' time is that of compiling, the last line's steps may be fewer.
+    lines = [line for line in lines if line["step"] % every == 0][1:]
+    seconds = [every * BATCH / line["tokens_per_second"] for line in lines]
+    waited = np.dot(seconds, [line["input_wait_fraction"] for line in lines]) / sum(seconds)
+    return float(waited), sum(seconds) / (every * len(lines))
 
 
 def main() -> None:
@@ -127,15 +170,21 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path(), help="on the disk to measure")
+    parser.add_argument("--width", type=int, default=64, help="latents of the SAE trained")
     sizes = parser.parse_args()
     prepare()
     logger.setLevel(logging.INFO)
     with tempfile.TemporaryDirectory(dir=sizes.folder) as scratch:
-        found = measure(Path(scratch), gigabytes=sizes.gigabytes, rounds=sizes.rounds)
+        found = measure(
+            Path(scratch) / "store",
+            gigabytes=sizes.gigabytes,
+            rounds=sizes.rounds,
+            width=sizes.width,
+        )
     for name, times in found.pop("times").items():
-        logger.info("%-20s %s", name, times)
+        logger.info("%-32s %s", name, times)
     for name, value in found.items():
-        logger.info("%-20s %.4g", name, value)
+        logger.info("%-32s %s", name, f"{value:.4g}" if isinstance(value, float) else value)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def _reader(full: bool) -> list[dict[str, Any]]:
     """The reader beside the disk."""
     with tempfile.TemporaryDirectory(dir=".") as scratch:
         sizes = {"gigabytes": 8.0 if full else 2.0, "rounds": 7 if full else 3}
-        return [reader.measure(Path(scratch), **sizes)]
+        return [reader.measure(Path(scratch) / "store", **sizes)]
 
 
 def _harvest(full: bool) -> list[dict[str, Any]]:

@@ -142,3 +142,15 @@ def test_epochs_walk_the_blocks_in_different_orders():
     order = BlockOrder(rows=320, block_rows=8, seed=0)
     epochs = [tuple(rows_of(order.segments(e * 320, (e + 1) * 320))) for e in range(4)]
     assert len(set(epochs)) == 4
+
+
+def test_an_epoch_longer_than_a_stretch_is_its_permutation():
+    order = BlockOrder(rows=5000, block_rows=2, seed=7)
+    for epoch in (0, 1):
+        blocks = Permutation(2500, derive_key(7, BLOCKS, epoch)).forward(np.arange(2500))
+        expected = [Segment(2 * int(block), 2) for block in blocks]
+        first = 5000 * epoch
+        assert order.segments(first, first + 5000) == expected
+        for start, stop in ((0, 2048), (2046, 2050), (2048, 2052), (4094, 4100), (4998, 5000)):
+            found = order.segments(first + start, first + stop)
+            assert found == expected[start // 2 : stop // 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from activation_cache.block_reads import BlockReads
 from activation_cache.errors import UserError
 from activation_cache.order import BlockOrder
-from activation_cache.reader import ActivationReader
+from activation_cache.reader import ActivationReader, batches_ahead
 from activation_cache.store import Store
 from activation_cache.taps import Tap
 from tests.stores import TAP, make_manifest, numbered_rows, write_store
@@ -157,6 +159,146 @@ def test_processes_read_their_parts_of_the_same_batches(store: Store, parts: int
 
 def test_a_part_of_each_batch_takes_a_part_of_the_memory(store: Store):
     row = WIDTH * 4
-    with ActivationReader(store, TAP, batch_size=64, seed=0, rows=slice(16, 32)) as reader:
+    part = {"rows": slice(16, 32), "read_ahead": 4}
+    with ActivationReader(store, TAP, batch_size=64, seed=0, **part) as reader:
         assert reader.memory_bytes == 2 * 5 * 16 * row
         assert reader.batch(0).shape == (16, WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("batch_bytes", "batches"),
+    [(2**10, 16), (32 * 2**20, 16), (50 * 2**20, 10), (128 * 2**20, 4), (2**31, 4)],
+)
+def test_the_depth_is_as_many_batches_as_fit(batch_bytes: int, batches: int):
+    assert batches_ahead(batch_bytes) == batches
+
+
+def test_without_a_depth_given_it_follows_from_what_is_read(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("activation_cache.reader.READ_AHEAD_BYTES", 6 * 16 * WIDTH * 4)
+    part = {"rows": slice(16, 32)}
+    with ActivationReader(store, TAP, batch_size=64, seed=0, **part) as reader:
+        assert reader.read_ahead == 6
+        assert reader.memory_bytes == 2 * 7 * 16 * WIDTH * 4
+
+
+def test_who_asks_for_a_batch_neither_works_it_out_nor_reads(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+):
+    threads: set[str] = set()
+    segments, read_chunk = BlockOrder.segments, BlockReads._read_chunk
+
+    def noted(work):
+        def call(*arguments):
+            threads.add(threading.current_thread().name.split("_")[0])
+            return work(*arguments)
+
+        return call
+
+    monkeypatch.setattr(BlockOrder, "segments", noted(segments))
+    monkeypatch.setattr(BlockReads, "_read_chunk", noted(read_chunk))
+    assert len(read(store, [0, 1, 2, 9], batch_size=20, seed=0)) == 4
+    assert threads == {"plan", "block"}
+
+
+@pytest.mark.parametrize("where", ["worked out", "begun", "read"])
+def test_an_error_comes_with_its_batch_and_the_next_one_is_read(
+    store: Store, monkeypatch: pytest.MonkeyPatch, where: str
+):
+    owner, name = {
+        "worked out": (BlockOrder, "segments"),
+        "begun": (BlockReads, "start"),
+        "read": (BlockReads, "_read"),
+    }[where]
+    work, calls = getattr(owner, name), itertools.count()
+    lock = threading.Lock()
+
+    def failing(*arguments):
+        with lock:
+            number = next(calls)
+        if number == 2:
+            raise RuntimeError("the third call fails")
+        return work(*arguments)
+
+    expected = read(store, list(range(5)), batch_size=8, seed=0)
+    monkeypatch.setattr(owner, name, failing)
+    steps = iter(range(5))
+    with ActivationReader(store, TAP, batch_size=8, seed=0, read_ahead=3) as reader:
+        for step in itertools.islice(steps, 2):
+            np.testing.assert_array_equal(reader.batch(step), expected[step])
+        with pytest.raises(RuntimeError, match="the third call fails"):
+            reader.batch(next(steps))
+        for step in steps:
+            np.testing.assert_array_equal(reader.batch(step), expected[step])
+
+
+def test_closing_waits_for_reads_begun_and_begins_no_more(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+):
+    began, go_on, finished = threading.Semaphore(0), threading.Event(), []
+    read_block = BlockReads._read
+
+    def held(*arguments):
+        began.release()
+        assert go_on.wait(timeout=60)
+        read_block(*arguments)
+        finished.append(arguments)
+
+    monkeypatch.setattr(BlockReads, "_read", held)
+    monkeypatch.setattr("activation_cache.block_reads._THREADS", 2)
+    before = set(threading.enumerate())
+    with ActivationReader(store, TAP, batch_size=64, seed=0, read_ahead=8):
+        assert all(began.acquire(timeout=60) for _ in range(2))  # and 62 blocks wait
+        threading.Timer(0.05, go_on.set).start()
+    assert len(finished) == 2
+    left = {thread.name for thread in set(threading.enumerate()) - before}
+    assert not [name for name in left if name.startswith(("plan", "block"))]
+
+
+def test_another_step_drops_what_was_to_be_read(store: Store, monkeypatch: pytest.MonkeyPatch):
+    began, planned, go_on = threading.Semaphore(0), threading.Semaphore(0), threading.Event()
+    read_block, start = BlockReads._read, BlockReads.start
+    batches: list[np.ndarray] = []
+    blocks: list[np.ndarray] = []
+
+    def held(reads, segment, part):
+        blocks.append(part)
+        began.release()
+        assert go_on.wait(timeout=60)
+        read_block(reads, segment, part)
+
+    def noted(reads, segments):
+        pending = start(reads, segments)
+        batches.append(pending.rows_BD)
+        if len(batches) > 8:  # of the batches asked for later, after the earlier ones were dropped
+            go_on.set()
+        planned.release()
+        return pending
+
+    expected = read(store, [50], batch_size=64, seed=0)
+    monkeypatch.setattr(BlockReads, "_read", held)
+    monkeypatch.setattr(BlockReads, "start", noted)
+    monkeypatch.setattr("activation_cache.block_reads._THREADS", 2)
+    with ActivationReader(store, TAP, batch_size=64, seed=0, read_ahead=8) as reader:
+        for happened, times in ((began, 2), (planned, 8)):
+            assert all(happened.acquire(timeout=60) for _ in range(times))
+        np.testing.assert_array_equal(reader.batch(50), expected[0])
+    of_dropped = [part for part in blocks if any(part.base is rows for rows in batches[:8])]
+    assert len(of_dropped) == 2
+
+
+@pytest.mark.parametrize("place", [0, 15, 16, 100, 255, 256, 259])
+def test_every_byte_of_a_block_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int):
+    """256 bytes of rows, summed in pieces of 16, and the 4 of their checksum."""
+    monkeypatch.setattr("activation_cache.block_reads._PIECE_BYTES", 16)
+    store = write_store(tmp_path, make_manifest(rows=ROWS, width=WIDTH))
+    np.testing.assert_array_equal(
+        np.sort(row_numbers(read(store, [0], batch_size=ROWS, seed=0)[0])), np.arange(ROWS)
+    )
+    shard = tmp_path / TAP.name / "c" / "0" / "0"
+    content = bytearray(shard.read_bytes())
+    content[place] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=f"{shard} is damaged.*checksum of chunk 0"):
+        read(store, [0], batch_size=ROWS, seed=0)
