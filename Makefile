@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/uv pip install --quiet --system-certs --python $(BIN)/python
 
-.PHONY: demo test bench bench-quality check format lint types clean
+.PHONY: demo test mutations bench bench-quality check format lint types clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m launch.demo demo-data
@@ -12,6 +12,10 @@ demo: $(VENV)/demo.stamp
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The code broken on purpose, a line at a time: does a test of exactness turn red? docs/exactness.md.
+mutations: $(VENV)/test.stamp
+	$(BIN)/python -m tests.mutations
 
 # Ratios, measured on this machine: docs/performance.md. FULL=--full takes longer.
 bench: $(VENV)/bench.stamp

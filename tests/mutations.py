@@ -1,0 +1,267 @@
+"""The code broken on purpose, a line at a time, and the test that must turn red for each.
+
+    python -m tests.mutations [--only WORDS ...]      (or: make mutations)
+
+A test of exactness is worth what it catches. Each mutation is made in a copy of the tree, where its
+test is run; it must fail, and not because the broken code doesn't run at all. docs/exactness.md
+has the table; `tests/test_mutations.py` sees to it that each mutation still finds its line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+logger = logging.getLogger("mutations")
+
+ROOT = Path(__file__).resolve().parent.parent
+_LEFT_OUT = shutil.ignore_patterns(".*", "demo-data", "runs", "build", "*.egg-info", "__pycache__")
+# What a line that merely doesn't work raises.
+_NOT_RUN = re.compile(r"^E +(NameError|SyntaxError|ImportError|AttributeError|TypeError)", re.M)
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One line of the code said wrongly.
+
+    Attributes:
+        what: what is wrong then, as a person would say it.
+        file: the file, from the top of the tree.
+        right, wrong: a piece of it that stands there once, and what takes its place.
+        test: the test that must fail, as pytest names it; a parametrised one without its
+            parameters, or with them.
+    """
+
+    what: str
+    file: str
+    right: str
+    wrong: str
+    test: str
+
+
+_ADAPTIVE, _PAIRS = "sae_train/adaptive_step.py", "sae_train/pairs.py"
+_ROWS, _SPARSE = "sae_train/row_passes.py", "sae_train/sparse_step.py"
+_SUMS, _OPTIMISER = "sae_train/pair_sums.py", "sae_train/optimiser.py"
+_T_PAIRS, _T_SPARSE = "tests/test_pairs.py", "tests/test_sparse_step.py"
+_ON_MESH = f"{_T_SPARSE}::test_pairs_on_many_meshes[2-4-128]"
+_BY_REFERENCE = f"{_T_SPARSE}::test_forty_steps_follow_the_float64_reference"
+
+MUTATIONS = (
+    Mutation(
+        "pairs within the window of a threshold, not active, are left out",
+        _PAIRS,
+        "(jnp.abs(distance_BF) < bandwidth / 2)",
+        "(jnp.abs(distance_BF) < -1.0)",
+        f"{_T_PAIRS}::test_pairs_are_all_that_are_active_or_in_the_window",
+    ),
+    Mutation(
+        "the window of a threshold has no gradient",
+        _ROWS,
+        "jnp.where(window_SC, theta_S[:, None] * g_f_SC + step_SC, 0.0)",
+        "jnp.where(window_SC & active_SC, theta_S[:, None] * g_f_SC + step_SC, 0.0)",
+        f"{_BY_REFERENCE}[l0-log-96]",
+    ),
+    Mutation(
+        "pairs without a place aren't counted",
+        _PAIRS,
+        "total = total + counts_L.sum(dtype=jnp.int32).astype(jnp.float32)",
+        "total = written.astype(jnp.float32)",
+        f"{_T_PAIRS}::test_pairs_without_a_place_are_counted",
+    ),
+    Mutation(
+        "a step with too many pairs goes by those that have a place",
+        _SPARSE,
+        "return encoded.sums.per_row * (self._rows / self._model) <= self.capacity",
+        "return encoded.sums.per_row >= 0",
+        f"{_T_SPARSE}::test_too_many_pairs_fall_back_and_are_counted",
+    ),
+    Mutation(
+        "rows are updated by pairs and then by tiles again",
+        _SPARSE,
+        "counts_F = jnp.where(fits, counts_F, 0)",
+        "fits = ~fits | fits",
+        f"{_T_SPARSE}::test_too_many_pairs_fall_back_and_are_counted",
+    ),
+    Mutation(
+        "the device with the fewest pairs says whether all fit",
+        _SPARSE,
+        "per_row=jax.lax.pmax(total",
+        "per_row=jax.lax.pmin(total",
+        f"{_T_SPARSE}::test_one_device_with_too_many_pairs_is_enough_to_fall_back",
+    ),
+    Mutation(
+        "steps by pairs begin as late as they cease",
+        _ADAPTIVE,
+        "_BEGIN, _CEASE = 0.7, 0.95",
+        "_BEGIN, _CEASE = 0.95, 0.95",
+        f"{_T_SPARSE}::test_steps_by_pairs_begin_at_fewer_than_they_cease_at[0-0.71-0]",
+    ),
+    Mutation(
+        "steps by pairs cease as soon as they may not begin",
+        _ADAPTIVE,
+        "_BEGIN, _CEASE = 0.7, 0.95",
+        "_BEGIN, _CEASE = 0.7, 0.7",
+        f"{_T_SPARSE}::test_steps_by_pairs_begin_at_fewer_than_they_cease_at[1-0.71-1]",
+    ),
+    Mutation(
+        "reconstructions of the parts of the width are averaged",
+        _SPARSE,
+        'decoded_BD=jax.lax.psum(decoded_BD, "model")',
+        'decoded_BD=jax.lax.pmean(decoded_BD, "model")',
+        _ON_MESH,
+    ),
+    Mutation(
+        "frequencies are those of a part of the batch",
+        _SPARSE,
+        'active_F=jax.lax.psum(active_F, "data")',
+        'active_F=jax.lax.pmean(active_F, "data")',
+        _ON_MESH,
+    ),
+    Mutation(
+        "the norm that clips is that of a part of the width",
+        _SPARSE,
+        'projected=jax.lax.psum(sums.projected, "model")',
+        'projected=jax.lax.pmean(sums.projected, "model")',
+        _ON_MESH,
+    ),
+    Mutation(
+        "all parts of the batch take their rows from the first",
+        _SPARSE,
+        "(pairs.row_P[:, 0] + first_row[:, None])",
+        "(pairs.row_P[:, 0] + 0 * first_row[:, None])",
+        _ON_MESH,
+    ),
+    Mutation(
+        "a step by tiles averages the gradients of the parts of the batch",
+        _SPARSE,
+        'jax.lax.psum(array, "data") for array',
+        'jax.lax.pmean(array, "data") for array',
+        f"{_T_SPARSE}::test_pairs_on_many_meshes[2-4-36]",
+    ),
+    Mutation(
+        "of rows of one L0 the last is decoded as the first",
+        _SUMS,
+        "back_B = jnp.argsort(segments.ids_N)[:num_rows]",
+        "back_B = segments.ids_N[:num_rows]",
+        f"{_T_PAIRS}::test_decoding_pairs_is_the_product",
+    ),
+    Mutation(
+        "the decoder's gradient keeps its part along the row",
+        _OPTIMISER,
+        "g_dec_FD = remove_parallel(g_dec_FD, rows_FD=rows.W_dec) * scalars.scale",
+        "g_dec_FD = g_dec_FD * scalars.scale",
+        f"{_BY_REFERENCE}[l0-log-96]",
+    ),
+    Mutation(
+        "touched rows of the decoder aren't made unit again",
+        _OPTIMISER,
+        "W_dec=unit_rows(W_dec_FD), v_enc=v_enc_FD",
+        "W_dec=W_dec_FD, v_enc=v_enc_FD",
+        f"{_T_SPARSE}::test_two_hundred_steps_by_pairs_are_those_by_products",
+    ),
+    Mutation(
+        "the encoder's gradient isn't clipped",
+        _OPTIMISER,
+        "step(rows.W_enc, g_enc_FD * scalars.scale, second_moment=rows.v_enc)",
+        "step(rows.W_enc, g_enc_FD, second_moment=rows.v_enc)",
+        f"{_T_SPARSE}::test_a_clipped_gradient_is_clipped_the_same_way",
+    ),
+    Mutation(
+        "a second moment decays once, however long its latent rested",
+        _ADAPTIVE,
+        "kept_F = kept_share(state.step + 1 - state.last_touched",
+        "kept_F = kept_share(0 * state.last_touched + 1",
+        f"{_T_SPARSE}::test_latents_that_rest_are_as_if_they_had_stepped",
+    ),
+    Mutation(
+        "a second moment's decay is one step short",
+        _OPTIMISER,
+        "jnp.exp(steps_N.astype(jnp.float32) * math.log(beta2))",
+        "jnp.exp((steps_N - 1).astype(jnp.float32) * math.log(beta2))",
+        f"{_T_PAIRS}::test_lazy_second_moments_are_adam_s_over_four_thousand_steps",
+    ),
+    Mutation(
+        "when latents were last touched is lost in a checkpoint",
+        "sae_train/checkpoint.py",
+        '{problem}")\n        return state\n',
+        '{problem}")\n'
+        "        forgotten = dict(vars(state), last_touched=0 * state.last_touched + step)\n"
+        "        return type(state)(**forgotten)\n",
+        "tests/test_sparse_resume.py::test_second_moments_that_wait_are_restored_on_another_mesh",
+    ),
+    Mutation(
+        "a step by pairs keeps pre-activations of the whole width",
+        _PAIRS,
+        "LARGEST_TILE = 1024",
+        "LARGEST_TILE = 1 << 20",
+        "tests/test_sparse_memory.py::"
+        "test_a_million_latents_take_little_more_than_their_state_and_the_batch",
+    ),
+    Mutation(
+        "how steps went isn't in the state",
+        "sae_train/step.py",
+        "sparse=sparse.astype(jnp.int32),",
+        "sparse=0 * sparse.astype(jnp.int32),",
+        f"{_T_SPARSE}::test_left_open_a_step_goes_by_pairs_once_they_are_few",
+    ),
+)
+
+
+def in_copy(mutation: Mutation, copy: Path) -> str:
+    """The verdict on a mutation: "red", or what came instead; the copy is as before then."""
+    path = copy / mutation.file
+    text = path.read_text()
+    path.write_text(text.replace(mutation.right, mutation.wrong))
+    try:
+        code, printed = _pytest(copy, mutation.test)
+    finally:
+        path.write_text(text)
+    if code != 1:
+        return "GREEN" if code == 0 else f"pytest ended with {code}"
+    return "doesn't run" if _NOT_RUN.search(printed) else "red"
+
+
+def _pytest(copy: Path, *tests: str) -> tuple[int, str]:
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests],
+        cwd=copy,
+        env=os.environ | {"PYTHONPATH": str(copy)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.returncode, found.stdout
+
+
+def main() -> int:
+    """Log a line for each mutation; 1 if one wasn't caught."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="+", help="those with one of these words in their names")
+    words = parser.parse_args().only or [""]
+    chosen = [one for one in MUTATIONS if any(word in one.what for word in words)]
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch, "copy")
+        shutil.copytree(ROOT, copy, ignore=_LEFT_OUT)
+        code, printed = _pytest(copy, *sorted({one.test for one in chosen}))
+        if code:
+            logger.error("The tests fail as the code is:\n%s", printed)
+            return 1
+        verdicts = []
+        for one in chosen:
+            verdicts.append(in_copy(one, copy))
+            logger.info("%-12s %s (%s)", verdicts[-1], one.what, one.test)
+    logger.info("%d of %d caught", verdicts.count("red"), len(verdicts))
+    return 0 if set(verdicts) == {"red"} else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""That the mutations of `mutations.py` still find their lines, and are all told of.
+
+Whether each turns its test red is seen by `make mutations`: minutes, and not for every run.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.mutations import MUTATIONS, ROOT, Mutation
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what)
+def test_a_mutation_finds_its_line_and_its_test(mutation: Mutation):
+    assert (ROOT / mutation.file).read_text().count(mutation.right) == 1
+    assert mutation.right != mutation.wrong
+    path, _, test = mutation.test.partition("::")
+    tree = ast.parse((ROOT / path).read_text())
+    names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    assert test.partition("[")[0] in names
+
+
+def test_the_table_of_the_docs_is_whole():
+    told = Path(ROOT, "docs", "exactness.md").read_text()
+    rows = [f"| {one.what} | `{one.file}` | `{one.test.partition('::')[2]}` |" for one in MUTATIONS]
+    assert [row for row in rows if row not in told] == []
