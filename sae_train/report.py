@@ -64,6 +64,7 @@ def describe_runs(folders: Sequence[RunFolder]) -> list[ReportRun]:
         differing = [key for key in differing if key != "train.sparsity.penalty"]
     pressure = [key for key in differing if key.startswith(_PRESSURE)]
     rest = [key for key in differing if key not in pressure]
+    differing = rest + pressure
     families = list(dict.fromkeys(_settings(run.config, rest) for run in folders))
     ordered = sorted(
         folders,
@@ -102,7 +103,11 @@ def _settings(config: Config, keys: Sequence[str]) -> str:
         value: Any = config
         for part in key.split("."):
             value = getattr(value, part) if part in type(value).model_fields else None
-        if value is not None:
+        if name == "layer" and "sae.site" in keys:
+            continue  # said with the site
+        if key == "sae.site":
+            words.append(config.sae.tap.name)
+        elif value is not None:
             short = {"coefficient": "λ", "target": "target"}.get(name, name)
             shown = f"{value:g}" if isinstance(value, float) else str(value)
             words.append(f"{short}\u00a0{shown}")
@@ -127,9 +132,10 @@ def _body(config: Config, runs: Sequence[ReportRun], *, page: Place) -> str:
 
 
 def _header(config: Config, runs: Sequence[ReportRun]) -> str:
-    sites = sorted(
-        {f"{r.folder.config.sae.site} of layer {r.folder.config.sae.layer}" for r in runs}
-    )
+    layers: dict[str, set[int]] = {}
+    for run in runs:
+        layers.setdefault(run.folder.config.sae.site, set()).add(run.folder.config.sae.layer)
+    sites = [f"{site} of {_layer_words(sorted(layers[site]))}" for site in sorted(layers)]
     widths = sorted({run.folder.config.sae.width for run in runs})
     present = dict.fromkeys(run.folder.config.sae.architecture for run in runs)
     kinds = ", ".join(ARCHITECTURE_NAMES[name] for name in present)
@@ -144,6 +150,14 @@ def _header(config: Config, runs: Sequence[ReportRun]) -> str:
         f"<b>{escape(PurePath(config.model.weights).name)}</b>.</p>"
         f'<ul class="tiles">{numbers}</ul>'
     )
+
+
+def _layer_words(layers: Sequence[int]) -> str:
+    if len(layers) == 1:
+        return f"layer {layers[0]}"
+    if len(layers) > 4:
+        return f"{len(layers)} layers"
+    return f"layers {', '.join(map(str, layers[:-1]))} and {layers[-1]}"
 
 
 def _problems(runs: Sequence[ReportRun]) -> str:

@@ -20,6 +20,7 @@ _PALETTE = (
     (205, 70, 70),
 )
 _MOST_POINTS = 400  # per training curve: more than the pixels it is drawn on
+_MOST_LABELLED = 3  # families of a frontier whose every mark has room for words
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ class ReportRun:
         return float(value) if isinstance(value, int | float) else None
 
 
+_Point = tuple[float, float, ReportRun]  # L0, a metric, whose they are
+
+
 def palette(count: int) -> list[str]:
     """`count` colours spread over the palette, as #rrggbb."""
     colors = []
@@ -71,19 +75,41 @@ def palette(count: int) -> list[str]:
 
 
 def frontier_chart(runs: Sequence[ReportRun], *, metric: str, label: str) -> Chart:
-    """`metric` of evaluation.json against L0, families joined, runs labelled."""
-    families: dict[str, list[tuple[float, float, ReportRun]]] = {}
+    """`metric` of evaluation.json against L0, families joined, runs labelled.
+
+    Many families are named once each, and what tells their runs apart is left to the tooltips.
+    """
+    families: dict[str, list[_Point]] = {}
     for run in runs:
         l0, value = run.measured("l0"), run.measured(metric)
         if l0 is not None and value is not None:
             families.setdefault(run.family, []).append((l0, value, run))
-    series: list[Series] = []
-    for members in families.values():
+    crowded = len(families) > _MOST_LABELLED
+    lines, marks = [], []
+    for family, members in families.items():
         members.sort(key=lambda member: member[0])
         middle = members[len(members) // 2][2].color if len(families) > 1 else "var(--muted)"
-        series.append(Series(x=[m[0] for m in members], y=[m[1] for m in members], color=middle))
-    for members in families.values():
-        series += [
+        l0s, values = [m[0] for m in members], [m[1] for m in members]
+        lines.append(Series(x=l0s, y=values, color=middle, name=family if crowded else ""))
+        marks += _frontier_marks(members, label=label, labelled=not crowded)
+    every = [y for line in lines for y in line.y]
+    # Sites that differ much in what they cost.
+    log = crowded and min(every) > 0 and max(every) > 20 * min(every)
+    low = 0.0 if not log and all(y >= 0 for y in every) else None
+    return Chart(
+        title=f"{label} against L0",
+        x=Axis("L0 (active latents per token)", log=True),
+        y=Axis(label, log=log, low=low),
+        series=[*lines, *marks],
+    )
+
+
+def _frontier_marks(members: Sequence[_Point], *, label: str, labelled: bool) -> list[Series]:
+    """A mark for each run of a family, which is named at its sparse end."""
+    marks = []
+    for index, (l0, value, run) in enumerate(members):
+        words = run.label if index == 0 else run.pressure or run.label
+        marks.append(
             Series(
                 x=[l0],
                 y=[value],
@@ -91,18 +117,10 @@ def frontier_chart(runs: Sequence[ReportRun], *, metric: str, label: str) -> Cha
                 key=run.key,
                 marks=True,
                 titles=[f"{run.label}: L0 {l0:.1f}, {label} {value:.4g}"],
-                # The family is named once, at its sparse end.
-                labels=[run.label if index == 0 else run.pressure or run.label],
+                labels=[words] if labelled else [],
             )
-            for index, (l0, value, run) in enumerate(members)
-        ]
-    low = 0.0 if all(y >= 0 for one in series for y in one.y) else None
-    return Chart(
-        title=f"{label} against L0",
-        x=Axis("L0 (active latents per token)", log=True),
-        y=Axis(label, low=low),
-        series=series,
-    )
+        )
+    return marks
 
 
 def training_charts(runs: Sequence[ReportRun]) -> list[Chart]:

@@ -5,6 +5,7 @@ Sized to be read at phone width: on a wide page several stand side by side.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ WIDTH, HEIGHT = 400, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 14, 14, 44
 _TICK_ROOM, _TICK_WIDTH = 30, 7.4  # the axis' name and gaps; a character of a tick, measured
 _LABEL_WIDTH, _LABEL_HEIGHT = 6.6, 13  # of a character of the 12 px label type, measured
+
+_Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class Axis:
 class Series:
     """Points of one colour, joined by a line, marked, or both; `key` ties it to a run.
 
-    `titles` are what a pointer over each mark shows; `labels` are written beside the marks.
+    `titles` are what a pointer over each mark shows; `labels` are written beside the marks, `name`
+    once, beside any point.
     """
 
     x: Sequence[float]
@@ -46,6 +50,15 @@ class Series:
     hollow: bool = False
     titles: Sequence[str] = ()
     labels: Sequence[str] = ()
+    name: str = ""
+
+    def shown(self, x: _Scale, y: _Scale) -> list[tuple[float, float, int]]:
+        """The points that lie on both axes, in pixels, each with its number."""
+        return [
+            (x(a), y(b), index)
+            for index, (a, b) in enumerate(zip(self.x, self.y, strict=True))
+            if x.shows(a) and y.shows(b)
+        ]
 
 
 @dataclass(frozen=True)
@@ -217,11 +230,7 @@ def _bars(bars: Bars, x: _Scale, y: _Scale) -> str:
 
 
 def _series(series: Series, x: _Scale, y: _Scale) -> str:
-    points = [
-        (x(a), y(b), index)
-        for index, (a, b) in enumerate(zip(series.x, series.y, strict=True))
-        if x.shows(a) and y.shows(b)
-    ]
+    points = series.shown(x, y)
     parts = [f'<g data-run="{escape(series.key)}" style="color:{series.color}">']
     if series.line and len(points) > 1:
         path = "L".join(f"{px:.1f} {py:.1f}" for px, py, _ in points)
@@ -238,37 +247,105 @@ def _series(series: Series, x: _Scale, y: _Scale) -> str:
 
 
 def _labels(all_series: Sequence[Series], x: _Scale, y: _Scale) -> str:
-    """Write each label where it covers no mark and no other label, or leave it to the tooltip."""
-    marked = [
-        (x(a), y(b), label)
-        for one in all_series
-        if one.labels
-        for a, b, label in zip(one.x, one.y, one.labels, strict=True)
-        if x.shows(a) and y.shows(b)
-    ]
-    taken = [(px - 6, py - 6, px + 6, py + 6) for px, py, _ in marked]
+    """Write each name and label where it covers no mark and no other, on no line if there is room.
+
+    What finds no place is left to the tooltip.
+    """
+    points = {id(one): one.shown(x, y) for one in all_series}
+    room = _Room(left=x.start + 2)
+    for one in all_series:
+        drawn = points[id(one)]
+        if one.labels or one.name or one.marks:
+            room.taken += [(px - 6, py - 6, px + 6, py + 6) for px, py, _ in drawn]
+        if one.line:
+            for (ax, ay, _), (bx, by, _) in itertools.pairwise(drawn):
+                room.lines += _along(ax, ay, bx, by)
     parts = []
-    for px, py, label in marked:
-        width = len(label) * _LABEL_WIDTH
-        for left, top in (
-            (px + 5, py - 20),
-            (px + 9, py - 8),
-            (px - 6 - width, py + 6),
-            (px - 9 - width, py - 8),
-            (px - width / 2, py - 22),
-            (px - width / 2, py + 9),
-        ):
-            box = (left, top, left + width, top + _LABEL_HEIGHT)
-            inside = box[0] > x.start + 2 and box[2] < WIDTH - 2 and box[1] > 0
-            inside = inside and box[3] < HEIGHT - _BOTTOM
-            if inside and not any(_overlap(box, other) for other in taken):
-                taken.append(box)
-                parts.append(
-                    f'<text class="label" x="{left:.1f}" y="{top + 11:.1f}">{escape(label)}</text>'
-                )
-                break
+    anchors = {id(one): _anchors(points[id(one)]) for one in all_series if one.name}
+    named = [one for one in all_series if one.name]
+    # Who has the fewest places chooses first.
+    for one in sorted(named, key=lambda one: len(room.free(one.name, anchors[id(one)]))):
+        found = room.place(one.name, anchors[id(one)])
+        parts += [_label_text(one.name, found, color=one.color)] if found else []
+    for one in all_series:
+        for px, py, index in points[id(one)] if one.labels else ():
+            found = room.place(one.labels[index], [(px, py)])
+            parts += [_label_text(one.labels[index], found)] if found else []
     return "".join(parts)
 
 
-def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+def _anchors(points: Sequence[tuple[float, float, int]]) -> list[tuple[float, float]]:
+    """Where a line may be named: at its ends, then its other points, then between them."""
+    marks = [(px, py) for px, py, _ in points]
+    between = [((ax + bx) / 2, (ay + by) / 2) for (ax, ay), (bx, by) in itertools.pairwise(marks)]
+    return [*marks[:1], *marks[:0:-1], *between]
+
+
+def _label_text(words: str, place: tuple[float, float], *, color: str = "") -> str:
+    style = f' style="fill:{color}"' if color else ""
+    left, top = place
+    return f'<text class="label"{style} x="{left:.1f}" y="{top + 11:.1f}">{escape(words)}</text>'
+
+
+@dataclass
+class _Room:
+    """What of a chart is covered: by marks and labels, which nothing may cover, and by lines."""
+
+    left: float
+    taken: list[_Box] = field(default_factory=list)
+    lines: list[_Box] = field(default_factory=list)
+
+    def place(
+        self, words: str, points: Sequence[tuple[float, float]]
+    ) -> tuple[float, float] | None:
+        """Take the best place beside one of the points: its left and top; None if none is free."""
+        boxes = self.free(words, points)
+        for box in [box for box in boxes if _is_free(box, self.lines)] or boxes:
+            self.taken.append(box)
+            return box[:2]
+        return None
+
+    def free(self, words: str, points: Sequence[tuple[float, float]]) -> list[_Box]:
+        """The places beside the points that cover no mark and no label, the best first."""
+        width = len(words) * _LABEL_WIDTH
+        furthest = WIDTH - 3 - width  # a long one near the right edge is moved in
+        boxes = [
+            (min(left, furthest), top, min(left, furthest) + width, top + _LABEL_HEIGHT)
+            for px, py in points
+            for left, top in _beside(px, py, width=width)
+        ]
+        return [box for box in boxes if self._is_inside(box) and _is_free(box, self.taken)]
+
+    def _is_inside(self, box: _Box) -> bool:
+        return (
+            box[0] > self.left and box[1] > 0 and box[2] < WIDTH - 2 and box[3] < HEIGHT - _BOTTOM
+        )
+
+
+def _beside(px: float, py: float, *, width: float) -> list[tuple[float, float]]:
+    """Left and top of the places around a mark for a label of this width, the best first."""
+    return [
+        (px + 5, py - 20),
+        (px + 9, py - 8),
+        (px - 6 - width, py + 6),
+        (px - 9 - width, py - 8),
+        (px + 5, py + 7),
+        (px - 6 - width, py - 20),
+        (px - width / 2, py - 22),
+        (px - width / 2, py + 9),
+    ]
+
+
+def _along(ax: float, ay: float, bx: float, by: float) -> list[_Box]:
+    """Small boxes that cover a straight line."""
+    count = math.ceil(math.hypot(bx - ax, by - ay) / 4) or 1
+    middles = ((ax + (bx - ax) * i / count, ay + (by - ay) * i / count) for i in range(count + 1))
+    return [(px - 1, py - 1, px + 1, py + 1) for px, py in middles]
+
+
+def _is_free(box: _Box, others: Sequence[_Box]) -> bool:
+    return not any(_overlap(box, other) for other in others)
+
+
+def _overlap(a: _Box, b: _Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

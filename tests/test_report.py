@@ -16,8 +16,6 @@ from launch.sweep import expand
 from sae_train.config import Config
 from sae_train.config_file import write_config
 from sae_train.report import describe_runs, write_report
-from sae_train.report_rows import RowBars, RowChart, render_rows
-from sae_train.report_svg import Axis, Bars, Chart, Series, compact, render
 from sae_train.run_folder import read_run, record_failure, run_folders
 from tests.browser import measure, screenshot
 from tests.configs import make_config
@@ -220,76 +218,6 @@ def test_evaluations_with_nothing_finite(tmp_path: Path) -> None:
     Page(write_report(folder))
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0, "0"),
-        (1.5, "1.5"),
-        (0.3 - 0.1, "0.2"),
-        (12_000, "12k"),
-        (1.2e6, "1.2M"),
-        (4e9, "4G"),
-        (3.1e-4, "3.1e-4"),
-        (1e-5, "1e-5"),
-        (-0.25, "-0.25"),
-        (9999, "9999"),
-    ],
-)
-def test_numbers_on_axes(value: float, text: str) -> None:
-    assert compact(value) == text
-
-
-def numbers(pattern: str, svg: str) -> list[tuple[float, ...]]:
-    return [tuple(map(float, found.groups())) for found in re.finditer(pattern, svg)]
-
-
-def test_points_stand_where_their_numbers_say() -> None:
-    chart = Chart(
-        title="t",
-        x=Axis("x", log=True),
-        y=Axis("y", low=0.0),
-        series=[Series(x=[10, 100, 1000, 0], y=[0.0, 1.0, 2.0, 5.0], color="red", marks=True)],
-    )
-    marks = numbers(r'cx="([\d.]+)" cy="([\d.]+)"', render(chart))
-    assert len(marks) == 3, "no place for 0 on a log axis"
-    (x0, y0), (x1, y1), (x2, y2) = marks
-    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2), "decades are equally long"
-    assert y0 - y1 == pytest.approx(y1 - y2, abs=0.2)
-    assert x0 < x1 < x2
-    assert y0 > y1 > y2, "SVG counts downwards"
-
-
-def test_bars_are_as_high_as_their_counts() -> None:
-    chart = Chart(
-        title="t",
-        x=Axis("x", tight=True),
-        y=Axis("y", low=0.0),
-        bars=[Bars(edges=[0, 1, 2, 3], heights=[2, 0, 4], color="red")],
-    )
-    heights = numbers(r'<rect .*?height="([\d.]+)"', render(chart))
-    assert len(heights) == 2
-    assert heights[1][0] == pytest.approx(2 * heights[0][0], abs=0.2)
-
-
-def test_labels_cover_no_mark_and_no_label() -> None:
-    x = [10.0 * 1.02**index for index in range(20)] + [100.0]
-    labels = [f"λ {value:.4f}" for value in x]
-    chart = Chart(
-        title="t",
-        x=Axis("x", log=True),
-        y=Axis("y"),
-        series=[Series(x=x, y=[1 / a for a in x], color="red", marks=True, labels=labels)],
-    )
-    svg = render(chart)
-    corners = numbers(r'class="label" x="([\d.]+)" y="([\d.]+)"', svg)
-    assert 3 < len(corners) < len(x), "some find a place, the crowd does not"
-    for index, (left, top) in enumerate(corners):
-        for other_left, other_top in corners[:index]:
-            assert abs(top - other_top) >= 12 or abs(left - other_left) > 50
-        for mark_x, mark_y in numbers(r'cx="([\d.]+)" cy="([\d.]+)"', svg):
-            assert not (left < mark_x < left + 50 and top - 11 < mark_y < top)
-
-
 def test_it_fits_a_phone_and_a_desktop(sweep: Path, tmp_path: Path) -> None:
     page = write_report(sweep)
     for width in (390, 1280):
@@ -377,21 +305,6 @@ def test_each_published_figure_has_its_numbers(tmp_path: Path) -> None:
     elsewhere = section(page, "In gemma-it")
     assert "λ\u00a00.001, gemma-it: L0 48.0, delta loss (nats)" in elsewhere
     assert len(re.findall(r'class="mark"', elsewhere)) == 8
-
-
-def test_bars_are_as_long_as_their_values() -> None:
-    chart = RowChart(
-        title="t",
-        axis="x",
-        names=["a", "b", "c"],
-        bars=[RowBars([1.0, -0.5, None], "#112233", "run", "run")],
-    )
-    svg = render_rows(chart)
-    bars = numbers(r'<rect x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', svg)
-    assert len(bars) == 2
-    (positive, long), (negative, short) = bars
-    assert long == pytest.approx(2 * short, rel=0.01)
-    assert negative + short == pytest.approx(positive, abs=0.2), "both begin at 0"
 
 
 def test_what_was_not_measured_is_not_shown(tmp_path: Path) -> None:
