@@ -153,6 +153,7 @@ class TrainConfig(Section):
     # of a row and an active latent where there are few, or one of the two by the SAE's shape.
     step: Literal["auto", "dense", "sparse"] = "auto"
     sparse_capacity: PositiveCount | None = None  # pairs a row; None: width / 16, at most 512
+    kernels: Literal["xla", "pallas"] = "xla"  # what a step by pairs is compiled from
     stacked: bool = False  # one compiled program for members of a cohort with the same step
     log_every_steps: PositiveCount = 100
     tensorboard: bool = False
@@ -164,6 +165,15 @@ class TrainConfig(Section):
         if isinstance(sparsity, dict) and "penalty" not in sparsity:
             return {"penalty": "l0", **sparsity}
         return sparsity
+
+    @model_validator(mode="after")
+    def _kernels_have_a_step(self) -> TrainConfig:
+        if self.kernels == "pallas" and self.step != "sparse":
+            raise ValueError(
+                f"kernels pallas are for steps by pairs, and step is {self.step}: set step to "
+                "sparse, or kernels to xla"
+            )
+        return self
 
     @property
     def steps(self) -> int:

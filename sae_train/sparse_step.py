@@ -28,10 +28,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from sae_train.config import Config, TrainConfig
+from sae_train.kernels.launcher import is_interpreted
+from sae_train.kernels.parts import parts_of
 from sae_train.optimiser import Rows
-from sae_train.pair_sums import decode_pairs, longest_first
-from sae_train.pairs import Pairs, candidates, select_pairs, tile_of, varying_like
-from sae_train.row_passes import Gradients, Pulls, Sums, Write, every_pass, touched_pass
+from sae_train.pair_sums import longest_first
+from sae_train.pairs import Pairs, candidates, tile_of, varying_like
+from sae_train.row_passes import Gradients, Pulls, Sums, Write, every_pass
 from sae_train.sae import PRECISION
 from sae_train.sharding import spec
 
@@ -79,7 +81,7 @@ class ShardedParts:
     """The parts of a step on a mesh, for one shape of SAE."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
-        self._mesh = mesh
+        self._mesh, self._parts = mesh, parts_of(config, mesh)
         self._bandwidth = config.sae.bandwidth
         self._data, self._model = mesh.shape["data"], mesh.shape["model"]
         rows = config.train.batch_size // self._data
@@ -93,7 +95,8 @@ class ShardedParts:
             mesh=self._mesh,
             in_specs=_specs(in_dims),
             out_specs=_specs(out_dims),
-            check_vma=True,
+            # An interpreter's loops over references don't pass the check; kernels for GPUs do.
+            check_vma=not is_interpreted(),
         )
 
     def encode_sparsely(
@@ -102,7 +105,7 @@ class ShardedParts:
         """By pairs; worth something only if `fits`."""
 
         def part(W_enc_FD, W_dec_FD, bias_F, theta_F, x_BD):
-            pairs = select_pairs(
+            pairs = self._parts.select(
                 W_enc_FD,
                 bias_F,
                 theta_F,
@@ -113,7 +116,9 @@ class ShardedParts:
             theta_P = jnp.pad(theta_F, (0, 1), constant_values=jnp.inf)[pairs.latent_P]
             active_P = pairs.pre_P > theta_P
             latents_P = jnp.where(active_P, pairs.pre_P, 0.0)
-            decoded_BD, l0_B = decode_pairs(pairs, latents_P, W_dec_FD, num_rows=x_BD.shape[0])
+            decoded_BD, l0_B = self._parts.decode(
+                pairs, latents_P, W_dec_FD, num_rows=x_BD.shape[0]
+            )
             active_F = _between(active_P, pairs.counts_F)
             return self._summed(decoded_BD, l0_B, active_F, pairs.total), jax.tree.map(
                 lambda array: array[None, None], pairs
@@ -236,14 +241,15 @@ class ShardedParts:
         def part(rows, pairs, fits, pulls, arguments):
             counts_F, row_P, pre_P = self._merged(pairs, width=rows.W_enc.shape[0])
             counts_F = jnp.where(fits, counts_F, 0)
-            rows, sums = touched_pass(
+            rows, sums = self._parts.touched(
                 rows,
                 longest_first(counts_F),
                 row_P,
                 pre_P,
                 pulls=pulls,
                 bandwidth=self._bandwidth,
-                write=None if write is None else partial(write, arguments),
+                write=write,
+                arguments=arguments,
             )
             return rows, _over_model(sums), counts_F > 0
 

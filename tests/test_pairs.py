@@ -5,6 +5,7 @@ Legend: B rows, D model width, F latents.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -16,7 +17,23 @@ from hypothesis import strategies as st
 
 from sae_train import pair_sums, pairs
 from sae_train.config import AdamConfig
+from sae_train.kernels.launcher import without_gpu
+from sae_train.kernels.parts import Parts, parts_of
 from sae_train.optimiser import adam_step, kept_share
+from sae_train.sharding import make_mesh
+from tests.configs import make_config
+
+
+@pytest.fixture(params=["xla", "pallas"])
+def parts(request: pytest.FixtureRequest) -> Iterator[Parts]:
+    """The parts of a step as XLA compiles them, and as interpreted kernels."""
+    config = make_config(step="sparse", kernels=request.param)
+    with without_gpu("interpret"):
+        yield parts_of(config, make_mesh(config.mesh))
+
+
+def select(parts: Parts, *operands: jax.Array, capacity: int) -> pairs.Pairs:
+    return jax.jit(partial(parts.select, bandwidth=0.5, capacity=capacity))(*operands)
 
 
 def random_case(*, B: int, F: int, D: int = 8, seed: int = 0):
@@ -28,10 +45,12 @@ def random_case(*, B: int, F: int, D: int = 8, seed: int = 0):
     return tuple(jnp.asarray(a, jnp.float32) for a in (W_enc, bias, theta, x))
 
 
-@pytest.mark.parametrize(("B", "F"), [(64, 96), (63, 96), (1, 8), (100, 2560), (4, 1031)])
-def test_pairs_are_all_that_are_active_or_in_the_window(B: int, F: int):
+@pytest.mark.parametrize(
+    ("B", "F"), [(64, 96), (63, 96), (1, 8), (300, 70), (100, 2560), (4, 1031)]
+)
+def test_pairs_are_all_that_are_active_or_in_the_window(B: int, F: int, parts: Parts):
     W_enc, bias, theta, x = random_case(B=B, F=F)
-    found = pairs.select_pairs(W_enc, bias, theta, x, bandwidth=0.5, capacity=B * F)
+    found = select(parts, W_enc, bias, theta, x, capacity=B * F)
     pre = np.asarray(x) @ np.asarray(W_enc).T + np.asarray(bias)[None, :]
     wanted = (pre > np.asarray(theta)[None, :]) | (np.abs(pre - np.asarray(theta)[None, :]) < 0.25)
     assert (wanted & ~(pre > np.asarray(theta)[None, :])).any() or B == 1
@@ -46,13 +65,15 @@ def test_pairs_are_all_that_are_active_or_in_the_window(B: int, F: int):
     assert set(np.asarray(found.latent_P[total:]).tolist()) <= {F}
 
 
-def test_pairs_without_a_place_are_counted():
-    W_enc, bias, theta, x = random_case(B=64, F=96)
-    whole = pairs.select_pairs(W_enc, bias, theta, x, bandwidth=0.5, capacity=64 * 96)
-    few = pairs.select_pairs(W_enc, bias, theta, x, bandwidth=0.5, capacity=100)
+def test_pairs_without_a_place_are_counted(parts: Parts):
+    case = random_case(B=64, F=96)
+    whole, few = (select(parts, *case, capacity=capacity) for capacity in (64 * 96, 100))
     assert float(few.total) == float(whole.total) > 100
-    np.testing.assert_array_equal(few.row_P, whole.row_P[:100])
     np.testing.assert_array_equal(few.counts_F, whole.counts_F)
+    if parts.select is pairs.select_pairs:
+        np.testing.assert_array_equal(few.row_P, whole.row_P[:100])
+    else:  # a kernel keeps none of too many
+        assert set(np.asarray(few.latent_P).tolist()) == {96}
 
 
 @settings(deadline=None, max_examples=200)
@@ -65,15 +86,15 @@ def test_the_nth_set_bit(word: int, data: st.DataObject):
 
 
 @pytest.mark.parametrize("block", [4, 1024])
-def test_decoding_pairs_is_the_product(block: int, monkeypatch: pytest.MonkeyPatch):
+def test_decoding_pairs_is_the_product(block: int, monkeypatch: pytest.MonkeyPatch, parts: Parts):
     monkeypatch.setattr(pair_sums, "BLOCK", block)
     W_enc, bias, theta, x = random_case(B=63, F=96)
-    found = pairs.select_pairs(W_enc, bias, theta, x, bandwidth=0.5, capacity=63 * 96)
+    found = select(parts, W_enc, bias, theta, x, capacity=63 * 96)
     theta_P = np.append(theta, np.inf)[np.asarray(found.latent_P)]
     latents_P = jnp.where(found.pre_P > theta_P, found.pre_P, 0.0)
     W_dec = np.random.default_rng(1).standard_normal((96, 8))
     W_dec = jnp.asarray(W_dec, jnp.float32)
-    decoded, l0 = pair_sums.decode_pairs(found, latents_P, W_dec, num_rows=63)
+    decoded, l0 = jax.jit(partial(parts.decode, num_rows=63))(found, latents_P, W_dec)
     pre = np.asarray(x) @ np.asarray(W_enc).T + np.asarray(bias)[None, :]
     np.testing.assert_array_equal(l0, (pre > np.asarray(theta)[None, :]).sum(axis=1))
     expected = np.where(pre > np.asarray(theta)[None, :], pre, 0.0).astype(np.float64) @ W_dec
