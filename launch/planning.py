@@ -118,19 +118,9 @@ def _store_table(plan: Plan) -> Table:
 
 
 def _work_table(plan: Plan) -> Table:
-    headings = (
-        "run",
-        "tap",
-        "B x D x F",
-        "mesh",
-        "steps",
-        "a step, 10BDF",
-        "or 12BDF",
-        "all steps",
-    )
-    table = plan_table(
-        "work of training (mesh: data x model)", *headings, "all-reduced a step", "sent", words=2
-    )
+    headings = ["run", "tap", "B×D×F", "mesh", "steps", "a step,\n10BDF", "or\n12BDF"]
+    headings += ["all steps", "all-reduced\na step", "sent"]
+    table = plan_table("work of training (mesh: data x model)", *headings, words=2)
     for group in alike(plan):
         run = plan.runs[group[0]]
         shape = run.shape
@@ -138,7 +128,7 @@ def _work_table(plan: Plan) -> Table:
         table.add_row(
             _label(plan, group),
             run.tap,
-            f"{shape.batch_size} x {shape.d_model} x {shape.width}",
+            f"{shape.batch_size}×{shape.d_model}×{shape.width}",
             mesh_text(shape.mesh),
             f"{run.steps:,}",
             flops_text(run.flops_per_step),
@@ -152,19 +142,22 @@ def _work_table(plan: Plan) -> Table:
 
 def _memory_table(plan: Plan) -> Table:
     items = list(plan.runs[0].memory.items)
-    headings = ("run", "steps", *items, "next batch", "in all", "biggest", "on CPUs", "steps")
+    # Of two words one below the other: beside them the runs' names need room.
+    headings = [name.replace(" ", "\n") for name in (*items, "next batch", "in all")]
+    headings = ["run", "steps", *headings, "on\nCPUs", "steps\nthere"]
     table = plan_table("memory of each device while training", *headings, words=2)
     for group in alike(plan):
         run = plan.runs[group[0]]
-        memory, on_cpu = run.memory, run.memory_cpu
+        memory = run.memory
+        sizes = {name: bytes_text(memory.items[name]) for name in items}
+        sizes[memory.biggest] = f"[bold]{sizes[memory.biggest]}[/]"
         table.add_row(
             _label(plan, group),
             _way(run.by_pairs),
-            *(bytes_text(memory.items[name]) for name in items),
+            *sizes.values(),
             bytes_text(memory.next_batch),
             bytes_text(memory.total),
-            memory.biggest,
-            bytes_text(on_cpu.total),
+            bytes_text(run.memory_cpu.total),
             _way(run.by_pairs_cpu),
         )
     return table

@@ -177,19 +177,21 @@ def test_one_process_holds_a_folder(bucket_server: Server, monkeypatch: pytest.M
 
 
 def test_the_lease_of_a_dead_process_is_taken(
-    bucket_server: Server, monkeypatch: pytest.MonkeyPatch
+    bucket_server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setattr(lease, "_LOOK_SECONDS", 0.1)
     folder = place(bucket_server.folder("dead"))
     left = {"owner": "x", "host": platform.node(), "boot": lease._boot(), "process": os.getpid(),
             "started": "before", "renewals": 3}  # fmt: skip
     write_text(folder / ".lock", json.dumps(left))
+    caplog.set_level(logging.INFO, logger="activation_cache")
     with folder_lock(folder):  # at once: its process is not there any more
-        pass
+        assert "waiting until" not in caplog.text
     monkeypatch.setattr(lease, "LEASE_SECONDS", 0.5)
     write_text(folder / ".lock", json.dumps(left | {"host": "elsewhere"}))
     with folder_lock(folder):  # once it has run out
-        pass
+        assert "waiting until" in caplog.text
+        assert "is gone, taking over" in caplog.text
 
 
 def test_who_lost_the_folder_writes_no_more(bucket_server: Server):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -319,16 +320,21 @@ def test_what_a_cohort_shares() -> None:
     ]
     assert {batch_key(one) for one in same} == {batch_key(config)}
     check_cohort([one.model_copy(update={"output": f"{id(one)}"}) for one in [config, *same]])
-    for key, other in {
-        "train.batch_size": make_config(batch_size=32),
-        "train.data_seed": make_config(seed=1),
-        "mesh": make_config(mesh=(1, 2)),
-        "sae.layer": make_config(layer=2),
-        "cache": make_config(cache_path="elsewhere"),
+    # All in one cache: what differs is that alone.
+    taps = [{"site": site, "layers": [1, 2]} for site in ("resid_post", "mlp_out")]
+    wide = with_values(config, {"cache.sites": taps}, source="test")
+    for key, values in {
+        "train.batch_size": {"train.batch_size": 32},
+        "train.data_seed": {"train.seed": 1},
+        "mesh": {"mesh.model": 2},
+        "sae.layer": {"sae.layer": 3 - wide.sae.layer},
+        "sae.site": {"sae.site": "mlp_out"},
+        "cache": {"cache.path": "elsewhere"},
     }.items():
-        assert batch_key(other) != batch_key(config), key
-        with pytest.raises(UserError, match="can't train together"):
-            check_cohort([config, other])
+        other = with_values(wide, values, source="test")
+        assert batch_key(other) != batch_key(wide), key
+        with pytest.raises(UserError, match=f"can't train together: {re.escape(key)} is"):
+            check_cohort([wide, other])
     with pytest.raises(UserError, match=r"train\.batch_size is 64 in the one and 32 in the other"):
         check_cohort([config, make_config(batch_size=32)])
     with pytest.raises(UserError, match="have the same output run"):

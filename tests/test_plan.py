@@ -363,7 +363,7 @@ def test_the_command_prints_tables_and_leaves_nothing(
     given = ["--accelerator", "h200", "--price", "2.5", "--mfu", "0.4"]
     assert main(["plan", str(config_file), *given]) == 0
     text = capsys.readouterr().out
-    for words in ("resid_post.12", "and 1 like it, each", "4096 x 2304 x 65536", "activations"):
+    for words in ("resid_post.12", "and 1 like it, each", "4096×2304×65536", "activations"):
         assert words in text
     assert "NVIDIA H200" in text
     assert main(["plan", str(config_file), "mesh.model=4", "sweep=null"]) == 0
@@ -477,8 +477,23 @@ def test_how_many_of_a_cohort_fit() -> None:
     assert "sweep.cohort.max_members" in text
 
 
-def rendered(found: list[Any]) -> list[str]:
-    console = Console(width=250, record=True, file=io.StringIO())
+def test_the_names_of_runs_have_room_beside_their_numbers() -> None:
+    config = scope_config().model_copy(
+        update={"sweep": SweepConfig(grid={"train.sparsity.coefficient": [1e-3, 2e-3]})}
+    )
+    plan = make_plan(
+        config,
+        runs=[(run.name, run.config) for run in expand(config)],
+        accelerators=[accelerator("h200")],
+        assumptions=Assumptions(),
+    )
+    _, work, memory, *_ = tables(plan)
+    for table in (work, memory):
+        assert any("coefficient_0.001" in line for line in rendered([table], width=140))
+
+
+def rendered(found: list[Any], *, width: int = 250) -> list[str]:
+    console = Console(width=width, record=True, file=io.StringIO())
     for table in found:
         console.print(table)
     return console.export_text().splitlines()
