@@ -26,6 +26,8 @@ from activation_cache.weights import read_gemma_config
 
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 
+_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
 
 @dataclass(frozen=True)
 class Tokenizer:
@@ -36,7 +38,7 @@ class Tokenizer:
     eos_id: int
     pad_id: int
 
-    @property
+    @functools.cached_property
     def vocab_size(self) -> int:
         """One more than the largest id."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
@@ -60,7 +62,8 @@ class Tokenizer:
 def load_tokenizer(model: ModelConfig) -> Tokenizer:
     """Load the tokenizer that belongs to `model.weights`, without the weights.
 
-    From a GGUF file or a `tokenizer.model` it is built in about 3 s.
+    From a GGUF file or a `tokenizer.model` it is built in about 3 s; while its files stay as they
+    are, it is loaded once.
 
     Raises:
         UserError: there is none, it is damaged, it has no BOS, EOS or padding token, or it
@@ -68,9 +71,24 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
     """
     path = locate_weights(model, with_weights=False)
     config = read_gemma_config(model)
-    tokenizer = tokenizer_from_gguf(open_gguf(path)) if is_gguf(path) else _from_folder(path)
+    files = [path] if is_gguf(path) else [path / name for name in _FILES]
+    tokenizer = _loaded(path, tuple(_identity(file) for file in files))
     check_matches(tokenizer, config, source=path)
     return tokenizer
+
+
+def _identity(file: Path) -> tuple[int, ...]:
+    """Differs where a file was written anew or replaced; empty where there is none."""
+    if not file.is_file():
+        return ()
+    found = file.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+# A harvest asks for it to tokenise, to convert the weights and to load the model.
+@functools.lru_cache(maxsize=2)
+def _loaded(path: Path, identity: tuple[tuple[int, ...], ...]) -> Tokenizer:
+    return tokenizer_from_gguf(open_gguf(path)) if is_gguf(path) else _from_folder(path)
 
 
 def check_matches(tokenizer: Tokenizer, config: GemmaConfig, *, source: Path) -> None:
@@ -112,7 +130,7 @@ def tokenizer_from_gguf(file: GgufFile) -> Tokenizer:
 
 
 def _from_folder(folder: Path) -> Tokenizer:
-    definition, model = folder / "tokenizer.json", folder / "tokenizer.model"
+    definition, model, _ = (folder / name for name in _FILES)
     if definition.is_file():
         try:
             backend = tokenizers.Tokenizer.from_file(str(definition))
@@ -134,7 +152,7 @@ def _from_folder(folder: Path) -> Tokenizer:
 
 def _named_ids(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, int | None]:
     """Ids of BOS, EOS and padding: as tokenizer_config.json names them, else by Gemma's names."""
-    path = folder / "tokenizer_config.json"
+    path = folder / _FILES[-1]
     named = read_json(path) if path.is_file() else {}
     ids = {}
     for default, key in ((BOS, "bos_token"), (EOS, "eos_token"), (PAD, "pad_token")):

@@ -13,7 +13,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,10 +59,11 @@ def interleaved(
             start = time.perf_counter()
             jax.block_until_ready(way())
             seconds[name].append(time.perf_counter() - start)
-    return {name: _times(own) for name, own in seconds.items()}
+    return {name: times_of(own) for name, own in seconds.items()}
 
 
-def _times(seconds: list[float]) -> Times:
+def times_of(seconds: Sequence[float]) -> Times:
+    """Median and quartiles of what was timed."""
     low, median, high = np.quantile(seconds, [0.25, 0.5, 0.75])
     return Times(float(median), float(low), float(high), len(seconds))
 

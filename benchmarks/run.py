@@ -1,6 +1,7 @@
 """Every speed benchmark in one go, as JSON and as the tables of docs/performance.md: `make bench`.
 
-    python -m benchmarks.run [--full] [--only step trainers reader harvest kernels] [--json FILE]
+    python -m benchmarks.run [--full] [--only step trainers reader harvest begin kernels]
+                             [--json FILE]
 
 A few minutes; `--full` takes longer: more widths, more rounds, a larger store.
 """
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harvest, kernels, reader, step, trainers
+from benchmarks import begin, harvest, kernels, reader, step, trainers
 from benchmarks.measure import prepare, write_results
 
 logger = logging.getLogger("bench")
@@ -62,6 +63,12 @@ def _harvest(full: bool) -> list[dict[str, Any]]:
     ]
 
 
+def _begin(full: bool) -> list[dict[str, Any]]:
+    """From the command to the first step."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return [begin.measure(Path(scratch), rounds=7 if full else 3)]
+
+
 def _kernels(full: bool) -> list[dict[str, Any]]:
     """The kernels beside pure JAX, where there is a GPU."""
     if not kernels.has_gpu():
@@ -76,6 +83,7 @@ PARTS: dict[str, Callable[[bool], list[dict[str, Any]]]] = {
     "trainers": _trainers,
     "reader": _reader,
     "harvest": _harvest,
+    "begin": _begin,
     "kernels": _kernels,
 }
 

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from activation_cache import fill, harvest_share, writer
+from activation_cache import fill, harvest_share, tokenizer, writer
 from activation_cache import harvest as harvest_module
 from activation_cache.config import CacheConfig, ModelConfig, SiteConfig, TextConfig
 from activation_cache.errors import Interrupted, UserError
@@ -29,8 +29,10 @@ from activation_cache.order import bucket_order, sequence_order
 from activation_cache.storage import folder_lock
 from activation_cache.store import Store, open_store
 from activation_cache.taps import Tap
+from activation_cache.tokenizer_pieces import Pieces
 from tests.stores import TAP, file_hashes, make_manifest
 from tests.tiny_gemma import write_tiny_gemma
+from tests.tiny_gguf import write_gguf
 
 SITES = [
     SiteConfig(site="resid_post", layers=[0, 2]),
@@ -117,6 +119,21 @@ def test_rows_are_the_model_s_activations_at_their_provenance(finished: Store, g
         info = finished.tap_info(tap)
         assert info.mean_squared_norm == pytest.approx(norms.mean(), rel=1e-12)
         assert info.width == rows.shape[1]
+
+
+def test_the_tokenizer_is_built_once(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Although it is asked for to tokenise, to convert the weights and to load the model."""
+    build, built = tokenizer.tokenizer_from_pieces, []
+
+    def noted(pieces: Pieces, *, source: str) -> Any:
+        built.append(source)
+        return build(pieces, source=source)
+
+    monkeypatch.setattr(tokenizer, "tokenizer_from_pieces", noted)
+    weights = write_gguf(tmp_path / "tiny.gguf")
+    harvest(**sections(weights, corpus, tmp_path / "store"))
+    assert open_store(tmp_path / "store").rows == ROWS
+    assert built == [str(weights)]
 
 
 def check_order(store: Store) -> None:

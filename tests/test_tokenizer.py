@@ -139,6 +139,26 @@ def test_nothing_is_added_cut_or_padded(tmp_path: Path) -> None:
     assert again.fingerprint != plain.fingerprint
 
 
+def test_files_are_read_once_while_they_stay_as_they_are(tmp_path: Path) -> None:
+    folder = write_tiny_gemma(tmp_path / "tiny")
+    gguf = write_gguf(tmp_path / "tiny.gguf")
+    for weights in (folder, gguf):
+        model = ModelConfig(weights=str(weights))
+        assert load_tokenizer(model) is load_tokenizer(model)
+    model = ModelConfig(weights=str(folder))
+    before = load_tokenizer(model)
+    definition = folder / "tokenizer.json"
+    changed = definition.read_text().replace('"fuse_unk": true', '"fuse_unk":false')
+    replacement = tmp_path / "replacement"
+    replacement.write_text(changed)
+    assert replacement.stat().st_size == definition.stat().st_size
+    replacement.replace(definition)
+    assert load_tokenizer(model).fingerprint != before.fingerprint
+    named = folder / "tokenizer_config.json"
+    named.write_text(json.dumps({"bos_token": "<none>"}))
+    _refused(folder, "<none>")
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 
