@@ -21,7 +21,6 @@ from activation_cache.order import Segment
 from activation_cache.storage import AnyPath, Place, place
 from activation_cache.taps import Tap
 from activation_cache.token_table import TokenTable, open_tokens
-from activation_cache.weights import weight_fingerprint
 
 MANIFEST_FILE = "manifest.json"
 PLAN_FILE = "plan.json"  # the manifest of a harvest in progress, without its norms
@@ -158,6 +157,9 @@ class Store:
                 stored.revision,
             )
             if fingerprint is None and renamed and model is not None:
+                # Training asks only here, and would wait for readers of weights to be imported.
+                from activation_cache.weights import weight_fingerprint
+
                 fingerprint = weight_fingerprint(model)
             if fingerprint not in (None, stored.fingerprint):
                 difference = (

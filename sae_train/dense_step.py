@@ -21,13 +21,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from sae_train.adaptive_step import Stepped
 from sae_train.config import Config
-from sae_train.optimiser import Rows, RowUpdate, adam_update, update, update_rows
+from sae_train.optimiser import Rows, RowUpdate, adam_update, tree_norm, update, update_rows
 from sae_train.pairs import tile_of, varying_like
 from sae_train.penalty import Counts, Priced, priced
 from sae_train.row_passes import Gradients, Pulls, from_products, small_gradients
@@ -201,7 +200,7 @@ class DenseStep:
             sae=self._sae,
             train=self._train,
         )
-        return params, second_moment, optax.tree.norm(gradients)
+        return params, second_moment, tree_norm(gradients)
 
     def _in_place(
         self, state: TrainState, x_BD: Array, scalars: Scheduled, found: Loss

@@ -120,8 +120,10 @@ class _Run:
 
     def __init__(self, folder: Place, config: Config, models: Models) -> None:
         self.folder, self.config, self.models = folder, config, models
-        self.sae, self.step, self.trained_on = _sae_of(folder, config)
-        check_kind(self.sae, config.sae, name=f"the SAE in {folder}")
+        found = _found_sae(folder, config)
+        self.sae, self.step, self.trained_on = found.sae, found.step, found.trained_on
+        self.sae_name = found.name
+        check_kind(self.sae, config.sae, name=self.sae_name)
         self.sae_fingerprint = self.sae.fingerprint
 
     def own(self, settings: EvaluationConfig) -> Job:
@@ -223,7 +225,7 @@ class _Run:
         width = tap_width(gemma, tap.site)
         if self.sae.W_enc.shape[0] != width:
             raise UserError(
-                f"the SAE in {self.folder} reads vectors of {self.sae.W_enc.shape[0]}, and "
+                f"{self.sae_name} reads vectors of {self.sae.W_enc.shape[0]}, and "
                 f"{tap.name} of {model.weights} has {width}: evaluate it in the model it was "
                 "trained on, or in one tuned from that"
             )
@@ -279,12 +281,20 @@ def _check_length(
     )
 
 
-def _sae_of(folder: Place, config: Config) -> tuple[Sae, int, str | None]:
-    """A folder's SAE, its step, and the store it was trained on.
+@dataclass(frozen=True)
+class _Found:
+    """A run's SAE and its step; what messages call it; the store it was trained on, if known."""
 
-    A folder without checkpoints stands for the released SAE that its config would start from.
-    """
-    if config.sae.start_from is not None and newest_checkpoint(folder) is None:
-        return load_sae(config.sae.start_from), 0, None
+    sae: Sae
+    step: int
+    name: str
+    trained_on: str | None = None
+
+
+def _found_sae(folder: Place, config: Config) -> _Found:
+    """A folder's SAE; one without checkpoints stands for the released SAE it would start from."""
+    released = config.sae.start_from
+    if released is not None and newest_checkpoint(folder) is None:
+        return _Found(load_sae(released), 0, f"sae.start_from {released}")
     trained = load_trained(folder)
-    return fold(trained), trained.step, trained.store
+    return _Found(fold(trained), trained.step, f"the SAE in {folder}", trained.store)

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, Int
 
 from sae_train.architecture import has_unit_decoder
@@ -26,6 +25,11 @@ from sae_train.sae import Params
 from sae_train.sae_config import SaeConfig
 
 Scalar = Array | np.float32
+
+
+def tree_norm(arrays: Params) -> Float[Array, ""]:
+    """The Euclidean norm of all entries of all arrays together."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(array)) for array in jax.tree.leaves(arrays)))
 
 
 def remove_parallel(
@@ -146,7 +150,7 @@ def update(
     if unit:
         gradients["W_dec"] = remove_parallel(gradients["W_dec"], rows_FD=params["W_dec"])
     if train.gradient_clip is not None:
-        scale = jnp.minimum(1.0, train.gradient_clip / optax.tree.norm(gradients))
+        scale = jnp.minimum(1.0, train.gradient_clip / tree_norm(gradients))
         gradients = jax.tree.map(lambda g: g * scale, gradients)
     new_params, new_moment = adam_update(
         params,

@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
@@ -23,7 +22,7 @@ from sae_train.adaptive_step import AdaptiveStep, Stepped, is_adaptive
 from sae_train.architecture import forward
 from sae_train.config import Config, TrainConfig
 from sae_train.dense_step import DenseStep
-from sae_train.optimiser import update
+from sae_train.optimiser import tree_norm, update
 from sae_train.penalty import Priced, priced
 from sae_train.sae import Forward, Params, threshold_of
 from sae_train.sae_config import SaeConfig
@@ -282,7 +281,7 @@ def _by_autodiff(
         loss=loss,
         coefficient=penalty.coefficient,
         log_gain=penalty.log_gain,
-        norm=optax.tree.norm(gradients),
+        norm=tree_norm(gradients),
         reconstruction_BD=out.reconstruction_BD,
         l0_B=out.l0_B,
         fired_F=(out.latents_BF > 0).any(axis=0),

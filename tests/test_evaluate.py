@@ -472,6 +472,16 @@ def test_an_sae_of_another_width(world, tmp_path):
         evaluate([run], model=world.ours)
 
 
+def test_a_released_sae_of_another_width_is_named_itself(world, tmp_path):
+    write_gemma_scope(make_sae(D=20, F=F), tmp_path / "theirs")
+    released = tmp_path / "theirs" / "params.npz"
+    values = world.config.model_dump()
+    values["sae"] |= {"site": "resid_post", "layer": 2, "start_from": str(released)}
+    write_config(Config.model_validate(values), tmp_path)
+    with pytest.raises(UserError, match=rf"sae\.start_from {released} reads vectors of 20, and"):
+        evaluate([tmp_path], model=world.ours)
+
+
 def test_a_layer_the_model_does_not_have(world, tmp_path):
     values = world.config.model_dump()
     values["cache"]["sites"][0]["layers"] = [9]
