@@ -97,12 +97,8 @@ class Manifest(Section):
 
 def write_record(path: Place, record: BaseModel) -> None:
     """Write a small JSON record with a checksum over the rest of it, atomically."""
-    write_json(path, {**record.model_dump(mode="json"), "checksum": record_hash(record)})
-
-
-def record_hash(record: BaseModel) -> str:
-    """SHA-256 of a record's canonical JSON: the checksum it is stored with."""
-    return _checksum(record.model_dump(mode="json"))
+    content = record.model_dump(mode="json")
+    write_json(path, {**content, "checksum": _checksum(content)})
 
 
 def read_record(path: Place, kind: type[Record]) -> Record:
@@ -131,6 +127,7 @@ def read_record(path: Place, kind: type[Record]) -> Record:
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a record's canonical JSON."""
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -16,9 +16,9 @@ from jaxtyping import Float, Int32
 from activation_cache.config import CacheConfig, Dtype, ModelConfig, TextConfig
 from activation_cache.errors import UserError
 from activation_cache.layout import ArrayLayout, read_rows, shard_rows
-from activation_cache.manifest import Manifest, first_difference, read_record, record_hash
+from activation_cache.manifest import Manifest, first_difference, read_record
 from activation_cache.order import Segment
-from activation_cache.storage import AnyPath, Place, place
+from activation_cache.storage import AnyPath, Place, place, read_json
 from activation_cache.taps import Tap
 from activation_cache.token_table import TokenTable, open_tokens
 
@@ -80,15 +80,15 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Store:
-    """A finished store; made by `open_store`."""
+    """A finished store; made by `open_store`.
+
+    `identity` is the checksum in its manifest: stores with the same one hold the same rows in the
+    same order.
+    """
 
     path: Place
     manifest: Manifest
-
-    @property
-    def identity(self) -> str:
-        """Hash of the manifest: stores with the same one hold the same rows in the same order."""
-        return record_hash(self.manifest)
+    identity: str
 
     @property
     def rows(self) -> int:
@@ -187,4 +187,8 @@ def open_store(path: AnyPath) -> Store:
             + ("its harvest has not finished" if begun else "there is no activation store")
             + ". Run `sae harvest` with this config first."
         )
-    return Store(folder, read_record(folder / MANIFEST_FILE, Manifest))
+    manifest = read_record(folder / MANIFEST_FILE, Manifest)
+    # As it was written: hashed anew, the manifest of an older version would have the defaults of
+    # fields added since, and runs trained on the store would take it for another.
+    identity = read_json(folder / MANIFEST_FILE)["checksum"]
+    return Store(folder, manifest, identity)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -95,6 +96,20 @@ def test_provenance_and_identity(tmp_path: Path):
     assert store.identity == write_store(tmp_path / "b", manifest).identity
     other = write_store(tmp_path / "c", make_manifest(rows=100, mean_squared_norm=2.0))
     assert store.identity != other.identity
+
+
+def test_a_store_of_an_older_version_keeps_its_identity(tmp_path: Path):
+    """Written before a field with a default was added, and known by that to the runs on it."""
+    write_store(tmp_path, make_manifest(rows=100))
+    file = tmp_path / MANIFEST_FILE
+    content = json.loads(file.read_text())
+    del content["checksum"], content["text"]["subset_field"]
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    checksum = hashlib.sha256(canonical.encode()).hexdigest()
+    file.write_text(json.dumps(content | {"checksum": checksum}))
+    store = open_store(tmp_path)
+    assert store.manifest.text.subset_field is None
+    assert store.identity == checksum
 
 
 def test_a_missing_and_an_unfinished_store(tmp_path: Path):
