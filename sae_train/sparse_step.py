@@ -28,8 +28,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from sae_train.config import Config, TrainConfig
-from sae_train.kernels.launcher import is_interpreted
-from sae_train.kernels.parts import parts_of
+from sae_train.kernels.parts import is_interpreted, parts_of
 from sae_train.optimiser import Rows
 from sae_train.pair_sums import longest_first
 from sae_train.pairs import Pairs, candidates, tile_of, varying_like

@@ -22,7 +22,7 @@ from sae_train import pair_sums, pairs, row_passes
 from sae_train.adaptive_step import _write
 from sae_train.config import AdamConfig
 from sae_train.kernels import decode, select, touched
-from sae_train.kernels.launcher import without_gpu
+from sae_train.kernels.parts import without_gpu
 from sae_train.optimiser import Rows, RowUpdate, unit_rows
 from sae_train.schedule import scheduled
 from sae_train.sharding import make_mesh

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 
 from sae_train import pair_sums, pairs
 from sae_train.config import AdamConfig
-from sae_train.kernels.launcher import without_gpu
-from sae_train.kernels.parts import Parts, parts_of
+from sae_train.kernels.parts import Parts, parts_of, without_gpu
 from sae_train.optimiser import adam_step, kept_share
 from sae_train.sharding import make_mesh
 from tests.configs import make_config

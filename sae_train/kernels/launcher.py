@@ -1,4 +1,4 @@
-"""How kernels are started: by Triton on a GPU, or interpreted where a test asks for it.
+"""How kernels are started, and what they read and write with: of Pallas, by Triton.
 
 Triton rather than Mosaic GPU: it runs on every GPU that XLA knows, while Mosaic GPU is for Hopper
 and Blackwell, whose asynchronous copies and warpgroup products only it can ask for.
@@ -6,61 +6,17 @@ and Blackwell, whose asynchronous copies and warpgroup products only it can ask 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
-from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 
-from activation_cache.errors import UserError
-
-# As `jax.Device.platform` calls them.
-_GPUS = ("gpu", "cuda", "rocm")
-
-_without_gpu: ContextVar[Literal["interpret", "lower"] | None] = ContextVar(
-    "without_gpu", default=None
-)
-
-
-@contextmanager
-def without_gpu(to: Literal["interpret", "lower"]) -> Iterator[None]:
-    """For tests: kernels may be traced for other devices than GPUs.
-
-    Args:
-        to: `interpret` runs them as XLA programs, one program of the grid after the other; with
-            `lower` they can be lowered for a GPU, and not run.
-    """
-    token = _without_gpu.set(to)
-    try:
-        yield
-    finally:
-        _without_gpu.reset(token)
-
-
-def is_interpreted() -> bool:
-    """Are kernels that are traced now interpreted?"""
-    return _without_gpu.get() == "interpret"
-
-
-def check_devices(mesh: Mesh) -> None:
-    """Kernels run on GPUs.
-
-    Raises:
-        UserError: the mesh is of other devices.
-    """
-    platform = mesh.devices.flat[0].platform
-    if platform not in _GPUS and _without_gpu.get() is None:
-        raise UserError(
-            f"train.kernels: pallas is for GPUs, and the devices here are of {platform}: set "
-            "train.kernels to xla"
-        )
+from sae_train.kernels.parts import is_interpreted
 
 
 def launch(

@@ -2,18 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jax.sharding import Mesh
 
+from activation_cache.errors import UserError
 from sae_train import pair_sums, pairs, row_passes
 from sae_train.config import Config
-from sae_train.kernels import decode, select, touched
-from sae_train.kernels.launcher import check_devices
 from sae_train.optimiser import Rows
 from sae_train.row_passes import Sums, Write
+
+# As `jax.Device.platform` calls them.
+_GPUS = ("gpu", "cuda", "rocm")
+
+_without_gpu: ContextVar[Literal["interpret", "lower"] | None] = ContextVar(
+    "without_gpu", default=None
+)
+
+
+@contextmanager
+def without_gpu(to: Literal["interpret", "lower"]) -> Iterator[None]:
+    """For tests: kernels may be traced for other devices than GPUs.
+
+    Args:
+        to: `interpret` runs them as XLA programs, one program of the grid after the other; with
+            `lower` they can be lowered for a GPU, and not run.
+    """
+    token = _without_gpu.set(to)
+    try:
+        yield
+    finally:
+        _without_gpu.reset(token)
+
+
+def is_interpreted() -> bool:
+    """Are kernels that are traced now interpreted?"""
+    return _without_gpu.get() == "interpret"
+
+
+def check_devices(mesh: Mesh) -> None:
+    """Kernels run on GPUs.
+
+    Raises:
+        UserError: the mesh is of other devices.
+    """
+    platform = mesh.devices.flat[0].platform
+    if platform not in _GPUS and _without_gpu.get() is None:
+        raise UserError(
+            f"train.kernels: pallas is for GPUs, and the devices here are of {platform}: set "
+            "train.kernels to xla"
+        )
 
 
 class Parts(NamedTuple):
@@ -39,10 +81,13 @@ def parts_of(config: Config, mesh: Mesh) -> Parts:
     if config.train.kernels == "xla":
         return Parts(pairs.select_pairs, pair_sums.decode_pairs, _touched_by_xla)
     check_devices(mesh)
+    # Not before they are asked for: importing Triton takes half a second.
+    from sae_train.kernels import decode, select, touched
+
     return Parts(
         select.select_pairs,
         decode.decode_pairs,
-        partial(_touched_in_kernel, config=config.train.adam),
+        partial(_touched_in_kernel, touched.touched_pass, config=config.train.adam),
     )
 
 
@@ -54,7 +99,11 @@ def _touched_by_xla(
 
 
 def _touched_in_kernel(
-    *operands: Any, write: Write | None, arguments: Any, **options: Any
+    kernel: Callable[..., Any],
+    *operands: Any,
+    write: Write | None,
+    arguments: Any,
+    **options: Any,
 ) -> tuple[Rows, Sums]:
     """A kernel can't call `write`; the update of unit-norm rows is written out in it."""
-    return touched.touched_pass(*operands, update=None if write is None else arguments, **options)
+    return kernel(*operands, update=None if write is None else arguments, **options)

@@ -136,8 +136,8 @@ def _vector(scalars: RowUpdate) -> Array:
 
 
 def _warps(d_model: int) -> int:
-    """8 numbers of a row in each thread; a row of fewer than a warp has is one warp's."""
-    return max(1, min(8, 1 << (d_model // 256).bit_length() - 1)) if d_model >= 256 else 1
+    """8 to 16 numbers of a row in each thread; a row that is shorter than 256 is one warp's."""
+    return min(16, 1 << max(0, (d_model // 256).bit_length() - 1))
 
 
 def pieces_of(d_model: int) -> list[tuple[int, int]]:
