@@ -325,6 +325,13 @@ MUTATIONS = (
         "if platform in _GPUS and",
         f"{_T_KERNELS}::test_kernels_are_refused_where_there_is_no_gpu",
     ),
+    Mutation(
+        "a kernel decodes a list that was too short",
+        f"{_KERNELS}/decode.py",
+        "jnp.where(pairs.total > latents_P.shape[0], 0, counts_B)",
+        "jnp.where(pairs.total < 0, 0, counts_B)",
+        f"{_T_KERNELS}::test_of_too_many_pairs_none_is_decoded",
+    ),
 )
 
 

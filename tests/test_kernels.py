@@ -154,6 +154,24 @@ def test_pairs_from_the_pool_are_the_same_in_whichever_order_they_got_there():
         np.testing.assert_array_equal(getattr(found, name), expected)
 
 
+@pytest.mark.usefixtures("interpreted")
+def test_of_too_many_pairs_none_is_decoded():
+    """Nor is a row of W_dec read behind the last, which an interpreter takes the last one for."""
+    empty = pairs.Pairs(
+        row_P=jnp.zeros(24, jnp.int32),
+        latent_P=jnp.full(24, 16, jnp.int32),
+        pre_P=jnp.zeros(24),
+        counts_F=jnp.full(16, 2, jnp.int32),
+        total=jnp.float32(32),
+    )
+    W_dec = jnp.full((16, 8), jnp.nan, jnp.float32)
+    decoded, nonzero = jax.jit(partial(decode.decode_pairs, num_rows=4))(
+        empty, jnp.zeros(24), W_dec
+    )
+    np.testing.assert_array_equal(decoded, np.zeros((4, 8)))
+    np.testing.assert_array_equal(nonzero, np.zeros(4))
+
+
 @pytest.mark.parametrize("d_model", [1, 63, 128, 129, 640, 2304, 2305, 3584, 4608])
 def test_pieces_cover_a_row_once(d_model: int):
     pieces = touched.pieces_of(d_model)

@@ -27,9 +27,11 @@ _WARPS = 4
 def decode_pairs(
     pairs: Pairs, latents_P: Float[Array, " P"], W_dec_FD: Float[Array, "F D"], *, num_rows: int
 ) -> tuple[Float[Array, "B D"], Float[Array, " B"]]:
-    """`pair_sums.decode_pairs`."""
+    """`pair_sums.decode_pairs`; nothing of a list that `select_pairs` left empty."""
     d_model = W_dec_FD.shape[1]
     order_P, counts_B = sort_by_row(pairs, num_rows=num_rows)
+    # A list that was too short is empty: every place would be row 0's, of a latent that isn't.
+    counts_B = jnp.where(pairs.total > latents_P.shape[0], 0, counts_B)
     starts_B = jnp.cumsum(counts_B, dtype=jnp.int32) - counts_B
     decoded_BD, nonzero_B = launch(
         _one_part,
