@@ -28,7 +28,7 @@ def forward(
     config: SaeConfig,
     dead_F: Bool[Array, " F"],
 ) -> Forward:
-    """One pass over scaled rows, of any architecture but JumpReLU, whose step is explicit.
+    """One pass over scaled rows, of any architecture but JumpReLU, whose steps are all explicit.
 
     Args:
         target_BD: what is to be predicted: of an SAE, x itself. Auxiliary losses look at it.

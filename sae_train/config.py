@@ -152,7 +152,7 @@ class TrainConfig(Section):
     # What a step's gradients are made from (docs/performance.md): products of whole matrices, pairs
     # of a row and an active latent where there are few, or one of the two by the SAE's shape.
     step: Literal["auto", "dense", "sparse"] = "auto"
-    sparse_capacity: PositiveCount | None = None  # pairs a row; None: width / 16, at most 512
+    sparse_capacity: PositiveCount | None = None  # pairs a row; None: see `way.capacity_per_row`
     kernels: Literal["xla", "pallas"] = "xla"  # what a step by pairs is compiled from
     stacked: bool = False  # one compiled program for members of a cohort with the same step
     log_every_steps: PositiveCount = 100

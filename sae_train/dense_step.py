@@ -24,9 +24,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from sae_train.adaptive_step import Stepped
 from sae_train.config import Config
 from sae_train.optimiser import Rows, RowUpdate, adam_update, tree_norm, update, update_rows
+from sae_train.pair_update import Stepped
 from sae_train.pairs import tile_of, varying_like
 from sae_train.penalty import Counts, Priced, priced
 from sae_train.row_passes import Gradients, Pulls, from_products, small_gradients

@@ -53,11 +53,19 @@ class Segments:
         return min(BLOCK, self.ids_N.shape[0])
 
 
-def longest_first(counts_N: Int[Array, " N"]) -> Segments:
-    """The segments of pairs that lie one segment after the other."""
+def longest_first(
+    counts_N: Int[Array, " N"], *, wanted_N: Bool[Array, " N"] | None = None
+) -> Segments:
+    """The segments of pairs that lie one segment after the other.
+
+    Args:
+        wanted_N: the others are as if they were empty.
+    """
     num = counts_N.shape[0]
     padding = -num % min(BLOCK, num)
     starts_N = jnp.cumsum(counts_N, dtype=jnp.int32) - counts_N
+    if wanted_N is not None:
+        counts_N = jnp.where(wanted_N, counts_N, 0)
     longest_N, ids_N, starts_N = jax.lax.sort(
         (-counts_N, jnp.arange(num, dtype=jnp.int32), starts_N), num_keys=1, is_stable=True
     )
@@ -155,7 +163,17 @@ def decode_pairs(
     No active latent of a JumpReLU is 0, its threshold being 0 or above.
     """
     order_P, counts_B = sort_by_row(pairs, num_rows=num_rows)
-    latent_P, value_P = pairs.latent_P[order_P], latents_P[order_P]
+    return decode_sorted(pairs.latent_P[order_P], latents_P[order_P], counts_B, W_dec_FD)
+
+
+def decode_sorted(
+    latent_P: Int[Array, " P"],
+    value_P: Float[Array, " P"],
+    counts_B: Int[Array, " B"],
+    W_dec_FD: Float[Array, "F D"],
+) -> tuple[Float[Array, "B D"], Float[Array, " B"]]:
+    """`decode_pairs` of pairs that lie in the order of their rows, so many of each."""
+    num_rows = counts_B.shape[0]
     segments = longest_first(counts_B)
     size = segments.block
 
@@ -181,3 +199,11 @@ def decode_pairs(
     found = jax.lax.fori_loop(0, segments.num_blocks, one_block, zeros(segments.ids_N.shape[0]))
     back_B = jnp.argsort(segments.ids_N)[:num_rows]
     return found[0][back_B], found[1][back_B]
+
+
+def per_latent(found_P: Bool[Array, " P"], counts_F: Int[Array, " F"]) -> Float[Array, " F"]:
+    """How many of each latent's pairs are found; whole numbers, so differences are exact."""
+    up_to_P = jnp.pad(jnp.cumsum(found_P, dtype=jnp.int32), (1, 0))
+    ends_F = jnp.minimum(jnp.cumsum(counts_F, dtype=jnp.int32), found_P.shape[0])
+    counted_F = up_to_P[ends_F] - up_to_P[jnp.pad(ends_F, (1, 0))[:-1]]
+    return counted_F.astype(jnp.float32)

@@ -26,7 +26,7 @@ from sae_train.sae import PRECISION
 WORD = 32
 # A tile of [4096, 1024] float32 is 16 MB: measured the best of 512 to 4096 on a CPU.
 LARGEST_TILE = 1024
-_WRITTEN_AT_ONCE = 4096
+WRITTEN_AT_ONCE = 4096
 
 
 @jax.tree_util.register_dataclass
@@ -131,7 +131,7 @@ def select_pairs(
     tile = tile_of(num_latents)
     num_tiles = num_latents // tile
     like = W_enc_FD[0, 0] * x_BD[0, 0]
-    place = partial(jnp.zeros, capacity + _WRITTEN_AT_ONCE)
+    place = partial(jnp.zeros, capacity + WRITTEN_AT_ONCE)
     start = (
         tuple(
             varying_like(place(dtype), like=like) for dtype in (jnp.int32, jnp.int32, jnp.float32)
@@ -144,7 +144,7 @@ def select_pairs(
         W_LD, bias_L, theta_L, first = inputs
         pre_BL = jnp.einsum("bd,fd->bf", x_BD, W_LD, precision=PRECISION) + bias_L[None, :]
         lists, filled, total = carry
-        counts_L, lists, written = _append(
+        counts_L, lists, written = append(
             pre_BL,
             candidates(pre_BL, theta_L, bandwidth=bandwidth),
             lists=lists,
@@ -173,16 +173,20 @@ def select_pairs(
     )
 
 
-def _append(
-    pre_BL: Array,
-    found_BL: Array,
+def append(
+    pre_BL: Float[Array, "B L"],
+    found_BL: Bool[Array, "B L"],
     *,
     lists: tuple[Array, Array, Array],
-    filled: Array,
-    first_latent: Array,
+    filled: Int[Array, ""],
+    first_latent: Int[Array, ""],
     capacity: int,
-) -> tuple[Array, tuple[Array, Array, Array], Array]:
-    """Write a tile's pairs behind those of the tiles before: (counts, lists, places filled)."""
+) -> tuple[Int[Array, " L"], tuple[Array, Array, Array], Int[Array, ""]]:
+    """Write a tile's pairs behind those of the tiles before: (counts, lists, places filled).
+
+    Args:
+        lists: rows, latents and pre-activations, with `WRITTEN_AT_ONCE` places beyond `capacity`.
+    """
     words_WL = pack_rows(found_BL)
     set_WL = jax.lax.population_count(words_WL).astype(jnp.int32)
     counts_L = set_WL.sum(axis=0, dtype=jnp.int32)
@@ -191,7 +195,7 @@ def _append(
     wanted = jnp.minimum(ends_L[-1], capacity - filled)
 
     def write(block, lists):
-        nth_Q = block * _WRITTEN_AT_ONCE + jnp.arange(_WRITTEN_AT_ONCE, dtype=jnp.int32)
+        nth_Q = block * WRITTEN_AT_ONCE + jnp.arange(WRITTEN_AT_ONCE, dtype=jnp.int32)
         latent_Q = jnp.searchsorted(ends_L, nth_Q, side="right", method="scan_unrolled")
         latent_Q = jnp.minimum(latent_Q, ends_L.shape[0] - 1).astype(jnp.int32)
         rank_Q = nth_Q - (ends_L - counts_L)[latent_Q]
@@ -199,11 +203,11 @@ def _append(
         bit_Q = nth_set_bit(words_WL[word_Q, latent_Q], rank_Q - before_WL[word_Q, latent_Q])
         row_Q = jnp.minimum(bit_Q * words_WL.shape[0] + word_Q, pre_BL.shape[0] - 1)
         values = (row_Q, first_latent + latent_Q, pre_BL[row_Q, latent_Q])
-        at = (filled + block * _WRITTEN_AT_ONCE,)
+        at = (filled + block * WRITTEN_AT_ONCE,)
         return tuple(
             jax.lax.dynamic_update_slice(array, value, at)
             for array, value in zip(lists, values, strict=True)
         )
 
-    num_blocks = -(-wanted // _WRITTEN_AT_ONCE)
+    num_blocks = -(-wanted // WRITTEN_AT_ONCE)
     return counts_L, jax.lax.fori_loop(0, num_blocks, write, lists), filled + wanted

@@ -11,8 +11,8 @@ its fullest, at the end of the backward pass:
 The state is donated, so new weights and moments are written over the old ones and cost nothing.
 XLA's TPU compiler was seen to need just this. On a CPU a JumpReLU's step needs far less and other
 architectures' need more, see `_tiled` and `_cpu_temporaries`; a step that may go by pairs keeps
-neither [B, F] nor gradients [F, D], see `_by_pairs`. docs/plan.md has the comparisons;
-tests/test_plan_memory.py holds the JumpReLU's on a CPU within 10 %.
+neither [B, F] nor gradients [F, D], see `_by_pairs` and `_selecting`. docs/plan.md has the
+comparisons; tests/test_plan_memory.py holds the JumpReLU's on a CPU within 10 %.
 
 Legend: B rows of a batch, D model width, F latents, each as one device holds them.
 """
@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from activation_cache.config import Dtype
 from sae_train.config import MeshConfig
 from sae_train.dense_step import cpu_tile
+from sae_train.listed_passes import PARTS
 from sae_train.pairs import tile_of
 from sae_train.sae_config import Architecture
 from sae_train.sharding import AXIS_OF_DIM, BATCH_DIMS, LAST_FIRED, Tensor, params_table
@@ -130,7 +131,8 @@ def step_memory(
     }
     if shape.places is not None:
         items["weights"] += shape.table_bytes([LAST_FIRED]) + WAY_BYTES  # `last_touched` is alike
-        items |= _by_pairs(shape, places=shape.places)
+        selects = shape.architecture in ("topk", "batch_topk")
+        items |= (_selecting if selects else _by_pairs)(shape, places=shape.places)
     elif backend == "cpu":
         items |= _tiled(shape) if shape.architecture == "jumprelu" else _cpu_temporaries(shape)
     else:
@@ -215,6 +217,26 @@ def _by_pairs(shape: Shape, *, places: int) -> dict[str, int]:
     fullest = max(updating, sorting, by_tiles) + _LATENT_BYTES * width
     target = row_bytes if shape.is_transcoder else 0
     return {"gradients": blocks, "activations": fullest - blocks + target}
+
+
+# Of a step that selects, which keeps pre-activations of dead latents for a part of the batch.
+_SELECTING_TILES, _SELECTING_ROWS = 3.5, 4
+
+
+def _selecting(shape: Shape, *, places: int) -> dict[str, int]:
+    """Temporaries of a TopK's or BatchTopK's step by pairs, read off XLA's figures."""
+    width, rows = shape.local(("F",)), shape.local(("B",))
+    tile = tile_of(width)
+    row_bytes = shape.local(("B", "D")) * FLOAT_BYTES
+    blocks = _BLOCK_ROWS * tile * shape.d_model * FLOAT_BYTES
+    pairs = _PLACE_WORDS * FLOAT_BYTES * -(-rows * places // shape.mesh.model) * shape.mesh.data
+    dead = width * max(1, rows // PARTS) * FLOAT_BYTES
+    tiles = int(_SELECTING_TILES * rows * tile * FLOAT_BYTES)
+    activations = dead + pairs + tiles + _SELECTING_ROWS * row_bytes + _LATENT_BYTES * width
+    if shape.mesh.data > 1:  # as in `_by_pairs`
+        activations += row_bytes + 2 * row_bytes * shape.mesh.data
+    target = row_bytes if shape.is_transcoder else 0
+    return {"gradients": blocks, "activations": activations + target}
 
 
 def _tiled(shape: Shape) -> dict[str, int]:

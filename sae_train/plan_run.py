@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from activation_cache.gemma_config import GemmaConfig
 from activation_cache.taps import check_tap, tap_width
-from sae_train.adaptive_step import may_go_by_pairs
 from sae_train.cohort import group_cohorts
 from sae_train.config import Config
 from sae_train.plan_memory import Shape, StepMemory, cohort_memory, step_memory
@@ -23,7 +22,7 @@ from sae_train.plan_work import (
     step_flops,
     step_traffic,
 )
-from sae_train.sparse_step import capacity_per_row
+from sae_train.way import capacity_per_row, may_go_by_pairs
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def plan_run(config: Config, *, name: str, gemma: GemmaConfig) -> RunPlan:
         has_skip=config.sae.affine_skip,
     )
     dtype = config.cache.dtype
-    places = capacity_per_row(config.train, width=config.sae.width)
+    places = capacity_per_row(config)
     by_pairs, by_pairs_cpu = (may_go_by_pairs(config, on_cpu=on_cpu) for on_cpu in (False, True))
     shape_cpu = dataclasses.replace(shape, places=places if by_pairs_cpu else None)
     shape = dataclasses.replace(shape, places=places if by_pairs else None)

@@ -16,13 +16,12 @@ from activation_cache.config import CacheConfig
 from activation_cache.gemma_config import GemmaConfig
 from activation_cache.known_models import config_for_planning
 from sae_train.accelerators import Accelerator
-from sae_train.adaptive_step import may_go_by_pairs
 from sae_train.config import Config, MeshConfig
 from sae_train.plan_accelerator import Assumptions, total, usable_bytes
 from sae_train.plan_memory import FLOAT_BYTES, Shape, StepMemory, nearest_mesh, step_memory
 from sae_train.plan_work import harvest_work, step_flops, step_traffic, store_plan
-from sae_train.sparse_step import capacity_per_row
 from sae_train.suite import Cell, all_cells, cache_of, cells_of, read_width
+from sae_train.way import capacity_per_row, may_go_by_pairs
 
 
 @dataclass(frozen=True)
@@ -146,9 +145,10 @@ def _group(members: list[Cell], config: Config, gemma: GemmaConfig) -> CellGroup
         read_width(cell, gemma),
         cell.width,
         cell.mesh,
+        architecture=config.sae.architecture,
         is_transcoder=cell.kind == "transcoder",
         has_skip=cell.affine,
-        places=capacity_per_row(config.train, width=cell.width)
+        places=capacity_per_row(config, width=cell.width)
         if may_go_by_pairs(config, on_cpu=False)
         else None,
     )

@@ -94,7 +94,8 @@ class Sums:
 Write = Callable[[Array, Rows, Gradients], Rows]
 
 
-def _no_sums(num: int, d_model: int, *, like: Array) -> Sums:
+def no_sums(num: int, d_model: int, *, like: Array) -> Sums:
+    """Zeros for `num` latents, typed as `like` is in a `shard_map`."""
     zeros = Sums(
         bias_F=jnp.zeros(num),
         theta_F=jnp.zeros(num),
@@ -105,18 +106,28 @@ def _no_sums(num: int, d_model: int, *, like: Array) -> Sums:
     return jax.tree.map(lambda zero: varying_like(zero, like=like), zeros)
 
 
-def _added(sums: Sums, own: Rows, found: Gradients, *, at: Array) -> Sums:
+def added(
+    sums: Sums, own: Rows, found: Gradients, *, place: Callable[[Array, Array], Array]
+) -> Sums:
+    """The sums with those of a block.
+
+    Args:
+        place: puts what the block has of each latent into an array of all.
+    """
     projected_SD = remove_parallel(found.dec_SD, rows_FD=own.W_dec)
     encoder = jnp.square(found.enc_SD).sum()
-    place = jax.lax.dynamic_update_slice_in_dim
     return Sums(
-        bias_F=place(sums.bias_F, found.bias_S, at, axis=0),
-        theta_F=place(sums.theta_F, found.theta_S, at, axis=0),
+        bias_F=place(sums.bias_F, found.bias_S),
+        theta_F=place(sums.theta_F, found.theta_S),
         encoded_D=sums.encoded_D
         + jnp.einsum("s,sd->d", found.bias_S, own.W_enc, precision=PRECISION),
         squares=sums.squares + encoder + jnp.square(found.dec_SD).sum(),
         projected=sums.projected + encoder + jnp.square(projected_SD).sum(),
     )
+
+
+def _at(start: Array) -> Callable[[Array, Array], Array]:
+    return lambda whole, block: jax.lax.dynamic_update_slice_in_dim(whole, block, start, axis=0)
 
 
 def touched_pass(
@@ -156,7 +167,7 @@ def touched_pass(
             pulls=pulls,
             bandwidth=bandwidth,
         )
-        sums = _added(sums, own, found, at=number * size)
+        sums = added(sums, own, found, place=_at(number * size))
         if write is None:
             return rows, sums
         new = write(jnp.minimum(ids_S, width - 1), own, found)
@@ -166,7 +177,7 @@ def touched_pass(
         )
         return Rows(*written), sums
 
-    start = rows, _no_sums(num, d_model, like=like)
+    start = rows, no_sums(num, d_model, like=like)
     rows, sums = jax.lax.fori_loop(0, segments.num_blocks, one_block, start)
     back_F = jnp.argsort(segments.ids_N)[:width]
     return rows, Sums(
@@ -254,14 +265,14 @@ def every_pass(
             bandwidth=bandwidth,
         )
         found = reduce(found)
-        sums = _added(sums, own, found, at=at)
+        sums = added(sums, own, found, place=_at(at))
         if write is None:
             return rows, sums
         new = write(ids_S, own, found)
         place = jax.lax.dynamic_update_slice_in_dim
         return Rows(*(place(a, b, at, axis=0) for a, b in zip(rows, new, strict=True))), sums
 
-    start = rows, _no_sums(width, d_model, like=rows.W_enc[0, 0])
+    start = rows, no_sums(width, d_model, like=rows.W_enc[0, 0])
     return jax.lax.fori_loop(0, jnp.where(wanted, width // size, 0), one_tile, start)
 
 
@@ -310,13 +321,12 @@ def small_gradients(
         x_BD: scaled rows, from which `pulls.x_BD` is shifted by b_dec where the config says so.
         bias_F, theta_F, encoded_D: as in `Sums`.
     """
-    log = sae.threshold.parametrisation == "log"
     b_dec_D = pulls.g_BD.sum(axis=0)
-    small = {
-        "b_enc": bias_F,
-        "threshold": theta_F * pulls.theta_F if log else theta_F,
-        "b_dec": b_dec_D - encoded_D if sae.pre_encoder_bias else b_dec_D,
-    }
+    small = {"b_enc": bias_F}
+    if "threshold" in params:
+        log = sae.threshold.parametrisation == "log"
+        small["threshold"] = theta_F * pulls.theta_F if log else theta_F
+    small["b_dec"] = b_dec_D - encoded_D if sae.pre_encoder_bias else b_dec_D
     if "W_skip" in params:
         small["W_skip"] = jnp.einsum("bd,be->de", x_BD, pulls.g_BD, precision=PRECISION)
     return small

@@ -25,18 +25,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from sae_train.config import Config, TrainConfig
+from sae_train.config import Config
 from sae_train.kernels.parts import is_interpreted, parts_of
 from sae_train.optimiser import Rows
-from sae_train.pair_sums import longest_first
+from sae_train.pair_sums import longest_first, per_latent
 from sae_train.pairs import Pairs, candidates, tile_of, varying_like
 from sae_train.row_passes import Gradients, Pulls, Sums, Write, every_pass
 from sae_train.sae import PRECISION
 from sae_train.sharding import spec
-
-_LARGEST_CAPACITY = 512  # pairs a row, unless configured
+from sae_train.way import capacity_per_row
 
 
 @jax.tree_util.register_dataclass
@@ -71,11 +70,6 @@ class Encoded:
     pairs: Any
 
 
-def capacity_per_row(train: TrainConfig, *, width: int) -> int:
-    """Pairs a row, in the mean of a batch, that there are places for."""
-    return train.sparse_capacity or max(1, min(_LARGEST_CAPACITY, width // 16))
-
-
 class ShardedParts:
     """The parts of a step on a mesh, for one shape of SAE."""
 
@@ -84,7 +78,7 @@ class ShardedParts:
         self._bandwidth = config.sae.bandwidth
         self._data, self._model = mesh.shape["data"], mesh.shape["model"]
         rows = config.train.batch_size // self._data
-        per_row = capacity_per_row(config.train, width=config.sae.width)
+        per_row = capacity_per_row(config)
         self.capacity = -(-rows * per_row // self._model)
         self._rows = rows
 
@@ -118,7 +112,7 @@ class ShardedParts:
             decoded_BD, l0_B = self._parts.decode(
                 pairs, latents_P, W_dec_FD, num_rows=x_BD.shape[0]
             )
-            active_F = _between(active_P, pairs.counts_F)
+            active_F = per_latent(active_P, pairs.counts_F)
             return self._summed(decoded_BD, l0_B, active_F, pairs.total), jax.tree.map(
                 lambda array: array[None, None], pairs
             )
@@ -126,7 +120,7 @@ class ShardedParts:
         sums, pairs = self._map(
             part,
             (("F", "D"), ("F", "D"), ("F",), ("F",), ("B", "D")),
-            (_ENCODED_DIMS, _PAIR_DIMS),
+            (_ENCODED_DIMS, PAIR_DIMS),
         )(W_enc_FD, W_dec_FD, bias_F, theta_F, x_BD)
         return Encoded(sums=sums, pairs=pairs)
 
@@ -214,35 +208,39 @@ class ShardedParts:
         Both passes are in the program one behind the other, and one of them is of no length. Of
         a `cond` XLA's CPU compiler copies what a branch writes into where it begins and ends.
         """
-        rows, touched, touched_F = self._update_touched(
-            rows, pairs, fits, pulls, write=write, arguments=arguments
+        rows, touched, touched_F = self.update_touched(
+            rows,
+            pairs,
+            jnp.broadcast_to(fits, rows.W_enc.shape[:1]),
+            pulls,
+            write=write,
+            arguments=arguments,
         )
         rows, every = self._update_all(rows, ~fits, pulls, write=write, arguments=arguments)
         sums = jax.tree.map(partial(jnp.where, fits), touched, every)
         return rows, sums, touched_F | ~fits
 
-    def _update_touched(
+    def update_touched(
         self,
         rows: Rows,
         pairs: Pairs,
-        fits: Array,
+        wanted_F: Array,
         pulls: Pulls,
         *,
         write: Write | None,
         arguments: Any,
     ) -> tuple[Rows, Sums, Array]:
-        """Rows and sums of `touched_pass`, and which latents were touched: none unless `fits`.
+        """Rows and sums of `touched_pass`, and which latents were touched, of those `wanted`.
 
         Each device goes over its latents with the pairs of the whole batch: the batch and what
         is sent back to it are smaller than the gradients that would be added up instead.
         """
 
-        def part(rows, pairs, fits, pulls, arguments):
-            counts_F, row_P, pre_P = self._merged(pairs, width=rows.W_enc.shape[0])
-            counts_F = jnp.where(fits, counts_F, 0)
+        def part(rows, pairs, wanted_F, pulls, arguments):
+            counts_F, row_P, pre_P = self._merged(pairs)
             rows, sums = self._parts.touched(
                 rows,
-                longest_first(counts_F),
+                longest_first(counts_F, wanted_N=wanted_F),
                 row_P,
                 pre_P,
                 pulls=pulls,
@@ -250,16 +248,16 @@ class ShardedParts:
                 write=write,
                 arguments=arguments,
             )
-            return rows, _over_model(sums), counts_F > 0
+            return rows, over_model(sums), wanted_F & (counts_F > 0)
 
         everywhere = {name: ("whole", *dims[1:]) for name, dims in _PAIR_DIMS_BY_NAME.items()}
-        own_dims = _pull_dims("whole"), _argument_dims(arguments)
-        in_dims = (_ROW_DIMS, Pairs(**everywhere), (), *own_dims)
-        return self._map(part, in_dims, (_ROW_DIMS, _SUM_DIMS, ("F",)))(
-            rows, pairs, fits, pulls, arguments
+        own_dims = pull_dims("whole"), argument_dims(arguments)
+        in_dims = (ROW_DIMS, Pairs(**everywhere), ("F",), *own_dims)
+        return self._map(part, in_dims, (ROW_DIMS, SUM_DIMS, ("F",)))(
+            rows, pairs, wanted_F, pulls, arguments
         )
 
-    def _merged(self, pairs: Pairs, *, width: int) -> tuple[Array, Array, Array]:
+    def _merged(self, pairs: Pairs) -> tuple[Array, Array, Array]:
         """The pairs of all parts of the batch in the order of their latents."""
         counts_F = pairs.counts_F[:, 0].sum(axis=0)
         first_row = jnp.arange(self._data, dtype=jnp.int32) * self._rows
@@ -288,20 +286,20 @@ class ShardedParts:
                 write=None if write is None else partial(write, arguments),
                 reduce=over_data,
             )
-            return rows, _over_model(sums)
+            return rows, over_model(sums)
 
-        in_dims = (_ROW_DIMS, (), _pull_dims("B"), _argument_dims(arguments))
-        return self._map(part, in_dims, (_ROW_DIMS, _SUM_DIMS))(rows, wanted, pulls, arguments)
+        in_dims = (ROW_DIMS, (), pull_dims("B"), argument_dims(arguments))
+        return self._map(part, in_dims, (ROW_DIMS, SUM_DIMS))(rows, wanted, pulls, arguments)
 
 
 _PAIR_DIMS_BY_NAME = dict.fromkeys(("row_P", "latent_P", "pre_P", "counts_F", "total"), ("B", "F"))
-_PAIR_DIMS = Pairs(**_PAIR_DIMS_BY_NAME)
+PAIR_DIMS = Pairs(**_PAIR_DIMS_BY_NAME)
 _ENCODED_DIMS = EncodedSums(decoded_BD=("B", "D"), l0_B=("B",), active_F=("F",), per_row=())
-_ROW_DIMS = Rows(*(("F", "D"),) * 4)
-_SUM_DIMS = Sums(bias_F=("F",), theta_F=("F",), encoded_D=("D",), squares=(), projected=())
+ROW_DIMS = Rows(*(("F", "D"),) * 4)
+SUM_DIMS = Sums(bias_F=("F",), theta_F=("F",), encoded_D=("D",), squares=(), projected=())
 
 
-def _pull_dims(row: str) -> Pulls:
+def pull_dims(row: str) -> Pulls:
     return Pulls(
         x_BD=(row, "D"),
         g_BD=(row, "D"),
@@ -312,7 +310,7 @@ def _pull_dims(row: str) -> Pulls:
     )
 
 
-def _argument_dims(arguments: Any) -> Any:
+def argument_dims(arguments: Any) -> Any:
     """Arrays of latents lie with their latents, scalars everywhere."""
     return jax.tree.map(lambda array: ("F",) if jnp.ndim(array) else (), arguments)
 
@@ -325,7 +323,7 @@ def _is_dims(leaf: tuple) -> bool:
     return all(isinstance(dim, str) for dim in leaf)
 
 
-def _over_model(sums: Sums) -> Sums:
+def over_model(sums: Sums) -> Sums:
     return Sums(
         bias_F=sums.bias_F,
         theta_F=sums.theta_F,
@@ -333,11 +331,3 @@ def _over_model(sums: Sums) -> Sums:
         squares=jax.lax.psum(sums.squares, "model"),
         projected=jax.lax.psum(sums.projected, "model"),
     )
-
-
-def _between(active_P: Array, counts_F: Array) -> Float[Array, " F"]:
-    """How many of each latent's pairs are active; whole numbers, so differences are exact."""
-    up_to_P = jnp.pad(jnp.cumsum(active_P, dtype=jnp.int32), (1, 0))
-    ends_F = jnp.minimum(jnp.cumsum(counts_F, dtype=jnp.int32), active_P.shape[0])
-    counted_F = up_to_P[ends_F] - up_to_P[jnp.pad(ends_F, (1, 0))[:-1]]
-    return counted_F.astype(jnp.float32)

@@ -30,7 +30,7 @@ class TrainState:
         log_gain: what `match_l0` has added to the logarithm of its coefficient.
         selection_threshold: of BatchTopK the mean of the smallest latents selected, its threshold
             at inference; 0 of others.
-        candidates: pairs of row and latent, per row, that the last step had a gradient at.
+        candidates: pairs of row and latent, per row, that the last step needed places for.
         sparse: 1 if the last step went by pairs, 0 if by whole products.
         overflows: steps so far that tried to go by pairs and had too many.
 

@@ -1,8 +1,9 @@
 """One optimiser step: loss, gradients, update, metrics; compiled once per shape and mesh.
 
 The loop sees only `TrainStep`, whichever way gradients are come by: a JumpReLU's are explicit, by
-products (`dense_step`) or by pairs (`adaptive_step`); other architectures' are autodiff's, of one
-program over a (data, model) mesh in which the compiler places the collectives.
+products (`dense_step`) or by pairs (`adaptive_step`), and so are TopK's and BatchTopK's by pairs
+(`topk_step`); all others are autodiff's, of one program over a (data, model) mesh in which the
+compiler places the collectives.
 
 Legend: B rows of a batch, D model width, F latents.
 """
@@ -18,17 +19,20 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from sae_train.adaptive_step import AdaptiveStep, Stepped, is_adaptive
+from sae_train.adaptive_step import AdaptiveStep
 from sae_train.architecture import forward
 from sae_train.config import Config, TrainConfig
 from sae_train.dense_step import DenseStep
 from sae_train.optimiser import tree_norm, update
+from sae_train.pair_update import Stepped
 from sae_train.penalty import Priced, priced
 from sae_train.sae import Forward, Params, threshold_of
 from sae_train.sae_config import SaeConfig
 from sae_train.schedule import Scheduled
 from sae_train.sharding import BATCH_DIMS, sharding
 from sae_train.state import TrainState, state_shardings
+from sae_train.topk_step import TopKStep
+from sae_train.way import is_by_pairs
 
 
 @jax.tree_util.register_dataclass
@@ -38,9 +42,10 @@ class StepMetrics:
 
     `mse` is the squared error summed over D, mean over rows. `fvu` is the summed squared error
     over that of always predicting the batch's mean. `sparsity_coefficient` is the λ that was in
-    force, warm-up and steering included. `sparse_candidates` are the pairs of row and latent that
-    have a gradient, per row, and 0 where steps never go by pairs; `sparse_overflows` counts the
-    steps so far that tried to and had too many. `finite` covers loss and gradients, hence the
+    force, warm-up and steering included. `sparse_candidates` are the pairs of row and latent, per
+    row, that a step by pairs must have places for: a JumpReLU's that have a gradient, a TopK's
+    that its selection collected; 0 where steps never go by pairs. `sparse_overflows` counts the
+    steps so far that had too many. `finite` covers loss and gradients, hence the
     state after the step.
     """
 
@@ -217,19 +222,27 @@ def _plain_step(
     config: Config, *, input_scale: float, target_scale: float | None, mesh: Mesh
 ) -> TrainStep:
     """The step as it is written, uncompiled."""
-    adaptive = AdaptiveStep(config, mesh) if is_adaptive(config, mesh) else None
-    dense = DenseStep(config, mesh) if config.sae.architecture == "jumprelu" else None
+    is_jumprelu, by_pairs = config.sae.architecture == "jumprelu", is_by_pairs(config, mesh)
+    adaptive = AdaptiveStep(config, mesh) if is_jumprelu and by_pairs else None
+    selecting = TopKStep(config, mesh) if by_pairs and not is_jumprelu else None
+    dense = DenseStep(config, mesh) if is_jumprelu else None
 
     def step(state: TrainState, batch: Batch, scalars: Scheduled) -> tuple[TrainState, StepMetrics]:
         x_BD, target_BD = _scaled(batch, input_scale=input_scale, target_scale=target_scale)
-        smallest, sparse, overflows = None, jnp.zeros((), bool), state.overflows
-        if adaptive is not None:
+        sparse, overflows = jnp.zeros((), bool), state.overflows
+        if selecting is not None:
+            dead_F = _is_dead(state.last_fired, step=state.step, train=config.train)
+            stepped, sparse = selecting(
+                state, x_BD, target_BD=target_BD, scalars=scalars, dead_F=dead_F
+            )
+            overflows = overflows + (~sparse).astype(jnp.int32)
+        elif adaptive is not None:
             stepped, sparse, tried = adaptive(state, x_BD, target_BD=target_BD, scalars=scalars)
             overflows = overflows + (tried & ~sparse).astype(jnp.int32)
         elif dense is not None:
             stepped = dense(state, x_BD, target_BD=target_BD, scalars=scalars)
         else:
-            stepped, smallest = _by_autodiff(state, x_BD, target_BD, scalars, config=config)
+            stepped = _by_autodiff(state, x_BD, target_BD, scalars, config=config)
         metrics, last_fired = _measure(
             state, stepped, target_BD=target_BD, overflows=overflows, config=config
         )
@@ -240,7 +253,9 @@ def _plain_step(
             last_touched=stepped.last_touched,
             step=state.step + 1,
             log_gain=stepped.log_gain,
-            selection_threshold=averaged(state.selection_threshold, smallest, step=state.step + 1),
+            selection_threshold=averaged(
+                state.selection_threshold, stepped.smallest, step=state.step + 1
+            ),
             candidates=stepped.candidates,
             sparse=sparse.astype(jnp.int32),
             overflows=overflows,
@@ -252,8 +267,8 @@ def _plain_step(
 
 def _by_autodiff(
     state: TrainState, x_BD: Array, target_BD: Array, scalars: Scheduled, *, config: Config
-) -> tuple[Stepped, Array | None]:
-    """A step of any architecture but JumpReLU; and BatchTopK's `smallest`."""
+) -> Stepped:
+    """A step of any architecture but JumpReLU."""
     sae, train = config.sae, config.train
     (loss, (out, penalty)), gradients = jax.value_and_grad(loss_and_forward, has_aux=True)(
         state.params,
@@ -274,7 +289,7 @@ def _by_autodiff(
         sae=sae,
         train=train,
     )
-    stepped = Stepped(
+    return Stepped(
         params=params,
         second_moment=second_moment,
         last_touched=jnp.full_like(state.last_touched, state.step + 1),
@@ -286,5 +301,5 @@ def _by_autodiff(
         l0_B=out.l0_B,
         fired_F=(out.latents_BF > 0).any(axis=0),
         candidates=jnp.zeros(()),
+        smallest=out.smallest,
     )
-    return stepped, out.smallest

@@ -23,12 +23,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from sae_train.sae import Forward, Params, counted, decode, pre_activations, product_with_decoder
 from sae_train.sae_config import SaeConfig
 
-_BITS = 31  # of a float32 that isn't negative; read as integers they are in the floats' order
+BITS = 31  # of a float32 that isn't negative; read as integers they are in the floats' order
 
 
 def kth_largest(values_BF: Float[Array, "B F"], *, k: int) -> Float[Array, " B"]:
@@ -38,7 +38,7 @@ def kth_largest(values_BF: Float[Array, "B F"], *, k: int) -> Float[Array, " B"]
     def enough(least_B: Array) -> Array:
         return (bits_BF >= least_B[:, None]).sum(axis=1, dtype=jnp.int32) >= k
 
-    return _bisect(enough, jnp.zeros(values_BF.shape[0], jnp.int32))
+    return bisect(enough, jnp.zeros(values_BF.shape[0], jnp.int32))
 
 
 def kth_largest_of_all(values_BF: Float[Array, "B F"], *, k: int) -> Float[Array, ""]:
@@ -49,17 +49,28 @@ def kth_largest_of_all(values_BF: Float[Array, "B F"], *, k: int) -> Float[Array
         # Counted in float32: B·F may pass 2^31, and up to k, at most 2^24, the sum is exact.
         return (bits_BF >= least).sum(axis=1, dtype=jnp.int32).astype(jnp.float32).sum() >= k
 
-    return _bisect(enough, jnp.zeros((), jnp.int32))
+    return bisect(enough, jnp.zeros((), jnp.int32))
 
 
-def _bisect(enough: Callable[[Array], Array], start: Array) -> Array:
-    """The largest bit pattern that is still `enough`, from the highest bit down."""
+def bisect(
+    enough: Callable[[Int[Array, "..."]], Bool[Array, "..."]],
+    start: Int[Array, "..."],
+    *,
+    bits: int = BITS,
+) -> Float[Array, "..."]:
+    """The largest value >= 0 that is still `enough`, from its highest bit down.
+
+    Args:
+        enough: of values read as integers; true up to some value and false above it.
+        start: zeros.
+        bits: how many of the 31 are found; the others stay 0, and the value is a lower bound.
+    """
 
     def body(place: Array, least: Array) -> Array:
-        candidate = least | jnp.left_shift(jnp.int32(1), (_BITS - 1 - place).astype(jnp.int32))
+        candidate = least | jnp.left_shift(jnp.int32(1), (BITS - 1 - place).astype(jnp.int32))
         return jnp.where(enough(candidate), candidate, least)
 
-    least = jax.lax.fori_loop(0, _BITS, body, start)
+    least = jax.lax.fori_loop(0, bits, body, start)
     return jax.lax.bitcast_convert_type(least, jnp.float32)
 
 

@@ -17,8 +17,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
+
+from tests.mutation import Mutation
+from tests.mutations_topk import TOPK
 
 logger = logging.getLogger("mutations")
 
@@ -26,26 +28,6 @@ ROOT = Path(__file__).resolve().parent.parent
 _LEFT_OUT = shutil.ignore_patterns(".*", "demo-data", "runs", "build", "*.egg-info", "__pycache__")
 # What a line that merely doesn't work raises.
 _NOT_RUN = re.compile(r"^E +(NameError|SyntaxError|ImportError|AttributeError|TypeError)", re.M)
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """One line of the code said wrongly.
-
-    Attributes:
-        what: what is wrong then, as a person would say it.
-        file: the file, from the top of the tree.
-        right, wrong: a piece of it that stands there once, and what takes its place.
-        test: the test that must fail, as pytest names it; a parametrised one without its
-            parameters, or with them.
-    """
-
-    what: str
-    file: str
-    right: str
-    wrong: str
-    test: str
-
 
 _ADAPTIVE, _PAIRS = "sae_train/adaptive_step.py", "sae_train/pairs.py"
 _ROWS, _SPARSE = "sae_train/row_passes.py", "sae_train/sparse_step.py"
@@ -87,8 +69,8 @@ MUTATIONS = (
     Mutation(
         "rows are updated by pairs and then by tiles again",
         _SPARSE,
-        "counts_F = jnp.where(fits, counts_F, 0)",
-        "fits = ~fits | fits",
+        "jnp.broadcast_to(fits, rows.W_enc.shape[:1])",
+        "jnp.broadcast_to(fits | ~fits, rows.W_enc.shape[:1])",
         f"{_T_SPARSE}::test_too_many_pairs_fall_back_and_are_counted",
     ),
     Mutation(
@@ -177,7 +159,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a second moment decays once, however long its latent rested",
-        _ADAPTIVE,
+        "sae_train/pair_update.py",
         "kept_F = kept_share(state.step + 1 - state.last_touched",
         "kept_F = kept_share(0 * state.last_touched + 1",
         f"{_T_SPARSE}::test_latents_that_rest_are_as_if_they_had_stepped",
@@ -332,6 +314,7 @@ MUTATIONS = (
         "jnp.where(pairs.total < 0, 0, counts_B)",
         f"{_T_KERNELS}::test_of_too_many_pairs_none_is_decoded",
     ),
+    *TOPK,
 )
 
 

@@ -19,11 +19,11 @@ import pytest
 
 from activation_cache.errors import UserError
 from sae_train import pair_sums, pairs, row_passes
-from sae_train.adaptive_step import _write
 from sae_train.config import AdamConfig
 from sae_train.kernels import decode, select, touched
 from sae_train.kernels.parts import without_gpu
 from sae_train.optimiser import Rows, RowUpdate, unit_rows
+from sae_train.pair_update import write_rows
 from sae_train.schedule import scheduled
 from sae_train.sharding import make_mesh
 from sae_train.state import init_state
@@ -81,7 +81,7 @@ class Touched:
     def by_xla(
         self, rows: Rows, found: pairs.Pairs, *, writes: bool
     ) -> tuple[Rows, row_passes.Sums]:
-        write = partial(_write, self.update, config=AdamConfig())
+        write = partial(write_rows, self.update, config=AdamConfig())
         return row_passes.touched_pass(
             *self._operands(rows, found),
             pulls=self.pulls,

@@ -237,13 +237,17 @@ def test_hours_reads_and_cost() -> None:
         ({}, "sparse", (True, True)),
         ({}, "dense", (False, False)),
         ({"architecture": "relu"}, "auto", (False, False)),
+        ({"architecture": "topk", "k": 64}, "auto", (False, True)),
+        ({"architecture": "batch_topk", "k": 64}, "sparse", (True, True)),
     ],
 )
 def test_the_step_a_run_takes_is_said_and_its_memory_counted(
     sae: dict[str, Any], step: str, ways: tuple[bool, bool]
 ) -> None:
-    penalty = "l1" if sae else "l0"
-    sparsity = {"penalty": penalty, "coefficient": 1}
+    penalty = {"relu": "l1", "topk": "none", "batch_topk": "none"}.get(
+        sae.get("architecture"), "l0"
+    )
+    sparsity = {"penalty": penalty} | ({} if penalty == "none" else {"coefficient": 1})
     train = {"step": step, "tokens": 8e9, "sparsity": sparsity}
     plan = plan_of(scope_config(sae=sae, train=train))
     (run,) = plan.runs

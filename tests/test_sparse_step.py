@@ -110,7 +110,7 @@ def test_too_many_pairs_fall_back_and_are_counted():
 
 
 def test_left_open_a_step_goes_by_pairs_once_they_are_few(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("sae_train.adaptive_step.SMALLEST_WIDTH", F)
+    monkeypatch.setattr("sae_train.way.SMALLEST_WIDTH", F)
     dense, _ = run(make_config(**COMMON, step="dense"), 120)
     config = make_config(**COMMON, step="auto", sparse_capacity=70)
     auto, metrics = run(config, 120)
@@ -147,7 +147,7 @@ def test_steps_by_pairs_begin_at_fewer_than_they_cease_at(
 def idle_step() -> Any:
     """A config with few active latents and its step, which takes the way it finds best."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sae_train.adaptive_step.SMALLEST_WIDTH", F)
+        patch.setattr("sae_train.way.SMALLEST_WIDTH", F)
         config = make_config(**COMMON | {"threshold_init": 0.3}, step="auto", sparse_capacity=F)
         return config, make_train_step(config, input_scale=2.0, mesh=make_mesh(config.mesh))
 
