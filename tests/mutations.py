@@ -315,6 +315,13 @@ MUTATIONS = (
         f"{_T_KERNELS}::test_of_too_many_pairs_none_is_decoded",
     ),
     *TOPK,
+    Mutation(
+        "a kernel's pairs stay in the order in which their tiles came",
+        f"{_KERNELS}/select.py",
+        "to_P = jnp.where(there_P, to_P, capacity + nth_P)",
+        "to_P = jnp.where(there_P, nth_P, capacity + nth_P)",
+        f"{_T_KERNELS}::test_programs_in_the_opposite_order_leave_the_same_bits",
+    ),
 )
 
 

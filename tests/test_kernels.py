@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from activation_cache.errors import UserError
 from sae_train import pair_sums, pairs, row_passes
@@ -152,6 +153,31 @@ def test_pairs_from_the_pool_are_the_same_in_whichever_order_they_got_there():
     for name, expected, behind in (("row_P", row, 0), ("latent_P", latent, 40), ("pre_P", pre, 0)):
         expected = np.append(expected, np.full(2000 - len(row), behind)).astype(np.float32)
         np.testing.assert_array_equal(getattr(found, name), expected)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_programs_in_the_opposite_order_leave_the_same_bits(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(touched, "PROGRAMS", 7)
+    case = Touched(8, num_rows=150, width=96)  # two by two tiles
+    num_places = case.pairs.pre_P.shape[0]
+
+    def parts() -> Any:
+        found = select.select_pairs(
+            case.rows.W_enc,
+            case.pulls.bias_F,
+            case.pulls.theta_F,
+            case.pulls.x_BD,
+            bandwidth=BANDWIDTH,
+            capacity=num_places,
+        )
+        decoded = decode.decode_pairs(found, found.pre_P, case.rows.W_dec, num_rows=150)
+        return found, decoded, case.by_kernel(case.rows, found)
+
+    forth, own = jax.jit(parts)(), pl.program_id
+    monkeypatch.setattr(pl, "program_id", lambda axis: pl.num_programs(axis) - 1 - own(axis))
+    back = jax.jit(lambda: parts())()
+    assert float(forth[0].total) > 500
+    jax.tree.map(np.testing.assert_array_equal, back, forth)
 
 
 @pytest.mark.usefixtures("interpreted")
