@@ -166,15 +166,6 @@ class TrainConfig(Section):
             return {"penalty": "l0", **sparsity}
         return sparsity
 
-    @model_validator(mode="after")
-    def _kernels_have_a_step(self) -> TrainConfig:
-        if self.kernels == "pallas" and self.step != "sparse":
-            raise ValueError(
-                f"kernels pallas are for steps by pairs, and step is {self.step}: set step to "
-                "sparse, or kernels to xla"
-            )
-        return self
-
     @property
     def steps(self) -> int:
         """Optimiser steps: the token budget in whole batches, at least one."""
@@ -318,6 +309,7 @@ class Config(Section):
             *(line for tap in self.sae.taps for line in _check_tapped(tap, self.cache.sites)),
             *_check_target(self.train.sparsity, width=self.sae.width),
             *_check_penalty(self.sae, self.train.sparsity),
+            *_check_kernels(self.sae, self.train),
             *_check_divisible("train.batch_size", self.train.batch_size, "data", self.mesh.data),
             *_check_divisible("sae.width", self.sae.width, "model", self.mesh.model),
         ]
@@ -373,6 +365,17 @@ def _check_penalty(sae: SaeConfig, sparsity: Sparsity) -> list[str]:
     return [
         f"train.sparsity.penalty {sparsity.penalty} does not go with sae.architecture "
         f"{sae.architecture}: use {' or '.join(expected)}"
+    ]
+
+
+def _check_kernels(sae: SaeConfig, train: TrainConfig) -> list[str]:
+    by_pairs = sae.architecture not in ("relu", "gated") and train.step == "sparse"
+    if train.kernels == "xla" or by_pairs:
+        return []
+    return [
+        f"train.kernels pallas is for steps by pairs, and sae.architecture is {sae.architecture} "
+        f"and train.step {train.step}: set train.kernels to xla, or train.step to sparse with an "
+        "architecture other than relu and gated"
     ]
 
 

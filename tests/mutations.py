@@ -314,6 +314,20 @@ MUTATIONS = (
         "jnp.where(pairs.total < 0, 0, counts_B)",
         f"{_T_KERNELS}::test_of_too_many_pairs_none_is_decoded",
     ),
+    Mutation(
+        "kernels are taken for what they are not for",
+        "sae_train/config.py",
+        'sae.architecture not in ("relu", "gated") and train.step == "sparse"',
+        'train.step == "sparse"',
+        f"{_T_KERNELS}::test_kernels_are_refused_for_what_they_are_not_for",
+    ),
+    Mutation(
+        "a TopK's latents that a kernel touched stay as they were",
+        f"{_KERNELS}/parts.py",
+        "update=None if write is None else arguments",
+        "update=None",
+        f"{_T_KERNELS}::test_steps_of_a_topk_touch_latents_in_a_kernel",
+    ),
     *TOPK,
     Mutation(
         "a kernel's pairs stay in the order in which their tiles came",

@@ -232,8 +232,27 @@ def test_kernels_are_refused_where_there_is_no_gpu():
     config = make_config(**OPTIONS, kernels="pallas")
     with pytest.raises(UserError, match=r"train.kernels.*devices here are of cpu.*to xla"):
         make_train_step(config, input_scale=1.0, mesh=make_mesh(config.mesh))
-    with pytest.raises(ValueError, match="kernels pallas are for steps by pairs, and step is auto"):
-        make_config(**OPTIONS | {"step": "auto"}, kernels="pallas")
+
+
+@pytest.mark.parametrize(("architecture", "step"), [("jumprelu", "auto"), ("relu", "sparse")])
+def test_kernels_are_refused_for_what_they_are_not_for(architecture: str, step: str):
+    options = OPTIONS | {"step": step}
+    if architecture == "relu":
+        options |= {"sae": {"architecture": "relu"}, "sparsity": {"penalty": "l1"}}
+    make_config(**options)
+    found = rf"is for steps by pairs, .*{architecture} and train.step {step}: set"
+    with pytest.raises(ValueError, match=found):
+        make_config(**options, kernels="pallas")
+
+
+def test_steps_of_a_topk_touch_latents_in_a_kernel():
+    sparsity = {"penalty": "none"}
+    options = OPTIONS | {"sae": {"architecture": "topk", "k": 6}, "sparsity": sparsity}
+    by_xla, _ = run(make_config(**options), 4)
+    with without_gpu("interpret"):
+        found, _ = run(make_config(**options, kernels="pallas"), 4)
+    assert int(found.overflows) == 0
+    assert_same_training(found, by_xla)
 
 
 def lowered(function: Any, *arguments: Any) -> str:
