@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -20,18 +18,17 @@ from activation_cache.harvest import harvest
 from activation_cache.model import LanguageModel, load_model
 from activation_cache.store import Store, open_store
 from launch.cli import main
-from sae_train import evaluate_pass, evaluate_splice, evaluate_stats
+from sae_train import evaluate_pass
 from sae_train.checkpoint import load_trained
 from sae_train.config import Config, EvaluationConfig
 from sae_train.config_file import write_config
 from sae_train.evaluate import evaluate
-from sae_train.evaluate_stats import SiteSums, reconstruct, sae_batch
+from sae_train.evaluate_stats import sae_batch
 from sae_train.evaluation import Evaluation, read_evaluation, read_frequencies
 from sae_train.formats import write_gemma_scope
-from sae_train.release import Sae, fold
+from sae_train.release import fold
 from tests.saes import (
     make_config,
-    make_sae,
     make_trained,
     reference_latents,
     reference_reconstruction,
@@ -325,64 +322,6 @@ def test_splicing_the_identity_costs_nothing(world, tmp_path):
     assert e.loss_recovered == pytest.approx(1, abs=1e-4)
 
 
-def test_splices_leave_masked_positions_alone():
-    sae = make_sae(D=6)
-    acts = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 6)), jnp.bfloat16)
-    where = jnp.asarray(np.random.default_rng(1).uniform(size=(2, 5)) < 0.5)
-    spliced = evaluate_splice.splice_sae(acts, (sae, where))
-    zeroed = evaluate_splice.splice_zero(acts, where)
-    assert spliced.dtype == zeroed.dtype == jnp.bfloat16
-    for out, inside in ((spliced, sae(acts).astype(jnp.bfloat16)), (zeroed, 0 * acts)):
-        assert np.array_equal(out[~where], acts[~where])
-        np.testing.assert_allclose(
-            out[where].astype(np.float32), inside[where].astype(np.float32), rtol=1e-2
-        )  # one unit in the last place of bfloat16
-
-
-# Sums -------------------------------------------------------------------------------------------
-
-
-def test_what_is_masked_has_no_influence():
-    """NaN at every position that isn't counted: any leak would show."""
-    sae = make_sae(D=6)
-    x = np.random.default_rng(0).standard_normal((3, 5, 6)).astype(np.float32)
-    counted = np.random.default_rng(1).uniform(size=(3, 5)) < 0.6
-    poisoned = np.where(counted[..., None], x, np.nan)
-    clean, leaky = sae_batch(sae, x, counted), sae_batch(sae, poisoned, counted)
-    for name in ("squared_error_BS", "active_BS", "fired_F"):
-        assert np.array_equal(getattr(clean, name), getattr(leaky, name)), name
-    sums = SiteSums()
-    sums.add(jnp.asarray(poisoned), counted)
-    rows = x[counted].astype(np.float64)
-    spread = ((rows - rows.mean(axis=0)) ** 2).sum()
-    assert sums.spread_S.sum() == pytest.approx(spread, rel=1e-5)
-
-
-def test_spread_survives_a_mean_a_thousand_times_larger():
-    random = np.random.default_rng(0)
-    x = random.standard_normal((40, 4, 8)) * 0.3 + 1000 * random.standard_normal(8)
-    x = x.astype(np.float32)
-    sums = SiteSums()
-    for part in np.split(x, 8):
-        sums.add(jnp.asarray(part), np.ones(part.shape[:2], bool))
-    rows = x.reshape(-1, 8).astype(np.float64)
-    spread = ((rows - rows.mean(axis=0)) ** 2).sum()
-    assert sums.spread_S.sum() == pytest.approx(spread, rel=1e-4)
-
-
-@pytest.mark.parametrize("elements", [1, 24, 100, 10**9])
-def test_chunks_of_rows_change_nothing(monkeypatch, elements):
-    sae = make_sae(D=6)
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((13, 6)), jnp.float32)
-    counted = jnp.arange(13) % 3 > 0
-    monkeypatch.setattr(evaluate_stats, "MAX_LATENT_ELEMENTS", elements)
-    decoded, l0, fired = reconstruct(sae, x, counted)
-    latents = reference_latents(sae, np.asarray(x))
-    np.testing.assert_allclose(decoded, sae(x), rtol=1e-5, atol=1e-5)
-    assert np.array_equal(l0, (latents > 0).sum(axis=1))
-    assert np.array_equal(fired, (latents > 0)[np.asarray(counted)].sum(axis=0))
-
-
 # The command's behaviour ------------------------------------------------------------------------
 
 
@@ -514,10 +453,3 @@ def test_a_run_without_a_checkpoint(world, tmp_path):
     write_config(world.config, tmp_path)
     with pytest.raises(UserError, match="has no checkpoints"):
         evaluate([tmp_path], model=world.ours)
-
-
-def test_saes_are_arguments_not_constants(world):
-    sae: Sae = make_sae(D=D, F=F)
-    x, counted = jnp.ones((1, S, D)), jnp.ones((1, S), bool)
-    lowered = jax.make_jaxpr(lambda s: sae_batch.__wrapped__(s, x, counted))(sae)
-    assert len(lowered.in_avals) == 5
