@@ -92,14 +92,14 @@ TOPK = (
         _LISTED,
         'jax.lax.psum(array, "data") for array in found',
         'jax.lax.pmean(array, "data") for array in found',
-        f"{_T_TOPK}::test_pairs_on_many_meshes[2-2-128-topk]",
+        f"{_T_TOPK}::test_pairs_on_many_meshes[topk-2-2-128]",
     ),
     Mutation(
         "BatchTopK's threshold follows another value than the smallest selected",
         "sae_train/topk_step.py",
         "smallest=chosen.least_B[0]",
         "smallest=1.001 * chosen.least_B[0]",
-        f"{_T_TOPK}::test_pairs_on_many_meshes[1-1-128-batch_topk]",
+        f"{_T_TOPK}::test_pairs_on_many_meshes[batch_topk-1-1-128]",
     ),
     Mutation(
         "dead pre-activations of the whole batch are kept",

@@ -140,9 +140,16 @@ def on_one_device(architecture: str, step: str) -> tuple[TrainState, list[StepMe
     return run(config_of(architecture, step=step, gradient_clip=0.05), 12)
 
 
-@pytest.mark.parametrize("architecture", KINDS)
 @pytest.mark.parametrize(
-    ("data", "model", "capacity"), [(1, 1, F), (2, 2, F), (4, 1, F), (1, 4, F), (2, 2, K)]
+    ("architecture", "data", "model", "capacity"),
+    [
+        ("topk", 2, 2, F),
+        ("topk", 1, 4, F),
+        ("topk", 2, 2, K),
+        ("batch_topk", 1, 1, F),
+        ("batch_topk", 2, 2, F),
+        ("batch_topk", 4, 1, F),
+    ],
 )
 def test_pairs_on_many_meshes(architecture: str, data: int, model: int, capacity: int):
     dense, dense_metrics = on_one_device(architecture, "dense")
