@@ -10,8 +10,9 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/python -m launch.demo demo-data
 	$(BIN)/sae sweep configs/demo.yaml
 
+# A worker that dies ends the run: else pytest-xdist waits for its other tests for ever.
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
 
 # The code broken on purpose, a line at a time: does a test of exactness turn red? docs/exactness.md.
 mutations: $(VENV)/test.stamp

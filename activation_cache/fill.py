@@ -32,7 +32,7 @@ from activation_cache.writer import Bucket
 class _Batch:
     """One forward pass under way: its sequences and the activations to come."""
 
-    sequences: Int64[np.ndarray, "N"]
+    sequences: Int64[np.ndarray, " N"]
     tokens: Int32[np.ndarray, "N S"]
     activations: dict[Tap, Float[Array, "B S _"]]  # of the first N <= B sequences and filling
 
@@ -92,7 +92,7 @@ class BucketFiller:
         return slice(first, last + 1)
 
     def _forward(
-        self, sequences: Int64[np.ndarray, "N"], before: Callable[[], None]
+        self, sequences: Int64[np.ndarray, " N"], before: Callable[[], None]
     ) -> Iterator[_Batch]:
         """Forward passes, one ahead on each copy: the host copies rows while devices compute."""
         size = self.manifest.sequences_per_batch
@@ -119,7 +119,7 @@ class BucketFiller:
         return found
 
     def _scatter(
-        self, batch: _Batch, bucket: Bucket, places: Int64[np.ndarray, "N"], row: int
+        self, batch: _Batch, bucket: Bucket, places: Int64[np.ndarray, " N"], row: int
     ) -> int:
         """Put a batch's usable rows, the first being `row`, where the shuffle wants them.
 

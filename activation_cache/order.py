@@ -34,7 +34,7 @@ SEQUENCES, BUCKET, BLOCKS = 1, 2, 3
 _STRETCH = 1024  # places of an epoch whose blocks are worked out together
 
 
-def mix(x: UInt64[np.ndarray, "N"]) -> UInt64[np.ndarray, "N"]:
+def mix(x: UInt64[np.ndarray, " N"]) -> UInt64[np.ndarray, " N"]:
     """Scramble 64-bit words: the finaliser of splitmix64, a bijection on 64 bits."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -56,11 +56,11 @@ class Permutation:
     size: int
     key: int
 
-    def forward(self, index: Int64[np.ndarray, "N"]) -> Int64[np.ndarray, "N"]:
+    def forward(self, index: Int64[np.ndarray, " N"]) -> Int64[np.ndarray, " N"]:
         """The image of every index; each must lie in `range(size)`."""
         return self._walk(index, self._round_keys)
 
-    def inverse(self, image: Int64[np.ndarray, "N"]) -> Int64[np.ndarray, "N"]:
+    def inverse(self, image: Int64[np.ndarray, " N"]) -> Int64[np.ndarray, " N"]:
         """The index that `forward` sends to `image`."""
         return self._walk(image, self._round_keys[::-1], swapped=True)
 
@@ -73,8 +73,8 @@ class Permutation:
         return [np.uint64(derive_key(self.key, number)) for number in range(_ROUNDS)]
 
     def _walk(
-        self, index: Int64[np.ndarray, "N"], keys: list[np.uint64], *, swapped: bool = False
-    ) -> Int64[np.ndarray, "N"]:
+        self, index: Int64[np.ndarray, " N"], keys: list[np.uint64], *, swapped: bool = False
+    ) -> Int64[np.ndarray, " N"]:
         assert index.size == 0 or (index.min() >= 0 and index.max() < self.size)
         value = self._network(index.astype(np.uint64), keys, swapped=swapped)
         while (outside := np.flatnonzero(value >= np.uint64(self.size))).size:
@@ -82,8 +82,8 @@ class Permutation:
         return value.astype(np.int64)
 
     def _network(
-        self, value: UInt64[np.ndarray, "N"], keys: list[np.uint64], *, swapped: bool
-    ) -> UInt64[np.ndarray, "N"]:
+        self, value: UInt64[np.ndarray, " N"], keys: list[np.uint64], *, swapped: bool
+    ) -> UInt64[np.ndarray, " N"]:
         """The Feistel rounds; with the keys reversed and the halves swapped, their inverse."""
         half = np.uint64(self._half_bits)
         mask = np.uint64(2**self._half_bits - 1)
@@ -160,8 +160,8 @@ class BlockOrder:
 
 
 def _blocks_at(
-    blocks: BlockOrder, epoch: int, places: Int64[np.ndarray, "N"]
-) -> Int64[np.ndarray, "N"]:
+    blocks: BlockOrder, epoch: int, places: Int64[np.ndarray, " N"]
+) -> Int64[np.ndarray, " N"]:
     """The blocks at consecutive places of an epoch's order."""
     first, last = int(places[0]) // _STRETCH, int(places[-1]) // _STRETCH
     known = [_stretch(blocks, epoch, number) for number in range(first, last + 1)]
@@ -170,7 +170,7 @@ def _blocks_at(
 
 # Kept, because the permutation's many small steps cost a millisecond for one block or a thousand.
 @functools.lru_cache(maxsize=16)
-def _stretch(blocks: BlockOrder, epoch: int, number: int) -> Int64[np.ndarray, "N"]:
+def _stretch(blocks: BlockOrder, epoch: int, number: int) -> Int64[np.ndarray, " N"]:
     order, _ = _epoch_order(blocks, epoch)
     stop = min((number + 1) * _STRETCH, blocks.num_blocks)
     return order.forward(np.arange(number * _STRETCH, stop))

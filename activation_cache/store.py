@@ -74,8 +74,8 @@ class TapInfo:
 class Provenance:
     """For each row, its sequence in the token table and its position there (0 is BOS)."""
 
-    sequence: Int32[np.ndarray, "N"]
-    position: Int32[np.ndarray, "N"]
+    sequence: Int32[np.ndarray, " N"]
+    position: Int32[np.ndarray, " N"]
 
 
 @dataclass(frozen=True)

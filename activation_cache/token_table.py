@@ -116,7 +116,7 @@ class TokenTable:
         """Which tokens make a row: neither BOS, EOS nor padding."""
         return usable_tokens(tokens, self.summary.special_ids)
 
-    def usable_counts(self) -> Int32[np.ndarray, "N"]:
+    def usable_counts(self) -> Int32[np.ndarray, " N"]:
         """Usable tokens of every sequence, held-out ones included."""
         layout = count_layout(self.path, self.num_sequences)
         return read_rows(layout.open(), layout, [Segment(0, self.num_sequences)])

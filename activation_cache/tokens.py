@@ -310,7 +310,7 @@ class _TableBuilder:
                 "is left. Lower text.held_out_sequences or text.sequence_length, or add text."
             )
 
-    def _write_counts(self, sequences: int) -> Int32[np.ndarray, "N"]:
+    def _write_counts(self, sequences: int) -> Int32[np.ndarray, " N"]:
         counts = np.concatenate(self.usable)
         layout = count_layout(self.path, sequences)
         write_shards(layout.open(create=True), layout, start=0, rows=counts)

@@ -37,8 +37,8 @@ class Bucket:
 
     number: int
     activations: dict[Tap, Float[np.ndarray, "N _"]]
-    sequence: Int32[np.ndarray, "N"]
-    position: Int32[np.ndarray, "N"]
+    sequence: Int32[np.ndarray, " N"]
+    position: Int32[np.ndarray, " N"]
 
 
 class Commit(Section):

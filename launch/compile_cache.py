@@ -2,6 +2,11 @@
 
 A run that is preempted and started again, the members of a sweep and the commands of a day compile
 the same programs. JAX keys each by its operations, its shapes, its devices and its own version.
+
+Not of several CPU devices: in a program that XLA has compiled its sums over devices come in one
+order on all of them, in one that it has loaded they may not (seen with jaxlib 0.10.2, where sums
+are in different loops). Then devices wait for each other until XLA aborts the process, or add up
+what doesn't belong together.
 """
 
 from __future__ import annotations
@@ -24,10 +29,16 @@ def keep_programs() -> None:
 
     Where somebody has chosen already (`JAX_COMPILATION_CACHE_DIR`, or
     `JAX_ENABLE_COMPILATION_CACHE=false`) nothing is changed; where the folder can't be made,
-    nothing is kept.
+    nothing is kept. With several CPU devices nothing is kept or loaded, whoever has chosen.
+
+    Called once processes have found each other, for it looks at all devices.
     """
     import jax
 
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        jax.config.update("jax_enable_compilation_cache", False)
+        logger.debug("compiled programs aren't kept: several CPU devices compute together")
+        return
     chosen: Any = jax.config  # whose attributes no type checker knows
     if chosen.jax_compilation_cache_dir or not chosen.jax_enable_compilation_cache:
         return

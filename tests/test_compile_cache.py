@@ -17,7 +17,8 @@ from tests.pipeline import ROOT
 from tests.stores import make_manifest, random_rows, write_store
 
 PROGRAM = """
-import sys, jax
+import os, sys, jax
+jax.config.update("jax_num_cpu_devices", int(os.environ["CPU_DEVICES"]))
 from launch import stages
 from sae_train.config_file import load_config
 hits = []
@@ -52,7 +53,7 @@ def train(config: Path, **environment: str) -> int:
     inherited = {key: os.environ[key] for key in os.environ if not key.startswith("JAX_COMP")}
     told = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(config)],
-        env=inherited | {"PYTHONPATH": str(ROOT)} | environment,
+        env=inherited | {"PYTHONPATH": str(ROOT), "CPU_DEVICES": "1"} | environment,
         capture_output=True,
         text=True,
         check=True,
@@ -83,3 +84,13 @@ def test_a_folder_of_the_users_own_is_left_to_him(config: Path, tmp_path: Path) 
 def test_a_home_that_cannot_be_written_is_no_mistake(config: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert train(config, XDG_CACHE_HOME=str(tmp_path / "file")) == 0
+
+
+@pytest.mark.parametrize("chosen", ["XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"])
+def test_programs_of_several_cpu_devices_are_compiled_each_time(
+    config: Path, tmp_path: Path, chosen: str
+) -> None:
+    """Loaded ones have been seen to hang, and to add up what doesn't belong together."""
+    for _ in range(2):
+        assert train(config, CPU_DEVICES="2", **{chosen: str(tmp_path)}) == 0
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

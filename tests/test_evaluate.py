@@ -29,6 +29,7 @@ from sae_train.formats import write_gemma_scope
 from sae_train.release import fold
 from tests.saes import (
     make_config,
+    make_sae,
     make_trained,
     reference_latents,
     reference_reconstruction,
