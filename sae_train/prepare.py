@@ -11,13 +11,14 @@ Legend: B rows of a batch, D model width, F latents.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float
 
 from sae_train.config import Config, MatchL0Penalty, TargetL0Penalty
@@ -111,9 +112,15 @@ def _pre_activations_of_all(
     params: Params, x_BD: Float[np.ndarray, "B D"], *, config: SaeConfig
 ) -> Float[np.ndarray, "B F"]:
     """Pre-activations on the host, whatever the mesh the parameters lie on."""
-    everywhere = sharding(mesh_of(params["W_enc"]), ())
-    compute = jax.jit(partial(pre_activations, config=config), out_shardings=everywhere)
+    compute = _gathering(config, mesh_of(params["W_enc"]))
     return np.asarray(compute(params, x_BD, bias=params["b_enc"]))
+
+
+@functools.lru_cache(maxsize=8)
+def _gathering(config: SaeConfig, mesh: Mesh) -> Callable[..., jax.Array]:
+    """`pre_activations`, whole on every device of the mesh."""
+    compute = functools.partial(pre_activations, config=config)
+    return jax.jit(compute, out_shardings=sharding(mesh, ()))
 
 
 def threshold_warning(

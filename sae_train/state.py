@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +98,14 @@ def init_state(config: SaeConfig, *, d_model: int, seed: int, mesh: Mesh) -> Tra
     W_dec and W_enc are drawn from one key, so W_enc starts as W_dec's transpose; of a transcoder
     they are drawn apart.
     """
+    return _initialiser(config, d_model, seed, mesh)()
 
+
+# The members of a cohort begin alike but for the numbers they are compared by.
+@functools.lru_cache(maxsize=8)
+def _initialiser(
+    config: SaeConfig, d_model: int, seed: int, mesh: Mesh
+) -> Callable[[], TrainState]:
     table = table_of(config)
 
     def init() -> TrainState:
@@ -112,5 +121,4 @@ def init_state(config: SaeConfig, *, d_model: int, seed: int, mesh: Mesh) -> Tra
         # Half of all latents are active at first (docs/numerics.md): as if all were.
         return dataclasses.replace(state, candidates=jnp.float32(config.width))
 
-    placed = state_shardings(mesh, config=config)
-    return jax.jit(init, out_shardings=placed)()
+    return jax.jit(init, out_shardings=state_shardings(mesh, config=config))

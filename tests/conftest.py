@@ -41,6 +41,17 @@ def logging_unconfigured() -> None:
         logging.getLogger(name).setLevel(logging.NOTSET)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def steps_made_once() -> Iterator[None]:
+    """The runs of a test file that have one step share its compilation."""
+    from sae_train import cohort_step
+    from tests.steps_made_once import StepsMadeOnce
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cohort_step, "make_train_step", StepsMadeOnce())
+        yield
+
+
 @pytest.fixture(scope="session")
 def sae_lens() -> Any:
     """SAELens, the oracle of releases and architectures."""

@@ -21,12 +21,6 @@ RESTORED = range(1, STEPS)
 # Quantities near their own noise: a mean of counts may move by one count in 48 * 64.
 RTOL = 1e-5
 
-# A restart compiles the step anew; the cache keeps twenty of them from costing twenty times.
-COMPILED_ONCE = {
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-}
-
 # The second process of each group believes that it is tomorrow.
 CLOCK = "import time\n_real = time.time\ntime.time = lambda: _real() + 86400\n"
 
@@ -55,7 +49,6 @@ def run_group(folder: Path, configs: list[Config], *, processes: int) -> None:
     group = start_group(
         [["-m", "tests.train_child", *files]] * processes,
         devices_each=4 // processes,
-        environment=COMPILED_ONCE | {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")},
         of_process={1: {"PYTHONPATH": f"{folder / 'clock'}:{root}"}},
     )
     codes = group.wait()
@@ -83,7 +76,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for checkpoint in (copy / "checkpoints").iterdir():
             if int(checkpoint.name) > step:
                 shutil.rmtree(checkpoint)
-        restored.append(config_of(folder, copy.name, (1, 4) if step % 2 else (4, 1)))
+        mesh = (1, 4) if step % 2 else (4, 1)
+        restored.append(
+            config_of(folder, copy.name, mesh, checkpoint={"every_steps": STEPS, "keep": 2})
+        )
     of_four = [config_of(folder, name_of(mesh, 4), mesh) for mesh in MESHES]
     run_group(folder, [*of_four, *restored], processes=4)
     return folder

@@ -22,6 +22,7 @@ from sae_train.state import TrainState, init_state
 from sae_train.step import StepMetrics, make_train_step
 from tests import reference
 from tests.configs import make_config
+from tests.steps_made_once import StepsMadeOnce
 from tests.test_step import PENALTIES, biased_state, plain_threshold
 
 B, D, F = 64, 32, 128
@@ -34,6 +35,8 @@ COMMON: dict[str, Any] = {
     "sparsity": {"coefficient": 0.01, "warmup_steps": 5},
     "learning_rate": {"peak": 1e-3, "warmup_steps": 5},
 }
+
+step_of = StepsMadeOnce()
 
 
 def rows_of(step: int, *, num: int = B, width: int = D) -> np.ndarray:
@@ -50,7 +53,7 @@ def run(
     mesh = make_mesh(config.mesh)
     if state is None:
         state = init_state(config.sae, d_model=D, seed=1, mesh=mesh)
-    step_function, found = make_train_step(config, input_scale=2.0, mesh=mesh), []
+    step_function, found = step_of(config, input_scale=2.0, mesh=mesh), []
     for step in range(first, first + steps):
         state, metrics = step_function(state, rows_of(step), scheduled(config.train, step=step))
         found.append(metrics)
@@ -166,7 +169,7 @@ def on_one_device(capacity: int) -> tuple[TrainState, list[StepMetrics]]:
 
 @pytest.mark.parametrize(
     ("data", "model", "capacity"),
-    [(8, 1, F), (4, 2, F), (2, 4, F), (1, 8, F), (2, 4, 36)],
+    [(4, 2, F), (1, 8, F), (2, 4, 36)],
 )
 def test_pairs_on_many_meshes(data: int, model: int, capacity: int):
     single, metrics = on_one_device(capacity)

@@ -291,7 +291,7 @@ def test_a_signal_ends_the_sweep_and_the_same_command_goes_on(finished: Path) ->
     overrides = [
         f"output={out}",
         "sweep.grid={train.seed: [0, 1]}",
-        "train.tokens=192_000",
+        "train.tokens=96_000",
         "checkpoint.every_steps=1000",
     ]
     command = ["sweep", str(finished / "config.yaml"), *overrides]
