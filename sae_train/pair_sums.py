@@ -23,10 +23,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sae_train.pairs import Pairs, varying_like
 
-# Measured on a CPU, with 4 to 16 pairs a segment: smaller blocks start too many loops, larger ones
+# Measured on a CPU, with 4 to 16 pairs a latent: smaller blocks start too many loops, larger ones
 # and more pairs at once fall out of its caches.
 BLOCK = 1024
-AT_ONCE = 8
+AT_ONCE = 4
 
 Carried = TypeVar("Carried")
 

@@ -26,7 +26,7 @@ from sae_train.sae import PRECISION
 WORD = 32
 # A tile of [4096, 1024] float32 is 16 MB: measured the best of 512 to 4096 on a CPU.
 LARGEST_TILE = 1024
-WRITTEN_AT_ONCE = 4096
+WRITTEN_AT_ONCE = 2048
 
 
 @jax.tree_util.register_dataclass
