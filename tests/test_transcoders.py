@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from sae_train.step import make_train_step
 from tests import reference
 from tests.configs import make_config
 from tests.pipeline import write_pipeline
+from tests.rows_off_edges import off_edges
 from tests.saes import make_config as make_sae_config
 from tests.saes import make_trained, reference_latents, reference_reconstruction
 from tests.training import assert_same_run, final_state
@@ -51,13 +54,15 @@ def pair_config(*, skip: bool = False, mesh: tuple[int, int] = (1, 1), **options
     return Config.model_validate(values)
 
 
-def rows_of(step: int) -> tuple[np.ndarray, np.ndarray]:
+def rows_of(
+    step: int, choose: Callable[..., np.ndarray] = lambda draw: draw()
+) -> tuple[np.ndarray, np.ndarray]:
     """Inputs of norm 3, and targets of norm 2 that follow from them but for noise."""
     rng = np.random.default_rng(step)
     mix = np.random.default_rng(99).standard_normal((24, 24)) / np.sqrt(24)
-    x = rng.standard_normal((64, 24)) / np.sqrt(24) + 0.1
-    y = np.maximum(x, 0) @ mix + 0.3 * rng.standard_normal((64, 24)) / np.sqrt(24) - 0.1
-    return (3 * x).astype(np.float32), (2 * y).astype(np.float32)
+    x = choose(lambda: 3 * (rng.standard_normal((64, 24)) / np.sqrt(24) + 0.1).astype(np.float32))
+    y = np.maximum(x / 3, 0) @ mix + 0.3 * rng.standard_normal((64, 24)) / np.sqrt(24) - 0.1
+    return x, (2 * y).astype(np.float32)
 
 
 @SKIPS
@@ -84,7 +89,8 @@ def test_forty_steps_follow_the_float64_reference(skip: bool):
     oracle = reference.Trainer(params=params, bandwidth=0.05, log_threshold=True)
     take = make_train_step(config, input_scale=3.0, target_scale=2.0, mesh=mesh)
     for step in range(40):
-        x, y = rows_of(step)
+        edges = {"scale": 3.0, "bandwidth": 0.05, "centred": False}
+        x, y = rows_of(step, partial(off_edges, params=oracle.params, **edges))
         state, metrics = take(state, (x, y), scheduled(config.train, step=step))
         penalty = reference.Sparsity("l0", 0.02)
         expected = oracle.step(x / 3.0, target=y / np.float64(2.0), rate=1e-3, sparsity=penalty)
