@@ -129,7 +129,7 @@ def test_an_epoch_visits_every_row_once(store, epoch):
 
 
 @settings(deadline=None)
-@given(store=stores, start=st.integers(0, 300), count=st.integers(1, 200))
+@given(store=stores, start=st.integers(0, 60), count=st.integers(1, 40))
 def test_any_slice_of_the_stream_can_be_asked_for(store, start, count):
     order = BlockOrder(*store)
     whole = rows_of(order.segments(0, start + count))
