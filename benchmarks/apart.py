@@ -23,18 +23,22 @@ Ways = Mapping[str, Callable[[], Any]]
 
 
 @contextmanager
-def apart(make: Callable[..., Ways], *args: Any) -> Iterator[dict[str, Callable[..., Any]]]:
+def apart(
+    make: Callable[..., Ways], *args: Any, keep_memory: bool = True
+) -> Iterator[dict[str, Callable[..., Any]]]:
     """The ways that `make(*args)` gives in another process, to be called from this one.
 
     Each call returns when the other process has done it: None, or with `result=True` what the way
-    returned. `make` and its arguments must be picklable, hence a function of a module.
+    returned. `make` and its arguments must be picklable, hence a function of a module. Memory that
+    is freed there is kept as a stage of `sae` keeps it; with `keep_memory=False` the C library does
+    as it does by itself.
 
     Raises:
         RuntimeError: if `make` or a way fails; with the other process's traceback.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(there, make, args), daemon=True)
+    process = context.Process(target=_serve, args=(there, make, args, keep_memory), daemon=True)
     process.start()
     there.close()
     try:
@@ -59,8 +63,10 @@ def _answer(connection: Connection) -> Any:
     return value
 
 
-def _serve(connection: Connection, make: Callable[..., Ways], args: tuple[Any, ...]) -> None:
-    prepare()
+def _serve(
+    connection: Connection, make: Callable[..., Ways], args: tuple[Any, ...], keep_memory: bool
+) -> None:
+    prepare(keep_memory=keep_memory)
     try:
         ways = make(*args)
         connection.send((True, list(ways)))

@@ -24,9 +24,10 @@ import numpy as np
 from launch.allocator import keep_freed_memory
 
 
-def prepare() -> None:
+def prepare(*, keep_memory: bool = True) -> None:
     """Make this process as a stage of `sae` is; its log has the benchmark's lines alone."""
-    keep_freed_memory()
+    if keep_memory:
+        keep_freed_memory()
     logging.basicConfig(level=logging.ERROR, format="%(message)s", force=True)
 
 

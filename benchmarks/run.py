@@ -32,7 +32,9 @@ def _step(full: bool) -> list[dict[str, Any]]:
 def _trainers(full: bool) -> list[dict[str, Any]]:
     """A step beside other libraries'."""
     return [
-        trainers.measure(width=width, l0=64, batch=4096, d_model=640, rounds=7 if full else 3)
+        trainers.measure(
+            trainers.Work(width=width, l0=64, batch=4096, d_model=640), rounds=7 if full else 3
+        )
         for width in ((4096, 16_384, 65_536) if full else (16_384,))
     ]
 

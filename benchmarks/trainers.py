@@ -3,8 +3,8 @@
     python -m benchmarks.trainers [--widths 16384 65536] [--l0 64]
 
 Every trainer gets the same random rows of unit norm and thresholds set so that `--l0` latents of a
-row are active; a learning rate of almost nothing keeps theirs so. The steps take turns, ours with
-`train.step: auto`.
+row are active; a learning rate of almost nothing keeps theirs so. The steps take turns, each
+library's in a process of its own, ours with `train.step: auto`.
 sparsify has no JumpReLU: its TopK SAE steps with Adam, k the same number. Needs the extra `bench`.
 
 Legend: B rows of a batch, D model width, F latents.
@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from sparsify import SparseCoder, SparseCoderConfig
 
+from benchmarks.apart import Ways, apart
 from benchmarks.measure import interleaved, prepare
 from benchmarks.other_trainers import Budget, DictionaryLearning, SaeLens
 from benchmarks.step import StepProgram, config_of, products, unit_rows
@@ -28,6 +31,7 @@ from benchmarks.step import StepProgram, config_of, products, unit_rows
 logger = logging.getLogger("trainers")
 
 STILL = 1e-12  # a learning rate that moves nothing
+PAUSE = 0.5  # seconds, in which the threads of the way before go to sleep
 
 
 def _threshold(W_enc_FD: np.ndarray, x_BD: np.ndarray, *, l0: int) -> float:
@@ -65,6 +69,11 @@ def sae_lens_step(budget: Budget, x_BD: np.ndarray, *, l0: int) -> Callable[[], 
 
 def sparsify_step(x_BD: np.ndarray, *, width: int, k: int) -> Callable[[], Any]:
     """sparsify's TopK SAE: its forward, its gradient projection, Adam, its normalisation."""
+    if not torch.cuda.is_available():
+        # With torch's build for GPUs comes Triton, by which sparsify decodes on a CPU too: in vain.
+        os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
+    from sparsify import SparseCoder, SparseCoderConfig
+
     coder = SparseCoder(x_BD.shape[1], SparseCoderConfig(num_latents=width, k=k))
     optimiser = torch.optim.Adam(coder.parameters(), lr=STILL)
     x = torch.from_numpy(x_BD)
@@ -79,39 +88,76 @@ def sparsify_step(x_BD: np.ndarray, *, width: int, k: int) -> Callable[[], Any]:
     return once
 
 
-def measure(*, width: int, l0: int, batch: int, d_model: int, rounds: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Work:
+    """What every trainer is given."""
+
+    width: int
+    l0: int
+    batch: int
+    d_model: int
+
+    def rows(self) -> np.ndarray:
+        return unit_rows(self.batch, self.d_model, seed=2)
+
+    def budget(self) -> Budget:
+        return Budget(
+            d_model=self.d_model,
+            width=self.width,
+            batch_size=self.batch,
+            steps=1000,
+            warmup_steps=1,
+            sparsity_warmup_steps=1,
+            decay_steps=1,
+            input_scale=1.0,
+        )
+
+
+def our_ways(work: Work) -> Ways:
+    """The encoder's product, our step, and how many latents it finds active."""
+    config = config_of(width=work.width, batch_size=work.batch, step="auto")
+    ours = StepProgram(config, rows_BD=work.rows(), l0=work.l0)
+    encoder = products(work.rows(), width=work.width)["encoder"]
+    return {"encoder product": encoder, "ours": ours, "our L0": lambda: ours.l0}
+
+
+def jumprelu_ways(library: str, work: Work) -> Ways:
+    """The step of a library's JumpReLU."""
+    make = dictionary_learning_step if library == "dictionary_learning" else sae_lens_step
+    return {library: make(work.budget(), work.rows(), l0=work.l0)}
+
+
+def sparsify_ways(work: Work) -> Ways:
+    """The step of sparsify's TopK."""
+    return {"sparsify": sparsify_step(work.rows(), width=work.width, k=work.l0)}
+
+
+def measure(work: Work, *, rounds: int) -> dict[str, Any]:
     """Seconds of each, taking turns, and ours against the fastest of the others."""
-    x_BD = unit_rows(batch, d_model, seed=2)
-    budget = Budget(
-        d_model=d_model,
-        width=width,
-        batch_size=batch,
-        steps=1000,
-        warmup_steps=1,
-        sparsity_warmup_steps=1,
-        decay_steps=1,
-        input_scale=1.0,
-    )
-    config = config_of(width=width, batch_size=batch, step="auto")
-    ours = StepProgram(config, rows_BD=x_BD, l0=l0)
-    ways: dict[str, Callable[[], Any]] = {
-        "encoder product": products(x_BD, width=width)["encoder"],
-        "ours": ours,
-        "dictionary_learning JumpReLU": dictionary_learning_step(budget, x_BD, l0=l0),
-        "SAELens JumpReLU": sae_lens_step(budget, x_BD, l0=l0),
-        "sparsify TopK": sparsify_step(x_BD, width=width, k=l0),
-    }
-    times = interleaved(ways, rounds=rounds)
+    # Of the others' memory at width 65536, kept when freed, there is more than 24 GiB.
+    other = partial(apart, keep_memory=False)
+    with (
+        apart(our_ways, work) as ours,
+        other(jumprelu_ways, "dictionary_learning", work) as dictionary_learning,
+        other(jumprelu_ways, "SAELens", work) as sae_lens,
+        other(sparsify_ways, work) as sparsify,
+    ):
+        ways = {
+            "encoder product": ours["encoder product"],
+            "ours": ours["ours"],
+            "dictionary_learning JumpReLU": dictionary_learning["dictionary_learning"],
+            "SAELens JumpReLU": sae_lens["SAELens"],
+            "sparsify TopK": sparsify["sparsify"],
+        }
+        times = interleaved(ways, rounds=rounds, pause=PAUSE)
+        our_l0 = ours["our L0"](result=True)
     own = times["ours"].median
     jumprelu = min(
         times[name].median for name in ("dictionary_learning JumpReLU", "SAELens JumpReLU")
     )
     return {
-        "width": width,
-        "l0": l0,
-        "batch": batch,
-        "d_model": d_model,
-        "our_l0": ours.l0,
+        **asdict(work),
+        "our_l0": our_l0,
         "times": times,
         "faster_than_jumprelu": jumprelu / own,
         "faster_than_sparsify": times["sparsify TopK"].median / own,
@@ -131,9 +177,8 @@ def main() -> None:
     prepare()
     logger.setLevel(logging.INFO)
     for width in told.widths:
-        found = measure(
-            width=width, l0=told.l0, batch=told.batch, d_model=told.d_model, rounds=told.rounds
-        )
+        work = Work(width=width, l0=told.l0, batch=told.batch, d_model=told.d_model)
+        found = measure(work, rounds=told.rounds)
         for name, times in found.pop("times").items():
             logger.info("%7d %-30s %s", width, name, times)
         for name in (

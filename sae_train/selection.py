@@ -119,14 +119,15 @@ def select_largest(
     like = W_enc_FD[0, 0] + x_BD[0, 0]
 
     def product(number: Array) -> Array:
-        pre_BL = jnp.einsum("bd,fd->bf", x_BD, W_TLD[number], precision=PRECISION)
-        return pre_BL + bias_TL[number][None, :]
+        return jnp.einsum("bd,fd->bf", x_BD, W_TLD[number], precision=PRECISION)
 
     def one_tile(number: Array, so_far: _Collected) -> _Collected:
-        pre_BL = product(number)
+        product_BL, bias_L = product(number), bias_TL[number]
+        pre_BL = product_BL + bias_L[None, :]
         counts_L, lists, filled = append(
-            pre_BL,
+            product_BL,
             (pre_BL >= so_far.bound_B[:, None]) & (pre_BL > 0),
+            bias_L=bias_L,
             lists=so_far.lists,
             filled=so_far.filled,
             first_latent=(number * tile).astype(jnp.int32),
@@ -157,7 +158,7 @@ def select_largest(
     def again(state: tuple[Array, Array, _Collected]) -> Array:
         return (state[0] == 0) | ((state[0] == 1) & (state[1] > capacity))
 
-    maxima_BL = jnp.maximum(product(jnp.int32(0)), 0.0)
+    maxima_BL = jnp.maximum(product(jnp.int32(0)) + bias_TL[0][None, :], 0.0)
     start = _nothing(num_tiles, tile, capacity=capacity, like=like)._replace(
         maxima_BL=maxima_BL, bound_B=_bound(maxima_BL, goal=goal)
     )
