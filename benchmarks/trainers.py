@@ -1,6 +1,6 @@
 """A training step beside other libraries': same width, batch, dtype, threads and active latents.
 
-    python -m benchmarks.trainers [--widths 16384 65536] [--l0 64]
+    python -m benchmarks.trainers [--widths 16384 65536] [--l0 64] [--keep-memory]
 
 Every trainer gets the same random rows of unit norm and thresholds set so that `--l0` latents of a
 row are active; a learning rate of almost nothing keeps theirs so. The steps take turns, each
@@ -15,7 +15,8 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -132,37 +133,36 @@ def sparsify_ways(work: Work) -> Ways:
     return {"sparsify": sparsify_step(work.rows(), width=work.width, k=work.l0)}
 
 
-def measure(work: Work, *, rounds: int) -> dict[str, Any]:
-    """Seconds of each, taking turns, and ours against the fastest of the others."""
-    # Of the others' memory at width 65536, kept when freed, there is more than 24 GiB.
-    other = partial(apart, keep_memory=False)
-    with (
-        apart(our_ways, work) as ours,
-        other(jumprelu_ways, "dictionary_learning", work) as dictionary_learning,
-        other(jumprelu_ways, "SAELens", work) as sae_lens,
-        other(sparsify_ways, work) as sparsify,
-    ):
-        ways = {
-            "encoder product": ours["encoder product"],
-            "ours": ours["ours"],
-            "dictionary_learning JumpReLU": dictionary_learning["dictionary_learning"],
-            "SAELens JumpReLU": sae_lens["SAELens"],
-            "sparsify TopK": sparsify["sparsify"],
-        }
+JUMPRELUS = {"dictionary_learning": "dictionary_learning JumpReLU", "SAELens": "SAELens JumpReLU"}
+LIBRARIES = JUMPRELUS | {"sparsify": "sparsify TopK"}
+
+
+def measure(
+    work: Work, *, rounds: int, libraries: Iterable[str] = LIBRARIES, keep_memory: bool = False
+) -> dict[str, Any]:
+    """Seconds of each, taking turns, and ours against the others.
+
+    Args:
+        libraries: which of `LIBRARIES`.
+        keep_memory: the others keep what they free, as stages of `sae` do. Three of them at width
+            65536 then take more than 24 GiB.
+    """
+    with ExitStack() as stack:
+        ours = stack.enter_context(apart(our_ways, work))
+        ways = {name: ours[name] for name in ("encoder product", "ours")}
+        for library in libraries:
+            make = partial(jumprelu_ways, library) if library in JUMPRELUS else sparsify_ways
+            other = stack.enter_context(apart(make, work, keep_memory=keep_memory))
+            ways[LIBRARIES[library]] = other[library]
         times = interleaved(ways, rounds=rounds, pause=PAUSE)
         our_l0 = ours["our L0"](result=True)
     own = times["ours"].median
-    jumprelu = min(
-        times[name].median for name in ("dictionary_learning JumpReLU", "SAELens JumpReLU")
-    )
-    return {
-        **asdict(work),
-        "our_l0": our_l0,
-        "times": times,
-        "faster_than_jumprelu": jumprelu / own,
-        "faster_than_sparsify": times["sparsify TopK"].median / own,
-        "of_encoder_product": own / times["encoder product"].median,
-    }
+    found = {**asdict(work), "our_l0": our_l0, "times": times}
+    if jumprelus := [times[name].median for name in JUMPRELUS.values() if name in times]:
+        found["faster_than_jumprelu"] = min(jumprelus) / own
+    if "sparsify TopK" in times:
+        found["faster_than_sparsify"] = times["sparsify TopK"].median / own
+    return found | {"of_encoder_product": own / times["encoder product"].median}
 
 
 def main() -> None:
@@ -173,21 +173,23 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--d-model", type=int, default=640)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=list(LIBRARIES))
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="the others keep what they free, as ours does"
+    )
     told = parser.parse_args()
     prepare()
     logger.setLevel(logging.INFO)
     for width in told.widths:
         work = Work(width=width, l0=told.l0, batch=told.batch, d_model=told.d_model)
-        found = measure(work, rounds=told.rounds)
+        found = measure(
+            work, rounds=told.rounds, libraries=told.libraries, keep_memory=told.keep_memory
+        )
         for name, times in found.pop("times").items():
             logger.info("%7d %-30s %s", width, name, times)
-        for name in (
-            "our_l0",
-            "faster_than_jumprelu",
-            "faster_than_sparsify",
-            "of_encoder_product",
-        ):
-            logger.info("%7d %-30s %.2f", width, name, found[name])
+        for name in found:
+            if name not in asdict(work):
+                logger.info("%7d %-30s %.2f", width, name, found[name])
 
 
 if __name__ == "__main__":
