@@ -34,7 +34,7 @@ _ROWS, _SPARSE = "sae_train/row_passes.py", "sae_train/sparse_step.py"
 _SUMS, _OPTIMISER = "sae_train/pair_sums.py", "sae_train/optimiser.py"
 _T_PAIRS, _T_SPARSE = "tests/test_pairs.py", "tests/test_sparse_step.py"
 _KERNELS, _T_KERNELS = "sae_train/kernels", "tests/test_kernels.py"
-_ON_MESH = f"{_T_SPARSE}::test_pairs_on_many_meshes[2-4-128]"
+_ON_MESH = f"{_T_SPARSE}::test_pairs_on_many_meshes[4-2-128]"
 _BY_REFERENCE = f"{_T_SPARSE}::test_forty_steps_follow_the_float64_reference"
 
 MUTATIONS = (

@@ -92,7 +92,7 @@ TOPK = (
         _LISTED,
         'jax.lax.psum(array, "data") for array in found',
         'jax.lax.pmean(array, "data") for array in found',
-        f"{_T_TOPK}::test_pairs_on_many_meshes[topk-2-2-128]",
+        f"{_T_TOPK}::test_pairs_on_many_meshes[batch_topk-2-2-128]",
     ),
     Mutation(
         "BatchTopK's threshold follows another value than the smallest selected",
