@@ -148,7 +148,7 @@ MUTATIONS = (
         _OPTIMISER,
         "W_dec=unit_rows(W_dec_FD), v_enc=v_enc_FD",
         "W_dec=W_dec_FD, v_enc=v_enc_FD",
-        f"{_T_SPARSE}::test_two_hundred_steps_by_pairs_are_those_by_products",
+        f"{_BY_REFERENCE}[l0-log-96]",
     ),
     Mutation(
         "the encoder's gradient isn't clipped",
