@@ -231,7 +231,9 @@ def _selecting(shape: Shape, *, places: int) -> dict[str, int]:
     blocks = _BLOCK_ROWS * tile * shape.d_model * FLOAT_BYTES
     pairs = _PLACE_WORDS * FLOAT_BYTES * -(-rows * places // shape.mesh.model) * shape.mesh.data
     dead = width * max(1, rows // PARTS) * FLOAT_BYTES
-    tiles = int(_SELECTING_TILES * rows * tile * FLOAT_BYTES)
+    # Of a part of the latents or of the batch XLA lays tiles where the pass over rows lies later.
+    alone = shape.mesh.data * shape.mesh.model == 1
+    tiles = int(_SELECTING_TILES * rows * tile * FLOAT_BYTES) if alone else 0
     activations = dead + pairs + tiles + _SELECTING_ROWS * row_bytes + _LATENT_BYTES * width
     if shape.mesh.data > 1:  # as in `_by_pairs`
         activations += row_bytes + 2 * row_bytes * shape.mesh.data
