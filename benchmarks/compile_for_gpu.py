@@ -109,6 +109,7 @@ def registers(folder: str) -> dict[str, str]:
 
 
 def main() -> None:
+    """Compile the step and print what it needs: memory, registers, spilled bytes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--width", type=int, default=131_072)
     parser.add_argument("--d-model", type=int, default=2304)

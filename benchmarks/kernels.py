@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.measure import interleaved, prepare, write_results
+from benchmarks.measure import interleaved, markdown, prepare, write_results
 from sae_train import pair_sums, pairs, row_passes
 from sae_train.config import AdamConfig
 from sae_train.kernels import decode, select, touched
@@ -274,20 +274,27 @@ def run(
 def table(rows: Sequence[Row]) -> str:
     """Markdown, times in milliseconds."""
     lines = [
-        "| part | D | width | pairs | kernel | pure JAX | kernel / pure JAX | limit "
-        "| kernel / limit | differ by |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    lines += [
-        f"| {row.part} | {row.d_model} | {row.width} | {row.pairs} | {1e3 * row.pallas:.2f} "
-        f"| {1e3 * row.xla:.2f} | {row.pallas / row.xla:.2f} | {1e3 * row.limit:.2f} "
-        f"| {row.pallas / row.limit:.2f} | {row.differ:.1e} |"
+        [
+            row.part,
+            f"{row.d_model}",
+            f"{row.width}",
+            f"{row.pairs}",
+            f"{1e3 * row.pallas:.2f}",
+            f"{1e3 * row.xla:.2f}",
+            f"{row.pallas / row.xla:.2f}",
+            f"{1e3 * row.limit:.2f}",
+            f"{row.pallas / row.limit:.2f}",
+            f"{row.differ:.1e}",
+        ]
         for row in rows
     ]
-    return "\n".join(lines)
+    sizes = ("part", "D", "width", "pairs")
+    times = ("kernel", "pure JAX", "kernel / pure JAX", "limit", "kernel / limit", "differ by")
+    return markdown([*sizes, *times], lines)
 
 
 def main() -> None:
+    """Print the table, or that there is no GPU; with `--out` keep the numbers as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="write JSON here")
     parser.add_argument("--rounds", type=int, default=11)

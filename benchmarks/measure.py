@@ -13,7 +13,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,26 @@ def times_of(seconds: Sequence[float]) -> Times:
     """Median and quartiles of what was timed."""
     low, median, high = np.quantile(seconds, [0.25, 0.5, 0.75])
     return Times(float(median), float(low), float(high), len(seconds))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTimes:
+    """Seconds of one program of a step at one size; `temporary_bytes` as XLA reports them."""
+
+    program: str
+    width: int
+    d_model: int
+    batch_size: int
+    median: float
+    quartiles: tuple[float, float]
+    temporary_bytes: int = 0
+    overflows: int = 0
+
+
+def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table: its head, then a cell for each of its columns in every line."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def machine() -> dict[str, Any]:

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import interleaved, prepare, write_results
+from benchmarks.measure import StepTimes, interleaved, markdown, prepare, write_results
 from sae_train.config import Config
 from sae_train.sae import PRECISION
 from sae_train.schedule import scheduled
@@ -33,22 +33,16 @@ from sae_train.state import TrainState, init_state
 from sae_train.step import make_train_step
 
 
-@dataclass(frozen=True)
-class Row:
-    """Seconds of one program at one size; `temporary_bytes` as XLA reports them."""
+@dataclass(frozen=True, kw_only=True)
+class Row(StepTimes):
+    """Seconds of one program at one size."""
 
-    program: str
-    width: int
     l0: float
-    d_model: int
-    batch_size: int
-    median: float
-    quartiles: tuple[float, float]
-    temporary_bytes: int
-    overflows: int
 
 
-def config_of(*, width: int, batch_size: int, step: str) -> Config:
+def config_of(
+    *, width: int, batch_size: int, step: str, sparse_capacity: int | None = None
+) -> Config:
     """A config of which the step looks at `sae` and `train` alone."""
     site = {"site": "resid_post", "layers": [0]}
     return Config.model_validate(
@@ -63,6 +57,7 @@ def config_of(*, width: int, batch_size: int, step: str) -> Config:
                 "tokens": 1000 * batch_size,
                 "sparsity": {"coefficient": 1e-3, "warmup_steps": 0},
                 "step": step,
+                "sparse_capacity": sparse_capacity,
             },
             "output": "none",
         }
@@ -126,14 +121,25 @@ def products(rows_BD: np.ndarray, *, width: int) -> dict[str, Callable[[], Any]]
 
 
 def measure(
-    *, width: int, l0: float, d_model: int, batch_size: int, repeats: int, dense: bool = True
+    *,
+    width: int,
+    l0: float,
+    d_model: int,
+    batch_size: int,
+    repeats: int,
+    dense: bool = True,
+    sparse_capacity: int | None = None,
 ) -> list[Row]:
     """The rows of one width and L0; `dense` is False where [B, F] is too much for the machine."""
     rows_BD = unit_rows(batch_size, d_model, seed=2)
     kinds = ("sparse", "dense") if dense else ("sparse",)
     steps = {
         kind: StepProgram(
-            config_of(width=width, batch_size=batch_size, step=kind), rows_BD=rows_BD, l0=l0
+            config_of(
+                width=width, batch_size=batch_size, step=kind, sparse_capacity=sparse_capacity
+            ),
+            rows_BD=rows_BD,
+            l0=l0,
         )
         for kind in kinds
     }
@@ -157,38 +163,39 @@ def measure(
     ]
 
 
-def sizes(*, widths: Sequence[int], full: bool) -> Iterator[tuple[int, float]]:
-    """(width, L0): over widths at 64 active, and with `full` over L0 at two widths too."""
-    yield from ((width, 64.0) for width in widths)
+def sizes(
+    *, widths: Sequence[int], l0s: Sequence[float], full: bool
+) -> Iterator[tuple[int, float]]:
+    """(width, L0): each width at each L0, and with `full` other L0s at two widths too."""
+    yield from ((width, l0) for width in widths for l0 in l0s)
     if full:
         yield from ((width, l0) for width in (16_384, 65_536) for l0 in (16.0, 256.0, 512.0))
 
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown: a line for each width and L0, times in seconds, and ratios."""
-    lines = [
-        "| width | L0 | encoder | five products | dense | sparse | dense / five | dense / sparse "
-        "| sparse / encoder | temporaries dense, sparse |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    programs = ("encoder", "five products", "dense", "sparse")
+    lines = []
     for key in dict.fromkeys((row.width, row.l0) for row in rows):
         own = {row.program: row for row in rows if (row.width, row.l0) == key}
         times = {name: row.median for name, row in own.items()}
+        memory = [f"{own[name].temporary_bytes / 1e9:.2f}" for name in ("dense", "sparse")]
         lines.append(
-            f"| {key[0]} | {key[1]:.0f} | "
-            + " | ".join(
-                f"{times[name]:.2f}" for name in ("encoder", "five products", "dense", "sparse")
-            )
-            + f" | {times['dense'] / times['five products']:.2f}"
-            + f" | {times['dense'] / times['sparse']:.2f}"
-            + f" | {times['sparse'] / times['encoder']:.2f}"
-            + f" | {own['dense'].temporary_bytes / 1e9:.2f}, "
-            + f"{own['sparse'].temporary_bytes / 1e9:.2f} GB |"
+            [
+                f"{key[0]}",
+                f"{key[1]:.0f}",
+                *(f"{times[name]:.2f}" for name in programs),
+                f"{times['dense'] / times['five products']:.2f}",
+                f"{times['dense'] / times['sparse']:.2f}",
+                f"{times['sparse'] / times['encoder']:.2f}",
+                f"{', '.join(memory)} GB",
+            ]
         )
-    return "\n".join(lines)
+    ratios = ("dense / five", "dense / sparse", "sparse / encoder")
+    return markdown(["width", "L0", *programs, *ratios, "temporaries dense, sparse"], lines)
 
 
-WIDTHS = (4096, 16_384, 65_536)
+WIDTHS, L0S = (4096, 16_384, 65_536), (64.0,)
 
 
 def run(
@@ -196,25 +203,43 @@ def run(
     repeats: int,
     full: bool,
     widths: Sequence[int] = WIDTHS,
+    l0s: Sequence[float] = L0S,
     d_model: int = 640,
     batch_size: int = 4096,
+    sparse_capacity: int | None = None,
 ) -> list[Row]:
     """All rows of the benchmark."""
     rows: list[Row] = []
-    for width, l0 in sizes(widths=widths, full=full):
-        rows += measure(width=width, l0=l0, d_model=d_model, batch_size=batch_size, repeats=repeats)
+    for width, l0 in sizes(widths=widths, l0s=l0s, full=full):
+        rows += measure(
+            width=width,
+            l0=l0,
+            d_model=d_model,
+            batch_size=batch_size,
+            repeats=repeats,
+            sparse_capacity=sparse_capacity,
+        )
     return rows
 
 
 def main() -> None:
+    """Print the table; with `--out` keep the numbers as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="write JSON here")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
+    parser.add_argument("--l0s", type=float, nargs="+", default=L0S)
+    parser.add_argument("--sparse-capacity", type=int, help="pairs a row, as in `train`")
     parser.add_argument("--full", action="store_true", help="other L0s too: longer")
     arguments = parser.parse_args()
     prepare()
-    rows = run(repeats=arguments.repeats, full=arguments.full, widths=arguments.widths)
+    rows = run(
+        repeats=arguments.repeats,
+        full=arguments.full,
+        widths=arguments.widths,
+        l0s=arguments.l0s,
+        sparse_capacity=arguments.sparse_capacity,
+    )
     sys.stdout.write(table(rows) + "\n")
     if arguments.out is not None:
         write_results(arguments.out, {"rows": [dataclasses.asdict(row) for row in rows]})

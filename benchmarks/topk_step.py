@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import interleaved, prepare, write_results
+from benchmarks.measure import StepTimes, interleaved, markdown, prepare, write_results
 from benchmarks.step import config_of, products, unit_rows
 from sae_train.config import Config
 from sae_train.schedule import scheduled
@@ -35,20 +35,12 @@ from sae_train.step import make_train_step
 _STEPS, _DEAD_AFTER = 1000, 100
 
 
-@dataclass(frozen=True)
-class Row:
+@dataclass(frozen=True, kw_only=True)
+class Row(StepTimes):
     """Seconds of one program; `dead` is the share of latents that are when a step begins."""
 
-    program: str
-    width: int
     dead: float
     k: int
-    d_model: int
-    batch_size: int
-    median: float
-    quartiles: tuple[float, float]
-    temporary_bytes: int
-    overflows: int
 
 
 def selecting(config: Config, *, architecture: str, k: int) -> Config:
@@ -130,27 +122,29 @@ def measure(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: a line for each width and share of dead latents."""
-    lines = [
-        "| width | dead | encoder | dense | sparse | dense / sparse | sparse / encoder "
-        "| temporaries dense, sparse |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    """Markdown: a line for each width and share of dead latents, times in seconds."""
+    programs = ("encoder", "dense", "sparse")
+    lines = []
     for key in dict.fromkeys((row.width, row.dead) for row in rows):
         own = {row.program: row for row in rows if (row.width, row.dead) == key}
         times = {name: row.median for name, row in own.items()}
+        memory = [f"{own[name].temporary_bytes / 1e9:.2f}" for name in ("dense", "sparse")]
         lines.append(
-            f"| {key[0]} | {key[1]:.0%} | "
-            + " | ".join(f"{times[name]:.2f}" for name in ("encoder", "dense", "sparse"))
-            + f" | {times['dense'] / times['sparse']:.2f}"
-            + f" | {times['sparse'] / times['encoder']:.2f}"
-            + f" | {own['dense'].temporary_bytes / 1e9:.2f}, "
-            + f"{own['sparse'].temporary_bytes / 1e9:.2f} GB |"
+            [
+                f"{key[0]}",
+                f"{key[1]:.0%}",
+                *(f"{times[name]:.2f}" for name in programs),
+                f"{times['dense'] / times['sparse']:.2f}",
+                f"{times['sparse'] / times['encoder']:.2f}",
+                f"{', '.join(memory)} GB",
+            ]
         )
-    return "\n".join(lines)
+    ratios = ("dense / sparse", "sparse / encoder")
+    return markdown(["width", "dead", *programs, *ratios, "temporaries dense, sparse"], lines)
 
 
 def main() -> None:
+    """Print the table; with `--out` keep the numbers as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="write JSON here")
     parser.add_argument("--repeats", type=int, default=5)

@@ -99,9 +99,11 @@ class Work:
     d_model: int
 
     def rows(self) -> np.ndarray:
+        """The batch [B, D], the same for every trainer."""
         return unit_rows(self.batch, self.d_model, seed=2)
 
     def budget(self) -> Budget:
+        """What `other_trainers` needs to know; its steps are more than are ever timed."""
         return Budget(
             d_model=self.d_model,
             width=self.width,

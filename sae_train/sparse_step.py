@@ -300,6 +300,7 @@ SUM_DIMS = Sums(bias_F=("F",), theta_F=("F",), encoded_D=("D",), squares=(), pro
 
 
 def pull_dims(row: str) -> Pulls:
+    """How `Pulls` lie on the mesh, their rows as the dimension `row` does."""
     return Pulls(
         x_BD=(row, "D"),
         g_BD=(row, "D"),
@@ -324,6 +325,7 @@ def _is_dims(leaf: tuple) -> bool:
 
 
 def over_model(sums: Sums) -> Sums:
+    """Each device's sums over its own latents, those that no latent owns added up over `model`."""
     return Sums(
         bias_F=sums.bias_F,
         theta_F=sums.theta_F,
