@@ -10,7 +10,10 @@ from sae_train.pairs import tile_of
 
 # Below this width whole products are as fast on a CPU (docs/performance.md).
 SMALLEST_WIDTH = 4096
-_LARGEST_CAPACITY = 512  # pairs a row of a JumpReLU, unless configured
+# Pairs a row of a JumpReLU, unless configured. With one latent in 32 a step by pairs takes as long
+# as one by products on a CPU, and places that aren't needed cost nothing (docs/performance.md).
+_LATENTS_PER_PAIR = 32
+_LARGEST_CAPACITY = 2048
 
 
 def may_go_by_pairs(config: Config, *, on_cpu: bool) -> bool:
@@ -40,6 +43,6 @@ def capacity_per_row(config: Config, *, width: int | None = None) -> int:
     if config.train.sparse_capacity is not None:
         return config.train.sparse_capacity
     if config.sae.k is None:
-        return max(1, min(_LARGEST_CAPACITY, width // 16))
+        return max(1, min(_LARGEST_CAPACITY, width // _LATENTS_PER_PAIR))
     doublings = (width // tile_of(width) - 1).bit_length()
     return min(width, config.sae.k * (3 + doublings))
