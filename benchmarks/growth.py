@@ -55,7 +55,7 @@ def plots(rows: Sequence[Row], *, x: str, label: str) -> str:
             y=values,
             color=COLORS[program],
             marks=True,
-            labels=[*[""] * (len(own) - 1), program],
+            name=program,
         )
 
     axis = Axis(label, log=True)
