@@ -17,8 +17,8 @@ from pydantic import (
     field_validator,
 )
 
-from activation_cache.errors import UserError
-from activation_cache.storage import place
+from activation_cache.runtime.errors import UserError
+from activation_cache.storage.files import place
 
 Site = Literal[
     "resid_post", "mlp_out", "attn_out_prelinear", "mlp_in", "mlp_in_normalized", "embedding"

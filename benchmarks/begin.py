@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measure import Times, prepare, times_of
-from sae_train.config_file import load_config, resolved_yaml
-from tests.stores import TAP, make_manifest, write_store
+from sae_train.config.file import load_config, resolved_yaml
+from tests.support.stores import TAP, make_manifest, write_store
 
 logger = logging.getLogger("begin")
 
@@ -37,7 +37,7 @@ ROOT = Path(__file__).parent.parent
 WIDTH, ROWS = 640, 16_384  # Gemma 3 270M's residual stream; 16 of the demo's batches
 SHUFFLE_ROWS, BLOCK_ROWS = 4096, 256
 PATIENCE_SECONDS = 600
-IMPORTS = "import launch.cli, sae_train.loop"
+IMPORTS = "import launch.cli, sae_train.train.loop"
 
 
 def _rows(start: int, stop: int, width: int, dtype: str = "float32") -> np.ndarray:

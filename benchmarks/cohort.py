@@ -19,16 +19,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from activation_cache.reader import ActivationReader
+from activation_cache.store.reader import ActivationReader
 from benchmarks.measure import prepare
-from sae_train.config import Config
-from sae_train.loop import train, train_cohort
-from sae_train.schedule import scheduled
-from sae_train.sharding import make_mesh
-from sae_train.state import init_state
-from sae_train.step import make_stacked_step, make_train_step
-from tests.configs import make_config
-from tests.stores import make_manifest, random_rows, write_store
+from sae_train.config.run import Config
+from sae_train.model.sharding import make_mesh
+from sae_train.step.schedule import scheduled
+from sae_train.step.state import init_state
+from sae_train.train.loop import train, train_cohort
+from sae_train.train.train_step import make_stacked_step, make_train_step
+from tests.support.configs import make_config
+from tests.support.stores import make_manifest, random_rows, write_store
 
 logger = logging.getLogger("cohort")
 

@@ -29,10 +29,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from benchmarks.step import config_of
-from sae_train.schedule import scheduled
-from sae_train.sharding import AXES, BATCH_DIMS, sharding
-from sae_train.state import abstract_state
-from sae_train.step import make_train_step
+from sae_train.model.sharding import AXES, BATCH_DIMS, sharding
+from sae_train.step.schedule import scheduled
+from sae_train.step.state import abstract_state
+from sae_train.train.train_step import make_train_step
 
 # NVIDIA H100 Tensor Core GPU Architecture (white paper, 2022), as XLA's target descriptions put it.
 H100 = """

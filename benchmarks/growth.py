@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.measure import machine, prepare
 from benchmarks.step import Row, measure
-from sae_train.report_svg import HEIGHT, WIDTH, Axis, Chart, Series, render
+from sae_train.report.svg import HEIGHT, WIDTH, Axis, Chart, Series, render
 
 WIDTHS = (4096, 8192, 16_384, 32_768, 65_536, 131_072, 262_144)
 L0S = (16, 32, 64, 128, 256, 512)

@@ -27,14 +27,14 @@ import torch
 import transformers
 
 from activation_cache.config import Dtype, MeshConfig, ModelConfig
-from activation_cache.gemma import PRECISION
-from activation_cache.harvest import harvest
-from activation_cache.model import load_model
-from activation_cache.taps import Tap
-from activation_cache.weights import read_gemma_config
+from activation_cache.gemma.forward import PRECISION
+from activation_cache.gemma.taps import Tap
+from activation_cache.harvest.harvest import harvest
+from activation_cache.language_model.checkpoint import read_gemma_config
+from activation_cache.language_model.model import load_model
 from benchmarks.apart import apart
 from benchmarks.measure import interleaved, prepare
-from sae_train.config_file import load_config
+from sae_train.config.file import load_config
 
 logger = logging.getLogger("harvest")
 

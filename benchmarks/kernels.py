@@ -25,12 +25,13 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.measure import interleaved, markdown, prepare, write_results
-from sae_train import pair_sums, pairs, row_passes
-from sae_train.config import AdamConfig
-from sae_train.kernels import decode, select, touched
-from sae_train.optimiser import Rows, RowUpdate, unit_rows, update_rows
-from sae_train.row_passes import Gradients, Pulls
-from sae_train.sae import PRECISION
+from sae_train.config.run import AdamConfig
+from sae_train.model.forward import PRECISION
+from sae_train.sparse import active_pairs, latent_updates, segment_sums
+from sae_train.sparse.kernels import decode, select
+from sae_train.sparse.kernels import update as update_module
+from sae_train.sparse.latent_updates import Gradients, Pulls
+from sae_train.step.adam import Rows, RowUpdate, unit_rows, update_rows
 
 BATCH, L0, BANDWIDTH = 4096, 100, 1e-3
 PLACES = BATCH * 2 * L0
@@ -89,9 +90,9 @@ class Case:
         )
         self.kept_F = jnp.full(width, 0.999)
 
-    def found(self) -> pairs.Pairs:
+    def found(self) -> active_pairs.Pairs:
         """The pairs, by pure JAX."""
-        one = partial(pairs.select_pairs, bandwidth=BANDWIDTH, capacity=PLACES)
+        one = partial(active_pairs.select_pairs, bandwidth=BANDWIDTH, capacity=PLACES)
         return jax.jit(one)(self.rows.W_enc, self.bias_F, self.theta_F, self.x_BD)
 
 
@@ -105,7 +106,7 @@ def _differ(ours: Any, theirs: Any) -> float:
 
 def _timed(
     case: Case,
-    found: pairs.Pairs,
+    found: active_pairs.Pairs,
     part: str,
     ways: dict[str, Callable[[], Any]],
     *,
@@ -129,7 +130,7 @@ def _timed(
     )
 
 
-def _off(case: Case, ours: pairs.Pairs, theirs: pairs.Pairs) -> float:
+def _off(case: Case, ours: active_pairs.Pairs, theirs: active_pairs.Pairs) -> float:
     """How far pairs are from what they should be, some looked at, or the counts from each other.
 
     A pair within rounding of its threshold is in one list and not in the other, so that the lists
@@ -141,10 +142,10 @@ def _off(case: Case, ours: pairs.Pairs, theirs: pairs.Pairs) -> float:
     return max(pre_differ, float(jnp.abs(ours.counts_F - theirs.counts_F).sum() / theirs.total))
 
 
-def _select(case: Case, found: pairs.Pairs, *, product: float, rounds: int) -> list[Row]:
+def _select(case: Case, found: active_pairs.Pairs, *, product: float, rounds: int) -> list[Row]:
     operands = case.rows.W_enc, case.bias_F, case.theta_F, case.x_BD
     options: dict[str, Any] = {"bandwidth": BANDWIDTH, "capacity": PLACES}
-    xla = jax.jit(partial(pairs.select_pairs, **options))
+    xla = jax.jit(partial(active_pairs.select_pairs, **options))
     tf32 = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     kernels = {
         "select": jax.jit(partial(select.select_pairs, **options)),
@@ -164,13 +165,13 @@ def _select(case: Case, found: pairs.Pairs, *, product: float, rounds: int) -> l
     ]
 
 
-def _decode(case: Case, found: pairs.Pairs, *, bandwidth: float, rounds: int) -> Row:
+def _decode(case: Case, found: active_pairs.Pairs, *, bandwidth: float, rounds: int) -> Row:
     theta_P = jnp.append(case.theta_F, jnp.inf)[found.latent_P]
     latents_P = jnp.where(found.pre_P > theta_P, found.pre_P, 0.0)
     operands = found, latents_P, case.rows.W_dec
     ours, theirs = (
         jax.jit(partial(one, num_rows=BATCH))
-        for one in (decode.decode_pairs, pair_sums.decode_pairs)
+        for one in (decode.decode_pairs, segment_sums.decode_pairs)
     )
     moved = 4 * case.d_model * (int(found.total) + BATCH)
     return _timed(
@@ -184,9 +185,9 @@ def _decode(case: Case, found: pairs.Pairs, *, bandwidth: float, rounds: int) ->
     )
 
 
-def _touched(case: Case, found: pairs.Pairs, *, bandwidth: float, rounds: int) -> Row:
+def _touched(case: Case, found: active_pairs.Pairs, *, bandwidth: float, rounds: int) -> Row:
     """In place, both ways on the same rows one after the other."""
-    segments = jax.jit(pair_sums.longest_first)(found.counts_F)
+    segments = jax.jit(segment_sums.longest_first)(found.counts_F)
     options: dict[str, Any] = {"pulls": case.pulls, "bandwidth": BANDWIDTH}
 
     def write(ids_S: jax.Array, own: Rows, made: Gradients) -> Rows:
@@ -200,8 +201,8 @@ def _touched(case: Case, found: pairs.Pairs, *, bandwidth: float, rounds: int) -
         )
 
     update = case.scalars, case.kept_F
-    in_kernel = partial(touched.touched_pass, config=AdamConfig(), **options)
-    by_xla = partial(row_passes.touched_pass, **options)
+    in_kernel = partial(update_module.touched_pass, config=AdamConfig(), **options)
+    by_xla = partial(latent_updates.touched_pass, **options)
     lists = segments, found.row_P, found.pre_P
     passes = {
         "pallas": jax.jit(lambda rows, *p: in_kernel(rows, *p, update=update), donate_argnums=0),

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from activation_cache.store import Store, open_store
-from activation_cache.taps import Tap
-from sae_train.checkpoint import Trained, load_trained
-from sae_train.config import Config
-from sae_train.config_file import load_config, with_values
-from sae_train.loop import train
-from sae_train.metrics import read_metrics
+from activation_cache.gemma.taps import Tap
+from activation_cache.store.store import Store, open_store
+from sae_train.checkpoint.checkpoints import Trained, load_trained
+from sae_train.config.file import load_config, with_values
+from sae_train.config.run import Config
+from sae_train.runs.metrics_file import read_metrics
+from sae_train.train.loop import train
 
 TARGETS = (20, 50, 100)
 PENALTIES: dict[str, dict[str, Any]] = {

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from launch.allocator import keep_freed_memory
+from launch.processes.allocator import keep_freed_memory
 
 
 def prepare(*, keep_memory: bool = True) -> None:

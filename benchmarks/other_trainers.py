@@ -20,7 +20,7 @@ from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
-from sae_train.release import Sae
+from sae_train.inference.sae import Sae
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from sae_train.config import MeshConfig
-from sae_train.plan_memory import Backend, Shape, step_memory
-from sae_train.sharding import AXES
-from tests.plan_shapes import compile_step, measured_bytes
+from sae_train.config.run import MeshConfig
+from sae_train.model.sharding import AXES
+from sae_train.plan.memory import Backend, Shape, step_memory
+from tests.support.plan_shapes import compile_step, measured_bytes
 
 logger = logging.getLogger("plan_memory")
 

@@ -28,16 +28,16 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from activation_cache.reader import ActivationReader
-from activation_cache.store import Store, open_store
-from activation_cache.taps import Tap
+from activation_cache.gemma.taps import Tap
+from activation_cache.store.reader import ActivationReader
+from activation_cache.store.store import Store, open_store
 from benchmarks.measure import write_results
 from benchmarks.other_trainers import Budget, DictionaryLearning, SaeLens, Trainer
-from sae_train.checkpoint import load_trained
-from sae_train.config import Config
-from sae_train.config_file import load_config, with_values
-from sae_train.loop import train_cohort
-from sae_train.release import Sae, fold
+from sae_train.checkpoint.checkpoints import load_trained
+from sae_train.config.file import load_config, with_values
+from sae_train.config.run import Config
+from sae_train.inference.sae import Sae, fold
+from sae_train.train.loop import train_cohort
 
 logger = logging.getLogger("quality")
 

@@ -24,15 +24,15 @@ from typing import Any
 
 import numpy as np
 
-from activation_cache.layout import bucket_rows
-from activation_cache.manifest import Manifest
-from activation_cache.reader import ActivationReader
-from activation_cache.store import Store
+from activation_cache.storage.arrays import bucket_rows
+from activation_cache.store.manifest import Manifest
+from activation_cache.store.reader import ActivationReader
+from activation_cache.store.store import Store
 from benchmarks.measure import interleaved, prepare
-from sae_train.loop import train
-from sae_train.metrics import read_metrics
-from tests.configs import make_config
-from tests.stores import TAP, make_manifest, write_store
+from sae_train.runs.metrics_file import read_metrics
+from sae_train.train.loop import train
+from tests.support.configs import make_config
+from tests.support.stores import TAP, make_manifest, write_store
 
 logger = logging.getLogger("reader")
 

@@ -25,12 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.measure import StepTimes, interleaved, markdown, prepare, write_results
-from sae_train.config import Config
-from sae_train.sae import PRECISION
-from sae_train.schedule import scheduled
-from sae_train.sharding import make_mesh
-from sae_train.state import TrainState, init_state
-from sae_train.step import make_train_step
+from sae_train.config.run import Config
+from sae_train.model.forward import PRECISION
+from sae_train.model.sharding import make_mesh
+from sae_train.step.schedule import scheduled
+from sae_train.step.state import TrainState, init_state
+from sae_train.train.train_step import make_train_step
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,11 +25,11 @@ import numpy as np
 
 from benchmarks.measure import StepTimes, interleaved, markdown, prepare, write_results
 from benchmarks.step import config_of, products, unit_rows
-from sae_train.config import Config
-from sae_train.schedule import scheduled
-from sae_train.sharding import make_mesh
-from sae_train.state import TrainState, init_state
-from sae_train.step import make_train_step
+from sae_train.config.run import Config
+from sae_train.model.sharding import make_mesh
+from sae_train.step.schedule import scheduled
+from sae_train.step.state import TrainState, init_state
+from sae_train.train.train_step import make_train_step
 
 # Steps done before, and after how many silent ones a latent is dead.
 _STEPS, _DEAD_AFTER = 1000, 100

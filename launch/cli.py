@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from activation_cache.distributed import launched_index
-from activation_cache.errors import Interrupted, UserError
-from launch import commands, group
+from activation_cache.runtime.errors import Interrupted, UserError
+from activation_cache.runtime.processes import launched_index
+from launch import commands
 from launch.console import configure_logging, set_environment_defaults
-from launch.signals import StopFlag, stop_on_signals
-from sae_train.hooks import package_version
+from launch.processes import group
+from launch.processes.signals import StopFlag, stop_on_signals
+from sae_train.inference.hook_names import package_version
 
 logger = logging.getLogger(__name__)
 

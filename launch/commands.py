@@ -7,19 +7,15 @@ import logging
 import re
 from collections.abc import Sequence
 
-from activation_cache.errors import Interrupted, UserError
-from activation_cache.storage import Place, place
-from launch import backends, stages
-from launch.signals import StopFlag
-from sae_train.cohort import check_cohort
-from sae_train.config import Config
-from sae_train.config_file import FILE_NAME, load_config, read_run_config, write_config
-from sae_train.run_folder import (
-    RELEASE,
-    clear_failure,
-    newest_checkpoint,
-    run_folders,
-)
+from activation_cache.runtime.errors import Interrupted, UserError
+from activation_cache.storage.files import Place, place
+from launch import stages
+from launch.clusters import submit
+from launch.processes.signals import StopFlag
+from sae_train.config.file import FILE_NAME, load_config, read_run_config, write_config
+from sae_train.config.run import Config
+from sae_train.runs.folder import RELEASE, clear_failure, newest_checkpoint, run_folders
+from sae_train.train.cohort import check_cohort
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +30,7 @@ def target_config(target: str, overrides: Sequence[str] = ()) -> Config:
     """
     config = _read_config(target, overrides)
     if config.sweep is not None:
-        from launch.sweep import expand
+        from launch.sweep.run_sweep import expand
 
         expand(config)
     return config
@@ -65,7 +61,7 @@ def _trained_folders(config: Config) -> list[Place]:
     """
     folder = place(config.output)
     if config.sweep is not None and not (folder / FILE_NAME).exists():
-        from launch.sweep import expand
+        from launch.sweep.run_sweep import expand
 
         # Trained one by one on a cluster: nothing has written the sweep's own folder yet.
         runs = [run.folder for run in expand(config)]
@@ -96,9 +92,9 @@ def _released_or_trained(config: Config) -> list[Place]:
 def harvest(arguments: argparse.Namespace, stop: StopFlag) -> int:
     """`sae harvest`: write the config's store, or a suite's, one after the other; returns 0."""
     config = target_config(arguments.target, arguments.overrides)
-    if backends.is_elsewhere(config, dry_run=arguments.dry_run):
-        return backends.submit(config, command="harvest", dry_run=arguments.dry_run, stop=stop)
-    from launch.suite import stores
+    if submit.is_elsewhere(config, dry_run=arguments.dry_run):
+        return submit.submit(config, command="harvest", dry_run=arguments.dry_run, stop=stop)
+    from launch.sweep.suite_runs import stores
 
     for store in stores(config):
         stages.harvest(store, stop=stop)
@@ -115,7 +111,7 @@ def train(arguments: argparse.Namespace, stop: StopFlag) -> int:
         Interrupted: stopped by a signal, everything saved.
     """
     configs = _training_configs(arguments)
-    if backends.is_elsewhere(configs[0], dry_run=arguments.dry_run):
+    if submit.is_elsewhere(configs[0], dry_run=arguments.dry_run):
         if arguments.fresh:
             raise UserError("--fresh deletes what is in the run's folder: give it where that is")
         if len(configs) > 1:
@@ -123,7 +119,7 @@ def train(arguments: argparse.Namespace, stop: StopFlag) -> int:
                 f"{len(configs)} configs were given, and only a sweep is handed to a cluster as "
                 "cohorts: make them one with `sweep:` and give `sae sweep`"
             )
-        return backends.submit(configs[0], command="train", dry_run=arguments.dry_run, stop=stop)
+        return submit.submit(configs[0], command="train", dry_run=arguments.dry_run, stop=stop)
     for config in configs:
         clear_failure(config.output)
     try:
@@ -184,7 +180,7 @@ def export(arguments: argparse.Namespace, stop: StopFlag) -> int:
     Raises:
         UserError: nothing is trained yet, no such repository, or --dry-run without --upload.
     """
-    from launch.publishing import check_repository, publish
+    from launch.show.publish import check_repository, publish
 
     if arguments.dry_run and arguments.upload is None:
         raise UserError("--dry-run lists what --upload would send: give both")
@@ -205,14 +201,14 @@ def export(arguments: argparse.Namespace, stop: StopFlag) -> int:
 
 def sweep(arguments: argparse.Namespace, stop: StopFlag) -> int:
     """`sae sweep`: train, evaluate and release all runs; returns the command's exit status."""
-    from launch.sweep import expand, run_sweep, show_runs
+    from launch.sweep.run_sweep import expand, run_sweep, show_runs
 
     config = target_config(arguments.target, arguments.overrides)
     if config.launch.on == "local" and arguments.dry_run:
         show_runs(config, expand(config))
         return 0
-    if backends.is_elsewhere(config, dry_run=arguments.dry_run):
-        return backends.submit(config, command="sweep", dry_run=arguments.dry_run, stop=stop)
+    if submit.is_elsewhere(config, dry_run=arguments.dry_run):
+        return submit.submit(config, command="sweep", dry_run=arguments.dry_run, stop=stop)
     return run_sweep(config, stop=stop)
 
 
@@ -232,7 +228,7 @@ def report(arguments: argparse.Namespace, stop: StopFlag) -> int:
 
 def plan(arguments: argparse.Namespace, stop: StopFlag) -> int:
     """`sae plan`: print what the config, its sweep or its suite needs; returns 0."""
-    from launch.planning import show_plan
+    from launch.show.plan_tables import show_plan
 
     with stop.at_once():
         # It expands a sweep itself, and a suite without asking what can be trained.
@@ -243,7 +239,7 @@ def plan(arguments: argparse.Namespace, stop: StopFlag) -> int:
 def status(arguments: argparse.Namespace, stop: StopFlag) -> int:
     """`sae status`: print where each run stands; returns 0."""
     from launch.console import print_table
-    from launch.status import status_table
+    from launch.show.status import status_table
 
     with stop.at_once():
         print_table(status_table(target_config(arguments.target)))
@@ -252,7 +248,7 @@ def status(arguments: argparse.Namespace, stop: StopFlag) -> int:
 
 def inspect(arguments: argparse.Namespace, stop: StopFlag) -> int:
     """`sae inspect`: print what a store, run or release holds, verified if asked; returns 0."""
-    from launch.inspection import inspect_path
+    from launch.show.inspect import inspect_path
 
     with stop.at_once():
         inspect_path(place(arguments.target), verify=arguments.verify)

@@ -10,7 +10,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.table import Table
 
-from activation_cache.storage import user_cache
+from activation_cache.storage.files import user_cache
 
 PACKAGES = ("activation_cache", "sae_train", "launch")
 _PLAIN_WIDTH = 140  # columns of a table where there is no terminal to ask

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from activation_cache.errors import UserError
-from activation_cache.storage import disk_errors, make_folder, write_bytes
+from activation_cache.runtime.errors import UserError
+from activation_cache.storage.files import disk_errors, make_folder, write_bytes
 
 logger = logging.getLogger(__name__)
 

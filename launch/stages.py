@@ -12,17 +12,17 @@ from contextlib import nullcontext
 from pathlib import PurePath
 from typing import Any
 
-from activation_cache import distributed
-from activation_cache.errors import UserError
-from activation_cache.storage import Place, folder_lock, place, read_json, remove_tree
-from launch import group
-from launch.allocator import keep_freed_memory
-from launch.compile_cache import keep_programs
-from launch.signals import StopFlag
-from sae_train.config import Config, EvaluationConfig
-from sae_train.config_file import FILE_NAME, read_run_config, resolved_yaml
-from sae_train.launch_config import LocalLaunch
-from sae_train.run_folder import (
+from activation_cache.runtime import processes
+from activation_cache.runtime.errors import UserError
+from activation_cache.storage.files import Place, folder_lock, place, read_json, remove_tree
+from launch.config.local import LocalLaunch
+from launch.processes import group
+from launch.processes.allocator import keep_freed_memory
+from launch.processes.compile_cache import keep_programs
+from launch.processes.signals import StopFlag
+from sae_train.config.file import FILE_NAME, read_run_config, resolved_yaml
+from sae_train.config.run import Config, EvaluationConfig
+from sae_train.runs.folder import (
     CHECKPOINTS,
     EVALUATION,
     FAILURE,
@@ -58,7 +58,7 @@ def harvest(config: Config, *, stop: Callable[[], bool]) -> None:
         return
     group.join(config)
     _prepare_process()
-    from activation_cache.harvest import harvest as run_harvest
+    from activation_cache.harvest.harvest import harvest as run_harvest
 
     run_harvest(
         model=config.model,
@@ -89,7 +89,7 @@ def train(configs: Sequence[Config], *, fresh: bool, stop: Callable[[], bool]) -
         return
     group.join(*configs)
     _prepare_process()
-    from sae_train.loop import train_cohort
+    from sae_train.train.loop import train_cohort
 
     train_cohort(configs, fresh=fresh, stop=stop)
 
@@ -99,7 +99,7 @@ def _train_in_group(configs: Sequence[Config], *, fresh: bool, stop: Callable[[]
     folders = [place(config.output) for config in configs]
     if fresh:
         # Here and not there: a group that is started again must not start anew.
-        from activation_cache.store import open_store
+        from activation_cache.store.store import open_store
 
         store = open_store(first.cache.path)
         store.check_matches(model=first.model, text=first.text, cache=first.cache)
@@ -177,15 +177,15 @@ def evaluate(
         return
     group.join(config)
     _prepare_process()
-    from sae_train.evaluate import evaluate as run_evaluate
+    from sae_train.evaluate.evaluate import evaluate as run_evaluate
 
-    with stop.at_once() if distributed.process_count() == 1 else nullcontext():
+    with stop.at_once() if processes.process_count() == 1 else nullcontext():
         run_evaluate(folders, settings=settings, stop=stop)
 
 
 def export(folders: Sequence[Place]) -> None:
     """Write and check the release of each run."""
-    from sae_train.export import export as run_export
+    from sae_train.release.export import export as run_export
 
     for folder in folders:
         run_export(folder)
@@ -193,14 +193,14 @@ def export(folders: Sequence[Place]) -> None:
 
 def export_tree(config: Config, folders: Sequence[Place]) -> Place:
     """Release a sweep's runs, and gather them in the tree of a suite; returns its folder."""
-    from sae_train.release_tree import export_tree as run_export_tree
+    from sae_train.release.tree import export_tree as run_export_tree
 
     return run_export_tree(place(config.output), config, folders)
 
 
 def report(folder: Place) -> Place:
     """Write the report of a run or a sweep; returns its page."""
-    from sae_train.report import write_report
+    from sae_train.report.page import write_report
 
     return write_report(folder)
 
@@ -210,7 +210,7 @@ def is_trained(config: Config) -> bool:
     folder = place(config.output)
     if newest_checkpoint(folder) != config.train.steps:
         return False
-    from sae_train.checkpoint import numeric_differences
+    from sae_train.checkpoint.checkpoints import numeric_differences
 
     return not numeric_differences(read_run_config(folder), config)
 

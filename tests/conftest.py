@@ -23,10 +23,10 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="open-gemma-scope-tests-"
 import jax
 import pytest
 
-import tests.typechecker  # noqa: F401 - the check named in pyproject is looked up as an attribute
+import tests.support.typechecker  # noqa: F401 - the check named in pyproject is looked up as an attribute
 
 if TYPE_CHECKING:
-    from tests.buckets import Server
+    from tests.support.buckets import Server
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 jax.config.update("jax_num_cpu_devices", 8)
@@ -44,8 +44,8 @@ def logging_unconfigured() -> None:
 @pytest.fixture(autouse=True, scope="module")
 def steps_made_once() -> Iterator[None]:
     """The runs of a test file that have one step share its compilation."""
-    from sae_train import cohort_step
-    from tests.steps_made_once import StepsMadeOnce
+    from sae_train.train import cohort_step
+    from tests.support.steps_made_once import StepsMadeOnce
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cohort_step, "make_train_step", StepsMadeOnce())
@@ -67,8 +67,8 @@ def sae_lens() -> Any:
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a store and, in `whole`, a run on it of 40 steps, saved at 30 and 40."""
-    from sae_train.loop import train
-    from tests.training import make_run
+    from sae_train.train.loop import train
+    from tests.support.training import make_run
 
     folder = tmp_path_factory.mktemp("finished")
     train(make_run(folder, output="whole"))
@@ -78,7 +78,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bucket_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
     """A running server of each kind, by its scheme, and the environment set for them."""
-    from tests.buckets import servers
+    from tests.support.buckets import servers
 
     with servers(tmp_path_factory.mktemp("servers"), "gs", "s3") as found:
         yield found
@@ -89,7 +89,7 @@ def bucket_server(
     bucket_servers: dict[str, Server], request: pytest.FixtureRequest
 ) -> Iterator[Server]:
     """One of them after the other; it fails no more when the test is over."""
-    from activation_cache import bucket
+    from activation_cache.storage import bucket
 
     found = bucket_servers[request.param]
     yield found

@@ -1,0 +1,402 @@
+"""Gemma 2 and Gemma 3 text in flax, one forward for both, with taps and a splice.
+
+Exact in what `transformers` 5 computes (modeling_gemma2.py, modeling_gemma3.py): RMSNorm in
+float32 with gain 1 + w, the embedding scale rounded to the weights' dtype, scores divided by
+sqrt(query_pre_attn_scalar), soft caps before the mask, local and global layers, and Gemma 3's
+norms of queries and keys before RoPE. In bfloat16 the scores, RoPE and the activation function
+are computed in float32 and rounded once, where `transformers` rounds after each operation.
+
+Shapes: B sequences, S positions, D model width, V vocabulary, H query heads, G key-value heads,
+R = H / G, E head dim, T keys. Projections are [in, out], so that products read `x @ W` (on a CPU
+as fast as [out, in]); the embedding stays [V, D], as it is looked up by row.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import struct
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from activation_cache.config import Site
+from activation_cache.gemma.config import GemmaConfig
+from activation_cache.gemma.params import on_all, on_model_axis
+from activation_cache.gemma.scores import Score
+from activation_cache.gemma.taps import Splice, Tap
+
+# Without it GPUs multiply float32 in TF32 and TPUs in bfloat16; bfloat16 inputs ignore it.
+PRECISION = jax.lax.Precision.HIGHEST
+
+# Logits of this many elements are alive at once in `Gemma.scores` (float32: 256 MiB).
+MAX_LOGIT_ELEMENTS = 2**26
+
+MIN_QUERY_BLOCK = 256
+MAX_QUERY_BLOCKS = 8
+
+Visit = Callable[[Site, Array], Array]
+
+
+@struct.dataclass
+class GemmaOutput:
+    """What a forward gives: the tapped activations, and logits if they were asked for."""
+
+    taps: dict[Tap, Float[Array, "B S D"]]
+    logits: Float[Array, "B S V"] | None
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * (1 + w), all in float32, then rounded to x's dtype."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(
+        self,
+        x_D: Float[Array, "*batch D"],
+        visit: Callable[[Array], Array] = lambda normalized_D: normalized_D,
+    ) -> Float[Array, "*batch D"]:
+        """`visit` is given x / rms(x), in float32."""
+        w_D = self.param("scale", nn.initializers.zeros_init(), x_D.shape[-1:], jnp.float32)
+        wide_D = x_D.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(wide_D), axis=-1, keepdims=True)
+        gain_D = (1.0 + w_D.astype(jnp.float32)).reshape((1,) * (x_D.ndim - 1) + (-1,))
+        normalized_D = visit(wide_D * jax.lax.rsqrt(mean_square + self.epsilon))
+        return (normalized_D * gain_D).astype(x_D.dtype)
+
+
+def _weight(module: nn.Module, name: str, shape: tuple[int, int]) -> Array:
+    return module.param(name, nn.initializers.lecun_normal(), shape, jnp.float32)
+
+
+def _product(x: Array, weight: Array) -> Array:
+    """x @ weight, accumulated in float32 and rounded once.
+
+    Saying so explicitly costs nothing elsewhere and is what lets XLA use a CPU's bfloat16 matrix
+    units: 4 times faster where there are any.
+    """
+    wide = jnp.dot(x, weight, precision=PRECISION, preferred_element_type=jnp.float32)
+    return wide.astype(x.dtype)
+
+
+def _sum_of_products(x: Array, weight: Array, mesh: Mesh | None) -> Array:
+    """x @ weight where x's columns and the weight's rows are cut over mesh axis `model`.
+
+    The devices' partial sums are added in the order of the devices: each device is sent a share of
+    the rows of all of them, adds, and the sums are sent to all. As many bytes move as in an
+    all-reduce, or fewer, but its order of additions is nobody's promise: it changes with the
+    transport, and so with how many processes the devices are in.
+    """
+    size = 1 if mesh is None else mesh.shape["model"]
+    if mesh is None or size == 1:
+        return _product(x, weight)
+    put = jax.lax.with_sharding_constraint
+    dot = functools.partial(jnp.einsum, precision=PRECISION, preferred_element_type=jnp.float32)
+    rows = x.reshape(-1, size, x.shape[-1] // size)
+    num_rows = len(rows)
+    rows = jnp.pad(rows, ((0, -num_rows % size), (0, 0), (0, 0)))
+    parts = dot("nmi,mid->mnd", rows, weight.reshape(size, -1, weight.shape[-1]))
+    parts = put(parts, on_model_axis(mesh, dim=0, ndim=3))
+    parts = put(parts, on_model_axis(mesh, dim=1, ndim=3))
+    total = functools.reduce(jnp.add, [parts[device] for device in range(size)])
+    total = put(total.astype(x.dtype), on_all(mesh))
+    return total[:num_rows].reshape(*x.shape[:-1], -1)
+
+
+def _soft_cap(x: Array, cap: float | None) -> Array:
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def rope(x_BSHE: Float[Array, "B S H E"], *, base: float, factor: float) -> Float[Array, "B S H E"]:
+    """Rotate pairs (i, i + E/2) by position / factor * base^(-2i/E)."""
+    cos, sin = _rotations(x_BSHE.shape[1], x_BSHE.shape[-1], base, factor)
+    first, second = jnp.split(x_BSHE.astype(jnp.float32), 2, axis=-1)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(rotated, axis=-1).astype(x_BSHE.dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def _rotations(
+    num_positions: int, head_dim: int, base: float, factor: float
+) -> tuple[Float[np.ndarray, "1 S 1 half"], Float[np.ndarray, "1 S 1 half"]]:
+    """Cosines and sines for `rope`, float32 throughout as in `transformers`.
+
+    Constants of the program: left to XLA, a CPU computes them anew for each sequence and head, at
+    several times the cost of all the rest of `rope`.
+    """
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequency = np.float32(1.0) / np.float32(base) ** exponent / np.float32(factor)
+    angle = np.arange(num_positions, dtype=np.float32)[:, None] * frequency[None, :]
+    return np.cos(angle)[None, :, None, :], np.sin(angle)[None, :, None, :]
+
+
+class Attention(nn.Module):
+    """Causal attention of one layer, local or global."""
+
+    config: GemmaConfig
+    is_global: bool
+    mesh: Mesh | None = None
+
+    @nn.compact
+    def __call__(self, x_BSD: Float[Array, "B S D"], visit: Visit) -> Float[Array, "B S D"]:
+        c = self.config
+        batch, length, _ = x_BSD.shape
+
+        def heads(name: str, count: int) -> Array:
+            weight = _weight(self, name, (c.d_model, count * c.head_dim))
+            return _product(x_BSD, weight).reshape(batch, length, count, c.head_dim)
+
+        q_BSHE, k_BSGE = heads("W_Q", c.num_heads), heads("W_K", c.num_kv_heads)
+        v_BSGE = heads("W_V", c.num_kv_heads)
+        if c.qk_norm:
+            q_BSHE = RMSNorm(c.norm_epsilon, name="query_norm")(q_BSHE)
+            k_BSGE = RMSNorm(c.norm_epsilon, name="key_norm")(k_BSGE)
+        base = c.rope_base_global if self.is_global else c.rope_base_local
+        factor = c.rope_factor_global if self.is_global else 1.0
+        q_BSHE = rope(q_BSHE, base=base, factor=factor)
+        k_BSGE = rope(k_BSGE, base=base, factor=factor)
+        out_BSD = attend(
+            q_BSHE,
+            k_BSGE,
+            v_BSGE,
+            scale=c.query_scalar**-0.5,
+            softcap=c.attention_softcap,
+            window=None if self.is_global else c.window,
+        ).reshape(batch, length, c.num_heads * c.head_dim)
+        out_BSD = visit("attn_out_prelinear", out_BSD)
+        weight = _weight(self, "W_O", (c.num_heads * c.head_dim, c.d_model))
+        return _sum_of_products(out_BSD, weight, self.mesh)
+
+
+def attend(
+    q_BSHE: Float[Array, "B S H E"],
+    k_BSGE: Float[Array, "B S G E"],
+    v_BSGE: Float[Array, "B S G E"],
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> Float[Array, "B S H E"]:
+    """Causal grouped-query attention; scores, cap and softmax in float32.
+
+    Queries go in blocks, each against the keys it may see: what the mask would hide outside a
+    block's reach is not computed, and a block's scores fit a CPU's cache (3 to 4 times faster
+    than all at once for 1,024 positions). At most `MAX_QUERY_BLOCKS`, to bound the compile time.
+
+    Args:
+        window: keys with 0 <= query - key < window are seen; None sees all earlier keys.
+    """
+    batch, length, num_heads, head_dim = q_BSHE.shape
+    groups = k_BSGE.shape[2]
+    q_BGRSE = q_BSHE.reshape(batch, length, groups, num_heads // groups, head_dim)
+    q_BGRSE = q_BGRSE.transpose(0, 2, 3, 1, 4)
+    k_BGSE, v_BGSE = k_BSGE.transpose(0, 2, 1, 3), v_BSGE.transpose(0, 2, 1, 3)
+    block = max(MIN_QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS))
+    out = []
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        first_key = 0 if window is None else max(0, start - window + 1)
+        keys = slice(first_key, stop)
+        distance = jnp.arange(start, stop)[:, None] - jnp.arange(first_key, stop)[None, :]
+        visible = (distance >= 0) & (distance < (window or length))
+        out.append(
+            _attend_block(
+                q_BGRSE[:, :, :, start:stop],
+                k_BGSE[:, :, keys],
+                v_BGSE[:, :, keys],
+                visible=visible,
+                scale=scale,
+                softcap=softcap,
+            )
+        )
+    return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(q_BSHE.shape)
+
+
+def _attend_block(
+    q_BGRSE: Float[Array, "B G R S E"],
+    k_BGTE: Float[Array, "B G T E"],
+    v_BGTE: Float[Array, "B G T E"],
+    *,
+    visible: Bool[Array, "S T"],
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "B G R S E"]:
+    """R query heads of each group against T keys; the softmax's division comes last."""
+    batch, groups, repeats, length, head_dim = q_BGRSE.shape
+    dot = functools.partial(jnp.einsum, precision=PRECISION, preferred_element_type=jnp.float32)
+    # One matrix product per group: the heads that share keys stand one below the other.
+    q_BGQE = q_BGRSE.reshape(batch, groups, repeats * length, head_dim)
+    scores = _soft_cap(dot("bgqe,bgte->bgqt", q_BGQE, k_BGTE) * scale, softcap)
+    scores = scores.reshape(batch, groups, repeats, length, -1)
+    scores = jnp.where(visible[None, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights.reshape(batch, groups, repeats * length, -1).astype(v_BGTE.dtype)
+    out = dot("bgqt,bgte->bgqe", weights, v_BGTE).reshape(q_BGRSE.shape)
+    return (out / total).astype(q_BGRSE.dtype)
+
+
+class MLP(nn.Module):
+    """down(gelu_tanh(gate x) * up x)."""
+
+    config: GemmaConfig
+    mesh: Mesh | None = None
+
+    @nn.compact
+    def __call__(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        c = self.config
+        gate = _product(x_BSD, _weight(self, "W_gate", (c.d_model, c.d_ff)))
+        up = _product(x_BSD, _weight(self, "W_up", (c.d_model, c.d_ff)))
+        active = jax.nn.gelu(gate.astype(jnp.float32), approximate=True).astype(x_BSD.dtype)
+        down = _weight(self, "W_down", (c.d_ff, c.d_model))
+        return _sum_of_products(active * up, down, self.mesh)
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each between two norms, added to the residual stream."""
+
+    config: GemmaConfig
+    is_global: bool
+    mesh: Mesh | None = None
+
+    @nn.compact
+    def __call__(self, h_BSD: Float[Array, "B S D"], visit: Visit) -> Float[Array, "B S D"]:
+        norm = functools.partial(RMSNorm, self.config.norm_epsilon)
+        attention = Attention(self.config, self.is_global, self.mesh, name="attention")
+        attended = attention(norm(name="pre_attention_norm")(h_BSD), visit)
+        h_BSD = h_BSD + norm(name="post_attention_norm")(attended)
+        visit_normalized = functools.partial(visit, "mlp_in_normalized")
+        mlp_in = visit("mlp_in", norm(name="pre_mlp_norm")(h_BSD, visit_normalized))
+        mlp_out = MLP(self.config, self.mesh, name="mlp")(mlp_in)
+        h_BSD = h_BSD + visit("mlp_out", norm(name="post_mlp_norm")(mlp_out))
+        return visit("resid_post", h_BSD)
+
+
+class Gemma(nn.Module):
+    """The language model: tokens to taps, logits or scores of its predictions.
+
+    Layers past the last one needed are not computed. Parameters: `embedding` [V, D],
+    `layers_0` ..., `final_norm`; `gemma_params.py` lists them all, and how they are cut over `mesh`
+    if there is one. With `recompute` a gradient keeps of each layer its input alone.
+    """
+
+    config: GemmaConfig
+    mesh: Mesh | None = None
+    recompute: bool = False
+
+    def setup(self) -> None:
+        c = self.config
+        block = nn.remat(Block, static_argnums=(2,)) if self.recompute else Block
+        initialiser = nn.initializers.normal(1 / math.sqrt(c.d_model))
+        self.embedding = self.param("embedding", initialiser, (c.vocab_size, c.d_model))
+        self.layers = [block(c, is_global, self.mesh) for is_global in c.global_layers]
+        self.final_norm = RMSNorm(c.norm_epsilon)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B S"],
+        *,
+        taps: Sequence[Tap] = (),
+        splice: Splice | None = None,
+        logits: bool = True,
+    ) -> GemmaOutput:
+        """Run the model once.
+
+        Args:
+            tokens: ids, each sequence starting with BOS; positions count from 0.
+            taps: what to hand out. A tap that is also spliced gives what was replaced.
+            splice: a replacement made inside this forward.
+            logits: whether to go on to the logits; without them the forward stops after the
+                deepest tap.
+        """
+        num_layers = self.config.num_layers
+        if not logits:
+            deep = [tap.layer for tap in taps if tap.site != "embedding"]
+            num_layers = 1 + max(deep, default=-1)
+        h_BSD, found = self._trunk(tokens, taps=taps, splice=splice, num_layers=num_layers)
+        if not logits:
+            return GemmaOutput(taps=found, logits=None)
+        return GemmaOutput(taps=found, logits=self._logits(self.final_norm(h_BSD)))
+
+    def scores(
+        self, tokens: Int[Array, "B S"], *, score: Score, splice: Splice | None = None
+    ) -> Float[Array, "B S-1"]:
+        """`score` of every prediction, float32: entry s is that of token s + 1.
+
+        The vocabulary projection runs over chunks of positions, so logits of at most
+        `MAX_LOGIT_ELEMENTS` elements exist at a time; a gradient computes them again.
+        """
+        h_BSD, _ = self._trunk(tokens, taps=(), splice=splice, num_layers=self.config.num_layers)
+        h_BSD = self.final_norm(h_BSD)[:, :-1]
+        batch, length, width = h_BSD.shape
+        num_rows = batch * length
+        chunk = max(1, min(num_rows, MAX_LOGIT_ELEMENTS // self.config.vocab_size))
+        padding = -num_rows % chunk
+        rows = jnp.pad(h_BSD.reshape(num_rows, width), ((0, padding), (0, 0)))
+        targets = jnp.pad(tokens[:, 1:].reshape(num_rows), (0, padding))
+        # Read before lax.map: linen variables may not be looked up inside its trace.
+        embedding = self.embedding
+
+        @jax.checkpoint
+        def chunk_scores(chunk_of: tuple[Array, Array]) -> Array:
+            rows_CD, targets_C = chunk_of
+            return score(_project(rows_CD, embedding, softcap=self.config.final_softcap), targets_C)
+
+        chunks = (rows.reshape(-1, chunk, width), targets.reshape(-1, chunk))
+        scores = jax.lax.map(chunk_scores, chunks)
+        return scores.reshape(-1)[:num_rows].reshape(batch, length)
+
+    def _trunk(
+        self,
+        tokens: Int[Array, "B S"],
+        *,
+        taps: Sequence[Tap],
+        splice: Splice | None,
+        num_layers: int,
+    ) -> tuple[Float[Array, "B S D"], dict[Tap, Array]]:
+        found: dict[Tap, Array] = {}
+        read: dict[str, Array] = {}
+
+        def visit(site: Site, acts: Array, *, layer: int) -> Array:
+            tap = Tap(site, layer)
+            if tap in taps:
+                found[tap] = acts.astype(self.embedding.dtype)
+            if splice is None:
+                return acts
+            if splice.reads == tap:
+                read["read"] = acts.astype(self.embedding.dtype)
+            if splice.tap == tap:
+                return splice.replace(acts, splice.arguments, **read).astype(acts.dtype)
+            return acts
+
+        h_BSD = visit("embedding", self.embedding[tokens], layer=0)
+        # The scale is rounded to the weights' dtype: 59.75 for Gemma 2 9B in bfloat16.
+        h_BSD = h_BSD * jnp.asarray(math.sqrt(self.config.d_model), h_BSD.dtype)
+        for layer, block in enumerate(self.layers[:num_layers]):
+            h_BSD = block(h_BSD, functools.partial(visit, layer=layer))
+        return h_BSD, found
+
+    def _logits(self, h_BSD: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
+        return _project(h_BSD, self.embedding, softcap=self.config.final_softcap)
+
+
+def _project(
+    h_D: Float[Array, "*batch D"],
+    embedding_VD: Float[Array, "V D"],
+    *,
+    softcap: float | None,
+) -> Float[Array, "*batch V"]:
+    logits = jnp.einsum(
+        "...d,vd->...v",
+        h_D,
+        embedding_VD,
+        precision=PRECISION,
+        preferred_element_type=jnp.float32,
+    )
+    return _soft_cap(logits, softcap)

@@ -1,0 +1,90 @@
+"""Where the copies of the language model lie, and which processes compute together.
+
+A copy takes `model` devices: each place of mesh axis `data` has one. Copies know nothing of each
+other: the program a copy runs, and so the bits of what it computes, depends on how many sequences
+it is given and over how many devices it is cut, and not on how many copies or processes there are.
+
+A team is the processes that hold one copy together, or a single process that holds one or several
+copies whole. Teams compute different things and wait for each other only at the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from activation_cache.config import MeshConfig
+from activation_cache.gemma.params import make_mesh
+from activation_cache.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A process's part of the mesh.
+
+    Attributes:
+        meshes: one for each copy that has devices of this process.
+        team: the number of this process's team, out of `num_teams`.
+        member: the number of this process in its team, out of `num_members`; the members of a team
+            call everything that computes in the same order.
+    """
+
+    meshes: list[Mesh]
+    team: int
+    num_teams: int
+    member: int
+    num_members: int
+
+
+def devices_of_processes(config: MeshConfig) -> list[list[Any]]:
+    """The devices a mesh uses: of every process the first few, equally many.
+
+    Raises:
+        UserError: fewer devices than the mesh has places, or processes without a part in it.
+    """
+    needed, found = config.data * config.model, jax.device_count()
+    if needed > found:
+        raise UserError(
+            f"mesh {config.data} x {config.model} (data x model) needs {needed} devices and JAX "
+            f"sees {found} ({jax.default_backend()}): make mesh.data * mesh.model at most {found}"
+        )
+    processes = jax.process_count()
+    each, rest = divmod(needed, processes)
+    groups = [[d for d in jax.devices() if d.process_index == p] for p in range(processes)]
+    if rest or min(map(len, groups)) < each:
+        sizes = ", ".join(str(len(group)) for group in groups)
+        raise UserError(
+            f"mesh {config.data} x {config.model} (data x model) needs {needed} devices, equally "
+            f"many of each of {processes} processes, and these have {sizes}: make mesh.data * "
+            f"mesh.model a multiple of {processes} that they can share, or change the number of "
+            "processes"
+        )
+    return [group[:each] for group in groups]
+
+
+def place_copies(config: MeshConfig) -> Placement:
+    """This process's part of a mesh.
+
+    Raises:
+        UserError: fewer devices than the mesh has places, or a copy that would lie in parts of
+            several processes.
+    """
+    groups = devices_of_processes(config)
+    index, each, size = jax.process_index(), len(groups[0]), config.model
+    if each % size == 0:
+        own = groups[index]
+        meshes = [make_mesh(own[start : start + size]) for start in range(0, each, size)]
+        return Placement(meshes, team=index, num_teams=len(groups), member=0, num_members=1)
+    members = size // each
+    if size % each:
+        raise UserError(
+            f"mesh axis 'model' (size {size}) takes {size} of the {each} devices that each of "
+            f"{len(groups)} processes has, so that a copy of the language model would lie in parts "
+            f"of processes: make mesh.model a multiple or a divisor of {each}"
+        )
+    team, member = divmod(index, members)
+    devices = [d for group in groups[team * members : (team + 1) * members] for d in group]
+    return Placement([make_mesh(devices)], team, len(groups) // members, member, members)

@@ -1,0 +1,307 @@
+"""`sae harvest`: the model reads the tokens, and the activations of all taps become a store.
+
+What is checked comes first and is cheap; then the text is tokenised; then the plan is written,
+which ties the folder to this config; then buckets are computed while the ones before them are
+written. The manifest, written last, makes it a store.
+
+Of several processes the first does all but the buckets, and tells the others. The buckets are
+shared out among the teams (`copies.py`), each written and committed by one process; who it was
+can't be told from the bytes, so that a harvest goes on with any number of processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from activation_cache.config import CacheConfig, MeshConfig, ModelConfig, TextConfig
+from activation_cache.gemma.config import GemmaConfig
+from activation_cache.gemma.params import check_model_axis
+from activation_cache.gemma.replicas import place_copies
+from activation_cache.gemma.taps import EMBEDDING, resolve_taps, tap_width
+from activation_cache.harvest.sizes import check_memory, log_sizes, memory_here
+from activation_cache.harvest.worker import SHARED_DISK_SECONDS, Share
+from activation_cache.language_model.checkpoint import read_gemma_config, weight_fingerprint
+from activation_cache.language_model.model import convert_once
+from activation_cache.language_model.tokenizer import load_tokenizer
+from activation_cache.runtime import processes
+from activation_cache.runtime.errors import UserError
+from activation_cache.runtime.shared_work import shared
+from activation_cache.storage.arrays import bucket_rows, remove_stray_files
+from activation_cache.storage.files import Place, folder_lock, place, remove_tree, write_text
+from activation_cache.store.manifest import (
+    FORMAT_VERSION,
+    Manifest,
+    ModelEntry,
+    ShufflingEntry,
+    SiteEntry,
+    first_difference,
+    read_record,
+    write_record,
+)
+from activation_cache.store.order import ALGORITHM
+from activation_cache.store.store import (
+    MANIFEST_FILE,
+    PLAN_FILE,
+    PROVENANCE,
+    TOKENS_FOLDER,
+    Store,
+    open_store,
+)
+from activation_cache.store.writer import BucketWriter, Commit, read_commits
+from activation_cache.text.token_table import TokenSummary, TokenTable
+from activation_cache.text.tokenise import describe_text, prepare_tokens
+
+logger = logging.getLogger(__name__)
+
+
+def harvest(
+    *,
+    model: ModelConfig,
+    text: TextConfig,
+    cache: CacheConfig,
+    mesh: MeshConfig | None = None,
+    resolved_config_yaml: str | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Manifest:
+    """Make the activation store at `cache.path`, or go on with one that was begun.
+
+    A finished store of this config is left as it is. Processes that have joined
+    (`distributed.join`) share the work. Rows depend on `cache.sequences_per_batch` and the size of
+    mesh axis `model` and on no other number of devices or processes.
+
+    Args:
+        mesh: of the language model; None is `cache.mesh`, or else one device.
+        stop: asked before each forward pass.
+
+    Raises:
+        UserError: anything the user can mend, such as a store of another config in the folder,
+            too little text, or a full disk. What was committed before stays.
+        Interrupted: `stop` turned true; every finished bucket is committed.
+    """
+    mesh = mesh or cache.mesh or MeshConfig()
+    job = _Harvest(place(cache.path), model, text, cache, mesh, stop)
+    with contextlib.ExitStack() as held:
+
+        def begin() -> bool:
+            # A finished store is only read, so it may be shared, on a read-only disk.
+            if not job.is_finished():
+                place_copies(mesh)  # the mistakes that all processes would make are told by one
+                held.enter_context(folder_lock(job.path))
+            return job.is_finished()
+
+        if not processes.told_by_main("store", begin):
+            return job.run(resolved_config_yaml)
+    told = processes.told_by_main("finished store", job.already_finished)
+    return Manifest.model_validate_json(told)
+
+
+@dataclass(frozen=True)
+class _Harvest:
+    """One call of `harvest`."""
+
+    path: Place
+    model: ModelConfig
+    text: TextConfig
+    cache: CacheConfig
+    mesh: MeshConfig
+    stop: Callable[[], bool]
+
+    def is_finished(self) -> bool:
+        return (self.path / MANIFEST_FILE).exists()
+
+    def already_finished(self) -> str:
+        """Check that the finished store is the one asked for, and touch nothing; its manifest."""
+        store = open_store(self.path)
+        store.check_matches(model=self.model, text=self.text, cache=self.cache)
+        self._compare_inputs(store)
+        logger.info(
+            "the store at %s is finished already: %d rows at %s",
+            self.path,
+            store.rows,
+            ", ".join(tap.name for tap in store.taps),
+        )
+        return store.manifest.model_dump_json()
+
+    def run(self, resolved_config_yaml: str | None) -> Manifest:
+        """Plan, compute what isn't committed, finish. The first process holds the folder."""
+        placement = place_copies(self.mesh)
+        prepare = functools.partial(self._prepare, resolved_config_yaml)
+        told = processes.told_by_main("plan", prepare, stop=self.stop)
+        plan = Manifest.model_validate_json(told["plan"])
+        summary = TokenSummary.model_validate_json(told["tokens"])
+        table = TokenTable(self.path / TOKENS_FOLDER, summary)
+        share = Share(
+            self.path, self.model, plan, table, told["missing"], told["committed"], placement
+        )
+        machines = [(name, size) for name, size in processes.gathered("memory", memory_here())]
+        processes.told_by_main("enough memory", lambda: check_memory(plan, machines))
+        if share.missing and not share.of_embedding:
+            convert = functools.partial(convert_once, self.model, folder=share.converted)
+            processes.told_by_main("conversion", convert)
+        finished = shared(
+            "harvest",
+            functools.partial(share.compute, stop=self.stop),
+            finish=lambda: self._finish(plan).model_dump_json(),
+            stop=self.stop,
+        )
+        return Manifest.model_validate_json(finished)
+
+    def _prepare(self, resolved_config_yaml: str | None) -> dict[str, Any]:
+        """Check, tokenise and plan, in the first process; what it tells the others."""
+        remove_stray_files(self.path)
+        begun = self._begun()
+        gemma = read_gemma_config(self.model)
+        check_model_axis(gemma, self.mesh.model)
+        # A wrong layer is told before an hour of tokenising.
+        taps = resolve_taps(self.cache.sites, gemma)
+        tokenizer = load_tokenizer(self.model)
+        table = prepare_tokens(
+            self.text,
+            tokenizer=tokenizer,
+            path=self.path / TOKENS_FOLDER,
+            rows=self.cache.tokens,
+            vocabulary=gemma.vocab_size if taps == (EMBEDDING,) else None,
+            keep=begun is not None,
+            stop=lambda: processes.stop_asked(self.stop),
+        )
+        table.require_rows(self.cache.tokens)
+        plan = self._plan(gemma, table)
+        if begun is None:
+            self._start(plan, resolved_config_yaml)
+        else:
+            plan = self._go_on(begun, plan)
+        done = read_commits(self.path, plan)
+        committed = sum(commit.rows for commit in done.values())
+        if committed:
+            logger.info("going on: %d of %d rows are committed", committed, plan.rows)
+        log_sizes(self.path, plan, rows_left=plan.rows - committed)
+        BucketWriter(self.path, plan)  # the arrays are there before anybody else opens them
+        return {
+            "plan": plan.model_dump_json(),
+            "tokens": table.summary.model_dump_json(),
+            "missing": [bucket for bucket in range(plan.num_buckets) if bucket not in done],
+            "committed": committed,
+        }
+
+    def _begun(self) -> Manifest | None:
+        """The plan of a harvest with committed rows; one without any binds nobody.
+
+        Raises:
+            UserError: it was begun with another config.
+        """
+        if not (self.path / PLAN_FILE).exists():
+            return None
+        plan = read_record(self.path / PLAN_FILE, Manifest)
+        if not read_commits(self.path, plan):
+            self._discard(plan)
+            return None
+        difference = first_difference(plan, model=self.model, text=self.text, cache=self.cache)
+        if difference is not None:
+            self._refuse(difference)
+        return plan
+
+    def _plan(self, gemma: GemmaConfig, table: TokenTable) -> Manifest:
+        model, cache, summary = self.model, self.cache, table.summary
+        return Manifest(
+            format_version=FORMAT_VERSION,
+            model=ModelEntry(
+                weights=model.weights,
+                revision=model.revision,
+                fingerprint=weight_fingerprint(model),
+                dtype=model.dtype,
+                num_layers=gemma.num_layers,
+            ),
+            text=self.text,
+            tokenizer_hash=summary.tokenizer_hash,
+            token_hash=summary.token_hash,
+            num_sequences=summary.sequences,
+            sites=[
+                SiteEntry(site=tap.site, layer=tap.layer, width=tap_width(gemma, tap.site))
+                for tap in resolve_taps(cache.sites, gemma)
+            ],
+            rows=cache.tokens,
+            dtype=cache.dtype,
+            sequences_per_batch=cache.sequences_per_batch,
+            shuffling=ShufflingEntry(
+                algorithm=ALGORITHM,
+                seed=cache.seed,
+                shuffle_rows=cache.shuffle_rows,
+                bucket_rows=bucket_rows(
+                    shuffle_rows=cache.shuffle_rows, block_rows=cache.block_rows
+                ),
+                block_rows=cache.block_rows,
+            ),
+        )
+
+    def _start(self, plan: Manifest, resolved_config_yaml: str | None) -> None:
+        """Tie the folder to this plan."""
+        write_record(self.path / PLAN_FILE, plan)
+        if resolved_config_yaml is not None:
+            write_text(self.path / "config.yaml", resolved_config_yaml)
+
+    def _go_on(self, begun: Manifest, plan: Manifest) -> Manifest:
+        """The plan to go on with: the one begun, if it is this one but for the weights' name."""
+        name = {"weights": begun.model.weights, "revision": begun.model.revision}
+        plan = plan.model_copy(update={"model": plan.model.model_copy(update=name)})
+        for field in Manifest.model_fields:
+            before, now = getattr(begun, field), getattr(plan, field)
+            if before != now:
+                self._refuse(f"{field} was {before} and is {now}")
+        return begun
+
+    def _discard(self, plan: Manifest) -> None:
+        """Remove what a harvest without a committed bucket left; tokens are kept."""
+        for name in (*(entry.tap.name for entry in plan.sites), *PROVENANCE):
+            remove_tree(self.path / name)
+        (self.path / PLAN_FILE).unlink()
+
+    def _refuse(self, difference: str) -> NoReturn:
+        raise UserError(
+            f"the harvest at {self.path} was begun with another config. {difference}. Change it "
+            "back to go on, or choose another cache.path (nothing was changed)."
+        )
+
+    def _finish(self, plan: Manifest) -> Manifest:
+        """Write the manifest: from here on it is a store."""
+        commits = self._all_commits(plan)
+        sites = []
+        for entry in plan.sites:
+            total = math.fsum(c.sum_of_squares[entry.tap.name] for c in commits.values())
+            sites.append(entry.model_copy(update={"mean_squared_norm": total / plan.rows}))
+        manifest = plan.model_copy(update={"sites": sites})
+        write_record(self.path / MANIFEST_FILE, manifest)
+        (self.path / PLAN_FILE).unlink()
+        logger.info("the store at %s is finished: %d rows", self.path, manifest.rows)
+        return manifest
+
+    def _all_commits(self, plan: Manifest) -> dict[int, Commit]:
+        """The records of all buckets, those that other machines wrote among them."""
+        until = time.monotonic() + SHARED_DISK_SECONDS
+        while len(commits := read_commits(self.path, plan)) < plan.num_buckets:
+            if processes.process_count() == 1 or time.monotonic() > until:
+                raise AssertionError(f"{plan.num_buckets - len(commits)} buckets have no record")
+            time.sleep(0.5)
+        return commits
+
+    def _compare_inputs(self, store: Store) -> None:
+        """Compare weights and text with what the store was made of, where they are still here."""
+        try:
+            fingerprint = weight_fingerprint(self.model)
+            recipe = describe_text(self.text, like=store.tokens.summary)
+        except UserError as error:
+            logger.warning("what the finished store was made of cannot be compared: %s", error)
+            return
+        store.check_matches(fingerprint=fingerprint)
+        difference = recipe.difference(store.tokens.summary)
+        if difference is not None:
+            raise UserError(
+                f"the store at {self.path} was made of other text. {difference}. Go back to what "
+                "it was, or choose another cache.path (nothing was changed)."
+            )

@@ -1,0 +1,78 @@
+"""What a harvest takes of memory and disk, said and checked before it begins."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Sequence
+
+import tensorstore as ts
+
+from activation_cache.runtime.errors import UserError
+from activation_cache.storage.bucket import BucketPath
+from activation_cache.storage.files import Place
+from activation_cache.store.manifest import Manifest
+from activation_cache.store.writer import BUCKETS_IN_MEMORY
+
+logger = logging.getLogger(__name__)
+
+
+def bucket_bytes(plan: Manifest) -> int:
+    """Bytes of one bucket of a store, all taps."""
+    itemsize = ts.dtype(plan.dtype).numpy_dtype.itemsize
+    row_bytes = itemsize * sum(entry.width for entry in plan.sites) + 8  # 8: provenance
+    return len(plan.bucket_span(0)) * row_bytes
+
+
+def memory_here() -> tuple[str, int]:
+    """This machine's name and bytes of memory."""
+    return socket.gethostname(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_memory(plan: Manifest, machines: Sequence[tuple[str, int]]) -> None:
+    """Check that the buckets in flight fit the memory of the machines they are on.
+
+    Args:
+        machines: for every process its machine's name and memory.
+
+    Raises:
+        UserError: they don't.
+    """
+    for name, present in dict(machines).items():
+        processes = [machine for machine, _ in machines].count(name)
+        needed = processes * BUCKETS_IN_MEMORY * bucket_bytes(plan)
+        if needed > present:
+            fitting = plan.shuffling.bucket_rows * present // needed // 2
+            each = f" in each of {processes} processes" if processes > 1 else ""
+            raise UserError(
+                f"buckets of {plan.shuffling.bucket_rows} rows at {len(plan.sites)} taps need "
+                f"{needed / 2**30:.3g} GiB of memory ({BUCKETS_IN_MEMORY} at once{each}) and "
+                f"{name} has {present / 2**30:.3g}: lower cache.shuffle_rows to about {fitting}, "
+                "or harvest fewer sites and layers into each store."
+            )
+
+
+def log_sizes(path: Place, plan: Manifest, *, rows_left: int) -> None:
+    """Say what memory and disk the harvest takes; warn when the disk looks too small."""
+    per_bucket = bucket_bytes(plan)
+    to_write = per_bucket * rows_left // len(plan.bucket_span(0))
+    logger.info(
+        "%d buckets of %d rows: %.3g GiB of memory for %d at once, %.3g GiB to write",
+        plan.num_buckets,
+        len(plan.bucket_span(0)),
+        BUCKETS_IN_MEMORY * per_bucket / 2**30,
+        BUCKETS_IN_MEMORY,
+        to_write / 2**30,
+    )
+    if isinstance(path, BucketPath):
+        return
+    free = shutil.disk_usage(path).free
+    if to_write > free:
+        logger.warning(
+            "%s has %.3g GiB free and the rest of the store takes %.3g: it will not fit",
+            path,
+            free / 2**30,
+            to_write / 2**30,
+        )

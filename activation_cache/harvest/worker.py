@@ -1,0 +1,160 @@
+"""One process's share of a harvest: its part of the missing buckets, computed and committed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from activation_cache.config import ModelConfig
+from activation_cache.gemma.replicas import Placement
+from activation_cache.gemma.taps import EMBEDDING
+from activation_cache.harvest.fill_bucket import BucketFiller
+from activation_cache.language_model.model import conversion_folder, load_copies
+from activation_cache.runtime import processes
+from activation_cache.runtime.errors import Interrupted, UserError
+from activation_cache.runtime.progress import ProgressMeter
+from activation_cache.storage.files import Place
+from activation_cache.store.manifest import Manifest, read_record
+from activation_cache.store.store import PLAN_FILE
+from activation_cache.store.writer import Bucket, BucketWriter
+from activation_cache.text.token_table import TokenTable
+
+logger = logging.getLogger(__name__)
+
+SHARED_DISK_SECONDS = 120.0  # for so long a network file system may hide what others wrote
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a process knows before it computes.
+
+    Attributes:
+        missing: the buckets without a record, the same list in all processes.
+        committed: rows of the others.
+    """
+
+    path: Place
+    model: ModelConfig
+    plan: Manifest
+    table: TokenTable
+    missing: list[int]
+    committed: int
+    placement: Placement
+
+    @property
+    def of_embedding(self) -> bool:
+        """Is it the embedding's rows that are harvested? Then no other weight is read."""
+        return [entry.tap for entry in self.plan.sites] == [EMBEDDING]
+
+    @property
+    def converted(self) -> Path:
+        """Where a converted copy of the weights is kept."""
+        return conversion_folder(self.path)
+
+    def compute(self, *, stop: Callable[[], bool]) -> None:
+        """Compute this team's part of the missing buckets, and commit this process's part.
+
+        Raises:
+            UserError: weights or a folder that aren't those of the first process, or what
+                `BucketWriter` raises.
+            Interrupted: somebody was asked to stop.
+        """
+        place = self.placement
+        self._check_folder()
+        own = self.missing[place.team :: place.num_teams]
+        if not own:
+            self._tell_idle()
+            return
+        copies = load_copies(
+            self.model,
+            converted=None if self.of_embedding else self.converted,
+            meshes=place.meshes,
+            embedding_only=self.of_embedding,
+        )
+        self._check_weights(copies[0].fingerprint)
+        filler = BucketFiller(self.plan, self.table, copies)
+        total, scale = self.plan.rows, len(self.missing) / len(own)
+        with (
+            ProgressMeter("harvest", total=total, unit="tokens", initial=self.committed) as meter,
+            BucketWriter(self.path, self.plan) as writer,
+        ):
+            finished, mistakes = 0, []
+            for turn, bucket in enumerate(own):
+
+                def on_batch(rows: int, before: int = finished) -> None:
+                    self._stop_if_asked(stop)
+                    # The others are taken to be as far as this process.
+                    meter.update(min(total, self.committed + int(scale * (before + rows))))
+
+                if turn % place.num_members == place.member:
+                    mistakes += self._submitted(writer, filler.fill(bucket, on_batch=on_batch))
+                else:
+                    filler.help_fill(bucket, on_batch=on_batch)
+                finished += len(self.plan.bucket_span(bucket))
+            if mistakes:
+                raise mistakes[0]
+
+    def _submitted(self, writer: BucketWriter, bucket: Bucket) -> list[UserError]:
+        """Hand a bucket over; the mistake of the one before, where this process can't go alone.
+
+        A team computes in step: all of it stops at one batch, and process 0 then says why.
+        """
+        try:
+            writer.submit(bucket)
+        except UserError as mistake:
+            if self.placement.num_members == 1:
+                raise
+            processes.say_first(processes.ASKED_KEY, {"mistake": str(mistake)})
+            return [mistake]
+        return []
+
+    def _stop_if_asked(self, stop: Callable[[], bool]) -> None:
+        def asked() -> bool:
+            return processes.stop_asked(stop)
+
+        if self.placement.num_members > 1:
+            stopping = processes.agree_to_stop(asked, scope=f"team {self.placement.team}")
+        else:
+            stopping = asked()
+        if stopping:
+            raise Interrupted(
+                f"harvest stopped: the finished buckets of {self.path} are committed; "
+                "give the same command again to go on"
+            )
+
+    def _check_folder(self) -> None:
+        """Is the folder the one that the first process prepared?"""
+        until = time.monotonic() + SHARED_DISK_SECONDS
+        while not (self.path / PLAN_FILE).exists():
+            if time.monotonic() > until:
+                raise UserError(
+                    f"process {processes.process_index()} does not find {self.path / PLAN_FILE}, "
+                    "which process 0 wrote: all processes of a harvest write to one folder. Put "
+                    "cache.path on a disk that all of them share."
+                )
+            time.sleep(0.5)
+        found = read_record(self.path / PLAN_FILE, Manifest)
+        assert found == self.plan, "somebody else writes to this folder"
+
+    def _check_weights(self, fingerprint: str) -> None:
+        wanted = self.plan.model.fingerprint
+        if fingerprint != wanted:
+            raise UserError(
+                f"process {processes.process_index()} finds other weights at "
+                f"{self.model.weights} (fingerprint {fingerprint[:16]}) than process 0 "
+                f"({wanted[:16]}): give every machine the same."
+            )
+
+    def _tell_idle(self) -> None:
+        if self.missing:
+            logger.warning(
+                "process %d has nothing to do: %d buckets are left for %d processes or groups of "
+                "them. Start fewer, or lower cache.shuffle_rows (%d) for more buckets in a store",
+                processes.process_index(),
+                len(self.missing),
+                self.placement.num_teams,
+                self.plan.shuffling.shuffle_rows,
+            )

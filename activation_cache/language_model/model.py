@@ -1,0 +1,242 @@
+"""A loaded language model: its activations at taps and its losses, with or without a splice."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from activation_cache.config import Dtype, ModelConfig
+from activation_cache.gemma.config import GemmaConfig
+from activation_cache.gemma.forward import Gemma
+from activation_cache.gemma.params import check_model_axis, make_mesh, on_all
+from activation_cache.gemma.scores import centred_logit, cross_entropy
+from activation_cache.gemma.taps import Splice, Tap, check_tap, tap_width
+from activation_cache.language_model.checkpoint import (
+    Checkpoint,
+    GgufCheckpoint,
+    Params,
+    load_parameters,
+    open_checkpoint,
+)
+from activation_cache.language_model.gguf_conversion import converted_checkpoint
+from activation_cache.language_model.tokenizer import Tokenizer, load_tokenizer
+from activation_cache.storage.files import AnyPath, place, user_cache
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A Gemma with its weights and tokenizer.
+
+    Attributes:
+        params: the tree that `gemma_params.parameter_table` describes, on the devices of `mesh`.
+        fingerprint: of the weights as they came (`weight_source.sampled_fingerprint`).
+        dtype: the forward computes in it.
+        source: `model.weights` of the config.
+    """
+
+    config: GemmaConfig
+    params: Params
+    tokenizer: Tokenizer
+    fingerprint: str
+    dtype: Dtype
+    source: str
+    mesh: Mesh
+
+    def activations(
+        self, tokens: Int[Array | np.ndarray, "B S"], taps: Sequence[Tap]
+    ) -> dict[Tap, Float[Array, "B S D"]]:
+        """Activations at each tap, in the model's dtype; nothing past the deepest is computed.
+
+        Compiled once per shape of `tokens` and set of taps. On a mesh with devices of several
+        processes all of them call it with the same, and each gets the whole result.
+
+        Raises:
+            UserError: a layer the model doesn't have.
+        """
+        for tap in taps:
+            check_tap(tap, self.config)
+        forward = _activations_on(self.mesh)
+        return forward(self.config, tuple(sorted(set(taps))), self.params, self._placed(tokens))
+
+    def losses(
+        self, tokens: Int[Array | np.ndarray, "B S"], splice: Splice | None = None
+    ) -> Float[Array, "B S-1"]:
+        """Next-token cross-entropy in nats, float32; entry s is the loss of token s + 1.
+
+        Compiled once per shape of `tokens` and `(splice.tap, splice.replace, splice.reads)`.
+
+        Raises:
+            UserError: a splice at a layer the model doesn't have.
+        """
+        placed = self._placed(tokens)
+        if splice is None:
+            return _losses(self.config, self.mesh, None, self.params, None, placed)
+        check_tap(splice.tap, self.config)
+        static = splice.tap, splice.replace, splice.reads
+        return _losses(self.config, self.mesh, static, self.params, splice.arguments, placed)
+
+    def gradient(
+        self, tokens: Int[Array | np.ndarray, "B S"], tap: Tap, counted: Bool[np.ndarray, "B S-1"]
+    ) -> Float[Array, "B S D"]:
+        """How the mean-centred logits of the tokens that came change with the activations at `tap`.
+
+        The gradient of their sum over the `counted` predictions, at the model's own activations,
+        float32: a position's holds its own prediction and all later ones, which attend to it.
+
+        Raises:
+            UserError: a layer the model doesn't have.
+        """
+        check_tap(tap, self.config)
+        placed = self._placed(tokens)
+        return _gradient(self.config, self.mesh, tap, self.params, placed, jnp.asarray(counted))
+
+    def _placed(self, tokens: Int[Array | np.ndarray, "B S"]) -> Int[Array, "B S"]:
+        if isinstance(tokens, jax.Array):
+            return tokens
+        # Not `device_put`, which in a group of processes would wait for all of them to compare.
+        return jax.make_array_from_callback(
+            tokens.shape, on_all(self.mesh), lambda index: tokens[index]
+        )
+
+
+@functools.cache
+def _activations_on(mesh: Mesh) -> Callable[..., dict[Tap, Array]]:
+    """The forward to the deepest tap, compiled for a mesh: the same program for any of its size."""
+
+    def activations(
+        config: GemmaConfig, taps: tuple[Tap, ...], params: Params, tokens: Array
+    ) -> dict[Tap, Array]:
+        model = Gemma(config, mesh)
+        output: Any = model.apply({"params": params}, tokens, taps=taps, logits=False)
+        return output.taps
+
+    return jax.jit(activations, static_argnums=(0, 1), out_shardings=on_all(mesh))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _losses(
+    config: GemmaConfig,
+    mesh: Mesh,
+    static: tuple[Tap, Callable[..., Array], Tap | None] | None,
+    params: Params,
+    arguments: Any,
+    tokens: Array,
+) -> Array:
+    splice = None
+    if static is not None:
+        tap, replace, reads = static
+        splice = Splice(tap, replace, arguments, reads)
+    losses: Any = Gemma(config, mesh).apply(
+        {"params": params}, tokens, splice=splice, score=cross_entropy, method=Gemma.scores
+    )
+    return losses
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _gradient(
+    config: GemmaConfig, mesh: Mesh, tap: Tap, params: Params, tokens: Array, counted: Array
+) -> Array:
+    model = Gemma(config, mesh, recompute=True)
+
+    def total(added_BSD: Array) -> Array:
+        scores: Any = model.apply(
+            {"params": params},
+            tokens,
+            splice=Splice(tap, _add, added_BSD),
+            score=centred_logit,
+            method=Gemma.scores,
+        )
+        return jnp.where(counted, scores, 0.0).sum()
+
+    return jax.grad(total)(jnp.zeros((*tokens.shape, tap_width(config, tap.site)), jnp.float32))
+
+
+def _add(acts_BSD: Array, added_BSD: Array) -> Array:
+    return acts_BSD + added_BSD.astype(acts_BSD.dtype)
+
+
+def conversion_folder(store: AnyPath) -> Path:
+    """Where GGUF conversions are kept: `weights/` beside the activation store.
+
+    They are mapped into memory, so of a store in a bucket they stay on this machine, in the
+    user's cache folder.
+    """
+    folder = place(store)
+    return (folder.parent if isinstance(folder, Path) else user_cache()) / "weights"
+
+
+def convert_once(model: ModelConfig, *, folder: Path) -> None:
+    """Convert a GGUF file that isn't converted yet, so that several processes then find it done.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    checkpoint = open_checkpoint(model)
+    if isinstance(checkpoint, GgufCheckpoint):
+        converted_checkpoint(checkpoint, load_tokenizer(model), folder=folder)
+
+
+def load_model(
+    model: ModelConfig, *, converted: Path | None = None, mesh: Mesh | None = None
+) -> LanguageModel:
+    """Load weights and tokenizer.
+
+    Args:
+        model: what to load, and the dtype to compute in.
+        converted: folder under which a GGUF file's float32 copy is kept and found again; None
+            dequantises anew each time.
+        mesh: over whose axis `model` the weights are cut; None is one device of this process.
+
+    Raises:
+        UserError: missing, truncated or wrong weights, or a tokenizer that doesn't match; a model
+            that can't be cut so.
+    """
+    meshes = [mesh or make_mesh(jax.local_devices()[:1])]
+    return load_copies(model, converted=converted, meshes=meshes)[0]
+
+
+def load_copies(
+    model: ModelConfig,
+    *,
+    converted: Path | None = None,
+    meshes: Sequence[Mesh],
+    embedding_only: bool = False,
+) -> list[LanguageModel]:
+    """Load a copy of the model for each mesh, reading each weight once; see `load_model`.
+
+    With `embedding_only` the copies give the activations of that site and nothing else.
+    """
+    checkpoint: Checkpoint = open_checkpoint(model)
+    for mesh in meshes:
+        check_model_axis(checkpoint.config, mesh.shape["model"])
+    fingerprint = checkpoint.fingerprint()
+    tokenizer = load_tokenizer(model)
+    if converted is not None and isinstance(checkpoint, GgufCheckpoint):
+        checkpoint = converted_checkpoint(checkpoint, tokenizer, folder=converted)
+    copies = load_parameters(
+        checkpoint,
+        dtype=jnp.dtype(model.dtype),
+        meshes=meshes,
+        only="embedding" if embedding_only else None,
+    )
+    return [
+        LanguageModel(
+            config=checkpoint.config,
+            params=params,
+            tokenizer=tokenizer,
+            fingerprint=fingerprint,
+            dtype=model.dtype,
+            source=model.weights,
+            mesh=mesh,
+        )
+        for mesh, params in zip(meshes, copies, strict=True)
+    ]

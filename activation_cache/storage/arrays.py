@@ -1,0 +1,228 @@
+"""Arrays on disk: the one place that speaks TensorStore and knows how rows are cut into files.
+
+Every array is zarr3 with the sharding codec: a file (shard) holds many chunks, each followed by
+its crc32c, and an index with a crc32c of its own. A whole shard is written in one transaction, so
+it appears under its name complete or not at all, and its bytes depend on its values alone.
+docs/store.md is the specification. Legend: N rows, D width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from activation_cache.runtime.errors import UserError
+from activation_cache.storage import bucket as bucket_module
+from activation_cache.storage.bucket import BucketPath
+from activation_cache.storage.bucket_errors import array_error
+from activation_cache.storage.files import Place, disk_errors
+from activation_cache.store.order import Segment
+
+SHARD_BYTES = 256 * 2**20  # a shard is at most this, unless its bucket is few and wide blocks
+
+
+def bucket_rows(*, shuffle_rows: int, block_rows: int) -> int:
+    """Rows in a shuffle bucket: `shuffle_rows` rounded up so that it cuts into equal shards.
+
+    The number of blocks is rounded up to six significant bits (at most 3 % more), so it can be
+    halved until a shard is small enough. It depends on nothing else: adding a site to a store
+    doesn't move the rows of the others.
+    """
+    blocks = -(-shuffle_rows // block_rows)
+    unit = 2 ** max(0, blocks.bit_length() - 6)
+    return -(-blocks // unit) * unit * block_rows
+
+
+def shard_rows(*, bucket: int, block_rows: int, row_bytes: int) -> int:
+    """Rows in a shard: the bucket halved into whole blocks until a shard is `SHARD_BYTES`."""
+    rows = bucket
+    while rows * row_bytes > SHARD_BYTES and rows % (2 * block_rows) == 0:
+        rows //= 2
+    return rows
+
+
+@dataclass(frozen=True)
+class ArrayLayout:
+    """One array: where it is, its shape, and how rows are cut into chunks and shards.
+
+    Chunks and shards span whole rows: `shape[1:]` is never cut.
+    """
+
+    path: Place
+    shape: tuple[int, ...]
+    dtype: str
+    chunk_rows: int
+    shard_rows: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return (
+            int(np.prod(self.shape[1:], dtype=np.int64)) * ts.dtype(self.dtype).numpy_dtype.itemsize
+        )
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all shards once every row is written; `zarr.json`, under 2 kB, is not counted.
+
+        Each chunk is whole (the last one is filled up) and followed by its crc32c; each shard ends
+        in an index of 16 bytes for each chunk it has room for, and the index's crc32c.
+        """
+        chunks, shards = (-(-self.shape[0] // n) for n in (self.chunk_rows, self.shard_rows))
+        index = 16 * (self.shard_rows // self.chunk_rows) + 4
+        return chunks * (self.chunk_rows * self.row_bytes + 4) + shards * index
+
+    def shard_file(self, row: int) -> Place:
+        """The file that holds `row`."""
+        inner = ["0"] * (len(self.shape) - 1)
+        return self.path.joinpath("c", str(row // self.shard_rows), *inner)
+
+    def _metadata(self) -> dict[str, Any]:
+        little = {"name": "bytes", "configuration": {"endian": "little"}}
+        checksum = {"name": "crc32c"}
+        sharding = {
+            "chunk_shape": [self.chunk_rows, *self.shape[1:]],
+            "codecs": [little, checksum],
+            "index_codecs": [little, checksum],
+        }
+        return {
+            "shape": list(self.shape),
+            "data_type": self.dtype,
+            "fill_value": 0,
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": [self.shard_rows, *self.shape[1:]]},
+            },
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        }
+
+    def _key_value_spec(self) -> dict[str, Any]:
+        if isinstance(self.path, BucketPath):
+            return bucket_module.key_value_spec(self.path)
+        return {"driver": "file", "path": f"{self.path}/"}
+
+    def open(
+        self, *, create: bool = False, assume: bool = False, context: ts.Context | None = None
+    ) -> ts.TensorStore:
+        """Open the array, creating its metadata if asked to; `context` sets caching and threads.
+
+        A chunk that isn't there is an error and not zeros, and chunks of zeros are written.
+
+        Args:
+            assume: neither read nor write its metadata, which are as this layout says.
+
+        Raises:
+            UserError: missing, damaged, or made with another shape or dtype.
+        """
+        spec = {
+            "driver": "zarr3",
+            "kvstore": self._key_value_spec(),
+            "metadata": self._metadata(),
+            "fill_missing_data_reads": False,
+            "store_data_equal_to_fill_value": True,
+        }
+        with array_errors(self.path, doing="create" if create else "open"):
+            return ts.open(
+                spec, open=True, create=create, assume_metadata=assume, context=context
+            ).result()
+
+
+def write_shards(
+    array: ts.TensorStore, layout: ArrayLayout, *, start: int, rows: np.ndarray
+) -> None:
+    """Write `rows` at `start`, one transaction per shard: each becomes visible whole.
+
+    `start` must begin a shard. Returns when the shards are durable. Holds about two copies of
+    one shard beside `rows`.
+
+    Raises:
+        UserError: the disk is full, read-only, or not ours.
+    """
+    assert start % layout.shard_rows == 0, (start, layout.shard_rows)
+    if isinstance(layout.path, BucketPath):
+        bucket_module.guard(layout.path)
+    with array_errors(layout.path, doing="write"):
+        for first in range(0, len(rows), layout.shard_rows):
+            part = rows[first : first + layout.shard_rows]
+            transaction = ts.Transaction()
+            begin = start + first
+            array.with_transaction(transaction)[begin : begin + len(part)].write(part).result()
+            transaction.commit_sync()
+
+
+def start_read(array: ts.TensorStore, segments: list[Segment]) -> ts.Future:
+    """Begin reading runs of rows, concurrently, into one new array [sum of counts, ...]."""
+    views = [array[s.start : s.start + s.count].translate_to[0] for s in segments]
+    return ts.concat(views, axis=0).read()
+
+
+def read_rows(array: ts.TensorStore, layout: ArrayLayout, segments: list[Segment]) -> np.ndarray:
+    """Read runs of rows, one after the other in the result.
+
+    Raises:
+        UserError: a chunk is missing or fails its checksum; names the file.
+    """
+    with array_errors(layout.path, doing="read"):
+        return start_read(array, segments).result()
+
+
+def remove_stray_files(folder: Place) -> None:
+    """Delete what a killed writer leaves beside finished files: locks and unnamed parts.
+
+    In a bucket it leaves none: an upload that was cut off is no object.
+    """
+    if isinstance(folder, BucketPath):
+        return
+    with disk_errors(folder, doing="clean up"):
+        for pattern in ("*.__lock", ".*.tmp"):
+            for stray in folder.rglob(pattern):
+                stray.unlink(missing_ok=True)
+
+
+_ERRNO_BY_STATUS = {"RESOURCE_EXHAUSTED": errno.ENOSPC, "PERMISSION_DENIED": errno.EACCES}
+
+
+@contextlib.contextmanager
+def array_errors(path: Place, *, doing: str) -> Iterator[None]:
+    """Turn TensorStore's errors (a `ValueError` that begins with a status) into words.
+
+    Raises:
+        UserError: the disk refused, or what is on it is damaged; names the file. Anything else
+            is a bug of ours and passes through.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        text = str(error)
+        status = text.split(":", 1)[0]
+        named = re.search(r'(?:local file|at|key) "([^"]+)"', text)
+        file = named.group(1) if named else str(path)
+        if status in ("DATA_LOSS", "NOT_FOUND", "FAILED_PRECONDITION") and doing != "write":
+            found = text.split(" [", 1)[0]
+            raise damaged_shard(file, found, missing=status == "NOT_FOUND") from error
+        if isinstance(path, BucketPath):
+            raise array_error(str(path), text, doing=doing) or error from error
+        code = re.search(r"os_error_code='(\d+)'", text)
+        number = int(code.group(1)) if code else _ERRNO_BY_STATUS.get(status)
+        if number is None:
+            raise
+        with disk_errors(file, doing=doing):
+            raise OSError(number, text) from error
+
+
+def damaged_shard(file: Place | str, found: str, *, missing: bool = False) -> UserError:
+    """What to say of a shard that can't be read as it was written."""
+    reason = "is missing or incomplete" if missing else "is damaged"
+    return UserError(
+        f"{file} {reason}: every chunk must be there and match its checksum and its description "
+        f"({found}). Restore the file from a copy, or delete the folder and make it again."
+    )

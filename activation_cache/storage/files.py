@@ -1,0 +1,262 @@
+"""Small files and folders, on a disk or in a bucket: atomic writes, one writer per folder, errors
+put in words.
+
+Arrays go through TensorStore (`layout.py`); everything else that is written comes here. A `Place`
+is a `pathlib.Path` or a `BucketPath`, which has the same methods as far as a bucket can.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, overload
+
+from activation_cache.runtime.errors import UserError
+from activation_cache.storage import bucket
+from activation_cache.storage.bucket import BucketPath
+
+Place = Path | BucketPath
+AnyPath = str | os.PathLike[str] | BucketPath
+
+_DISK_ERRORS = {
+    errno.ENOENT: "a folder on the way to it is gone",
+    errno.ESTALE: "the file system it is on has gone away",
+    errno.ENOTCONN: "the file system it is on has gone away",
+    errno.ENODEV: "the disk it is on has gone away",
+    errno.EIO: "the disk fails (input/output error)",
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "it passes the limit on the size of files (ulimit -f)",
+    errno.EACCES: "permission is denied",
+    errno.EPERM: "permission is denied",
+    errno.EROFS: "the file system is read-only",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+}
+
+
+def place(path: AnyPath) -> Place:
+    """The folder or file that a text names: `gs://...` and `s3://...` are in a bucket.
+
+    Raises:
+        UserError: a URL of another kind, or one without a bucket.
+    """
+    if isinstance(path, BucketPath):
+        return path
+    text = os.fspath(path)
+    if re.match(r"[A-Za-z0-9+.-]+://", text) or re.match(r"(gs|s3):", text):
+        return BucketPath.parse(text)
+    return Path(text)
+
+
+def user_cache() -> Path:
+    """The folder of this machine for what can be made again: `~/.cache/open-gemma-scope`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "open-gemma-scope"
+
+
+@contextlib.contextmanager
+def disk_errors(path: AnyPath, *, doing: str) -> Iterator[None]:
+    """Turn the disk errors a user can mend into a `UserError` naming `path`.
+
+    Raises:
+        UserError: for a full or failing disk, one that has gone away, a used-up quota, a missing
+            permission, a read-only file system or a file where a folder belongs. Other errors
+            pass through.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = _DISK_ERRORS.get(error.errno or 0)
+        if reason is None:
+            raise
+        raise UserError(
+            f"cannot {doing} {path}: {reason}. What was finished before is intact: free space or "
+            "fix the permission and give the same command again."
+        ) from error
+
+
+@overload
+def make_folder(path: Path) -> Path: ...
+@overload
+def make_folder(path: AnyPath) -> Place: ...
+def make_folder(path: AnyPath) -> Place:
+    """Create a folder and its parents; raises `UserError` where the disk refuses.
+
+    A bucket has no folders to create.
+    """
+    folder = place(path)
+    if isinstance(folder, Path):
+        with disk_errors(folder, doing="create folder"):
+            folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def replacing(path: AnyPath) -> Iterator[Path]:
+    """Give a temporary file to write; when the block ends it takes `path`'s place.
+
+    A reader sees the old file or the whole new one, never a part; an error leaves the old file.
+    The temporary file is beside `path`, or where temporary files go for a `path` in a bucket.
+    """
+    target = place(path)
+    if isinstance(target, BucketPath):
+        with tempfile.TemporaryDirectory(prefix="sae-") as scratch:
+            file = Path(scratch, target.name)
+            with disk_errors(file, doing="write"):
+                yield file
+            bucket.upload(target, file)
+        return
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    with disk_errors(target, doing="write"):
+        try:
+            yield temporary
+            with open(temporary, "rb+") as written:
+                os.fsync(written.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_bytes(path: AnyPath, data: bytes) -> None:
+    """Write a whole file atomically: a reader sees the old bytes or the new, never a part."""
+    target = place(path)
+    if isinstance(target, BucketPath):
+        bucket.write_object(target, data)
+        return
+    with replacing(target) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: AnyPath, text: str) -> None:
+    """Write a UTF-8 file atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: AnyPath, value: Any) -> None:
+    """Write JSON atomically, indented, keys in the order given, NaN refused."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def append_line(path: AnyPath, line: str) -> None:
+    """Add a line to a small text file; in a bucket the object is written anew with it."""
+    target = place(path)
+    if isinstance(target, BucketPath):
+        before = target.read_bytes() if target.is_file() else b""
+        write_bytes(target, before + line.encode() + b"\n")
+        return
+    with disk_errors(target, doing="write"), target.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def read_json(path: AnyPath) -> Any:
+    """Read a JSON file; raises `UserError` naming the file when it isn't JSON."""
+    try:
+        return json.loads(place(path).read_bytes())
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not valid JSON ({error}): the file is damaged") from error
+
+
+def file_sizes(folder: Place) -> dict[Place, int]:
+    """Every file below a folder, at any depth, with its size in bytes; in the order of names."""
+    if isinstance(folder, BucketPath):
+        sizes = bucket.files_below(folder)
+        return {file: sizes[file] for file in sizes}
+    return {file: file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def remove_tree(folder: Place) -> None:
+    """Delete a folder with all that is in it; nothing if there is none."""
+    if isinstance(folder, BucketPath):
+        bucket.delete_below(folder)
+    elif folder.exists():
+        with disk_errors(folder, doing="delete"):
+            shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def on_disk(folder: Place, names: tuple[str, ...]) -> Iterator[Path]:
+    """A folder of this machine that has those of a folder's files that are there, for as long as
+    the block lasts: the folder itself, or a copy of what is in a bucket.
+
+    The copy's path ends like the original's.
+    """
+    if isinstance(folder, Path):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="sae-") as scratch:
+        copy = Path(scratch, folder.bucket, *folder.key.split("/"))
+        with disk_errors(copy, doing="copy files to"):
+            copy.mkdir(parents=True)
+            for name in names:
+                if (folder / name).is_file():
+                    bucket.download(folder / name, copy / name)
+        yield copy
+
+
+@contextlib.contextmanager
+def folder_lock(path: AnyPath) -> Iterator[None]:
+    """Hold `path` for this process alone; the kernel lets go when the process dies.
+
+    In a bucket there is no kernel: `lease.held` says what protects there.
+
+    Raises:
+        UserError: another process holds the folder, or it can't be written.
+    """
+    folder = make_folder(path)
+    if isinstance(folder, BucketPath):
+        from activation_cache.storage import (
+            lease,  # it needs TensorStore, which takes a while to load
+        )
+
+        with lease.held(folder):
+            yield
+        return
+    with disk_errors(folder, doing="write in"):
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{folder} is in use by another process: one process writes a folder at a time. "
+                "Wait for it to end, stop it, or choose another folder."
+            ) from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def is_locked(folder: Place) -> bool:
+    """Does a process hold this folder (`folder_lock`)?
+
+    Asks by taking a shared lock for an instant, which a writer starting in that very instant
+    would take for another process: it says so and can be started again. In a bucket the answer is
+    as old as the last renewal of the lease.
+    """
+    if isinstance(folder, BucketPath):
+        from activation_cache.storage import lease
+
+        return lease.is_held(folder)
+    try:
+        handle = os.open(folder / ".lock", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False

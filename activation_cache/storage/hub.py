@@ -1,0 +1,74 @@
+"""Repositories of the Hugging Face Hub: fetched once and kept in its local cache, or sent to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from activation_cache.runtime.errors import UserError
+
+
+def fetch(repository: str, *, revision: str | None, patterns: Sequence[str], named_by: str) -> Path:
+    """The local folder with what matches `patterns`; without a network, what it kept.
+
+    Args:
+        named_by: what in the config or command named the repository, for messages.
+
+    Raises:
+        UserError: huggingface_hub isn't installed, or the Hub gives nothing and nothing is kept.
+    """
+    try:
+        from huggingface_hub import errors, snapshot_download
+    except ImportError as error:
+        raise UserError(
+            f"{named_by} is the Hub id {repository}, and huggingface_hub is not installed "
+            "here. Install it with `pip install open-gemma-scope[hub]`, or give a folder."
+        ) from error
+    try:
+        folder = snapshot_download(repository, revision=revision, allow_patterns=list(patterns))
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HTTPError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"the Hub does not give {repository} (revision {revision or 'main'}), and it "
+            f"is not wholly in the local cache: {reason}. Check the name, the network and, for "
+            "Gemma's licence, that you accepted it and ran `hf auth login`; or give a folder."
+        ) from error
+    return Path(folder)
+
+
+def upload(folder: Path, *, repository: str, last: Sequence[str]) -> str:
+    """Send a folder to a repository of the Hub, which is made, private, if it isn't there.
+
+    What a broken upload has sent is found again by the next.
+
+    Args:
+        last: names of files at its root that are sent when all else is there.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        UserError: huggingface_hub isn't installed, or the Hub can't be reached or refuses.
+    """
+    try:
+        from huggingface_hub import HfApi, errors
+    except ImportError as error:
+        raise UserError(
+            "--upload needs huggingface_hub, which is not installed here: "
+            "`pip install open-gemma-scope[hub]`"
+        ) from error
+    try:
+        hub = HfApi()
+        url = hub.create_repo(repository, private=True, exist_ok=True)
+        ignored = [".*", "**/.*", *last]
+        hub.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=ignored)
+        hub.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=list(last))
+    except (errors.HfHubHTTPError, errors.HTTPError, OSError, ValueError) as error:
+        # Of OSError come no network, no token, and offline mode; of ValueError a bad name.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"the Hub doesn't take {repository}: {reason}. Check the name, the network and that "
+            f"`hf auth login` gave a token that may write; {folder} is whole, and the same "
+            "command sends what is missing"
+        ) from error
+    return str(url)

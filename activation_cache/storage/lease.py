@@ -1,0 +1,224 @@
+"""One writer per folder of a bucket: a lease, an object that its holder keeps renewing.
+
+On a disk the kernel lets go of a dead process's lock; a bucket has no kernel. The holder writes
+`.lock` every few seconds; a lease that hasn't changed for `LEASE_SECONDS` belongs to nobody, and
+so does one of a process of this machine that is gone. It is taken and renewed with conditional
+writes (the object must still be the one that was read), which Google Cloud Storage and Amazon S3
+keep: of two processes one wins, and a holder that was cut off for so long that another took over
+learns of it before its next write there (`bucket.guard`). On a server that ignores conditions the
+last of two that begin in the same instant wins, and the other ends at its next renewal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tensorstore as ts
+
+from activation_cache.runtime.errors import UserError
+from activation_cache.storage.bucket import BucketPath, key_value_spec, request, set_guard
+from activation_cache.storage.bucket_errors import array_error
+
+logger = logging.getLogger(__name__)
+
+FILE = ".lock"
+LEASE_SECONDS = 60.0
+_RENEW_SECONDS = 10.0
+_LOOK_SECONDS = 1.0
+
+
+@contextlib.contextmanager
+def held(folder: BucketPath) -> Iterator[None]:
+    """Hold a folder for this process alone, for as long as the block lasts.
+
+    Waits up to `LEASE_SECONDS` where the last holder may be dead.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    lease = _Lease(folder)
+    lease.take()
+    renewing = threading.Thread(target=lease.keep, name="lease", daemon=True)
+    renewing.start()
+    set_guard(folder, lease.check)
+    try:
+        yield
+    finally:
+        set_guard(folder, None)
+        lease.done.set()
+        renewing.join()
+        lease.give_back()
+
+
+def is_held(folder: BucketPath) -> bool:
+    """Has a process renewed its lease of this folder lately? By this machine's clock."""
+    try:
+        changed = (folder / FILE).stat().st_mtime
+    except FileNotFoundError:
+        return False
+    return time.time() - changed < LEASE_SECONDS
+
+
+@dataclass
+class _Lease:
+    """The lease of one folder, wanted or held."""
+
+    folder: BucketPath
+    owner: str = field(default_factory=lambda: uuid.uuid4().hex)
+    renewals: int = 0
+    renewed: float = 0.0  # by the monotonic clock
+    lost: str = ""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def take(self) -> None:
+        """Take the lease, waiting for one that may have been left behind to run out."""
+        watched, since = b"", time.monotonic()
+        while True:
+            found = self._read()
+            if not found.value or _is_dead(found.value):
+                if self._write(found):
+                    return
+                continue  # somebody else was faster
+            if found.value != watched and watched:
+                break  # it was renewed while we watched
+            if not watched:
+                watched = found.value
+                logger.info(
+                    "%s is or was held by %s: waiting until that is renewed or runs out, at most "
+                    "%.0f s", self.folder, _holder(watched), LEASE_SECONDS,
+                )  # fmt: skip
+            if time.monotonic() - since > LEASE_SECONDS:
+                logger.warning("%s: %s is gone, taking over", self.folder, _holder(watched))
+                if self._write(found):
+                    return
+                break
+            time.sleep(_LOOK_SECONDS)
+        raise UserError(
+            f"{self.folder} is in use by {_holder(found.value)}: one process writes a folder at a "
+            "time. Wait for it to end, stop it, or choose another folder."
+        )
+
+    def keep(self) -> None:
+        """Renew until done; a renewal that fails in passing is tried again at the next."""
+        while not self.done.wait(_RENEW_SECONDS) and not self.lost:
+            try:
+                self._renew()
+            except Exception as error:
+                logger.warning("the lease of %s could not be renewed: %s", self.folder, error)
+
+    def check(self) -> None:
+        """Raises `UserError` once another process has the folder; called before each write."""
+        if time.monotonic() - self.renewed > LEASE_SECONDS / 2:
+            self._renew()  # cut off or suspended meanwhile: somebody may have waited for that
+        if self.lost:
+            raise UserError(
+                f"{self.folder} is no longer this process's: {self.lost}, as it had not been "
+                f"renewed for {LEASE_SECONDS:.0f} s. Nothing more was written. When the other "
+                "process has ended, the same command goes on."
+            )
+
+    def _renew(self) -> None:
+        with self.lock:
+            found = self._read()
+            if not found.value:
+                self.lost = f"its {FILE} was deleted"
+            elif not self._is_ours(found):
+                self.lost = f"{_holder(found.value)} took it"
+            elif not self._write(found):
+                self.lost = "another process took it in the same instant"
+
+    def _is_ours(self, found: Any) -> bool:
+        return self.owner.encode() in found.value
+
+    def give_back(self) -> None:
+        """Delete the object, if it is still ours."""
+        with contextlib.suppress(UserError):  # it runs out by itself
+            found = self._read()
+            if self._is_ours(found):
+                (self.folder / FILE).unlink(missing_ok=True)
+
+    def _read(self) -> Any:
+        """The object as TensorStore reads it, with its generation; no value if there is none."""
+        return self._ask(lambda store: store.read(FILE).result(), doing="read the lease of")
+
+    def _write(self, before: Any) -> bool:
+        """Write our lease in place of the one that was read; False if it was another by then."""
+        self.renewals += 1
+        content = {
+            "owner": self.owner,
+            "host": platform.node(),
+            "boot": _boot(),
+            "process": os.getpid(),
+            "started": _started(os.getpid()),
+            "renewals": self.renewals,
+        }
+        data = json.dumps(content).encode()
+        # Of an object that isn't there too; but an emulator may number nothing.
+        condition = before.stamp.generation if before.stamp.generation.strip(b"\0") else None
+        written = self._ask(
+            lambda store: store.write(FILE, data, if_equal=condition).result(),
+            doing="take the lease of",
+        )
+        if not written.generation:
+            return False
+        found = self._read()  # where conditions are ignored the last writer wins
+        if found.value != data:
+            return False
+        self.renewed = time.monotonic()
+        return True
+
+    def _ask(self, call: Any, *, doing: str) -> Any:
+        def asked() -> Any:
+            return call(ts.KvStore.open(key_value_spec(self.folder)).result())
+
+        try:
+            return request(self.folder, asked, doing=doing)
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
+            raise array_error(str(self.folder), str(error), doing=doing) or error from error
+
+
+def _holder(value: bytes) -> str:
+    try:
+        content = json.loads(value)
+        return f"process {content['process']} on {content['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def _is_dead(value: bytes) -> bool:
+    """Was it written by a process of this machine, as it runs now, that has ended?"""
+    try:
+        content = json.loads(value)
+        here = (content["host"], content["boot"]) == (platform.node(), _boot())
+        return here and content["started"] != _started(content["process"])
+    except (ValueError, KeyError, TypeError):
+        return True  # no lease of ours: nobody renews it
+
+
+def _boot() -> str:
+    """What tells this start of this machine's (or container's) processes from another."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    return ""
+
+
+def _started(process: int) -> str | None:
+    """When a process began, in the kernel's ticks; None if there is none of that number."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    return None

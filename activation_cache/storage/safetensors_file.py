@@ -1,0 +1,133 @@
+"""The safetensors format: checked headers, tensors as views of the file, streaming.
+
+A file is an 8-byte little-endian header length, a JSON header giving each tensor's dtype, shape
+and byte range, then the bytes. Read here and not through the `safetensors` package because the
+header is wanted alone (fingerprints, checks before anything is loaded), bfloat16 as a NumPy view
+of the mapped file, and writing without the whole model in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from activation_cache.runtime.errors import UserError
+
+_DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies. `dtype` is the format's own word ("BF16")."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int  # from the start of the file
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """The header of one file."""
+
+    path: Path
+    entries: Mapping[str, TensorEntry]
+    header_bytes: bytes
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """A read-only view of one tensor, or of a part of it.
+
+        Raises:
+            UserError: a dtype other than F64, F32, F16 and BF16.
+        """
+        entry = self.entries[name]
+        dtype = _DTYPES.get(entry.dtype)
+        if dtype is None:
+            raise UserError(
+                f"{self.path}: tensor {name} is stored as {entry.dtype}; one of "
+                f"{', '.join(_DTYPES)} is needed. Use an unquantised checkpoint, or a .gguf file."
+            )
+        data = np.memmap(
+            self.path, mode="r", offset=entry.offset, shape=(entry.num_bytes,), dtype=np.uint8
+        )
+        return data.view(dtype).reshape(entry.shape)[index]
+
+
+def open_safetensors(path: Path) -> SafetensorsFile:
+    """Read and check a file's header.
+
+    Raises:
+        UserError: not a safetensors file, or shorter or longer than its header says.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        header_bytes = file.read(length) if 2 <= length <= size - 8 else b""
+    try:
+        header = json.loads(header_bytes)
+        entries = {
+            name: TensorEntry(
+                dtype=value["dtype"],
+                shape=tuple(value["shape"]),
+                offset=8 + length + value["data_offsets"][0],
+                num_bytes=value["data_offsets"][1] - value["data_offsets"][0],
+            )
+            for name, value in header.items()
+            if name != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(_not_safetensors(path, size=size, start=start, length=length)) from error
+    expected = max((e.offset + e.num_bytes for e in entries.values()), default=8 + length)
+    if size != expected:
+        raise UserError(
+            f"{path} has {size} bytes and its header promises {expected}: the file is "
+            f"{'truncated' if size < expected else 'damaged'}. Download it again."
+        )
+    return SafetensorsFile(path=path, entries=entries, header_bytes=header_bytes)
+
+
+def _not_safetensors(path: Path, *, size: int, start: bytes, length: int) -> str:
+    if start == b"version ":
+        return f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its folder."
+    return (
+        f"{path} is not a whole safetensors file: it must start with the length of a JSON header, "
+        f"and says {length} bytes of header in a file of {size}. Download it again."
+    )
+
+
+def write_safetensors(
+    file: BinaryIO,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterable[tuple[str, np.ndarray]],
+) -> None:
+    """Write float32 tensors one after the other, so that only one need exist at a time.
+
+    Args:
+        file: open for writing at its start.
+        shapes: every tensor's name and shape, in the order in which `tensors` gives them.
+        tensors: (name, values) in that order.
+    """
+    header, offset = {}, 0
+    for name, shape in shapes.items():
+        end = offset + 4 * int(np.prod(shape))
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    file.write(struct.pack("<Q", len(encoded)) + encoded)
+    for (name, values), wanted in zip(tensors, shapes, strict=True):
+        assert (name, values.shape) == (wanted, shapes[wanted]), (name, values.shape, wanted)
+        file.write(np.ascontiguousarray(values, dtype=np.float32).data)

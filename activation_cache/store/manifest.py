@@ -1,0 +1,179 @@
+"""What a store says of itself: the manifest, and how it is compared with a config.
+
+The manifest is planned before the first row is harvested (`plan.json`) and written under its own
+name when the last one is durable: a folder with a `manifest.json` is finished. It holds no time
+and no path of the store itself, so the same harvest in two places gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from activation_cache.config import (
+    CacheConfig,
+    Count,
+    Dtype,
+    ModelConfig,
+    NonNegative,
+    PositiveCount,
+    Section,
+    Site,
+    SiteConfig,
+    TextConfig,
+)
+from activation_cache.gemma.taps import Tap
+from activation_cache.runtime.errors import UserError
+from activation_cache.storage.files import Place, read_json, write_json
+
+FORMAT_VERSION = 1
+
+Record = TypeVar("Record", bound=BaseModel)
+
+
+class ModelEntry(Section):
+    """The language model: where it came from, its fingerprint, the dtype it computed in."""
+
+    weights: str
+    revision: str | None
+    fingerprint: str
+    dtype: Dtype
+    num_layers: PositiveCount
+
+
+class SiteEntry(Section):
+    """One tap; `mean_squared_norm` is of the rows as stored, None until all are."""
+
+    site: Site
+    layer: Count
+    width: PositiveCount
+    mean_squared_norm: NonNegative | None = None
+
+    @property
+    def tap(self) -> Tap:
+        """The tap this entry is about."""
+        return Tap(self.site, self.layer)
+
+
+class ShufflingEntry(Section):
+    """What fixes the order of rows; `bucket_rows` is `shuffle_rows` rounded up."""
+
+    algorithm: str
+    seed: Count
+    shuffle_rows: PositiveCount
+    bucket_rows: PositiveCount
+    block_rows: PositiveCount
+
+
+class Manifest(Section):
+    """All that a store's rows depend on."""
+
+    format_version: int
+    model: ModelEntry
+    text: TextConfig
+    tokenizer_hash: str
+    token_hash: str
+    num_sequences: PositiveCount
+    sites: list[SiteEntry]
+    rows: PositiveCount
+    dtype: Dtype
+    sequences_per_batch: PositiveCount
+    shuffling: ShufflingEntry
+
+    @property
+    def num_buckets(self) -> int:
+        """Shuffle buckets; the last may be short."""
+        return -(-self.rows // self.shuffling.bucket_rows)
+
+    def bucket_span(self, bucket: int) -> range:
+        """The rows of one bucket."""
+        size = self.shuffling.bucket_rows
+        return range(bucket * size, min((bucket + 1) * size, self.rows))
+
+
+def write_record(path: Place, record: BaseModel) -> None:
+    """Write a small JSON record with a checksum over the rest of it, atomically."""
+    content = record.model_dump(mode="json")
+    write_json(path, {**content, "checksum": _checksum(content)})
+
+
+def read_record(path: Place, kind: type[Record]) -> Record:
+    """Read a record back.
+
+    Raises:
+        UserError: the file is damaged (not JSON, fields missing, checksum wrong) or of another
+            format version; names the file.
+    """
+    content = read_json(path)
+    if isinstance(content, dict) and content.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {content.get('format_version')!r} and this program reads "
+            f"{FORMAT_VERSION}: make the folder again, or use the program that wrote it."
+        )
+    try:
+        found = content.pop("checksum")
+        if found != _checksum(content):
+            raise KeyError("checksum")
+        return kind.model_validate_json(json.dumps(content))
+    except (AttributeError, KeyError, TypeError, ValidationError) as error:
+        raise UserError(
+            f"{path} is damaged: its fields and its checksum do not agree. Restore it from a copy, "
+            "or delete the folder and make it again."
+        ) from error
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a record's canonical JSON."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def first_difference(
+    manifest: Manifest,
+    *,
+    model: ModelConfig | None = None,
+    text: TextConfig | None = None,
+    cache: CacheConfig | None = None,
+) -> str | None:
+    """The first config field that a store was not made with, in words; None if there is none.
+
+    Weights are compared by fingerprint elsewhere: the same model may have another name here.
+    """
+    pairs: list[tuple[str, Any, Any]] = []
+    if model is not None:
+        pairs += [("model.dtype", manifest.model.dtype, model.dtype)]
+    if text is not None:
+        stored, asked = manifest.text.model_dump(), text.model_dump()
+        pairs += [(f"text.{name}", stored[name], asked[name]) for name in stored]
+    if cache is not None:
+        shuffling = manifest.shuffling
+        taps = sorted(entry.tap.name for entry in manifest.sites)
+        pairs += [
+            ("cache.sites", taps, _tap_names(cache.sites, manifest.model.num_layers)),
+            ("cache.tokens", manifest.rows, cache.tokens),
+            ("cache.dtype", manifest.dtype, cache.dtype),
+            ("cache.shuffle_rows", shuffling.shuffle_rows, cache.shuffle_rows),
+            ("cache.block_rows", shuffling.block_rows, cache.block_rows),
+            ("cache.seed", shuffling.seed, cache.seed),
+            (
+                "cache.sequences_per_batch",
+                manifest.sequences_per_batch,
+                cache.sequences_per_batch,
+            ),
+        ]
+    for name, stored_value, asked_value in pairs:
+        if stored_value != asked_value:
+            return f"{name}: the store has {stored_value!r}, the config says {asked_value!r}"
+    return None
+
+
+def _tap_names(sites: list[SiteConfig], num_layers: int) -> list[str]:
+    return sorted(
+        Tap(entry.site, layer).name
+        for entry in sites
+        for layer in (range(num_layers) if entry.layers == "all" else entry.layers)
+    )

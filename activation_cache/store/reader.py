@@ -1,0 +1,186 @@
+"""`batch(step)`: rows of one tap in training order, read ahead while the caller computes.
+
+A batch is a pure function of (store, tap, batch size, seed, step): there is no iterator state to
+save, and any step can be asked for at any time. Reading ahead changes when bytes are read and
+never which. One thread works out which blocks the batches ahead need; all of those are read
+concurrently, in other threads (`block_reads`; of a bucket TensorStore's). Who asks for a batch
+only takes it from the queue and puts the next one on. Legend: B batch, D width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+import tensorstore as ts
+from jaxtyping import Float
+
+from activation_cache.gemma.taps import Tap
+from activation_cache.storage.arrays import array_errors, start_read
+from activation_cache.storage.direct_reads import BlockReads, PendingRows, reads_blocks
+from activation_cache.store.order import BlockOrder
+from activation_cache.store.store import Store
+
+logger = logging.getLogger(__name__)
+
+READ_AHEAD_BYTES = 512 * 2**20  # of the batches ahead: a third of a second at 1.5 GB/s
+FEWEST_AHEAD, MOST_AHEAD = 4, 16
+
+_CONCURRENT_FILE_READS = 32  # enough to hide the latency of a network disk
+
+
+def batches_ahead(batch_bytes: int) -> int:
+    """How many batches to read ahead: what `READ_AHEAD_BYTES` holds, from 4 to 16.
+
+    Deep enough that a disk which stalls for as long as several steps take isn't waited for.
+    """
+    return max(FEWEST_AHEAD, min(MOST_AHEAD, READ_AHEAD_BYTES // batch_bytes))
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """A batch that is being read ahead: worked out in another thread, then read in others."""
+
+    begun: Future[ts.Future | PendingRows]
+
+    def done(self) -> bool:
+        """Are its rows there, or the reason why they aren't?"""
+        return self.begun.done() and (
+            self.begun.exception() is not None or self.begun.result().done()
+        )
+
+    def cancel(self) -> None:
+        """Don't begin what hasn't begun."""
+        if not self.begun.cancel() and self.begun.exception() is None:
+            self.begun.result().cancel()
+
+    def result(self) -> Float[np.ndarray, "B D"]:
+        """Its rows, once all are there."""
+        return self.begun.result().result()
+
+
+class ActivationReader:
+    """Batches of one tap of a store, read ahead from `start_step`.
+
+    Memory (`memory_bytes`, said in the log) holds `read_ahead` batches and the one last handed
+    out, as much again for blocks between disk and batch, and a small cache where blocks straddle
+    batches. Each batch is a new array that the reader never touches again, so a device may keep
+    reading it.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        tap: Tap,
+        *,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        read_ahead: int | None = None,
+        rows: slice | None = None,
+    ) -> None:
+        """Open the array and start reading.
+
+        Args:
+            read_ahead: batches, None for as many as `batches_ahead` says.
+            rows: the part of each batch that is wanted, and all that is read; None for the whole.
+                With several processes, each reads what its devices need.
+
+        Raises:
+            UserError: the store hasn't the tap, or the array is missing or damaged.
+        """
+        assert batch_size >= 1, batch_size
+        assert read_ahead is None or read_ahead >= 1, read_ahead
+        self.batch_size = batch_size
+        wanted = range(batch_size)[slice(None) if rows is None else rows]
+        assert wanted, (rows, batch_size)
+        assert wanted.step == 1, rows
+        self._wanted = wanted
+        self._layout = store.layout(tap)
+        block_rows = store.manifest.shuffling.block_rows
+        self._order = BlockOrder(rows=store.rows, block_rows=block_rows, seed=seed)
+        block_bytes = block_rows * self._layout.row_bytes
+        batch_bytes = len(wanted) * self._layout.row_bytes
+        self.read_ahead = read_ahead or batches_ahead(batch_bytes)
+        # A block that straddles batches is needed by each of them: keep it for the next.
+        aligned = all(place % block_rows == 0 for place in (batch_size, wanted.start, wanted.stop))
+        cache_bytes = 0 if aligned else 2 * (batch_bytes + block_bytes)
+        self.memory_bytes = 2 * (self.read_ahead + 1) * batch_bytes + cache_bytes
+        context = ts.Context(
+            {
+                "cache_pool": {"total_bytes_limit": cache_bytes},
+                "file_io_concurrency": {"limit": _CONCURRENT_FILE_READS},
+            }
+        )
+        self._array = self._layout.open(context=context)  # to be told of a wrong description
+        self._blocks = BlockReads(self._layout) if reads_blocks(self._layout) else None
+        # Handing out a batch's blocks takes long enough for a step of a fast device to wait.
+        self._planner = ThreadPoolExecutor(1, thread_name_prefix="plan")
+        self._queue: deque[_Ahead] = deque()
+        self._first = start_step  # the step at the head of the queue
+        self._read_ahead()
+        logger.info(
+            "reading %s: %d of %d rows of each batch, %d batches ahead, up to %.0f MiB",
+            tap.name,
+            len(wanted),
+            batch_size,
+            self.read_ahead,
+            self.memory_bytes / 2**20,
+        )
+
+    def __enter__(self) -> ActivationReader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._drop()
+        self._planner.shutdown(wait=True)
+        if self._blocks is not None:
+            self._blocks.close()
+
+    def batch(self, step: int) -> Float[np.ndarray, "B D"]:
+        """Rows `[step * B, (step + 1) * B)` of the stream, or the wanted part of them.
+
+        In the store's dtype.
+
+        Steps in order come from memory, and the time spent here is the time waited for the
+        disk. Any other step empties the queue and begins to read ahead from there. What went
+        wrong while reading ahead is told when its batch is asked for.
+
+        Raises:
+            UserError: a shard is damaged or missing; names the file.
+        """
+        assert step >= 0, step
+        if step != self._first:
+            self._drop()
+            self._first = step
+        self._read_ahead()
+        ahead = self._queue.popleft()
+        self._first += 1
+        self._read_ahead()
+        with array_errors(self._layout.path, doing="read"):
+            return ahead.result()
+
+    def _read_ahead(self) -> None:
+        while len(self._queue) < self.read_ahead:
+            step = self._first + len(self._queue)
+            self._queue.append(_Ahead(self._planner.submit(self._begin, step)))
+
+    def _begin(self, step: int) -> ts.Future | PendingRows:
+        start, wanted = step * self.batch_size, self._wanted
+        segments = self._order.segments(start + wanted.start, start + wanted.stop)
+        if self._blocks is not None:
+            return self._blocks.start(segments)
+        return start_read(self._array, segments)
+
+    def _drop(self) -> None:
+        while self._queue:
+            self._queue.pop().cancel()

@@ -1,0 +1,194 @@
+"""A finished activation store: opening it, asking what is in it, reading rows by number.
+
+Training reads through `ActivationReader`; this is the plain access below it. Legend: N rows, D
+width of a tap.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import tensorstore as ts
+from jaxtyping import Float, Int32
+
+from activation_cache.config import CacheConfig, Dtype, ModelConfig, TextConfig
+from activation_cache.gemma.taps import Tap
+from activation_cache.runtime.errors import UserError
+from activation_cache.storage.arrays import ArrayLayout, read_rows, shard_rows
+from activation_cache.storage.files import AnyPath, Place, place, read_json
+from activation_cache.store.manifest import Manifest, first_difference, read_record
+from activation_cache.store.order import Segment
+from activation_cache.text.token_table import TokenTable, open_tokens
+
+MANIFEST_FILE = "manifest.json"
+PLAN_FILE = "plan.json"  # the manifest of a harvest in progress, without its norms
+TOKENS_FOLDER = "tokens"
+PROVENANCE = ("sequence", "position")
+
+
+def tap_layout(path: Place, manifest: Manifest, tap: Tap) -> ArrayLayout:
+    """The array of one tap, [N, D]; raises `UserError` when the store hasn't the tap."""
+    entry = next((entry for entry in manifest.sites if entry.tap == tap), None)
+    if entry is None:
+        names = ", ".join(entry.tap.name for entry in manifest.sites)
+        raise UserError(
+            f"the store at {path} has no {tap.name}: it was harvested at {names}. Choose one of "
+            "those, or harvest a store with this one in cache.sites."
+        )
+    row_bytes = entry.width * ts.dtype(manifest.dtype).numpy_dtype.itemsize
+    shuffling = manifest.shuffling
+    return ArrayLayout(
+        path=path / tap.name,
+        shape=(manifest.rows, entry.width),
+        dtype=manifest.dtype,
+        chunk_rows=shuffling.block_rows,
+        shard_rows=shard_rows(
+            bucket=shuffling.bucket_rows, block_rows=shuffling.block_rows, row_bytes=row_bytes
+        ),
+    )
+
+
+def provenance_layout(path: Place, manifest: Manifest, name: str) -> ArrayLayout:
+    """One of the arrays that say where rows came from, int32 [N]; a shard per bucket."""
+    return ArrayLayout(
+        path=path / name,
+        shape=(manifest.rows,),
+        dtype="int32",
+        chunk_rows=manifest.shuffling.block_rows,
+        shard_rows=manifest.shuffling.bucket_rows,
+    )
+
+
+@dataclass(frozen=True)
+class TapInfo:
+    """What a store knows of one tap: width D, mean of |x|^2 over its rows, dtype of the rows."""
+
+    width: int
+    mean_squared_norm: float
+    dtype: Dtype
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """For each row, its sequence in the token table and its position there (0 is BOS)."""
+
+    sequence: Int32[np.ndarray, " N"]
+    position: Int32[np.ndarray, " N"]
+
+
+@dataclass(frozen=True)
+class Store:
+    """A finished store; made by `open_store`.
+
+    `identity` is the checksum in its manifest: stores with the same one hold the same rows in the
+    same order.
+    """
+
+    path: Place
+    manifest: Manifest
+    identity: str
+
+    @property
+    def rows(self) -> int:
+        """N, the rows of every tap."""
+        return self.manifest.rows
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """What was harvested."""
+        return tuple(entry.tap for entry in self.manifest.sites)
+
+    @cached_property
+    def tokens(self) -> TokenTable:
+        """The token table, held-out sequences included; raises `UserError` when damaged."""
+        table = open_tokens(self.path / TOKENS_FOLDER)
+        if table.summary.token_hash != self.manifest.token_hash:
+            raise UserError(
+                f"{table.path} has token hash {table.summary.token_hash} and the store was made "
+                f"of {self.manifest.token_hash}: restore the folder from a copy."
+            )
+        return table
+
+    def layout(self, tap: Tap) -> ArrayLayout:
+        """Shape and cutting of a tap's array; raises `UserError` when the store hasn't it."""
+        return tap_layout(self.path, self.manifest, tap)
+
+    def tap_info(self, tap: Tap) -> TapInfo:
+        """Width, mean squared norm and dtype; raises `UserError` when the store hasn't the tap."""
+        layout = self.layout(tap)
+        entry = next(entry for entry in self.manifest.sites if entry.tap == tap)
+        assert entry.mean_squared_norm is not None
+        return TapInfo(layout.shape[1], entry.mean_squared_norm, self.manifest.dtype)
+
+    def read(self, tap: Tap, *, start: int, stop: int) -> Float[np.ndarray, "N D"]:
+        """Rows `[start, stop)` as stored; raises `UserError` naming a damaged file."""
+        layout = self.layout(tap)
+        return read_rows(layout.open(), layout, [Segment(start, stop - start)])
+
+    def provenance(self, *, start: int, stop: int) -> Provenance:
+        """Where rows `[start, stop)` came from; raises `UserError` naming a damaged file."""
+        layouts = [provenance_layout(self.path, self.manifest, name) for name in PROVENANCE]
+        segments = [Segment(start, stop - start)]
+        return Provenance(*(read_rows(layout.open(), layout, segments) for layout in layouts))
+
+    def check_matches(
+        self,
+        *,
+        model: ModelConfig | None = None,
+        text: TextConfig | None = None,
+        cache: CacheConfig | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
+        """Check that the store was made with these sections of a config.
+
+        Weights may have moved: they are the same if the name is, or else the fingerprint, which
+        is read from the weights where it isn't given.
+
+        Raises:
+            UserError: names the first field that differs, and both values.
+        """
+        difference = first_difference(self.manifest, model=model, text=text, cache=cache)
+        stored = self.manifest.model
+        if difference is None and (model is not None or fingerprint is not None):
+            renamed = model is not None and (model.weights, model.revision) != (
+                stored.weights,
+                stored.revision,
+            )
+            if fingerprint is None and renamed and model is not None:
+                # Training asks only here, and would wait for readers of weights to be imported.
+                from activation_cache.language_model.checkpoint import weight_fingerprint
+
+                fingerprint = weight_fingerprint(model)
+            if fingerprint not in (None, stored.fingerprint):
+                difference = (
+                    f"model.weights: the store was made from {stored.weights} with fingerprint "
+                    f"{stored.fingerprint[:16]}, the config's weights have {str(fingerprint)[:16]}"
+                )
+        if difference is not None:
+            raise UserError(
+                f"the store at {self.path} was made with another config. {difference}. Change the "
+                "config back, or choose another cache.path and harvest (nothing was changed)."
+            )
+
+
+def open_store(path: AnyPath) -> Store:
+    """Open a finished store.
+
+    Raises:
+        UserError: there is none, its harvest hasn't finished, or its manifest is damaged.
+    """
+    folder = place(path)
+    if not (folder / MANIFEST_FILE).exists():
+        begun = (folder / PLAN_FILE).exists()
+        raise UserError(
+            f"{folder} has no {MANIFEST_FILE}: "
+            + ("its harvest has not finished" if begun else "there is no activation store")
+            + ". Run `sae harvest` with this config first."
+        )
+    manifest = read_record(folder / MANIFEST_FILE, Manifest)
+    # As it was written: hashed anew, the manifest of an older version would have the defaults of
+    # fields added since, and runs trained on the store would take it for another.
+    identity = read_json(folder / MANIFEST_FILE)["checksum"]
+    return Store(folder, manifest, identity)

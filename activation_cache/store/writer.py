@@ -1,0 +1,147 @@
+"""Buckets to disk, in the background: one bucket is written while the next is filled.
+
+A bucket is committed in two phases. First its shards are written, each in one transaction; then a
+record in `commits/` names the bucket. A bucket without a record doesn't exist and is made again,
+over the same names and with the same bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+from jaxtyping import Float, Int32
+
+from activation_cache.config import Count, NonNegative, PositiveCount, Section
+from activation_cache.gemma.taps import Tap
+from activation_cache.runtime.errors import UserError
+from activation_cache.storage.arrays import write_shards
+from activation_cache.storage.files import Place, make_folder
+from activation_cache.store.manifest import FORMAT_VERSION, Manifest, read_record, write_record
+from activation_cache.store.store import PROVENANCE, provenance_layout, tap_layout
+
+logger = logging.getLogger(__name__)
+
+BUCKETS_IN_MEMORY = 2  # one being filled, one being written
+_CONCURRENT_RECORDS = 16
+_SUM_ROWS = 4096  # rows squared at once: bounds the float64 copy
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The rows of one bucket in the order they are stored. Legend: N rows, D width."""
+
+    number: int
+    activations: dict[Tap, Float[np.ndarray, "N _"]]
+    sequence: Int32[np.ndarray, " N"]
+    position: Int32[np.ndarray, " N"]
+
+
+class Commit(Section):
+    """`commits/bucket-000000.json`: this bucket is durable; what it adds to the norms."""
+
+    format_version: int
+    bucket: Count
+    rows: PositiveCount
+    sum_of_squares: dict[str, NonNegative]
+
+
+def commit_file(path: Place, bucket: int) -> Place:
+    """The record that commits a bucket."""
+    return path / "commits" / f"bucket-{bucket:06d}.json"
+
+
+def read_commits(path: Place, manifest: Manifest) -> dict[int, Commit]:
+    """The buckets that are durable; raises `UserError` when a record is damaged."""
+    folder = commit_file(path, 0).parent
+    names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    files = {bucket: commit_file(path, bucket) for bucket in range(manifest.num_buckets)}
+    present = {bucket: file for bucket, file in files.items() if file.name in names}
+    with ThreadPoolExecutor(_CONCURRENT_RECORDS) as pool:  # a bucket answers slowly, but many
+        records = pool.map(lambda file: read_record(file, Commit), present.values())
+        return dict(zip(present, records, strict=True))
+
+
+def sum_of_squares(rows: Float[np.ndarray, "N D"]) -> float:
+    """Sum of all squared entries, in float64 and in a fixed order."""
+    parts = (rows[i : i + _SUM_ROWS].astype(np.float64) for i in range(0, len(rows), _SUM_ROWS))
+    return math.fsum(float(np.square(part).sum()) for part in parts)
+
+
+class BucketWriter:
+    """Writes buckets of one store, one at a time, in a thread.
+
+    As a context it ends when the last bucket is committed; if the body failed, the bucket being
+    written is still committed and the body's error is the one raised.
+    """
+
+    def __init__(self, path: Place, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+        make_folder(path / "commits")
+        layouts = {e.tap.name: tap_layout(path, manifest, e.tap) for e in manifest.sites}
+        layouts |= {name: provenance_layout(path, manifest, name) for name in PROVENANCE}
+        self._layouts = layouts
+        self._arrays = {name: layout.open(create=True) for name, layout in layouts.items()}
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bucket-writer")
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> BucketWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self._wait()
+        except UserError as failure:
+            if error is None:
+                raise
+            logger.error("the last bucket could not be written: %s", failure)
+        finally:
+            self._pool.shutdown()
+
+    def submit(self, bucket: Bucket) -> None:
+        """Have a bucket written; waits until the one before is committed.
+
+        Raises:
+            UserError: that one could not be written, or is not finite.
+        """
+        self._wait()
+        self._pending = self._pool.submit(self._write, bucket)
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, bucket: Bucket) -> None:
+        start = self.manifest.bucket_span(bucket.number).start
+        columns: dict[str, np.ndarray] = {
+            "sequence": bucket.sequence,
+            "position": bucket.position,
+            **{tap.name: rows for tap, rows in bucket.activations.items()},
+        }
+        sums = {tap.name: sum_of_squares(rows) for tap, rows in bucket.activations.items()}
+        for name, total in sums.items():
+            if not math.isfinite(total):
+                raise UserError(
+                    f"bucket {bucket.number} of {name} holds NaN or infinity (its sum of squares "
+                    f"is {total}): activations must be finite. Check the weights, or set "
+                    "model.dtype to float32."
+                )
+        for name, rows in columns.items():
+            write_shards(self._arrays[name], self._layouts[name], start=start, rows=rows)
+        commit = Commit(
+            format_version=FORMAT_VERSION,
+            bucket=bucket.number,
+            rows=len(bucket.sequence),
+            sum_of_squares=sums,
+        )
+        write_record(commit_file(self.path, bucket.number), commit)

@@ -1,0 +1,197 @@
+"""The stored table of tokens: what a text became, every sequence readable by its index.
+
+On disk (docs/store.md): `tokens` int32 [sequences, S], `usable` int32 [sequences] (the usable
+tokens of each), with `text.subset_field` also `subset` int32 [sequences], and `tokens.json`,
+written last. A usable token is one that makes a row of an
+activation store: neither BOS, EOS nor padding (Gemma Scope, section 3.1). Legend: S sequence
+length, N sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import tensorstore as ts
+from jaxtyping import Bool, Int32
+from pydantic import Field
+
+from activation_cache.config import Count, PositiveCount, Section, TextConfig
+from activation_cache.runtime.errors import UserError
+from activation_cache.storage.arrays import ArrayLayout, read_rows
+from activation_cache.storage.files import Place
+from activation_cache.store.manifest import read_record
+from activation_cache.store.order import Segment
+
+TOKENS_FILE = "tokens.json"
+_CHUNK_BYTES = 2**16  # sequences are read one by one in random order: a chunk is read for each
+_SHARD_CHUNKS = 1024
+_CHUNK_COUNTS = 1024
+
+
+class SpecialIds(Section):
+    """Ids that mark and fill sequences; never a row of a store."""
+
+    bos: Count
+    eos: Count
+    pad: Count
+
+
+class SourceEntry(Section):
+    """One source: a file's size and sampled content hash, both None for a stream."""
+
+    name: str
+    size: Count | None
+    sha256: str | None
+
+    def __str__(self) -> str:
+        return f"{self.size} bytes with hash {str(self.sha256)[:16]}"
+
+
+class TokenSummary(Section):
+    """`tokens.json`: what the table was made of, what is in it."""
+
+    format_version: int
+    text: TextConfig
+    sources: list[SourceEntry]
+    tokenizer_hash: str
+    rows_wanted: PositiveCount | None  # where a stream was left off; None without streams
+    vocabulary: PositiveCount | None = None  # ids, where these stand for text to be harvested
+    special_ids: SpecialIds
+    token_hash: str
+    documents: Count
+    tokens: Count  # of text: without BOS, EOS and padding put there by packing
+    sequences: PositiveCount
+    usable_rows: Count  # in the sequences that may be harvested
+    subsets: list[str] = Field(default_factory=list)  # names; the array `subset` numbers them
+
+    def __str__(self) -> str:
+        return (
+            f"{self.documents} documents, {self.tokens} tokens, {self.sequences} sequences of "
+            f"{self.text.sequence_length}, {self.text.held_out_sequences} of them held out, "
+            f"{self.usable_rows} usable rows to harvest"
+        )
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """A finished token table."""
+
+    path: Place
+    summary: TokenSummary
+
+    @property
+    def num_sequences(self) -> int:
+        """All sequences, held-out ones included."""
+        return self.summary.sequences
+
+    @property
+    def sequence_length(self) -> int:
+        """S, with BOS."""
+        return self.summary.text.sequence_length
+
+    @property
+    def num_harvestable(self) -> int:
+        """Sequences `[0, num_harvestable)` may be harvested."""
+        return self.num_sequences - self.summary.text.held_out_sequences
+
+    @property
+    def held_out(self) -> range:
+        """The sequences kept for evaluation: the last ones, never harvested."""
+        return range(self.num_harvestable, self.num_sequences)
+
+    def read(self, sequences: Sequence[int]) -> Int32[np.ndarray, "N S"]:
+        """The tokens of any sequences, in the order asked for.
+
+        Raises:
+            UserError: the table is damaged on disk; names the file.
+        """
+        layout = token_layout(self.path, self.num_sequences, self.sequence_length)
+        segments = [Segment(int(sequence), 1) for sequence in sequences]
+        return read_rows(self._array, layout, segments)
+
+    def usable(self, tokens: Int32[np.ndarray, "N S"]) -> Bool[np.ndarray, "N S"]:
+        """Which tokens make a row: neither BOS, EOS nor padding."""
+        return usable_tokens(tokens, self.summary.special_ids)
+
+    def usable_counts(self) -> Int32[np.ndarray, " N"]:
+        """Usable tokens of every sequence, held-out ones included."""
+        layout = count_layout(self.path, self.num_sequences)
+        return read_rows(layout.open(), layout, [Segment(0, self.num_sequences)])
+
+    def subset_of(self, sequences: Sequence[int]) -> Int32[np.ndarray, " N"]:
+        """The subset of any sequences, as places in `summary.subsets`; 0 where there are none."""
+        if not self.summary.subsets:
+            return np.zeros(len(sequences), np.int32)
+        layout = subset_layout(self.path, self.num_sequences)
+        segments = [Segment(int(sequence), 1) for sequence in sequences]
+        return read_rows(layout.open(), layout, segments)
+
+    def require_rows(self, rows: int) -> None:
+        """Raises `UserError` when fewer than `rows` usable tokens may be harvested."""
+        if self.summary.vocabulary is not None and rows > self.summary.usable_rows:
+            raise UserError(
+                f"cache.tokens asks for {rows} rows and the embedding has "
+                f"{self.summary.usable_rows} without BOS, EOS and padding: set cache.tokens to "
+                f"{self.summary.usable_rows}; train.tokens may be more, the rows come again."
+            )
+        if rows > self.summary.usable_rows:
+            raise UserError(
+                f"cache.tokens asks for {rows} rows and the text has {self.summary.usable_rows} "
+                f"usable tokens (in {self.num_harvestable} of {self.num_sequences} sequences; "
+                f"{len(self.held_out)} are held out): lower cache.tokens to at most "
+                f"{self.summary.usable_rows}, lower text.held_out_sequences, or add text."
+            )
+
+    @cached_property
+    def _array(self) -> ts.TensorStore:
+        return token_layout(self.path, self.num_sequences, self.sequence_length).open()
+
+
+def open_tokens(path: Place) -> TokenTable:
+    """Open a finished table; raises `UserError` when it is missing or damaged."""
+    if not (path / TOKENS_FILE).exists():
+        raise UserError(f"{path} has no {TOKENS_FILE}: it is not a finished token table.")
+    return TokenTable(path, read_record(path / TOKENS_FILE, TokenSummary))
+
+
+def usable_tokens(tokens: Int32[np.ndarray, "N S"], special: SpecialIds) -> Bool[np.ndarray, "N S"]:
+    """Which tokens are neither BOS, EOS nor padding."""
+    return (tokens != special.bos) & (tokens != special.eos) & (tokens != special.pad)
+
+
+def token_layout(path: Place, sequences: int, length: int) -> ArrayLayout:
+    """The array of tokens, int32 [sequences, length]."""
+    return ArrayLayout(
+        path=path / "tokens",
+        shape=(sequences, length),
+        dtype="int32",
+        chunk_rows=_chunk_sequences(length),
+        shard_rows=_SHARD_CHUNKS * _chunk_sequences(length),
+    )
+
+
+def count_layout(path: Place, sequences: int) -> ArrayLayout:
+    """The array of usable counts, int32 [sequences]."""
+    return _per_sequence(path / "usable", sequences)
+
+
+def subset_layout(path: Place, sequences: int) -> ArrayLayout:
+    """The array of subsets, int32 [sequences]; only with `text.subset_field`."""
+    return _per_sequence(path / "subset", sequences)
+
+
+def _per_sequence(path: Place, sequences: int) -> ArrayLayout:
+    return ArrayLayout(
+        path=path,
+        shape=(sequences,),
+        dtype="int32",
+        chunk_rows=_CHUNK_COUNTS,
+        shard_rows=_SHARD_CHUNKS * _CHUNK_COUNTS,
+    )
+
+
+def _chunk_sequences(length: int) -> int:
+    return max(1, _CHUNK_BYTES // (4 * length))

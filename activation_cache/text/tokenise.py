@@ -1,0 +1,321 @@
+"""Documents to tokens: tokenise, pack, and store once as a `TokenTable`.
+
+How documents become sequences is in `packing`. Text that spells out a special token is tokenised
+to it, and is as unusable as the real one. Legend: S sequence length, N sequences.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+from jaxtyping import Int32
+
+from activation_cache.config import Section, TextConfig
+from activation_cache.language_model.tokenizer import Tokenizer
+from activation_cache.runtime.errors import Interrupted, UserError
+from activation_cache.runtime.progress import ProgressMeter
+from activation_cache.storage.arrays import write_shards
+from activation_cache.storage.files import Place, make_folder, remove_tree
+from activation_cache.store.manifest import FORMAT_VERSION, write_record
+from activation_cache.text.packing import pack, pack_by_subset, pack_vocabulary
+from activation_cache.text.sources import Document, Source, find_sources
+from activation_cache.text.token_table import (
+    TOKENS_FILE,
+    SourceEntry,
+    SpecialIds,
+    TokenSummary,
+    TokenTable,
+    count_layout,
+    open_tokens,
+    subset_layout,
+    token_layout,
+    usable_tokens,
+)
+
+logger = logging.getLogger(__name__)
+
+_BATCH_CHARACTERS = 2_000_000  # text tokenised at once: the tokenizer's threads share it
+_BATCH_DOCUMENTS = 1024
+_MOST_SUBSETS = 1000  # each keeps the start of a sequence in memory, and leaves one half empty
+
+
+class Recipe(Section):
+    """All that a token table depends on; equal recipes make equal tables."""
+
+    text: TextConfig
+    sources: list[SourceEntry]
+    tokenizer_hash: str
+    rows_wanted: int | None  # where streams are left off; None where all are files
+    vocabulary: int | None = None  # ids, where these come before the text, which is all held out
+
+    def difference(self, stored: TokenSummary) -> str | None:
+        """The first field in which a stored table differs, in words; None if there is none."""
+        old, new = stored.text.model_dump(), self.text.model_dump()
+        pairs: list[tuple[str, object, object]] = [(f"text.{k}", old[k], new[k]) for k in old]
+        files, stored_files = ({s.name: s for s in r.sources} for r in (self, stored))
+        pairs.append(("text.source (the files it matches)", list(stored_files), list(files)))
+        for name, entry in files.items():
+            if name in stored_files:
+                pairs.append((f"file {name}", str(stored_files[name]), str(entry)))
+        pairs += [
+            ("the tokenizer", stored.tokenizer_hash, self.tokenizer_hash),
+            ("cache.tokens (the text is a stream)", stored.rows_wanted, self.rows_wanted),
+            ("the vocabulary (of the embedding)", stored.vocabulary, self.vocabulary),
+        ]
+        for name, before, now in pairs:
+            if before != now:
+                return f"{name} was {before!r} and is {now!r}"
+        return None
+
+
+def prepare_tokens(
+    text: TextConfig,
+    *,
+    tokenizer: Tokenizer,
+    path: Place,
+    rows: int,
+    vocabulary: int | None = None,
+    keep: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+) -> TokenTable:
+    """Make the token table at `path`, or take the one that is there if nothing has changed.
+
+    Files are read to their end. A stream of the Hub is read until `rows` usable tokens and the
+    held-out sequences are together. With a `vocabulary` of so many ids the sequences to harvest
+    are those, each once, and text is read for the held-out ones alone. `keep` says that a harvest
+    depends on the table there: then it is never replaced.
+
+    Raises:
+        UserError: bad text; too few sequences; a disk error; or, with `keep`, a table of other
+            text, naming the field that differs.
+        Interrupted: `stop` turned true; the table is begun anew next time.
+    """
+    sources = find_sources(text)
+    recipe = _recipe(
+        text, sources, tokenizer_hash=tokenizer.fingerprint, rows=rows, vocabulary=vocabulary
+    )
+    if (path / TOKENS_FILE).exists():
+        table = open_tokens(path)
+        difference = recipe.difference(table.summary)
+        if difference is None:
+            logger.info("tokens, as stored: %s", table.summary)
+            return table
+        if keep:
+            raise UserError(
+                f"the store at {path.parent} was begun with other text: {difference}. Go back to "
+                "what it was, or choose another cache.path (nothing was changed)."
+            )
+        logger.info("tokens are made again: %s", difference)
+    summary = _TableBuilder(path, recipe, tokenizer, stop).run(sources)
+    logger.info("tokens: %s", summary)
+    return TokenTable(path, summary)
+
+
+def describe_text(text: TextConfig, *, like: TokenSummary) -> Recipe:
+    """The recipe `text` makes today, with the tokenizer and rows of a stored table.
+
+    Raises:
+        UserError: a source can't be found or read.
+    """
+    rows = like.rows_wanted or 1
+    return _recipe(
+        text,
+        find_sources(text),
+        tokenizer_hash=like.tokenizer_hash,
+        rows=rows,
+        vocabulary=like.vocabulary,
+    )
+
+
+def _recipe(
+    text: TextConfig,
+    sources: list[Source],
+    *,
+    tokenizer_hash: str,
+    rows: int,
+    vocabulary: int | None,
+) -> Recipe:
+    return Recipe(
+        vocabulary=vocabulary,
+        text=text,
+        sources=[SourceEntry(name=s.name, size=s.size, sha256=s.content_hash()) for s in sources],
+        tokenizer_hash=tokenizer_hash,
+        rows_wanted=rows if any(source.streamed for source in sources) else None,
+    )
+
+
+def _regroup(parts: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
+    """The same rows in arrays of exactly `rows`, the last one perhaps shorter."""
+    waiting: list[np.ndarray] = []
+    for part in parts:
+        waiting.append(part)
+        while sum(map(len, waiting)) >= rows:
+            joined = np.concatenate(waiting)
+            yield joined[:rows]
+            waiting = [joined[rows:]]
+    if any(map(len, waiting)):
+        yield np.concatenate(waiting)
+
+
+def _batches(sources: list[Source]) -> Iterator[tuple[list[Document], int]]:
+    """Documents in batches fit for the tokenizer, with the position reached in all sources."""
+    documents: list[Document] = []
+    characters = position = before = 0
+    for source in sources:
+        for document in source.open():
+            documents.append(document)
+            characters += len(document.text)
+            position = before + document.position
+            if characters >= _BATCH_CHARACTERS or len(documents) >= _BATCH_DOCUMENTS:
+                yield documents, position
+                documents, characters = [], 0
+        before += source.size or 0
+    if documents:
+        yield documents, position
+
+
+class _TableBuilder:
+    """Writes one table, shard by shard; memory holds a batch of text and one shard."""
+
+    def __init__(
+        self, path: Place, recipe: Recipe, tokenizer: Tokenizer, stop: Callable[[], bool]
+    ) -> None:
+        self.path, self.recipe, self.tokenizer, self.stop = path, recipe, tokenizer, stop
+        self.length = recipe.text.sequence_length
+        self.held_out = recipe.text.held_out_sequences
+        self.special = SpecialIds(bos=tokenizer.bos_id, eos=tokenizer.eos_id, pad=tokenizer.pad_id)
+        self.documents = self.tokens = self.usable_total = 0
+        self.usable: list[np.ndarray] = []
+        self.subset_of: list[np.ndarray] = []
+        self.subsets: dict[str, int] = {}
+        self.digest = hashlib.sha256()
+
+    def run(self, sources: list[Source]) -> TokenSummary:
+        """Build the table; `tokens.json` makes it a table and is written last."""
+        remove_tree(self.path)
+        make_folder(self.path)
+        written = 0
+        shard_rows = token_layout(self.path, 0, self.length).shard_rows
+        for rows in _regroup(self._counted(self._packed(sources)), shard_rows):
+            layout = token_layout(self.path, written + len(rows), self.length)
+            # How many there will be is known at the end: the array is described then.
+            write_shards(layout.open(assume=True), layout, start=written, rows=rows)
+            written += len(rows)
+        self._require_sequences(written)
+        token_layout(self.path, written, self.length).open(create=True)
+        counts = self._write_counts(written)
+        summary = TokenSummary(
+            format_version=FORMAT_VERSION,
+            special_ids=self.special,
+            token_hash=self.digest.hexdigest(),
+            documents=self.documents,
+            tokens=self.tokens,
+            sequences=written,
+            usable_rows=int(counts[: written - self.held_out].sum(dtype=np.int64)),
+            subsets=list(self.subsets),
+            **dict(self.recipe),
+        )
+        write_record(self.path / TOKENS_FILE, summary)
+        return summary
+
+    def _packed(self, sources: list[Source]) -> Iterator[np.ndarray]:
+        """Sequences; where documents have subsets, those of each are remembered."""
+        encoded = self._encoded(sources)
+        if self.recipe.vocabulary is not None:
+            yield from self._vocabulary_and_text(encoded)
+            return
+        if self.recipe.text.subset_field is None:
+            ids = ([ids for _, ids in documents] for documents in encoded)
+            yield from pack(ids, length=self.length, special=self.special)
+            return
+        numbered = ([(self._number(name), ids) for name, ids in batch] for batch in encoded)
+        for rows, subsets in pack_by_subset(numbered, length=self.length, special=self.special):
+            self.subset_of.append(subsets)
+            yield rows
+
+    def _vocabulary_and_text(
+        self, encoded: Iterator[list[tuple[str | None, list[int]]]]
+    ) -> Iterator[np.ndarray]:
+        """The vocabulary's sequences, then as many of the text's as are to be held out."""
+        assert self.recipe.vocabulary is not None
+        yield pack_vocabulary(self.recipe.vocabulary, length=self.length, special=self.special)
+        missing = self.held_out
+        ids = ([ids for _, ids in documents] for documents in encoded)
+        for rows in pack(ids, length=self.length, special=self.special):
+            if not missing:
+                return
+            yield rows[:missing]
+            missing -= len(rows[:missing])
+        if missing:
+            raise UserError(
+                f"the text makes {self.held_out - missing} sequences of {self.length} tokens and "
+                f"text.held_out_sequences asks for {self.held_out}: lower it, or add text."
+            )
+
+    def _number(self, subset: str | None) -> int:
+        assert subset is not None
+        number = self.subsets.setdefault(subset, len(self.subsets))
+        if number >= _MOST_SUBSETS:
+            raise UserError(
+                f"text.subset_field {self.recipe.text.subset_field} has more than {_MOST_SUBSETS} "
+                "values, and each is packed by itself: name a field with few, such as the corpus "
+                "a document is from"
+            )
+        return number
+
+    def _encoded(self, sources: list[Source]) -> Iterator[list[tuple[str | None, list[int]]]]:
+        """Subset and token ids of the documents, batch by batch, with a progress meter."""
+        streamed = any(source.streamed for source in sources)
+        total = None if streamed else sum(source.size or 0 for source in sources)
+        unit = "documents" if streamed else "B"
+        with ProgressMeter("tokenising", total=total, unit=unit) as meter:
+            for documents, position in _batches(sources):
+                if self.stop():
+                    raise Interrupted("stopped while tokenising: it begins anew next time")
+                encoded = self.tokenizer.encode_batch([one.text for one in documents])
+                self.documents += len(encoded)
+                self.tokens += sum(map(len, encoded))
+                yield [(one.subset, ids) for one, ids in zip(documents, encoded, strict=True)]
+                # The consumer has packed and counted what was yielded by now.
+                meter.update(self.documents if streamed else position)
+                if self._enough():
+                    return
+
+    def _enough(self) -> bool:
+        """Whether a stream can be left off, whatever the held-out sequences hold."""
+        if self.recipe.rows_wanted is None:
+            return False
+        held_out = self.held_out * (self.length - 1)
+        return self.usable_total >= self.recipe.rows_wanted + held_out
+
+    def _counted(self, parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Pass sequences through, hashing them and counting their usable tokens."""
+        for tokens in parts:
+            self.digest.update(np.ascontiguousarray(tokens, "<i4").data)
+            counts = usable_tokens(tokens, self.special).sum(axis=1, dtype=np.int32)
+            self.usable.append(counts)
+            self.usable_total += int(counts.sum(dtype=np.int64))
+            yield tokens
+
+    def _require_sequences(self, sequences: int) -> None:
+        if self.documents == 0 and self.recipe.vocabulary is None:
+            raise UserError(f"text.source {self.recipe.text.source} holds no documents at all.")
+        if sequences <= self.held_out:
+            raise UserError(
+                f"the text makes {sequences} sequences of {self.length} tokens and "
+                f"text.held_out_sequences keeps {self.held_out} of them from being harvested: none "
+                "is left. Lower text.held_out_sequences or text.sequence_length, or add text."
+            )
+
+    def _write_counts(self, sequences: int) -> Int32[np.ndarray, " N"]:
+        counts = np.concatenate(self.usable)
+        layout = count_layout(self.path, sequences)
+        write_shards(layout.open(create=True), layout, start=0, rows=counts)
+        if self.subset_of:
+            layout = subset_layout(self.path, sequences)
+            rows = np.concatenate(self.subset_of)
+            write_shards(layout.open(create=True), layout, start=0, rows=rows)
+        return counts

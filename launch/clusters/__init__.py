@@ -1,0 +1,1 @@
+"""Stages handed to Slurm or to Kubernetes."""

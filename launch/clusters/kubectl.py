@@ -1,0 +1,267 @@
+"""Submitting manifests with kubectl and following them: harvest, runs, evaluation, report.
+
+JobSets know nothing of each other, so what keeps their order is the `sae sweep` that submitted
+them. It holds no state: stopped and started again it finds on the cluster what it submitted
+before, leaves what runs or has run from the same manifest, and goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from activation_cache.runtime.errors import Interrupted, UserError
+from launch.clusters.jobset import Manifest, Stage, kubernetes_launch, render, write_manifests
+from launch.clusters.submit import Command, local_folder
+from launch.config.kubernetes import OUR_PREFIX, KubernetesLaunch
+from sae_train.config.run import Config
+
+logger = logging.getLogger(__name__)
+
+State = Literal["absent", "at work", "done", "failed"]
+
+_ORDER: tuple[Stage, ...] = ("harvest", "train", "evaluate", "report")
+_POLL_SECONDS = 15.0
+_STOP_SECONDS = 0.5  # how soon a signal is answered
+_TRIES = 5  # of a question to the cluster, which may be away for a while
+
+
+@dataclass(frozen=True)
+class Found:
+    """A JobSet as the cluster tells of it.
+
+    Attributes:
+        digest: of the manifest that made it (`Manifest.digest`).
+        created: when, in a form that sorts.
+    """
+
+    state: State
+    digest: str | None = None
+    created: str = ""
+
+
+def submit(config: Config, *, command: Command, dry_run: bool, stop: Callable[[], bool]) -> int:
+    """Write a command's manifests and submit them, or, with `dry_run`, print them.
+
+    One stage is handed over and left to the cluster; a sweep is followed to its end, for its
+    stages wait for each other.
+
+    Returns:
+        0, or 1 if a stage failed on the cluster.
+
+    Raises:
+        UserError: the config can't run there, kubectl is missing or refuses.
+        Interrupted: a signal came while following.
+    """
+    launch = kubernetes_launch(config)
+    manifests = render(config, command=command)
+    folder = manifest_folder(config)
+    files = list(zip(manifests, write_manifests(manifests, folder), strict=True))
+    logger.info("%d manifests are in %s", len(files), folder)
+    if dry_run:
+        sys.stdout.write("".join(manifest.text for manifest in manifests))
+        return 0
+    kubectl = Kubectl(launch)
+    if command != "sweep":
+        [(manifest, file)] = files
+        kubectl.submit(manifest, file)
+        logger.info("follow it with `%s`", kubectl.logs_command(manifest, follow=True))
+        return 0
+    return _run_sweep(files, Follower(kubectl, stop=stop), at_once=launch.at_once)
+
+
+def manifest_folder(config: Config) -> Path:
+    """Where the manifests go on this machine: beside the runs, unless those are in a bucket, and
+    unless the config says otherwise.
+    """
+    chosen = kubernetes_launch(config).manifests
+    if chosen is not None:
+        return Path(chosen)
+    return local_folder(config, "kubernetes")
+
+
+def _run_sweep(
+    files: Sequence[tuple[Manifest, Path]], follower: Follower, *, at_once: int | None
+) -> int:
+    """Stage after stage; without a store nothing goes on, a failed run leaves the others theirs."""
+    failed: list[Manifest] = []
+    newest = ""
+    for stage in _ORDER:
+        of_stage = [pair for pair in files if pair[0].stage == stage]
+        # What is evaluated or reported already is so only if nothing was trained since.
+        after = newest if stage in ("evaluate", "report") else ""
+        failed += follower.run(of_stage, at_once=at_once, after=after)
+        newest = max(newest, follower.newest)
+        if stage == "harvest" and failed:
+            break
+    if failed:
+        names = ", ".join(f"{one.stage} {one.run}" for one in failed)
+        logger.error("failed: %s. The same command does only what is missing", names)
+    return 1 if failed else 0
+
+
+class Kubectl:
+    """kubectl on the PATH, for one context and namespace.
+
+    Raises:
+        UserError: there is none.
+    """
+
+    def __init__(self, launch: KubernetesLaunch) -> None:
+        path = shutil.which("kubectl")
+        if path is None:
+            raise UserError(
+                "kubectl was not found on the PATH, so nothing was submitted. Install it, or take "
+                "the manifests (`--dry-run` writes and prints them) to a machine that has it and "
+                "give there `kubectl apply -f FILE`"
+            )
+        self.command = [path]
+        if launch.context is not None:
+            self.command += ["--context", launch.context]
+        if launch.namespace is not None:
+            self.command += ["--namespace", launch.namespace]
+
+    def run(self, *arguments: str) -> str:
+        """Run kubectl and return its standard output; raises `UserError` with its own words."""
+        done = subprocess.run(
+            [*self.command, *arguments], capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            words = done.stderr.strip() or f"exit status {done.returncode}"
+            raise UserError(f"kubectl {' '.join(arguments)} failed: {words}")
+        return done.stdout
+
+    def look(self, manifest: Manifest) -> Found:
+        """Where a manifest's JobSet stands."""
+        text = self.run("get", "jobset", manifest.name, "--ignore-not-found", "-o", "json")
+        if not text.strip():
+            return Found(state="absent")
+        found = json.loads(text)
+        conditions = found.get("status", {}).get("conditions", [])
+        true = {one["type"] for one in conditions if one.get("status") == "True"}
+        state: State = (
+            "failed" if "Failed" in true else "done" if "Completed" in true else "at work"
+        )
+        return Found(
+            state=state,
+            digest=found["metadata"].get("annotations", {}).get(f"{OUR_PREFIX}digest"),
+            created=found["metadata"].get("creationTimestamp", ""),
+        )
+
+    def submit(self, manifest: Manifest, file: Path, *, after: str = "") -> None:
+        """Apply a manifest unless its JobSet is at work or done.
+
+        One that failed, and one that is done but came from another config or is not newer than
+        `after`, is deleted first.
+
+        Raises:
+            UserError: one from another config is at work, or kubectl refuses.
+        """
+        found = self.look(manifest)
+        same = found.digest == manifest.digest
+        if found.state == "at work" and not same:
+            raise UserError(
+                f"JobSet {manifest.name} is at work with another config, and both would write to "
+                "the same folder: wait for it, or end it with "
+                f"`{self.shown('delete', 'jobset', manifest.name)}`"
+            )
+        if found.state == "at work" or (found.state == "done" and same and found.created >= after):
+            logger.info("%s %s is %s already", manifest.stage, manifest.run, found.state)
+            return
+        if found.state != "absent":
+            self.run("delete", "jobset", manifest.name, "--wait=true")
+        self.run("apply", "-f", os.fspath(file))
+        logger.info("submitted %s %s as JobSet %s", manifest.stage, manifest.run, manifest.name)
+
+    def logs_command(self, manifest: Manifest, *, follow: bool = False) -> str:
+        """The command line that shows what the pods of a stage say."""
+        selector = f"jobset.sigs.k8s.io/jobset-name={manifest.name}"
+        return self.shown("logs", "-l", selector, "--follow" if follow else "--tail=-1")
+
+    def shown(self, *arguments: str) -> str:
+        """A command line for the user to give."""
+        return shlex.join(["kubectl", *self.command[1:], *arguments])
+
+
+class Follower:
+    """Submits stages in order and waits for them."""
+
+    def __init__(self, kubectl: Kubectl, *, stop: Callable[[], bool]) -> None:
+        self.kubectl = kubectl
+        self.stop = stop
+        self.newest = ""  # when the newest JobSet that was followed was made
+
+    def run(
+        self, files: Sequence[tuple[Manifest, Path]], *, at_once: int | None, after: str = ""
+    ) -> list[Manifest]:
+        """Submit manifests, at most `at_once` at a time, and return those that failed.
+
+        Raises:
+            Interrupted: a signal came; what is submitted goes on.
+        """
+        waiting = list(files)
+        at_work: list[Manifest] = []
+        failed: list[Manifest] = []
+        while waiting or at_work:
+            while waiting and (at_once is None or len(at_work) < at_once):
+                manifest, file = waiting.pop(0)
+                self.kubectl.submit(manifest, file, after=after)
+                at_work.append(manifest)
+            still = []
+            for one in at_work:
+                state = self._state(one)
+                if state == "at work":
+                    still.append(one)
+                elif state == "done":
+                    logger.info("%s %s is done", one.stage, one.run)
+                else:
+                    failed.append(one)
+                    self._tell_failure(one, state)
+            if len(still) == len(at_work):
+                self._pause()
+            at_work = still
+        return failed
+
+    def _state(self, manifest: Manifest) -> State:
+        for left in reversed(range(_TRIES)):
+            try:
+                found = self.kubectl.look(manifest)
+            except UserError as error:
+                if not left:
+                    raise
+                logger.warning("%s; asking again", error)
+                self._pause()
+            else:
+                self.newest = max(self.newest, found.created)
+                return found.state
+        raise AssertionError("the loop returns or raises")
+
+    def _tell_failure(self, manifest: Manifest, state: State) -> None:
+        why = "was deleted" if state == "absent" else "failed"
+        logger.error(
+            "%s %s %s; `%s` and `%s` say more",
+            manifest.stage,
+            manifest.run,
+            why,
+            self.kubectl.shown("describe", "jobset", manifest.name),
+            self.kubectl.logs_command(manifest),
+        )
+
+    def _pause(self) -> None:
+        until = time.monotonic() + _POLL_SECONDS
+        while not self.stop():
+            left = until - time.monotonic()
+            if left <= 0:
+                return
+            time.sleep(min(left, _STOP_SECONDS))
+        raise Interrupted("stopped following; what was submitted to the cluster goes on there")

@@ -1,0 +1,70 @@
+"""Which back end runs a command: this process, or a cluster it is handed to.
+
+A back end renders a stage (`harvest`, `train`) or the whole (`sweep`) into files that anybody can
+read and submit by hand, and submits them. The copy of the config that travels with them says
+`launch: {on: local}`, so that the same command, run there, does the work.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from activation_cache.runtime.errors import UserError
+from activation_cache.storage.files import place
+from sae_train.config.run import Config
+
+logger = logging.getLogger(__name__)
+
+Command = Literal["harvest", "train", "sweep"]
+
+
+def local_folder(config: Config, kind: str) -> Path:
+    """Where what is submitted is kept on this machine: in the output folder, or, where that is in
+    a bucket, in `<kind>/<name>` of the folder the command is given in.
+    """
+    output = place(config.output)
+    if isinstance(output, Path):
+        return output / kind
+    return Path(kind) / re.sub(r"[^A-Za-z0-9._-]+", "_", config.name)
+
+
+def is_elsewhere(config: Config, *, dry_run: bool) -> bool:
+    """Does another machine run this config's stages?
+
+    Raises:
+        UserError: a dry run was asked for where nothing is submitted.
+    """
+    if config.launch.on != "local":
+        return True
+    if dry_run:
+        raise UserError(
+            "--dry-run shows what would be submitted to a cluster, and launch.on is local: leave "
+            "it out, or choose a cluster in the launch section (docs/clusters.md)"
+        )
+    return False
+
+
+def submit(config: Config, *, command: Command, dry_run: bool, stop: Callable[[], bool]) -> int:
+    """Render, write and (unless `dry_run`) submit a command; returns the exit status.
+
+    Raises:
+        UserError: the config can't run there, or the cluster's own command is missing or refuses.
+        Interrupted: a signal came while the submitter followed the stages; they go on.
+    """
+    if command == "sweep":
+        from launch.sweep.cohorts import cohort_lines, cohorts_of
+        from launch.sweep.run_sweep import expand
+
+        for line in cohort_lines(cohorts_of(config, expand(config))):
+            logger.info("%s", line)
+    if config.launch.on == "slurm":
+        from launch.clusters import slurm
+
+        return slurm.submit(config, command=command, dry_run=dry_run)
+    from launch.clusters import kubectl
+
+    return kubectl.submit(config, command=command, dry_run=dry_run, stop=stop)

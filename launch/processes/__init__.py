@@ -1,0 +1,1 @@
+"""This process and its siblings: signals, restarts, memory, compiled programs."""

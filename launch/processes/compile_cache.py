@@ -1,0 +1,64 @@
+"""JAX's persistent compilation cache: what was compiled once on a machine isn't compiled again.
+
+A run that is preempted and started again, the members of a sweep and the commands of a day compile
+the same programs. JAX keys each by its operations, its shapes, its devices and its own version.
+
+Not of several CPU devices: in a program that XLA has compiled its sums over devices come in one
+order on all of them, in one that it has loaded they may not (seen with jaxlib 0.10.2, where sums
+are in different loops). Then devices wait for each other until XLA aborts the process, or add up
+what doesn't belong together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import platform
+from pathlib import Path
+from typing import Any
+
+from activation_cache.storage.files import user_cache
+
+logger = logging.getLogger(__name__)
+
+_WORTH_KEEPING_SECONDS = 0.2  # of compiling; JAX's own default is 1
+
+
+def keep_programs() -> None:
+    """Let JAX keep compiled programs in the user's cache folder.
+
+    Where somebody has chosen already (`JAX_COMPILATION_CACHE_DIR`, or
+    `JAX_ENABLE_COMPILATION_CACHE=false`) nothing is changed; where the folder can't be made,
+    nothing is kept. With several CPU devices nothing is kept or loaded, whoever has chosen.
+
+    Called once processes have found each other, for it looks at all devices.
+    """
+    import jax
+
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        jax.config.update("jax_enable_compilation_cache", False)
+        logger.debug("compiled programs aren't kept: several CPU devices compute together")
+        return
+    chosen: Any = jax.config  # whose attributes no type checker knows
+    if chosen.jax_compilation_cache_dir or not chosen.jax_enable_compilation_cache:
+        return
+    folder = user_cache() / "compiled" / _processor_key()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        logger.debug("compiled programs aren't kept: %s", error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING_SECONDS)
+
+
+def _processor_key() -> str:
+    """Differs between processors whose instructions differ: homes are shared between machines, and
+    a program for CPUs may hold instructions that another lacks.
+    """
+    info = Path("/proc/cpuinfo")
+    flags = ""
+    if info.exists():
+        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
+        flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return hashlib.sha256(f"{platform.machine()} {flags}".encode()).hexdigest()[:16]

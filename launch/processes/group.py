@@ -1,0 +1,137 @@
+"""A stage run by several processes: started from here, or joined from inside one of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from activation_cache.runtime import processes
+from activation_cache.runtime.errors import Interrupted, UserError
+from activation_cache.storage.files import Place
+from launch.config.local import LocalLaunch
+from launch.processes.supervise import SUPERVISOR, starts_group, stop_with_supervisor, supervise
+from sae_train.config.file import resolved_yaml
+from sae_train.config.run import Config
+
+WORDS = "SAE_WORDS"  # the file in which a process tells its supervisor why it ended
+
+_EXIT_DONE, _EXIT_BUG, _EXIT_MISTAKE, _EXIT_STOPPED = 0, 1, 2, 75
+
+
+def starts_here(config: Config) -> bool:
+    """Is this the process that starts a group for the stages of this config?"""
+    return starts_group(config.launch)
+
+
+def run_stage(
+    stage: str,
+    config: Config,
+    *,
+    devices: int,
+    beside: Sequence[Config] = (),
+    target: Place | None = None,
+    options: Sequence[str] = (),
+    progress: Callable[[], Any] = lambda: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Run `sae <stage>` in as many processes as the config's `launch` section says.
+
+    Args:
+        devices: how many they need together, for CPUs made to look like several.
+        beside: further configs the command is given, of runs that train in the same processes.
+        target: what the command is given instead of a file with this config.
+        options: overrides and flags.
+        progress: something that differs once work has been saved (`supervise`).
+
+    Raises:
+        UserError: a process found a mistake.
+        Interrupted: all were stopped; everything is saved.
+        RuntimeError: processes were lost again and again.
+    """
+    assert isinstance(config.launch, LocalLaunch)
+    with tempfile.TemporaryDirectory(prefix="sae-") as scratch:
+        words = Path(scratch, "words")
+        targets = [] if target is None else [str(target)]
+        for number, one in enumerate([] if target else [config, *beside]):
+            file = Path(scratch, f"config{number or ''}.yaml")
+            file.write_text(resolved_yaml(one), encoding="utf-8")
+            targets.append(str(file))
+        command = [sys.executable, "-m", "launch.cli", stage, *targets, *options]
+        code = supervise(
+            command + _verbosity(),
+            launch=config.launch,
+            devices=devices,
+            environment={WORDS: str(words)},
+            progress=progress,
+            stop=stop,
+        )
+        reason = words.read_text(encoding="utf-8") if words.exists() else ""
+    if code == _EXIT_MISTAKE:
+        raise UserError(reason or f"a process of `sae {stage}` refused its command line")
+    if code == _EXIT_STOPPED:
+        raise Interrupted(reason or f"`sae {stage}` was stopped by a signal; what is saved stays")
+    if code != _EXIT_DONE:
+        raise RuntimeError(
+            f"`sae {stage}` lost processes again and again (the last with status {code}); its "
+            "last words are above. What is saved stays: the same command goes on"
+        )
+
+
+def _verbosity() -> list[str]:
+    level = logging.getLogger("launch").getEffectiveLevel()
+    return ["-v"] if level <= logging.DEBUG else ["-q"] if level >= logging.WARNING else []
+
+
+def join(*configs: Config) -> None:
+    """Join the group this process was started in, if any, and compare notes with the others.
+
+    Raises:
+        UserError: the processes were started with different configs or code.
+    """
+    processes.join()
+    if processes.process_count() > 1:
+        import activation_cache
+        import launch
+        import sae_train
+
+        version = processes.code_version(activation_cache, sae_train, launch)
+        processes.same_everywhere("code version", version)
+        processes.same_everywhere("config", "".join(map(resolved_yaml, configs)))
+        if os.environ.get(SUPERVISOR):
+            stop_with_supervisor()
+
+
+def tell(command: str, reason: str, *, remedy: str = "") -> None:
+    """Say why this process ends: to its supervisor, who says it once, or else on stderr."""
+    if file := os.environ.get(WORDS):
+        Path(file).write_text(reason, encoding="utf-8")
+    else:
+        sys.stderr.write(f"sae {command}: {reason}{remedy}\n")
+
+
+def end(code: int) -> int:
+    """The exit status of a command; in a group the way out that fits it.
+
+    Done or stopped, all get here and leave together. Otherwise this process ends at once, without
+    the farewells that would wait for the others: they notice, and end too.
+    """
+    if processes.process_count() > 1:
+        if code not in (_EXIT_DONE, _EXIT_STOPPED):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        processes.leave()
+    return code
+
+
+def end_broken() -> None:
+    """After an exception nobody expected: in a group, show it and end at once; else nothing."""
+    if processes.process_count() > 1:
+        traceback.print_exc()
+        end(_EXIT_BUG)

@@ -1,0 +1,297 @@
+"""`sae plan`: the plan of a config as tables, or as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+
+from rich.table import Table
+
+from launch.console import print_line, print_table
+from launch.sweep.run_sweep import expand
+from sae_train.config.run import Config, MeshConfig
+from sae_train.plan.accelerators import ACCELERATORS, Accelerator, accelerator
+from sae_train.plan.plan import Plan, make_plan, plan_record
+from sae_train.plan.verdict import AcceleratorPlan, Assumptions, CohortVerdict, Verdict
+
+_FRACTION = "* more than JAX takes of a GPU by itself: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"
+
+
+def show_plan(config: Config, arguments: argparse.Namespace) -> None:
+    """Print the plan of `config` under the command line's assumptions.
+
+    Raises:
+        UserError: an accelerator, share, price or number of devices that can't be, or a model
+            whose shape is neither at hand nor known.
+    """
+    if config.sweep is not None and config.sweep.cells:
+        _show_suite(config, arguments)
+        return
+    members = [(config.name, config)]
+    if config.sweep is not None:
+        members = [(run.name, run.config) for run in expand(config)]
+    plan = make_plan(
+        config,
+        runs=members,
+        accelerators=_accelerators(arguments),
+        assumptions=_assumptions(arguments),
+    )
+    if arguments.json:
+        print_line(json.dumps(plan_record(plan), indent=2, allow_nan=False))
+        return
+    for table in tables(plan):
+        print_table(table)
+
+
+def _show_suite(config: Config, arguments: argparse.Namespace) -> None:
+    from launch.show.suite_tables import suite_tables
+    from sae_train.plan.suite import make_suite_plan, suite_record
+
+    plan = make_suite_plan(
+        config, accelerators=_accelerators(arguments), assumptions=_assumptions(arguments)
+    )
+    if arguments.json:
+        print_line(json.dumps(suite_record(plan), indent=2, allow_nan=False))
+        return
+    for table in suite_tables(plan):
+        print_table(table)
+
+
+def _accelerators(arguments: argparse.Namespace) -> list[Accelerator]:
+    names = [arguments.accelerator] if arguments.accelerator else list(ACCELERATORS)
+    return [accelerator(name) for name in names]
+
+
+def _assumptions(arguments: argparse.Namespace) -> Assumptions:
+    return Assumptions(mfu=arguments.mfu, devices=arguments.devices, price=arguments.price)
+
+
+def tables(plan: Plan) -> list[Table]:
+    """Store and harvest, then work and memory of each run, then the accelerators."""
+    on = plan.accelerators
+    last = _accelerator_table(plan, on[0]) if len(on) == 1 else _comparison_table(plan)
+    cohorts = [_cohort_table(plan)] if any(len(one.runs) > 1 for one in plan.cohorts) else []
+    return [_store_table(plan), _work_table(plan), _memory_table(plan), *cohorts, last]
+
+
+def alike(plan: Plan) -> list[list[int]]:
+    """Numbers of the runs, those together that need the same of everything."""
+    groups: dict[str, list[int]] = {}
+    for number, run in enumerate(plan.runs):
+        groups.setdefault(repr(replace(run, name="")), []).append(number)
+    return list(groups.values())
+
+
+def _label(plan: Plan, group: list[int]) -> str:
+    name = plan.runs[group[0]].name
+    return name if len(group) == 1 else f"{name} and {len(group) - 1} like it, each"
+
+
+def plan_table(title: str, *headings: str, words: int = 1) -> Table:
+    """A table whose first `words` columns are words and the rest numbers."""
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    for number, heading in enumerate(headings):
+        if number == 0:
+            table.add_column(heading, overflow="fold")
+        else:
+            table.add_column(heading, justify="left" if number < words else "right", no_wrap=True)
+    return table
+
+
+def _store_table(plan: Plan) -> Table:
+    store, harvest = plan.store, plan.harvest
+    table = plan_table(f"{plan.name}, reading {plan.model_from}", "store", "bytes", "how much")
+    for name, size in store.tap_bytes.items():
+        rows = f"{store.rows:,} rows of {bytes_text(store.row_bytes[name])}"
+        table.add_row(name, bytes_text(size), rows)
+    provenance = bytes_text(store.provenance_bytes)
+    table.add_row("where rows came from", provenance, f"{store.rows:,} rows")
+    table.add_row("tokens, at least", bytes_text(store.token_bytes), f"{harvest.positions:,} read")
+    buckets = f"{store.buckets:,} buckets"
+    table.add_row("in all", bytes_text(store.total_bytes), buckets, style="bold")
+    table.add_section()
+    table.add_row("host memory to harvest", bytes_text(store.host_bytes), "buckets in flight")
+    layers = f"{harvest.layers} layers in {plan.model_dtype}, {flops_text(harvest.flops)}"
+    table.add_row("language model", bytes_text(harvest.weight_bytes), layers)
+    return table
+
+
+def _work_table(plan: Plan) -> Table:
+    headings = ["run", "tap", "B×D×F", "mesh", "steps", "a step,\n10BDF", "or\n12BDF"]
+    headings += ["all steps", "all-reduced\na step", "sent"]
+    table = plan_table("work of training (mesh: data x model)", *headings, words=2)
+    for group in alike(plan):
+        run = plan.runs[group[0]]
+        shape = run.shape
+        parts = [f"{axis} {bytes_text(size)}" for axis, size in run.collectives.items()]
+        table.add_row(
+            _label(plan, group),
+            run.tap,
+            f"{shape.batch_size}×{shape.d_model}×{shape.width}",
+            mesh_text(shape.mesh),
+            f"{run.steps:,}",
+            flops_text(run.flops_per_step),
+            flops_text(run.paper_flops_per_step),
+            flops_text(float(run.flops_per_step) * run.steps),
+            "\n".join(parts) or "nothing",
+            bytes_text(run.sent_per_step),
+        )
+    return table
+
+
+def _memory_table(plan: Plan) -> Table:
+    items = list(plan.runs[0].memory.items)
+    # Of two words one below the other: beside them the runs' names need room.
+    headings = [name.replace(" ", "\n") for name in (*items, "next batch", "in all")]
+    headings = ["run", "steps", *headings, "on\nCPUs", "steps\nthere"]
+    table = plan_table("memory of each device while training", *headings, words=2)
+    for group in alike(plan):
+        run = plan.runs[group[0]]
+        memory = run.memory
+        sizes = {name: bytes_text(memory.items[name]) for name in items}
+        sizes[memory.biggest] = f"[bold]{sizes[memory.biggest]}[/]"
+        table.add_row(
+            _label(plan, group),
+            _way(run.by_pairs),
+            *sizes.values(),
+            bytes_text(memory.next_batch),
+            bytes_text(memory.total),
+            bytes_text(run.memory_cpu.total),
+            _way(run.by_pairs_cpu),
+        )
+    return table
+
+
+def _way(by_pairs: bool) -> str:
+    return "by pairs" if by_pairs else "by products"
+
+
+def _cohort_table(plan: Plan) -> Table:
+    """Runs that train together: one device's memory for all of them, and what they read once."""
+    headings = ("cohort", "runs", "a batch", "batches", "instead of", "states", "in all", "on CPUs")
+    table = plan_table("runs that train together, each batch read once", *headings, "fits", "reads")
+    for number, cohort in enumerate(plan.cohorts):
+        runs = [plan.runs[index] for index in cohort.runs]
+        memory = cohort.memory
+        verdicts = [(on, on.cohorts[number]) for on in plan.accelerators]
+        rate = verdicts[0][1].read_bytes_per_second if len(verdicts) == 1 else None
+        table.add_row(
+            runs[0].name if len(runs) == 1 else f"{runs[0].name} and {len(runs) - 1} more",
+            str(len(runs)),
+            bytes_text(cohort.batch_bytes),
+            f"{cohort.batches:,}",
+            f"{sum(run.steps for run in runs):,}",
+            bytes_text(memory.items["weights"] + memory.items["second moment"]),
+            bytes_text(memory.total),
+            bytes_text(cohort.memory_cpu.total),
+            "\n".join(
+                _cohort_fits(on, verdict, alone=len(verdicts) == 1) for on, verdict in verdicts
+            ),
+            "-" if rate is None else f"{bytes_text(rate)}/s",
+        )
+    if not all(verdict.fits for on in plan.accelerators for verdict in on.cohorts):
+        table.caption = "where only some fit, set sweep.cohort.max_members to their number"
+    return table
+
+
+def _cohort_fits(on: AcceleratorPlan, verdict: CohortVerdict, *, alone: bool) -> str:
+    words = "yes" if verdict.fits else f"no, {verdict.at_once} do" if verdict.at_once else "no"
+    return words if alone else f"{on.accelerator.name}: {words}"
+
+
+def _accelerator_table(plan: Plan, on: AcceleratorPlan) -> Table:
+    chip = on.accelerator
+    table = plan_table(
+        f"{chip.title} at {plan.assumptions.mfu:.0%} of its peak",
+        "stage", "fits", "a step", "bound by", "reads", "hours", "cost",
+    )  # fmt: skip
+    hours, cost = hours_text(on.harvest_hours), money_text(on.harvest_cost)
+    table.add_row("harvest", "", "", "", "", hours, cost)
+    for group in alike(plan):
+        verdict = on.verdicts[group[0]]
+        rate = verdict.read_bytes_per_second
+        table.add_row(
+            _label(plan, group),
+            _fits(verdict),
+            seconds_text(verdict.step_seconds) if verdict.fits else "-",
+            verdict.bound if verdict.fits else "-",
+            "-" if rate is None else f"{bytes_text(rate)}/s",
+            hours_text(verdict.hours),
+            money_text(verdict.cost),
+        )
+    hours, cost = hours_text(on.total_hours), money_text(on.total_cost)
+    table.add_row("in all", "", "", "", "", hours, cost, style="bold")
+    table.caption = (
+        f"{bytes_text(on.usable_bytes)} of memory to use; peaks in TFLOP/s: bfloat16 "
+        f"{chip.bfloat16_flops / 1e12:.0f}, float32 {chip.float32_flops / 1e12:.3g}"
+    )
+    if any(verdict.above_default for verdict in on.verdicts):
+        table.caption += f"\n{_FRACTION}"
+    return table
+
+
+def _comparison_table(plan: Plan) -> Table:
+    table = plan_table(
+        f"{plan.name} at {plan.assumptions.mfu:.0%} of each accelerator's peak",
+        "accelerator", "memory to use", "fits", "harvest hours", "train hours", "hours", "cost",
+    )  # fmt: skip
+    for on in plan.accelerators:
+        misfits = [verdict for verdict in on.verdicts if not verdict.fits]
+        table.add_row(
+            on.accelerator.title,
+            bytes_text(on.usable_bytes),
+            "\n".join(dict.fromkeys(_fits(verdict) for verdict in misfits or on.verdicts)),
+            hours_text(on.harvest_hours),
+            hours_text(on.train_hours),
+            hours_text(on.total_hours),
+            money_text(on.total_cost),
+        )
+    if any(verdict.above_default for on in plan.accelerators for verdict in on.verdicts):
+        table.caption = _FRACTION
+    return table
+
+
+def _fits(verdict: Verdict) -> str:
+    if verdict.fits:
+        return "yes*" if verdict.above_default else "yes"
+    return "no mesh does" if verdict.mesh is None else f"no, {mesh_text(verdict.mesh)} does"
+
+
+def hours_text(hours: float | None) -> str:
+    """Hours, two digits or whole: `0.53`, `1,204.5`; `-` for none."""
+    return "-" if hours is None else f"{hours:,.1f}" if hours >= 10 else f"{hours:.2g}"
+
+
+def mesh_text(mesh: MeshConfig) -> str:
+    """Data x model: `2 x 4`."""
+    return f"{mesh.data} x {mesh.model}"
+
+
+def money_text(cost: float | None) -> str:
+    """An amount with two decimals; `-` for none."""
+    return "-" if cost is None else f"{cost:,.2f}"
+
+
+def seconds_text(seconds: float) -> str:
+    """`57.7 ms`, `1.26 s`."""
+    return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{seconds:,.3g} s"
+
+
+def _scaled(number: float, *, units: list[str]) -> str:
+    for unit in units[:-1]:
+        if number < 999.5:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} {units[-1]}" if number < 999.5 else f"{number:,.0f} {units[-1]}"
+
+
+def bytes_text(size: float) -> str:
+    """Bytes in words, three digits: `36.9 TB`, in powers of ten as disks are sold."""
+    return _scaled(size, units=["B", "kB", "MB", "GB", "TB", "PB"])
+
+
+def flops_text(flops: float) -> str:
+    """FLOPs in words, three digits: `1.5 TFLOP`."""
+    prefixes: list[str] = ["", "k", "M", "G", "T", "P", "E", "Z", "Y"]
+    return _scaled(flops, units=[f"{prefix}FLOP" for prefix in prefixes])

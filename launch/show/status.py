@@ -1,0 +1,94 @@
+"""`sae status`: how far each run of a folder is, from its files alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from activation_cache.storage.files import is_locked, place
+from launch.clusters.slurm_queue import QueueView, queue_view
+from launch.stages import needs_evaluation, needs_release
+from launch.sweep.run_sweep import expand
+from sae_train.config.file import FILE_NAME
+from sae_train.config.run import Config
+from sae_train.runs.folder import RunFolder, State, read_run
+
+_STYLES = {"trained": "green", "running": "cyan", "stopped": "yellow", "failed": "red"}
+
+
+def status_table(config: Config) -> Table:
+    """One row per run, those of a sweep that have not started included.
+
+    Raises:
+        UserError: a run's folder holds damaged files.
+    """
+    alone = place(config.output)
+    runs = (
+        [(alone.name, alone, config)]
+        if config.sweep is None
+        else [(run.name, run.folder, run.config) for run in expand(config)]
+    )
+    busy = ", a process is at work" if is_locked(place(config.output)) else ""
+    queue = queue_view(config)
+    table = Table(title=f"{config.name} in {config.output}{busy}", title_justify="left")
+    if queue is not None and queue.others:
+        table.caption, table.caption_justify = Text(queue.others), "left"
+    table.add_column("run", overflow="fold")
+    table.add_column("state")
+    for heading in ("step", "loss", "L0", "FVU", "tokens/s", "restarts", "checkpoint"):
+        table.add_column(heading, justify="right")
+    table.add_column("evaluated")
+    table.add_column("released")
+    if queue is not None:
+        table.add_column("Slurm job")
+    for name, folder, run_config in runs:
+        if (folder / FILE_NAME).exists():
+            row = _row(name, read_run(folder), queue)
+        else:
+            row = [name, "not started", f"0/{run_config.train.steps}", *["-"] * 8]
+        if queue is not None:
+            row.append(queue.runs.get(name, "-"))
+        table.add_row(*row)
+    return table
+
+
+def _row(name: str, run: RunFolder, queue: QueueView | None) -> list[str | Text]:
+    last: dict[str, Any] = dict(run.metrics[-1]) if run.metrics else {}
+    now: State = run.state
+    if now in ("not started", "stopped") and queue is not None and queue.is_running(name):
+        now = "running"  # on another machine, whose lock may not be seen from here
+    state = Text(now, style=_STYLES.get(now, ""))
+    if run.failure is not None:
+        state.append(f": {run.failure}", style="default")
+    return [
+        name,
+        state,
+        f"{max(last.get('step', 0), run.checkpoint_step or 0)}/{run.config.train.steps}",
+        _number(last.get("loss"), ".4g"),
+        _number(last.get("l0"), ".1f"),
+        _number(last.get("fvu"), ".3f"),
+        _number(last.get("tokens_per_second"), ",.0f"),
+        str(run.restarts),
+        "-" if run.checkpoint_step is None else str(run.checkpoint_step),
+        _evaluated(run),
+        _fresh(bool(run.release), stale=run.state == "trained" and needs_release(run.path)),
+    ]
+
+
+def _evaluated(run: RunFolder) -> str:
+    if run.evaluation is None:
+        return "no"
+    if needs_evaluation(run.path):
+        return "outdated"
+    delta = run.evaluation.get("delta_loss")
+    return "yes" if delta is None else f"delta loss {delta:.3f}"
+
+
+def _fresh(present: bool, *, stale: bool) -> str:
+    return "no" if not present else "outdated" if stale else "yes"
+
+
+def _number(value: Any, form: str) -> str:
+    return format(value, form) if isinstance(value, int | float) else "-"

@@ -1,0 +1,1 @@
+"""One config to many runs: expansion, cohorts, suites, and going through all stages."""

@@ -1,0 +1,82 @@
+"""The cohorts of a sweep: which runs train together, in words and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from sae_train.config.run import Config
+from sae_train.train.cohort import group_cohorts, step_key
+
+if TYPE_CHECKING:
+    from launch.sweep.run_sweep import Run
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Runs of a sweep that train together, in one group of processes, on the same batches."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def configs(self) -> list[Config]:
+        """Of its runs, in their order."""
+        return [run.config for run in self.runs]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of its runs, in their order."""
+        return tuple(run.name for run in self.runs)
+
+    @property
+    def title(self) -> str:
+        """What it is called where there is no room for all names."""
+        first, *others = self.names
+        return f"{first} and {len(others)} more" if others else first
+
+
+def cohorts_of(config: Config, runs: Sequence[Run]) -> list[Cohort]:
+    """The cohorts of a sweep's runs: the same ones, in the same order, whatever is trained."""
+    assert config.sweep is not None
+    most = config.sweep.cohort.max_members
+    grouped = group_cohorts([(run, run.config) for run in runs], max_members=most)
+    return [Cohort(runs) for runs in grouped]
+
+
+def cohort_lines(cohorts: Sequence[Cohort]) -> list[str]:
+    """A line for each cohort, for a log."""
+    return [
+        f"cohort {number} of {len(cohorts)}: {', '.join(cohort.names)}; {_reads(cohort)}"
+        for number, cohort in enumerate(cohorts, 1)
+    ]
+
+
+def _reads(cohort: Cohort) -> str:
+    config = cohort.configs[0]
+    return (
+        f"{config.sae.site}.{config.sae.layer}, {config.train.batch_size} rows a batch, seed "
+        f"{config.train.order_seed}, mesh {config.mesh.data} x {config.mesh.model}"
+    )
+
+
+def cohort_table(cohorts: Sequence[Cohort]) -> Table:
+    """What each cohort reads, once for all of its runs, and how much that saves."""
+    table = Table(title="cohorts: their runs train together", title_justify="left")
+    for heading in ("cohort", "runs", "batches read", "instead of", "compiled steps"):
+        table.add_column(heading, justify="right")
+    table.add_column("reads", overflow="fold")
+    for number, cohort in enumerate(cohorts, 1):
+        steps = [config.train.steps for config in cohort.configs]
+        compiled = {step_key(config) for config in cohort.configs}
+        table.add_row(
+            str(number),
+            str(len(cohort.runs)),
+            f"{max(steps):,}",
+            f"{sum(steps):,}",
+            str(len(compiled)),
+            _reads(cohort),
+        )
+    return table

@@ -1,0 +1,249 @@
+"""A training state as arrays in a bucket: written by all processes, committed by one.
+
+Orbax gives a checkpoint its name by renaming a folder, which buckets can't, and knows no s3://.
+So there a checkpoint is written the way the activation store is (`layout.ArrayLayout`): each
+process writes the shards its devices hold, as objects that nobody else writes; when all have, the
+main process writes the meta, which makes it a checkpoint. One without it was cut off, and is
+cleared away by the next that writes in the folder.
+
+The format is that of any zarr3 array, so a run copied from a bucket to a disk is read there too.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from activation_cache.runtime import processes
+from activation_cache.runtime.errors import UserError
+from activation_cache.storage.arrays import ArrayLayout, array_errors, start_read, write_shards
+from activation_cache.storage.bucket import BucketPath
+from activation_cache.storage.files import Place, remove_tree, write_bytes
+from activation_cache.store.order import Segment
+from sae_train.step.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+META = "meta/metadata"
+ARRAYS = "arrays"  # the key of the meta under which the arrays' cutting is
+_OBJECT_BYTES, _CHUNK_BYTES = 64 * 2**20, 4 * 2**20
+_CONCURRENT_WRITES = 8
+
+_saves = itertools.count()  # all processes save in the same order
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows of one array that this process writes."""
+
+    layout: ArrayLayout
+    start: int
+    rows: np.ndarray
+
+
+class BucketCheckpoints:
+    """The checkpoints under one folder of a bucket, saved in the background."""
+
+    def __init__(self, folder: BucketPath, *, keep: int | None, read_only: bool) -> None:
+        self.folder, self.keep = folder, keep
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._saving: Future[None] | None = None
+        if not read_only and processes.is_main():
+            self._clear_unfinished()
+
+    def close(self) -> None:
+        """Return when the save under way is over; saves no more. `wait` tells of failures."""
+        self._pool.shutdown()
+
+    def wait(self) -> None:
+        """Return when the save under way is committed; raises `UserError` if it failed."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def steps(self) -> list[int]:
+        """Steps that have a committed checkpoint."""
+        return [int(one.name) for one in self._folders() if (one / META).is_file()]
+
+    def save(self, step: int, state: TrainState, sealed: Mapping[str, Any]) -> None:
+        """Copy this process's part of a state off its devices and begin to write it."""
+        self.wait()
+        target = self.folder / str(step)
+        processes.told_by_main("clear the checkpoint", lambda: self.delete(step))
+        pieces = list(_own_pieces(state, target))
+        name = f"saved/{next(_saves)}"
+        self._saving = self._pool.submit(self._write, target, pieces, dict(sealed), name)
+
+    def delete(self, step: int) -> None:
+        """Delete a checkpoint; cut off at any instant it is unfinished, never damaged."""
+        (self.folder / str(step) / META).unlink(missing_ok=True)
+        remove_tree(self.folder / str(step))
+
+    def _write(
+        self, target: BucketPath, pieces: list[_Piece], sealed: dict[str, Any], name: str
+    ) -> None:
+        mistake: str | None = None
+        try:
+            _write_pieces(pieces)
+            if processes.is_main():
+                for path, cutting in sealed[ARRAYS].items():
+                    _layout(target, path, cutting).open(create=True)
+        except UserError as error:
+            mistake = str(error)
+        self._agree(f"{name}/arrays", mistake)
+        if processes.is_main():
+            try:
+                write_bytes(target / META, json.dumps(sealed).encode())
+                self._delete_old()
+            except UserError as error:
+                mistake = str(error)
+        self._agree(f"{name}/meta", mistake)
+
+    def _agree(self, name: str, mistake: str | None) -> None:
+        """All go on, or all raise what one of them met."""
+        found = [one for one in processes.gathered_under(name, mistake) if one is not None]
+        if found:
+            raise UserError(found[0])
+
+    def _delete_old(self) -> None:
+        steps = sorted(self.steps())
+        for step in steps[: -self.keep] if self.keep else []:
+            self.delete(step)
+
+    def _clear_unfinished(self) -> None:
+        for one in self._folders():
+            if not (one / META).is_file():
+                logger.warning("deleting %s: a checkpoint that was only half uploaded", one)
+                remove_tree(one)
+
+    def _folders(self) -> list[BucketPath]:
+        return [one for one in self.folder.iterdir() if one.name.isdecimal()]
+
+
+def cutting_of(state: TrainState) -> dict[str, Any]:
+    """How the arrays of a state are cut into objects, by name: what a reader must know.
+
+    Objects hold rows of one device's shard and at most `_OBJECT_BYTES` if rows divide so.
+    """
+    return {name: _cut(array) for name, array in _named(state)}
+
+
+def read_state(folder: Place, abstract: TrainState, meta: Mapping[str, Any]) -> TrainState:
+    """The state under a checkpoint's folder, placed as `abstract` says.
+
+    All reads are under way at once; each process reads what its devices hold.
+
+    Raises:
+        UserError: an object is missing or damaged, or the storage fails.
+    """
+    wanted = {
+        name: _start_reads(_layout(folder, name, meta[ARRAYS][name]), array)
+        for name, array in _named(abstract)
+    }
+    leaves = []
+    for name, array in _named(abstract):
+        with array_errors(folder / "state" / name, doing="read"):
+            parts = {span: future.result() for span, future in wanted[name].items()}
+        part = functools.partial(_part, parts=parts, shape=array.shape)
+        leaves.append(jax.make_array_from_callback(array.shape, array.sharding, part))
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def _named(tree: TrainState) -> list[tuple[str, Any]]:
+    named, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), one) for path, one in named]
+
+
+def _cut(array: Any) -> dict[str, Any]:
+    shape = tuple(array.shape) or (1,)
+    rows = (tuple(array.sharding.shard_shape(array.shape)) or (1,))[0]
+    row_bytes = array.dtype.itemsize * math.prod(shape[1:])
+    file_rows = _halved(rows, row_bytes, _OBJECT_BYTES)
+    return {
+        "shape": list(shape),
+        "dtype": str(array.dtype),
+        "shard_rows": file_rows,
+        "chunk_rows": _halved(file_rows, row_bytes, _CHUNK_BYTES),
+    }
+
+
+def _halved(rows: int, row_bytes: int, limit: int) -> int:
+    while rows * row_bytes > limit and rows % 2 == 0:
+        rows //= 2
+    return rows
+
+
+def _layout(folder: Place, name: str, cutting: Mapping[str, Any]) -> ArrayLayout:
+    return ArrayLayout(
+        path=folder / "state" / name,
+        shape=tuple(cutting["shape"]),
+        dtype=cutting["dtype"],
+        chunk_rows=cutting["chunk_rows"],
+        shard_rows=cutting["shard_rows"],
+    )
+
+
+def _span(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[int, int]:
+    """The rows that an index of a shard means; a scalar is one row."""
+    start, stop, _ = index[0].indices(shape[0]) if shape else (0, 1, 1)
+    return start, stop
+
+
+def _part(
+    index: tuple[slice, ...] | None,
+    *,
+    parts: Mapping[tuple[int, int], np.ndarray],
+    shape: tuple[int, ...],
+) -> np.ndarray:
+    """One device's part of an array of this shape, from the rows that were read."""
+    assert index is not None
+    rows = parts[_span(index, shape)]
+    return rows[(slice(None), *index[1:])] if shape else rows.reshape(())
+
+
+def _own_pieces(state: TrainState, target: BucketPath) -> Iterator[_Piece]:
+    """The shards of this process's devices, copied: the next step overwrites them in place."""
+    for name, array in _named(state):
+        layout = _layout(target, name, _cut(array))
+        for shard in array.addressable_shards:
+            if shard.replica_id:
+                continue
+            assert shard.data.shape[1:] == array.shape[1:], (name, shard.data.shape)
+            start, _ = _span(shard.index, array.shape)
+            rows = np.array(shard.data, copy=True).reshape(-1, *layout.shape[1:])
+            yield _Piece(layout, start, rows)
+
+
+def _write_pieces(pieces: list[_Piece]) -> None:
+    parts = [
+        (piece.layout, piece.start + first, piece.rows[first : first + piece.layout.shard_rows])
+        for piece in pieces
+        for first in range(0, len(piece.rows), piece.layout.shard_rows)
+    ]
+    arrays = {piece.layout: piece.layout.open(assume=True) for piece in pieces}
+
+    def write(part: tuple[ArrayLayout, int, np.ndarray]) -> None:
+        layout, start, rows = part
+        write_shards(arrays[layout], layout, start=start, rows=rows)
+
+    with ThreadPoolExecutor(_CONCURRENT_WRITES) as pool:
+        list(pool.map(write, parts))
+
+
+def _start_reads(layout: ArrayLayout, array: Any) -> dict[tuple[int, int], Any]:
+    """Reads of all rows that this process's devices hold, each span once."""
+    stored = layout.open(assume=True)
+    indices = array.sharding.addressable_devices_indices_map(array.shape).values()
+    spans = {_span(index, array.shape) for index in indices}
+    with array_errors(layout.path, doing="read"):
+        return {span: start_read(stored, [Segment(span[0], span[1] - span[0])]) for span in spans}

@@ -1,0 +1,78 @@
+"""The section `evaluation` of the YAML: what is measured, and where besides the run's own model.
+
+Numbers come from the Gemma Scope paper (arXiv 2408.05147, section 4) unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from activation_cache.config import Count, ModelConfig, PositiveCount, Section
+from sae_train.inference.hook_names import model_name
+
+
+class EvaluationText(Section):
+    """Text of an evaluation's own, all of it held out; keys as in `text`."""
+
+    source: Annotated[list[str], Field(min_length=1)]
+    field: str = "text"
+    subset_field: str | None = None
+    sequence_length: Annotated[PositiveCount, Field(ge=2)] = 1024
+
+
+class ElsewhereConfig(Section):
+    """A further place to measure in: another model, other text, or both.
+
+    `label` names the files written; without it the model does.
+    """
+
+    label: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
+    model: ModelConfig | None = None  # None: the run's own
+    text: EvaluationText | None = None  # None: the held-out text of the run's store
+    sequences: PositiveCount | None = None  # None: evaluation.sequences
+    masked_text: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _elsewhere(self) -> ElsewhereConfig:
+        if self.model is None and self.text is None:
+            raise ValueError("give a model, a text or both: else it is the run's own evaluation")
+        if self.model is None and self.label is None:
+            raise ValueError("text without a model needs a label, after which the file is called")
+        return self
+
+    @property
+    def called(self) -> str:
+        """The label, given or made of the model's name."""
+        if self.label is not None:
+            return self.label
+        assert self.model is not None
+        name = model_name(self.model.weights).rpartition("/")[2]
+        return re.sub(r"[^A-Za-z0-9._-]+", "_", name).lstrip("._-")
+
+
+class EvaluationConfig(Section):
+    """How many held-out sequences are measured, and how many of them in the spliced model."""
+
+    sequences: PositiveCount = 2048
+    loss_sequences: PositiveCount | None = None  # None: all of `sequences`
+    importance_sequences: Count = 64  # of them, for the gradients of appendix C.3; 0: none
+    sequences_per_batch: PositiveCount = 8
+    compare_precision: bool = False  # SAE and model in float32 and in bfloat16 (section 4.7)
+    masked_text: list[str] = Field(default_factory=list)  # counts for nothing, wherever it stands
+    also: list[ElsewhereConfig] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> EvaluationConfig:
+        labels = [entry.called for entry in self.also]
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise ValueError(f"also has {twice[0]} twice: give each entry a label of its own")
+        return self
+
+    def recorded(self, entry: ElsewhereConfig | None = None) -> dict[str, Any]:
+        """What an evaluation keeps of its settings: of `also` only what is its own."""
+        own = self.model_dump(mode="json", exclude={"also"})
+        return own if entry is None else own | {"also": entry.model_dump(mode="json")}

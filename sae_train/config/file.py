@@ -1,0 +1,218 @@
+"""The config file: read strictly, override by dotted key, check whole, write resolved, compare.
+
+    config = load_config("configs/demo.yaml", ["train.batch_size=2048"])
+
+Nothing but the file itself is touched here: no device, no other file. Mistakes are gathered and
+told together, each with its line and key path.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pydantic
+
+from activation_cache.runtime.errors import UserError
+from activation_cache.storage.files import AnyPath, make_folder, place, write_text
+from sae_train.config import errors, schema, strict_yaml
+from sae_train.config.run import Config
+
+FILE_NAME = "config.yaml"
+
+
+def load_config(path: AnyPath, overrides: Sequence[str] = ()) -> Config:
+    """Read a config file, apply `key=value` overrides from left to right, check it whole.
+
+    Args:
+        path: the YAML file.
+        overrides: `train.batch_size=2048`; the value is YAML in flow style, the key may name a
+            whole section, an entry of a list (`cache.sites.0.layers`) or a sweep's list
+            (`sweep.grid.sae.width`).
+
+    Raises:
+        UserError: naming the file, the line, the key's path and the rule, for every mistake.
+    """
+    document = strict_yaml.parse(_read_text(path), name=str(path))
+    if not isinstance(document.value, dict):
+        found = "empty" if document.value is None else errors.shown(document.value)
+        raise UserError(f"{path}: a config is a mapping of sections; this file is {found}")
+    places: dict[strict_yaml.Path, str] = {
+        key: f"line {line}" for key, line in document.lines.items()
+    }
+    values = document.value
+    for override in overrides:
+        key_path = _apply_override(values, override)
+        places = {key: place for key, place in places.items() if key[: len(key_path)] != key_path}
+        places[key_path] = f"override {override}"
+    return _validate(values, name=str(path), places=places)
+
+
+def with_values(config: Config, values: Mapping[str, Any], *, source: str) -> Config:
+    """The config with dotted keys set to plain values, checked whole again.
+
+    Raises:
+        UserError: an unknown key or a value the checks refuse; `source` says where from.
+    """
+    data = config.model_dump(mode="python")
+    for key, value in values.items():
+        _set(data, _key_path(key, source=source), copy.deepcopy(value), source=source)
+    return _validate(data, name=source, places={})
+
+
+def resolved_yaml(config: Config) -> str:
+    """The config with every default written out; `load_config` reads back an equal one."""
+    return strict_yaml.dump(config.model_dump(mode="python"))
+
+
+def write_config(config: Config, folder: AnyPath) -> None:
+    """Write the resolved config as `<folder>/config.yaml`, atomically."""
+    write_text(make_folder(folder) / FILE_NAME, resolved_yaml(config))
+
+
+def read_run_config(folder: AnyPath) -> Config:
+    """The resolved config of an output folder; raises `UserError` if it isn't one."""
+    path = place(folder) / FILE_NAME
+    if not path.is_file():
+        what = "has no config.yaml" if place(folder).is_dir() else "does not exist"
+        raise UserError(
+            f"{folder} {what}: it is not the output folder of a run or a sweep. Give the folder "
+            "that `output:` names, or the config file itself."
+        )
+    return load_config(path)
+
+
+def differing_fields(a: Config, b: Config) -> list[str]:
+    """Dotted keys whose values differ, in the schema's order; a list is compared whole."""
+    left, right = _flatten(a.model_dump(mode="python")), _flatten(b.model_dump(mode="python"))
+    missing = object()
+    keys = list(dict.fromkeys([*left, *right]))
+    return [key for key in keys if left.get(key, missing) != right.get(key, missing)]
+
+
+def _read_text(path: AnyPath) -> str:
+    try:
+        return place(path).read_bytes().decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such config file{_meant(path)}") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path} is a folder; a config file was expected") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): not a config") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _meant(path: AnyPath) -> str:
+    """A file beside a missing one whose name is nearly its, in words; empty if there is none."""
+    wanted = place(path)
+    try:
+        names = [file.name for file in wanted.parent.iterdir()]
+    except OSError:
+        return " or output folder"
+    near = difflib.get_close_matches(wanted.name, names, n=1, cutoff=0.8)
+    return f"; did you mean {wanted.parent / near[0]}?" if near else " or output folder"
+
+
+def _validate(
+    values: dict[str, Any], *, name: str, places: Mapping[strict_yaml.Path, str]
+) -> Config:
+    try:
+        return Config.model_validate(values)
+    except pydantic.ValidationError as error:
+        lines = [
+            ": ".join(part for part in (_where(path, places), message) if part)
+            for path, message in errors.mistakes(error)
+        ]
+    if len(lines) == 1:
+        raise UserError(f"{name}, {lines[0]}")
+    raise UserError(f"{name} has {len(lines)} mistakes:\n  " + "\n  ".join(lines))
+
+
+def _where(path: strict_yaml.Path, places: Mapping[strict_yaml.Path, str]) -> str:
+    """'line 12, train.tokens'; the nearest enclosing key that has a place lends it."""
+    place = next(
+        (places[path[:end]] for end in range(len(path), 0, -1) if path[:end] in places), None
+    )
+    if place and path in places and place.startswith("override"):
+        return place
+    return ", ".join(part for part in (place, strict_yaml.dotted(path)) if part)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> strict_yaml.Path:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override '{override}': write it as key=value, e.g. train.batch_size=2048")
+    path = _key_path(key, source=f"override '{override}'")
+    value = strict_yaml.parse(text, name=f"override '{override}'").value
+    _set(values, path, value, source=f"override '{override}'")
+    return path
+
+
+def _key_path(key: str, *, source: str) -> strict_yaml.Path:
+    """Split a dotted key, checking every part against the schema."""
+    path: strict_yaml.Path = ()
+    annotations: list[Any] = [Config]
+    parts = key.split(".")
+    while parts:
+        if any(_is_mapping(one) for annotation in annotations for one in _options(annotation)):
+            return (*path, ".".join(parts))  # below sweep.grid the rest is one key
+        part: str | int = parts.pop(0)
+        in_list = isinstance(part, str) and part.isdecimal()
+        step: str | int = int(part) if in_list else part
+        annotations = [one for each in annotations for one in schema.child(each, step)]
+        if not annotations:
+            raise UserError(f"{source}: {_unknown(key)}")
+        path = (*path, step)
+    return path
+
+
+def _options(annotation: Any) -> list[Any]:
+    return schema.alternatives(annotation)
+
+
+def _is_mapping(annotation: Any) -> bool:
+    return getattr(annotation, "__origin__", None) is dict
+
+
+def _unknown(key: str) -> str:
+    valid = list(schema.dotted_keys())
+    same_end = [name for name in valid if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    near = same_end[0] if len(same_end) == 1 else schema.nearest(key, valid)
+    hint = f"; did you mean '{near}'?" if near else ""
+    return f"unknown key '{key}'{hint}"
+
+
+def _set(values: dict[str, Any], path: strict_yaml.Path, value: Any, *, source: str) -> None:
+    """Set a value deep inside plain data, making the sections on the way."""
+    holder: Any = values
+    for depth, part in enumerate(path):
+        last = depth == len(path) - 1
+        if isinstance(part, int):
+            if not isinstance(holder, list) or part >= len(holder):
+                length = len(holder) if isinstance(holder, list) else 0
+                raise UserError(f"{source}: there is no entry {part} to set; the list has {length}")
+        elif not isinstance(holder, dict):
+            raise UserError(
+                f"{source}: {strict_yaml.dotted(path[:depth])} is "
+                f"{errors.shown(holder)}, not a section"
+            )
+        if last:
+            holder[part] = value
+        elif isinstance(part, str):
+            if holder.get(part) is None:
+                holder[part] = {}
+            holder = holder[part]
+        else:
+            holder = holder[part]
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or (prefix and not value):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat.update(_flatten(inner, f"{prefix}.{key}" if prefix else key))
+    return flat

@@ -1,0 +1,390 @@
+"""The whole config: one class per section of the YAML, Gemma Scope's values as defaults.
+
+Numbers come from the Gemma Scope paper (arXiv 2408.05147, section 3) unless said otherwise.
+Reading a file, overriding a value and writing the resolved config are in `config_file`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from activation_cache.config import (
+    CacheConfig,
+    Count,
+    Fraction,
+    Location,
+    MeshConfig,
+    ModelConfig,
+    NonNegative,
+    Positive,
+    PositiveCount,
+    Section,
+    Site,
+    SiteConfig,
+    TextConfig,
+)
+from activation_cache.gemma.tap import Tap
+from launch.config.local import Launch, LocalLaunch
+from sae_train.config.evaluation import EvaluationConfig
+from sae_train.config.sae import SaeConfig
+
+
+class LearningRateConfig(Section):
+    """Cosine warm-up from `warmup_from * peak`, constant, then an optional linear decay.
+
+    Gemma Scope states no decay; `decay_steps` counts back from the last step.
+    """
+
+    peak: Positive = 7e-5
+    warmup_steps: Count = 1000
+    warmup_from: Fraction = 0.1
+    decay_steps: Count = 0
+    decay_to: Fraction = 0.0
+
+
+class AdamConfig(Section):
+    """Adam without a first moment: β₁ is 0, so only the second moment is kept."""
+
+    beta1: Annotated[float, Field(ge=0, le=0)] = 0.0
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    epsilon: Positive = 1e-8
+
+
+class FrequencyPenalty(Section):
+    """A further price of latents that fire often: λ ω² / `scale` for each, ω its frequency.
+
+    With `penalty: l0` and the same λ the two make λ Σ ω (1 + ω / scale), the form of GDM's
+    progress update on high-frequency latents (2025), which used 0.1 and 0.01.
+    """
+
+    scale: Positive = 0.1
+    coefficient: NonNegative | None = None  # None: that of the penalty it stands beside
+
+
+class L0Penalty(Section):
+    """Gemma Scope's penalty: coefficient times L0, per token."""
+
+    penalty: Literal["l0"] = "l0"
+    coefficient: NonNegative
+    warmup_steps: Count = 10_000
+    frequency: FrequencyPenalty | None = None
+
+
+class TargetL0Penalty(Section):
+    """A quadratic pull of L0 towards `target`.
+
+    `batch_mean`: coefficient * (mean L0 / target - 1)^2, the JumpReLU paper's (arXiv 2407.14435,
+    also dictionary_learning's). `per_token`: coefficient * (2 / target) * (L0 - target)^2 for
+    each token, Gemma Scope 2's equation 5 as printed.
+    """
+
+    penalty: Literal["target_l0"]
+    target: Annotated[Positive, Field(ge=1)]
+    form: Literal["batch_mean", "per_token"] = "batch_mean"
+    coefficient: NonNegative = 1.0
+    warmup_steps: Count = 10_000
+    frequency: FrequencyPenalty | None = None
+
+    @model_validator(mode="after")
+    def _frequency_priced(self) -> TargetL0Penalty:
+        # This λ is per squared distance from a target, no price of a latent.
+        if self.frequency is not None and self.frequency.coefficient is None:
+            raise ValueError(
+                "with penalty target_l0 frequency.coefficient must be given: try 1e-3, about "
+                "what an active latent costs with penalty l0"
+            )
+        return self
+
+
+class MatchL0Penalty(Section):
+    """Coefficient times L0, the coefficient steered so that the mean L0 comes to `target`.
+
+    `coefficient` is where it starts; docs/recipes.md has the controller and what it reached.
+    """
+
+    penalty: Literal["match_l0"]
+    target: Annotated[Positive, Field(ge=1)]
+    coefficient: Positive = 1e-3
+    warmup_steps: Count = 10_000
+    settle_steps: PositiveCount | None = None  # None: a fiftieth of the run
+    frequency: FrequencyPenalty | None = None
+
+
+class L1Penalty(Section):
+    """Coefficient times the L1 norm of the latents: of a ReLU SAE, weighted by the norms of the
+    decoder's rows; of a Gated SAE, taken of the gate. Both in `relu` and `gated`.
+    """
+
+    penalty: Literal["l1"]
+    coefficient: NonNegative
+    warmup_steps: Count = 10_000
+
+
+class NoPenalty(Section):
+    """Nothing: TopK and BatchTopK are sparse by selection."""
+
+    penalty: Literal["none"]
+    coefficient: ClassVar[float] = 0.0
+    warmup_steps: ClassVar[int] = 0
+
+
+Sparsity = Annotated[
+    L0Penalty | TargetL0Penalty | MatchL0Penalty | L1Penalty | NoPenalty,
+    Field(discriminator="penalty"),
+]
+
+
+class TrainConfig(Section):
+    """The optimisation: batch, budget, seed, schedules, penalty."""
+
+    batch_size: PositiveCount = 4096
+    tokens: PositiveCount
+    seed: Count = 0
+    data_seed: Count | None = None  # of the order of batches; None: `seed` is that too
+    learning_rate: LearningRateConfig = LearningRateConfig()
+    adam: AdamConfig = AdamConfig()
+    sparsity: Sparsity
+    gradient_clip: Positive | None = None  # global norm; Gemma Scope clips nothing
+    dead_after_tokens: PositiveCount = 10_000_000  # a latent silent for so long counts as dead
+    # What a step's gradients are made from (docs/performance.md): products of whole matrices, pairs
+    # of a row and an active latent where there are few, or one of the two by the SAE's shape.
+    step: Literal["auto", "dense", "sparse"] = "auto"
+    sparse_capacity: PositiveCount | None = None  # pairs a row; None: see `way.capacity_per_row`
+    kernels: Literal["xla", "pallas"] = "xla"  # what a step by pairs is compiled from
+    stacked: bool = False  # one compiled program for members of a cohort with the same step
+    log_every_steps: PositiveCount = 100
+    tensorboard: bool = False
+
+    @field_validator("sparsity", mode="before")
+    @classmethod
+    def _default_penalty(cls, sparsity: Any) -> Any:
+        """A section without `penalty` means Gemma Scope's."""
+        if isinstance(sparsity, dict) and "penalty" not in sparsity:
+            return {"penalty": "l0", **sparsity}
+        return sparsity
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps: the token budget in whole batches, at least one."""
+        return max(1, self.tokens // self.batch_size)
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the order in which rows are read."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+
+class CheckpointConfig(Section):
+    """How often the training state is saved and how many saves are kept."""
+
+    every_steps: PositiveCount = 5000
+    keep: PositiveCount = 3
+
+
+class CohortConfig(Section):
+    """How many runs that read the same batches train side by side, sharing every read."""
+
+    max_members: PositiveCount = 8
+
+
+Kind = Literal["sae", "transcoder", "embedding"]
+
+
+class CellsConfig(Section):
+    """Cells of a suite: every site, layer, width and sparsity named here together.
+
+    `coefficients` or `targets` is the sparsity, one cell for each: a target has a label and two
+    numbers, for layer 0 and from a third of the depth on (Gemma Scope 2's rule, docs/suites.md).
+    """
+
+    kind: Kind = "sae"
+    sites: list[Site] = Field(default_factory=list)  # of kind `sae`
+    layers: list[Count] | Literal["all"] = Field(default_factory=list)  # of all but `embedding`
+    except_layers: list[Count] = Field(default_factory=list)
+    widths: Annotated[list[PositiveCount], Field(min_length=1)]
+    tokens: PositiveCount | list[PositiveCount] | None = None  # None: train.tokens; or one a width
+    coefficients: list[NonNegative] = Field(default_factory=list)
+    targets: dict[str, list[PositiveCount]] = Field(default_factory=dict)
+    seeds: Annotated[list[Count], Field(min_length=1)] = Field(default_factory=lambda: [0])
+    affine: Annotated[list[bool], Field(min_length=1)] = Field(default_factory=lambda: [False])
+    mesh: MeshConfig | None = None  # None: the config's own
+    folder_suffix: str = ""
+
+    @model_validator(mode="after")
+    def _whole(self) -> CellsConfig:
+        if (self.kind == "sae") != bool(self.sites):
+            raise ValueError("sites must be given with kind sae, and with no other kind")
+        if (self.kind == "embedding") == bool(self.layers):
+            raise ValueError("layers must be given, except with kind embedding, which has none")
+        if bool(self.coefficients) == bool(self.targets):
+            raise ValueError("give either coefficients or targets, and not both")
+        if isinstance(self.tokens, list) and len(self.tokens) != len(self.widths):
+            raise ValueError(
+                f"tokens has {len(self.tokens)} entries and widths {len(self.widths)}: give one "
+                "number for all widths, or one for each"
+            )
+        if any(self.affine) and self.kind != "transcoder":
+            raise ValueError(f"affine: a skip is for kind transcoder, and this is {self.kind}")
+        for label, ends in self.targets.items():
+            if len(ends) != 2 or ends[0] > ends[1]:
+                raise ValueError(
+                    f"targets.{label} is {ends}: give two numbers, for layer 0 and from a third "
+                    "of the depth on, the second not the smaller one"
+                )
+        return self
+
+
+class SweepConfig(Section):
+    """Many runs from one file.
+
+    Dotted config keys and the values each takes, where `grid` multiplies and `zip` walks in step;
+    or `cells`, the SAEs of a suite, in folders named as the released suites' are.
+    """
+
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
+    zip: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
+    cells: list[CellsConfig] = Field(default_factory=list)
+    tree: Literal["gemma_scope", "gemma_scope_2"] = "gemma_scope"
+    kinds: list[Kind] | None = None  # None: all that `cells` has
+    only: list[str] | None = None  # patterns of names, * for anything; None: all
+    stores: Literal["one", "per_layer", "per_tap"] = "one"
+    start_from: Annotated[str, Field(min_length=1)] | None = None  # of cells; {folder} is theirs
+    cohort: CohortConfig = CohortConfig()
+
+    @model_validator(mode="after")
+    def _one_way(self) -> SweepConfig:
+        if self.cells and (self.grid or self.zip):
+            raise ValueError("sweep.cells stands alone: take out sweep.grid and sweep.zip")
+        if not self.cells and (self.kinds is not None or self.stores != "one"):
+            raise ValueError("sweep.kinds and sweep.stores are for sweep.cells, which is empty")
+        if self.start_from is not None:
+            if not self.cells:
+                raise ValueError("sweep.start_from is for sweep.cells; one SAE has sae.start_from")
+            rest = self.start_from.replace("{folder}", "")
+            if rest == self.start_from or set("{}") & set(rest):
+                raise ValueError(
+                    f"sweep.start_from {self.start_from} must have {{folder}}, which stands for a "
+                    "cell's folder, and no other braces: organisation/repository/{folder}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _coherent(self) -> SweepConfig:
+        lengths = {key: len(values) for key, values in self.zip.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"the lists under sweep.zip must have one length; found {lengths}")
+        both = sorted(set(self.grid) & set(self.zip))
+        if both:
+            raise ValueError(f"a key can be in sweep.grid or sweep.zip, not both: {both}")
+        return self
+
+
+class Config(Section):
+    """One YAML file, resolved."""
+
+    name: Annotated[str, Field(min_length=1)]
+    model: ModelConfig
+    text: TextConfig
+    cache: CacheConfig
+    sae: SaeConfig
+    train: TrainConfig
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    output: Location
+    sweep: SweepConfig | None = None
+    launch: Launch = LocalLaunch()
+
+    @property
+    def harvest_mesh(self) -> tuple[str, MeshConfig]:
+        """The mesh of the language model while harvesting, after the key that gives it."""
+        return ("mesh", self.mesh) if self.cache.mesh is None else ("cache.mesh", self.cache.mesh)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        mistakes = [
+            *(line for tap in self.sae.taps for line in _check_tapped(tap, self.cache.sites)),
+            *_check_target(self.train.sparsity, width=self.sae.width),
+            *_check_penalty(self.sae, self.train.sparsity),
+            *_check_kernels(self.sae, self.train),
+            *_check_divisible("train.batch_size", self.train.batch_size, "data", self.mesh.data),
+            *_check_divisible("sae.width", self.sae.width, "model", self.mesh.model),
+        ]
+        if not self.text.source:
+            mistakes += _check_no_text(self.cache.sites, self.text)
+        if self.train.tensorboard and "://" in self.output:
+            mistakes.append(
+                f"train.tensorboard writes event files, which grow, and objects of a bucket can't "
+                f"(output is {self.output}): set it to false; metrics.jsonl has every number"
+            )
+        if mistakes:
+            raise ValueError("\n".join(mistakes))
+        return self
+
+
+def _check_tapped(tap: Tap, sites: list[SiteConfig]) -> list[str]:
+    tapped = [entry.layers for entry in sites if entry.site == tap.site]
+    if any(layers == "all" or tap.layer in layers for layers in tapped):
+        return []
+    has = ", ".join(f"{entry.site} {entry.layers}" for entry in sites)
+    return [
+        f"sae reads {tap.site} of layer {tap.layer}, which cache.sites does not harvest "
+        f"(it has {has}): add it to cache.sites or change sae.site and sae.layer"
+    ]
+
+
+def _check_no_text(sites: list[SiteConfig], text: TextConfig) -> list[str]:
+    if any(entry.site != "embedding" for entry in sites):
+        return ["text.source must not be empty: only the embedding is harvested without text"]
+    if text.held_out_sequences:
+        return [
+            f"text.source is empty and text.held_out_sequences {text.held_out_sequences}: set it "
+            "to 0, or give text for the delta loss"
+        ]
+    return []
+
+
+def _check_target(sparsity: Sparsity, *, width: int) -> list[str]:
+    if not isinstance(sparsity, TargetL0Penalty | MatchL0Penalty) or sparsity.target <= width:
+        return []
+    return [
+        f"train.sparsity.target {sparsity.target:g} is above sae.width {width}: no more latents "
+        f"can be active than there are; choose a target from 1 to {width}"
+    ]
+
+
+def _check_penalty(sae: SaeConfig, sparsity: Sparsity) -> list[str]:
+    jumprelu = ("l0", "target_l0", "match_l0")
+    fitting = {"jumprelu": jumprelu, "relu": ("l1",), "gated": ("l1",)}
+    expected = fitting.get(sae.architecture, ("none",))
+    if sparsity.penalty in expected:
+        return []
+    return [
+        f"train.sparsity.penalty {sparsity.penalty} does not go with sae.architecture "
+        f"{sae.architecture}: use {' or '.join(expected)}"
+    ]
+
+
+def _check_kernels(sae: SaeConfig, train: TrainConfig) -> list[str]:
+    by_pairs = sae.architecture not in ("relu", "gated") and train.step == "sparse"
+    if train.kernels == "xla" or by_pairs:
+        return []
+    return [
+        f"train.kernels pallas is for steps by pairs, and sae.architecture is {sae.architecture} "
+        f"and train.step {train.step}: set train.kernels to xla, or train.step to sparse with an "
+        "architecture other than relu and gated"
+    ]
+
+
+def _check_divisible(name: str, value: int, axis: str, size: int) -> list[str]:
+    if value % size == 0:
+        return []
+    divisors = [d for d in range(1, 65) if value % d == 0]
+    near = sorted(divisors, key=lambda d: abs(math.log(d / size)))[:4]
+    return [
+        f"{name} {value} is not divisible by mesh axis '{axis}' (size {size}): "
+        f"use {', '.join(map(str, sorted(near)))}"
+    ]

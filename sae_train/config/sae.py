@@ -1,0 +1,136 @@
+"""The section `sae` of the YAML: an SAE or a transcoder, what it reads and what it is.
+
+Numbers come from the Gemma Scope paper (arXiv 2408.05147, section 3) unless said otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from activation_cache.config import Count, NonNegative, Positive, PositiveCount, Section, Site
+from activation_cache.gemma.tap import Tap
+
+
+class ThresholdConfig(Section):
+    """How the JumpReLU threshold θ starts and which parameter is trained for it.
+
+    `log` trains log θ as the JumpReLU paper does; `direct` trains θ itself, for runs too short
+    for a logarithm to move (docs/numerics.md).
+    """
+
+    init: Positive = 0.001
+    parametrisation: Literal["log", "direct"] = "log"
+    learning_rate_multiplier: Positive = 1.0
+
+
+Architecture = Literal["jumprelu", "relu", "gated", "topk", "batch_topk"]
+
+
+# The sites of a layer of the model's width, as the model comes by them.
+_IN_ORDER: tuple[Site, ...] = ("mlp_in_normalized", "mlp_in", "mlp_out", "resid_post")
+
+
+class SaeConfig(Section):
+    """The sparse autoencoder: what it reads and what it is.
+
+    With a `target`, a later site of the same layer, it is a transcoder: it predicts that site's
+    rows. They are divided by the RMS norm of what is read (Gemma Scope, appendix B) or, with
+    `target_scale: own`, by their own. `affine_skip` adds a trained matrix from input to output.
+
+    `bandwidth` and `threshold` are JumpReLU's; `k`, the active latents per row, and
+    `aux_k_coefficient`, the weight of the loss that wakes dead latents (1/32 in Gao et al. 2024,
+    arXiv 2406.04093), are TopK's and BatchTopK's. `start_from` is a released SAE, a path or a Hub
+    address, that training begins with instead of random weights.
+    """
+
+    site: Site
+    layer: Count
+    target: Site | None = None
+    target_scale: Literal["input", "own"] = "input"
+    affine_skip: bool = False
+    architecture: Architecture = "jumprelu"
+    width: PositiveCount = 16_384
+    k: PositiveCount | None = None
+    aux_k_coefficient: NonNegative = 1 / 32
+    start_from: Annotated[str, Field(min_length=1)] | None = None
+    bandwidth: Positive = 0.001
+    threshold: ThresholdConfig = ThresholdConfig()
+    pre_encoder_bias: bool = True
+    # Gemma Scope starts b_dec at zero; a run of a few hundred steps can't carry it to the mean.
+    b_dec_init: Literal["zeros", "mean"] = "zeros"
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Does it predict another site than the one it reads?"""
+        return self.target is not None
+
+    @property
+    def tap(self) -> Tap:
+        """What is read."""
+        return Tap(self.site, self.layer)
+
+    @property
+    def target_tap(self) -> Tap:
+        """What is predicted: of an SAE, what it reads."""
+        return Tap(self.target or self.site, self.layer)
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """What training reads: one tap, of a transcoder two."""
+        return tuple(dict.fromkeys((self.tap, self.target_tap)))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_bias_before_a_transcoder(cls, values: Any) -> Any:
+        """b_dec is of the target's space, so a transcoder can't subtract it from its input."""
+        if isinstance(values, dict) and values.get("target") is not None:
+            return {"pre_encoder_bias": False, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _whole_transcoder(self) -> SaeConfig:
+        if self.target is None:
+            own = {"affine_skip": self.affine_skip, "target_scale": self.target_scale != "input"}
+            for key in (key for key, is_set in own.items() if is_set):
+                raise ValueError(
+                    f"sae.{key} is for transcoders, which have a sae.target, the site they "
+                    "predict: set sae.target to mlp_out, or leave it out"
+                )
+            return self
+        both = [self.site, self.target]
+        if any(site not in _IN_ORDER for site in both) or (
+            _IN_ORDER.index(self.target) <= _IN_ORDER.index(self.site)
+        ):
+            raise ValueError(
+                f"a transcoder can't read {self.site} and predict {self.target}: both must be of "
+                f"the model's width, and the target come later, of {', '.join(_IN_ORDER)}"
+            )
+        if self.pre_encoder_bias:
+            raise ValueError(
+                "sae.pre_encoder_bias must be false with a sae.target: b_dec is subtracted from "
+                "what is read, and a transcoder's belongs to what it predicts"
+            )
+        if self.architecture == "topk":
+            raise ValueError(
+                "sae.architecture topk can't have a sae.target: no tool's format holds a TopK "
+                "transcoder. Use batch_topk, which is released as a JumpReLU one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _coherent(self) -> SaeConfig:
+        if self.start_from is not None and self.architecture in ("gated", "batch_topk"):
+            raise ValueError(
+                f"sae.start_from can't begin a {self.architecture} SAE, whose release is a "
+                "JumpReLU one: set sae.architecture to jumprelu"
+            )
+        selects = self.architecture in ("topk", "batch_topk")
+        if selects and self.k is None:
+            raise ValueError(f"{self.architecture} needs sae.k, the active latents per row: try 64")
+        if not selects and self.k is not None:
+            raise ValueError(f"sae.k is for topk and batch_topk; {self.architecture} has no k")
+        if self.k is not None and self.k > self.width:
+            raise ValueError(f"sae.k {self.k} is above sae.width {self.width}: lower it")
+        return self

@@ -1,0 +1,189 @@
+"""`evaluate`: how well SAEs stand in for a site inside the model, on held-out text.
+
+The protocol is Gemma Scope's (arXiv 2408.05147, section 4); docs/evaluation.md defines every
+number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from activation_cache.config import Dtype, ModelConfig
+from activation_cache.gemma.taps import EMBEDDING
+from activation_cache.language_model.model import LanguageModel
+from activation_cache.runtime import processes
+from activation_cache.storage.files import AnyPath, place
+from sae_train.config.run import EvaluationConfig
+from sae_train.evaluate.job import Job
+from sae_train.evaluate.jobs import Models, jobs_of
+from sae_train.evaluate.result import (
+    BOS_TREATMENT,
+    FORMAT_VERSION,
+    Evaluation,
+    headline,
+    measures,
+    read_evaluation,
+    write_evaluation,
+)
+from sae_train.evaluate.text_pass import Pass
+
+logger = logging.getLogger(__name__)
+
+_OTHER: dict[Dtype, Dtype] = {"float32": "bfloat16", "bfloat16": "float32"}
+
+
+def evaluate(
+    folders: Sequence[AnyPath],
+    *,
+    settings: EvaluationConfig | None = None,
+    model: LanguageModel | None = None,
+    force: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+) -> list[Evaluation]:
+    """Evaluate the newest checkpoint of each run and write its evaluation.json.
+
+    What `evaluation.also` names is measured too, and written beside it. An evaluation of the same
+    SAE, model, tokens and settings is left as it is.
+
+    Args:
+        folders: run folders.
+        settings: instead of the `evaluation` section of each run's config.
+        model: the runs' own, loaded already; else it is, once for all runs that share it.
+        force: evaluate again even what is current.
+        stop: asked between batches.
+
+    Processes that have joined (`distributed.join`) share the batches; the main one writes.
+
+    Returns:
+        One evaluation per folder, in their order: each run's own.
+
+    Raises:
+        UserError: a run without a checkpoint; an SAE or a store that isn't of this model; text
+            that is missing or too short.
+        Interrupted: `stop` said yes; runs not evaluated yet are as they were.
+    """
+    models = Models(given=model)
+    jobs = [
+        job
+        for folder in folders
+        for job in jobs_of(place(folder), settings=settings, models=models, stop=stop)
+    ]
+    waiting = []
+    for job in jobs:
+        if not force and job.is_current(read_evaluation(job.folder, job.label)):
+            logger.info("%s: the evaluation of step %d is current", _shown(job), job.step)
+        else:
+            waiting.append(job)
+    for group in _groups(waiting):
+        _evaluate(group, models, stop=stop)
+    results = []
+    for job in jobs:
+        written = read_evaluation(job.folder, job.label)
+        assert written is not None
+        logger.info("%s: %s", _shown(job), written)
+        if job.label is None:
+            results.append(written)
+    return results
+
+
+def _shown(job: Job) -> str:
+    return str(job.folder) if job.label is None else f"{job.folder} in {job.label}"
+
+
+def _groups(jobs: Sequence[Job]) -> Iterator[list[Job]]:
+    """Jobs that can share passes: same model, same tokens, same settings."""
+
+    def key(job: Job) -> tuple[str, ...]:
+        return (
+            job.model.model_dump_json(),
+            str(job.table.path.absolute()),
+            job.settings.model_dump_json(),
+            repr(job.masked),
+        )
+
+    for _, group in itertools.groupby(sorted(jobs, key=key), key=key):
+        yield list(group)
+
+
+def _evaluate(group: list[Job], models: Models, *, stop: Callable[[], bool]) -> None:
+    """Measure and write what shares passes; precisions are compared in a second walk."""
+    compare = group[0].settings.compare_precision
+    beside = [_in_bfloat16(job) for job in group] if compare else []
+    first = Pass([*group, *beside], models.load(group[0]), stop=stop)
+    first.run()
+    passes = [first]
+    if compare:
+        others = [_in_other_model(job) for job in group]
+        beside = [_in_bfloat16(job) for job in others]
+        passes.append(Pass([*others, *beside], models.load(others[0]), stop=stop))
+        passes[-1].run()
+
+    def write_all() -> None:
+        for index in range(len(group)):
+            evaluation = _evaluation(index, passes)
+            write_evaluation(evaluation, group[index].folder, fired_F=first.saes[index].fired_F)
+
+    processes.told_by_main("evaluation", write_all)
+
+
+def _in_bfloat16(job: Job) -> Job:
+    return dataclasses.replace(job, sae=job.sae.cast("bfloat16"), compared=True)
+
+
+def _in_other_model(job: Job) -> Job:
+    model: ModelConfig = job.model.model_copy(update={"dtype": _OTHER[job.model.dtype]})
+    return dataclasses.replace(job, model=model, compared=True)
+
+
+def _evaluation(index: int, passes: Sequence[Pass]) -> Evaluation:
+    """One job's result; of several passes the first is its own, the others compare precisions."""
+    first, job = passes[0], passes[0].jobs[index]
+    losses = first.losses_of(index)
+    site, sae = first.sites[job.target], first.saes[index]
+    importance = first.importance[index]
+    found = measures(site=site, sae=sae, losses=losses, subsets=job.table.summary.subsets)
+    if job.tap == EMBEDDING:  # a vocabulary has no positions
+        none = [None] * job.table.sequence_length
+        found["by_position"] |= {"tokens": [0] * len(none), "l0": none, "fvu": none}
+    return Evaluation(
+        format_version=FORMAT_VERSION,
+        name=job.config.name,
+        step=job.step,
+        **found,
+        bos=dict(BOS_TREATMENT),
+        sequences=job.settings.sequences,
+        sequence_length=job.table.sequence_length,
+        loss_sequences=job.loss_sequences,
+        site=job.tap.site,
+        layer=job.tap.layer,
+        target=job.config.sae.target,
+        width=job.sae.W_enc.shape[1],
+        settings=job.record,
+        fingerprints=job.fingerprints,
+        model=job.model.weights,
+        label=job.label,
+        importance_uniformity=importance.mean,
+        importance_sequences=job.importance_sequences,
+        importance_tokens=int(importance.count),
+        by_precision=_by_precision(index, passes) if len(passes) > 1 else [],
+    )
+
+
+def _by_precision(index: int, passes: Sequence[Pass]) -> list[dict[str, Any]]:
+    """Headline numbers of the SAE and of its bfloat16 self, in the model in either precision."""
+    rows = []
+    for one in passes:
+        for place_of in (index, index + len(one.jobs) // 2):
+            job = one.jobs[place_of]
+            numbers = headline(
+                site=one.sites[job.target],
+                sae=one.saes[place_of],
+                base=one.base,
+                spliced=one.spliced[place_of, False],
+            )
+            rows.append({"model": job.model.dtype, "sae": str(job.sae.W_enc.dtype), **numbers})
+    return sorted(rows, key=lambda row: (row["model"], row["sae"]), reverse=True)

@@ -1,0 +1,66 @@
+"""Uniformity of active latent importance (Gemma Scope, arXiv 2408.05147, appendix C.3).
+
+A latent's importance for a prediction is y = f · (W_decᵀ ∇L), f its activation, L the mean-centred
+logit of the token that came, ∇L the gradient with respect to what the SAE reconstructs. With
+p = |y| / Σ|y| and its entropy S(p), r = exp(S(p)) / ‖y‖₀ is the share of the active latents that
+does the work: 1 if all matter alike, 1 / ‖y‖₀ if one alone does.
+
+Legend: B sequences of a batch, S position, D model width, F latents, C rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from sae_train.evaluate.sums import in_chunks
+from sae_train.inference.sae import Sae
+from sae_train.model.forward import PRECISION
+
+
+@jax.jit
+def uniformity(
+    sae: Sae, x_BSD: Float[Array, "B S D"], gradient_BSD: Float[Array, "B S D"]
+) -> Float[Array, "B S"]:
+    """r of every token; NaN where no latent has any importance."""
+    x_ND = x_BSD.astype(jnp.float32).reshape(-1, x_BSD.shape[-1])
+    gradient_ND = gradient_BSD.astype(jnp.float32).reshape(-1, gradient_BSD.shape[-1])
+    chunks = in_chunks(sae, x_ND, gradient_ND)
+    W_dec_FD = jnp.asarray(sae.W_dec).astype(jnp.float32)
+
+    def one_chunk(chunk_of: tuple[Array, Array]) -> Array:
+        x_CD, gradient_CD = chunk_of
+        slope_CF = jnp.matmul(gradient_CD, W_dec_FD.T, precision=PRECISION)
+        return _uniformity(jnp.abs(sae.encode(x_CD).astype(jnp.float32) * slope_CF))
+
+    return jax.lax.map(one_chunk, chunks).reshape(-1)[: len(x_ND)].reshape(x_BSD.shape[:2])
+
+
+def _uniformity(y_CF: Float[Array, "C F"]) -> Float[Array, " C"]:
+    p_CF = y_CF / y_CF.sum(axis=1, keepdims=True)
+    entropy_C = -jax.scipy.special.xlogy(p_CF, p_CF).sum(axis=1)
+    return jnp.exp(entropy_C) / (y_CF > 0).sum(axis=1, dtype=jnp.float32)
+
+
+@dataclass
+class ImportanceSums:
+    """The sum of r over the tokens where it means something, and how many they are."""
+
+    sum_: np.ndarray = field(default_factory=lambda: np.zeros(()))
+    count: np.ndarray = field(default_factory=lambda: np.zeros((), np.int64))
+
+    def add(self, r_BS: Float[Array, "B S"], counted_BP: Bool[np.ndarray, "B P"]) -> None:
+        """Take in one batch; the last position predicts nothing."""
+        r_BP = np.asarray(r_BS, np.float64)[:, :-1]
+        counted_BP = counted_BP & np.isfinite(r_BP)
+        self.sum_ = self.sum_ + np.where(counted_BP, r_BP, 0.0).sum()
+        self.count = self.count + counted_BP.sum()
+
+    @property
+    def mean(self) -> float | None:
+        """Mean of r over tokens; None where nothing was counted."""
+        return float(self.sum_ / self.count) if self.count else None

@@ -1,0 +1,300 @@
+"""From run folders to jobs: which SAE, in which model, on which text, all checked beforehand."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import jax
+from jax.sharding import Mesh
+
+from activation_cache.config import ModelConfig, TextConfig
+from activation_cache.gemma.config import GemmaConfig
+from activation_cache.gemma.params import make_mesh
+from activation_cache.gemma.taps import EMBEDDING, check_tap, tap_width
+from activation_cache.language_model.checkpoint import open_checkpoint
+from activation_cache.language_model.model import LanguageModel, conversion_folder, load_model
+from activation_cache.language_model.tokenizer import Tokenizer, load_tokenizer
+from activation_cache.runtime import processes
+from activation_cache.runtime.errors import UserError
+from activation_cache.storage.files import Place, place
+from activation_cache.store.store import open_store
+from activation_cache.text.token_table import TokenTable, open_tokens
+from activation_cache.text.tokenise import prepare_tokens
+from sae_train.checkpoint.checkpoints import load_trained
+from sae_train.config.evaluation import ElsewhereConfig
+from sae_train.config.file import read_run_config
+from sae_train.config.run import Config, EvaluationConfig
+from sae_train.evaluate.job import Job
+from sae_train.inference.read_formats import load_sae
+from sae_train.inference.sae import Sae, check_kind, fold
+from sae_train.runs.folder import newest_checkpoint
+
+logger = logging.getLogger(__name__)
+
+_TOKENS = "evaluation_tokens"  # beside the store, for texts of an evaluation's own
+
+
+@dataclass
+class Models:
+    """The models the runs name: facts read once for each, weights loaded for one at a time.
+
+    Attributes:
+        given: the runs' own model, if it is loaded already.
+    """
+
+    given: LanguageModel | None
+    facts: dict[ModelConfig, tuple[GemmaConfig, str]] = field(default_factory=dict)
+    tokenizers: dict[ModelConfig, Tokenizer] = field(default_factory=dict)
+    loaded: tuple[ModelConfig, LanguageModel] | None = None
+
+    def config_and_fingerprint(self, model: ModelConfig, config: Config) -> tuple[GemmaConfig, str]:
+        """What can be told of a model without its weights; `config` is that of the run."""
+        if self.given is not None and model == config.model:
+            return self.given.config, self.given.fingerprint
+        if model not in self.facts:
+            checkpoint = open_checkpoint(model)
+            self.facts[model] = checkpoint.config, checkpoint.fingerprint()
+        return self.facts[model]
+
+    def tokenizer(self, model: ModelConfig) -> Tokenizer:
+        """A model's tokenizer."""
+        if model not in self.tokenizers:
+            self.tokenizers[model] = load_tokenizer(model)
+        return self.tokenizers[model]
+
+    def load(self, job: Job) -> LanguageModel:
+        """The model a job is measured in; another one that was loaded is let go."""
+        if self.given is not None and job.model == job.config.model:
+            return self.given
+        if self.loaded is None or self.loaded[0] != job.model:
+            self.loaded = None  # let go of the one before first
+            gemma, _ = self.config_and_fingerprint(job.model, job.config)
+            model = load_model(
+                job.model,
+                converted=conversion_folder(job.config.cache.path),
+                mesh=_local_mesh(job.config, gemma),
+            )
+            self.loaded = (job.model, model)
+        return self.loaded[1]
+
+
+def _local_mesh(config: Config, gemma: GemmaConfig) -> Mesh:
+    """Devices of this process for the language model, as for harvesting as far as they go.
+
+    The processes of an evaluation keep no step, so a copy lies in one of them.
+    """
+    _, mesh = config.harvest_mesh
+    devices = jax.local_devices()
+    size = math.gcd(mesh.model, len(devices), gemma.num_heads, gemma.d_ff)
+    return make_mesh(devices[:size])
+
+
+def jobs_of(
+    folder: Place,
+    *,
+    settings: EvaluationConfig | None,
+    models: Models,
+    stop: Callable[[], bool],
+) -> list[Job]:
+    """A run's evaluation in its own model, then those that `evaluation.also` asks for.
+
+    All that can be checked before a model is loaded is checked here.
+
+    Raises:
+        UserError: as `evaluate`.
+    """
+    run = _Run(folder, read_run_config(folder), models)
+    settings = settings or run.config.evaluation
+    return [
+        run.own(settings),
+        *(run.elsewhere(settings, entry, stop=stop) for entry in settings.also),
+    ]
+
+
+class _Run:
+    """A run and its SAE, which several jobs share."""
+
+    def __init__(self, folder: Place, config: Config, models: Models) -> None:
+        self.folder, self.config, self.models = folder, config, models
+        found = _found_sae(folder, config)
+        self.sae, self.step, self.trained_on = found.sae, found.step, found.trained_on
+        self.sae_name = found.name
+        check_kind(self.sae, config.sae, name=self.sae_name)
+        self.sae_fingerprint = self.sae.fingerprint
+
+    def own(self, settings: EvaluationConfig) -> Job:
+        """In the model the run was trained on, on the held-out text of its store."""
+        model, fingerprint = self.config.model, self._fitting(self.config.model)
+        store = open_store(self.config.cache.path)
+        store.check_matches(model=model, fingerprint=fingerprint)
+        if self.trained_on not in (None, store.identity):
+            logger.warning(
+                "%s was trained on another store than the one now at %s: its held-out text may "
+                "have been trained on",
+                self.folder,
+                store.path,
+            )
+        own = settings
+        if self.config.sae.tap == EMBEDDING and not store.tokens.held_out:
+            own = settings.model_copy(update={"sequences": 0})  # no text, so no losses
+        return self._job(
+            own,
+            model=model,
+            table=store.tokens,
+            sequences=store.tokens.held_out,
+            masked_text=settings.masked_text,
+            recorded=settings.recorded(),
+        )
+
+    def elsewhere(
+        self, settings: EvaluationConfig, entry: ElsewhereConfig, *, stop: Callable[[], bool]
+    ) -> Job:
+        """In another model, on other text, or both."""
+        if self.config.sae.tap == EMBEDDING:
+            raise UserError(
+                f"{self.folder} reads the embedding, which is measured on the vocabulary of its "
+                "own store: take out evaluation.also"
+            )
+        model = entry.model or self.config.model
+        self._fitting(model)
+        wanted = entry.sequences or settings.sequences
+        if entry.text is None:
+            table = open_store(self.config.cache.path).tokens
+            self._check_tokenizer(model, table)
+            sequences = table.held_out
+        else:
+            text = TextConfig(**entry.text.model_dump(), held_out_sequences=0)
+            table = self._tokens(text, model, sequences=wanted, stop=stop)
+            sequences = range(table.num_sequences)
+        return self._job(
+            settings.model_copy(update={"sequences": wanted}),
+            model=model,
+            table=table,
+            sequences=sequences,
+            masked_text=entry.masked_text,
+            entry=entry,
+            recorded=settings.recorded(entry),
+        )
+
+    def _job(
+        self,
+        settings: EvaluationConfig,
+        *,
+        model: ModelConfig,
+        table: TokenTable,
+        sequences: range,
+        masked_text: Sequence[str],
+        entry: ElsewhereConfig | None = None,
+        recorded: dict | None = None,
+    ) -> Job:
+        _check_length(settings, entry, sequences, table)
+        masked: tuple[tuple[int, ...], ...] = ()
+        if masked_text:
+            encoded = self.models.tokenizer(model).encode_batch(list(masked_text))
+            masked = tuple(tuple(ids) for ids in encoded if ids)
+        fingerprints = {
+            "sae": self.sae_fingerprint,
+            "model": self.models.config_and_fingerprint(model, self.config)[1],
+            "model_dtype": model.dtype,
+            "tokens": table.summary.token_hash,
+        }
+        return Job(
+            folder=self.folder,
+            config=self.config,
+            settings=settings.model_copy(update={"also": []}),
+            step=self.step,
+            sae=self.sae,
+            model=model,
+            table=table,
+            sequences=sequences,
+            record=recorded or settings.recorded(),
+            fingerprints=fingerprints,
+            label=None if entry is None else entry.called,
+            masked=masked,
+        )
+
+    def _fitting(self, model: ModelConfig) -> str:
+        """The model's fingerprint, its site and width checked against the SAE's."""
+        gemma, fingerprint = self.models.config_and_fingerprint(model, self.config)
+        tap = self.config.sae.tap
+        check_tap(tap, gemma)
+        width = tap_width(gemma, tap.site)
+        if self.sae.W_enc.shape[0] != width:
+            raise UserError(
+                f"{self.sae_name} reads vectors of {self.sae.W_enc.shape[0]}, and "
+                f"{tap.name} of {model.weights} has {width}: evaluate it in the model it was "
+                "trained on, or in one tuned from that"
+            )
+        return fingerprint
+
+    def _check_tokenizer(self, model: ModelConfig, table: TokenTable) -> None:
+        if self.models.tokenizer(model).fingerprint != table.summary.tokenizer_hash:
+            raise UserError(
+                f"the tokenizer of {model.weights} is another than that of the tokens at "
+                f"{table.path}: give this entry of evaluation.also a text of its own"
+            )
+
+    def _tokens(
+        self, text: TextConfig, model: ModelConfig, *, sequences: int, stop: Callable[[], bool]
+    ) -> TokenTable:
+        """The text's tokens, made once and kept beside the store."""
+        tokenizer = self.models.tokenizer(model)
+        digest = hashlib.sha256(f"{text.model_dump_json()} {tokenizer.fingerprint}".encode())
+        path = place(self.config.cache.path).parent / _TOKENS / digest.hexdigest()[:16]
+
+        def prepare() -> None:
+            rows = sequences * text.sequence_length
+            prepare_tokens(
+                text,
+                tokenizer=tokenizer,
+                path=path,
+                rows=rows,
+                stop=lambda: processes.stop_asked(stop),
+            )
+
+        processes.told_by_main("evaluation tokens", prepare, stop=stop)
+        return open_tokens(path)
+
+
+def _check_length(
+    settings: EvaluationConfig,
+    entry: ElsewhereConfig | None,
+    sequences: range,
+    table: TokenTable,
+) -> None:
+    if settings.sequences <= len(sequences):
+        return
+    if entry is not None and entry.text is not None:
+        raise UserError(
+            f"evaluation.also, {entry.called}: {settings.sequences} sequences are asked for and "
+            f"the text makes {len(sequences)} of {table.sequence_length} tokens: lower its "
+            "sequences or add text"
+        )
+    raise UserError(
+        f"evaluation.sequences asks for {settings.sequences} sequences and "
+        f"{table.path} holds out {len(sequences)}: lower "
+        "evaluation.sequences, or harvest with a larger text.held_out_sequences"
+    )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A run's SAE and its step; what messages call it; the store it was trained on, if known."""
+
+    sae: Sae
+    step: int
+    name: str
+    trained_on: str | None = None
+
+
+def _found_sae(folder: Place, config: Config) -> _Found:
+    """A folder's SAE; one without checkpoints stands for the released SAE it would start from."""
+    released = config.sae.start_from
+    if released is not None and newest_checkpoint(folder) is None:
+        return _Found(load_sae(released), 0, f"sae.start_from {released}")
+    trained = load_trained(folder)
+    return _Found(fold(trained), trained.step, f"the SAE in {folder}", trained.store)

@@ -1,0 +1,283 @@
+"""The result of an evaluation, and evaluation.json (docs/evaluation.md).
+
+Legend: S position, F latents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from activation_cache.runtime.errors import UserError
+from activation_cache.storage.files import Place, read_json, replacing, write_json
+from sae_train.evaluate.sums import LossSums, SaeSums, SiteSums
+from sae_train.runs.folder import EVALUATION, labelled
+
+FORMAT_VERSION = 1
+FIRING_COUNTS = "firing_counts.npy"
+
+# Fixed, so that runs compare: 1e-7 is less than one token in Gemma Scope's 2 million.
+LOG10_EDGES = np.linspace(-7, 0, 29)
+_QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
+
+BOS_TREATMENT = {
+    "aggregates": "BOS, EOS and padding are masked: no mean counts them as input, and no loss "
+    "counts a prediction made at one of them or a prediction of padding",
+    "headline": "special_left_alone",
+    "special_left_alone": "delta_loss, loss_spliced, loss_zero_ablated, loss_recovered: BOS, EOS "
+    "and padding keep the model's own activations, for the SAE was never trained on them",
+    "all_positions": "the same keys ending in _all_positions: the SAE, or zero, replaces the "
+    "activations at every position, BOS included",
+}
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The five passes over the same text, in nats per token."""
+
+    base: LossSums
+    spliced: LossSums
+    zero: LossSums
+    spliced_everywhere: LossSums
+    zero_everywhere: LossSums
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What evaluation.json holds, key by key; None where a number isn't finite.
+
+    Attributes:
+        mse: squared error summed over D, per token, in the activations' own units.
+        variance: mean squared distance of the activations from their mean, so fvu = mse/variance.
+        target: the site a transcoder predicts, of which mse and variance are; None of an SAE.
+        fingerprints: of the SAE, the model and the tokens measured; with `settings` they say
+            whether an evaluation is still current.
+        model: `model.weights` of the model it was measured in.
+        label: of an evaluation elsewhere than in the run's own model and text; else None.
+    """
+
+    format_version: int
+    name: str
+    step: int
+    l0: float
+    fvu: float | None
+    mse: float | None
+    variance: float
+    alive_fraction: float
+    loss: float | None
+    loss_spliced: float | None
+    loss_zero_ablated: float | None
+    delta_loss: float | None
+    loss_recovered: float | None
+    loss_spliced_all_positions: float | None
+    loss_zero_ablated_all_positions: float | None
+    delta_loss_all_positions: float | None
+    loss_recovered_all_positions: float | None
+    bos: dict[str, str]
+    sequences: int
+    sequence_length: int
+    tokens: int
+    loss_sequences: int
+    loss_tokens: int
+    frequency_histogram: dict[str, Any]
+    by_position: dict[str, list[Any]]
+    site: str
+    layer: int
+    width: int
+    settings: dict[str, Any]
+    fingerprints: dict[str, str]
+    target: str | None = None
+    model: str = ""
+    label: str | None = None
+    importance_uniformity: float | None = None
+    importance_sequences: int = 0
+    importance_tokens: int = 0
+    by_subset: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    by_precision: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        def shown(value: float | None) -> str:
+            return "not finite" if value is None else f"{value:.4f}"
+
+        return (
+            f"L0 {self.l0:.1f}, FVU {shown(self.fvu)}, delta loss {shown(self.delta_loss)} "
+            f"(loss {shown(self.loss)}, zero-ablated {shown(self.loss_zero_ablated)}), "
+            f"alive {self.alive_fraction:.1%}"
+        )
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Evaluation:
+        """The reverse of `to_json`; raises `TypeError` for another version's keys."""
+        return cls(**values)
+
+
+def measures(
+    *, site: SiteSums, sae: SaeSums, losses: Losses, subsets: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The measured keys of an `Evaluation`.
+
+    FVU = Σ|x - x̂|² / Σ|x - mean|² over the counted tokens (Gemma Scope, section 4.1); by
+    position the same quotient at one position, the mean staying that of all of them.
+    """
+    tokens, spread_S = int(site.count_S.sum()), site.spread_S
+    error, spread = float(sae.squared_error_S.sum()), float(spread_S.sum())
+    return {
+        "l0": float(sae.active_S.sum() / tokens),
+        "fvu": _ratio(error, spread),
+        "mse": _finite(error / tokens),
+        "variance": spread / tokens,
+        "alive_fraction": float((sae.fired_F > 0).mean()),
+        "loss": _finite(losses.base.mean),
+        **_loss_measures(losses.base, losses.spliced, losses.zero, suffix=""),
+        **_loss_measures(
+            losses.base,
+            losses.spliced_everywhere,
+            losses.zero_everywhere,
+            suffix="_all_positions",
+        ),
+        "tokens": tokens,
+        "loss_tokens": int(losses.base.count_S.sum()),
+        "frequency_histogram": frequency_histogram(sae.fired_F, tokens=tokens),
+        "by_position": _by_position(site=site, sae=sae, losses=losses),
+        "by_subset": _by_subset(subsets, site=site, sae=sae, losses=losses),
+    }
+
+
+def headline(*, site: SiteSums, sae: SaeSums, base: LossSums, spliced: LossSums) -> dict[str, Any]:
+    """The few numbers in which precisions are compared."""
+    return {
+        "l0": float(sae.active_S.sum() / site.count_S.sum()),
+        "fvu": _ratio(float(sae.squared_error_S.sum()), float(site.spread_S.sum())),
+        "loss": _finite(base.mean),
+        "loss_spliced": _finite(spliced.mean),
+        "delta_loss": _finite(spliced.mean - base.mean),
+    }
+
+
+def _by_subset(
+    names: Sequence[str], *, site: SiteSums, sae: SaeSums, losses: Losses
+) -> dict[str, dict[str, Any]]:
+    """The same of the sequences of one subset, each with its own mean activation."""
+    rows = {}
+    for number, name in enumerate(names):
+        tokens, predicted = int(site.count_G[number]), int(losses.base.count_G[number])
+        base, spliced = losses.base.sum_G[number], losses.spliced.sum_G[number]
+        rows[name] = {
+            "tokens": tokens,
+            "l0": _ratio(float(sae.active_G[number]), tokens),
+            "fvu": _ratio(float(sae.squared_error_G[number]), float(site.spread_G[number])),
+            "loss_tokens": predicted,
+            "loss": _ratio(float(base), predicted),
+            "delta_loss": _ratio(float(spliced - base), predicted),
+        }
+    return rows
+
+
+def _loss_measures(
+    base: LossSums, spliced: LossSums, zero: LossSums, *, suffix: str
+) -> dict[str, float | None]:
+    return {
+        f"loss_spliced{suffix}": _finite(spliced.mean),
+        f"loss_zero_ablated{suffix}": _finite(zero.mean),
+        f"delta_loss{suffix}": _finite(spliced.mean - base.mean),
+        f"loss_recovered{suffix}": _ratio(zero.mean - spliced.mean, zero.mean - base.mean),
+    }
+
+
+def frequency_histogram(fired_F: Int[np.ndarray, " F"], *, tokens: int) -> dict[str, Any]:
+    """Histogram of log10 frequencies (latents that never fired apart), quantiles, the busiest."""
+    frequency_F = fired_F / tokens
+    alive = frequency_F[fired_F > 0]
+    log10 = np.clip(np.log10(alive), LOG10_EDGES[0], LOG10_EDGES[-1])
+    counts, _ = np.histogram(log10, bins=LOG10_EDGES)
+    return {
+        "log10_edges": LOG10_EDGES.tolist(),
+        "counts": counts.tolist(),
+        "never_fired": int((fired_F == 0).sum()),
+        "quantiles": {str(q): float(np.quantile(frequency_F, q)) for q in _QUANTILES},
+        "max": float(frequency_F.max()),
+        "fraction_above_0.1": float((frequency_F > 0.1).mean()),
+        "fraction_above_0.01": float((frequency_F > 0.01).mean()),
+    }
+
+
+def _by_position(*, site: SiteSums, sae: SaeSums, losses: Losses) -> dict[str, list[Any]]:
+    """Curves by position of the token read; the last position predicts nothing."""
+    base, spliced = losses.base, losses.spliced
+    return {
+        "position": list(range(len(site.count_S))),
+        "tokens": site.count_S.tolist(),
+        "l0": _quotients(sae.active_S, site.count_S),
+        "fvu": _quotients(sae.squared_error_S, site.spread_S),
+        "loss_tokens": [*base.count_S.tolist(), 0],
+        "loss": [*_quotients(base.sum_S, base.count_S), None],
+        "delta_loss": [*_quotients(spliced.sum_S - base.sum_S, base.count_S), None],
+    }
+
+
+def _quotients(above: Iterable[Any], below: Iterable[Any]) -> list[float | None]:
+    return [_ratio(float(a), float(b)) for a, b in zip(above, below, strict=True)]
+
+
+def _ratio(above: float, below: float) -> float | None:
+    return _finite(above / below) if below != 0 else None
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def write_evaluation(
+    evaluation: Evaluation, folder: Place, *, fired_F: Int[np.ndarray, " F"]
+) -> None:
+    """Write firing_counts.npy, then evaluation.json, which names its hash; with a label, both
+    under names that have it.
+    """
+    path = folder / labelled(FIRING_COUNTS, evaluation.label)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, fired_F.astype(np.int64))
+    fingerprints = evaluation.fingerprints | {"firing_counts": _sha256(path)}
+    written = dataclasses.replace(evaluation, fingerprints=fingerprints)
+    write_json(folder / labelled(EVALUATION, evaluation.label), written.to_json())
+
+
+def read_evaluation(folder: Place, label: str | None = None) -> Evaluation | None:
+    """The evaluation of a run's folder; None if there is none or another version wrote it."""
+    path = folder / labelled(EVALUATION, label)
+    if not path.is_file():
+        return None
+    try:
+        return Evaluation.from_json(read_json(path))
+    except TypeError:
+        return None
+
+
+def read_frequencies(folder: Place, evaluation: Evaluation) -> Float[np.ndarray, " F"]:
+    """The fraction of tokens each latent fired on.
+
+    Raises:
+        UserError: firing_counts.npy is missing or not the one `evaluation` was written with.
+    """
+    path = folder / labelled(FIRING_COUNTS, evaluation.label)
+    if not path.is_file() or _sha256(path) != evaluation.fingerprints.get("firing_counts"):
+        raise UserError(
+            f"{path} is missing or doesn't belong to "
+            f"{folder / labelled(EVALUATION, evaluation.label)}: evaluate again"
+        )
+    return np.load(io.BytesIO(path.read_bytes())) / evaluation.tokens
+
+
+def _sha256(path: Place) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

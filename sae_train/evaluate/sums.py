@@ -1,0 +1,232 @@
+"""Sums that evaluation is made of: device sums of a batch, float64 sums of all batches on the host.
+
+Everything is kept by sequence position, so the curves by position and the aggregates are one count.
+
+Legend: B sequences of a batch, S position, P = S - 1 predictions, D model width, F latents,
+N rows = B·S, C rows at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from sae_train.inference.sae import HostOrDevice, Sae
+
+# Latents of so many (row, latent) pairs exist at a time: 256 MB in float32 whatever the width.
+MAX_LATENT_ELEMENTS = 2**26
+
+
+def in_chunks(sae: Sae, *rows: Array) -> tuple[Array, ...]:
+    """Each of some arrays of rows as [chunks, rows of a chunk, ...], filled up with zeros.
+
+    A chunk is what may exist of the SAE's latents at a time.
+    """
+    num_rows = len(rows[0])
+    chunk = max(1, min(num_rows, MAX_LATENT_ELEMENTS // sae.W_enc.shape[1]))
+    padding = -num_rows % chunk
+    return tuple(
+        jnp.pad(one, ((0, padding), *((0, 0),) * (one.ndim - 1))).reshape(-1, chunk, *one.shape[1:])
+        for one in rows
+    )
+
+
+def reconstruct(
+    sae: Sae, x_ND: Float[Array, "N D"], counted_N: Bool[Array, " N"]
+) -> tuple[Float[Array, "N D"], Int[Array, " N"], Int[Array, " F"]]:
+    """Reconstructions, L0 of every row, and how often each latent fires in the counted rows.
+
+    Runs over chunks of rows, so that the latents of all rows never exist at once.
+    """
+    num_rows, width = x_ND.shape
+
+    def one_chunk(fired_F: Array, chunk_of: tuple[Array, ...]) -> tuple[Array, tuple]:
+        x_CD, counted_C = chunk_of
+        latents_CF = sae.encode(x_CD)
+        active_CF = latents_CF > 0
+        fired_F += (active_CF & counted_C[:, None]).sum(axis=0, dtype=jnp.int32)
+        decoded_CD = sae.predict(x_CD, latents=latents_CF).astype(jnp.float32)
+        return fired_F, (decoded_CD, active_CF.sum(axis=1, dtype=jnp.int32))
+
+    start_F = jnp.zeros(sae.W_enc.shape[1], jnp.int32)
+    fired_F, (decoded, l0) = jax.lax.scan(one_chunk, start_F, in_chunks(sae, x_ND, counted_N))
+    return decoded.reshape(-1, width)[:num_rows], l0.reshape(-1)[:num_rows], fired_F
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SaeBatch:
+    """Squared error and active latents of every token of a batch, 0 where it doesn't count."""
+
+    squared_error_BS: Float[Array, "B S"]
+    active_BS: Int[Array, "B S"]
+    fired_F: Int[Array, " F"]
+
+
+@jax.jit
+def sae_batch(
+    sae: Sae,
+    x_BSD: Float[HostOrDevice, "B S D"],
+    counted_BS: Bool[HostOrDevice, "B S"],
+    target_BSD: Float[HostOrDevice, "B S D"] | None = None,
+) -> SaeBatch:
+    """What one SAE does to one batch; `sae` is traced, so one compilation serves a shape.
+
+    Args:
+        target_BSD: what a transcoder predicts; None for an SAE, which predicts what it reads.
+    """
+    batch, length, width = x_BSD.shape
+    x_ND = jnp.asarray(x_BSD).astype(jnp.float32).reshape(-1, width)
+    decoded_ND, l0_N, fired_F = reconstruct(sae, x_ND, jnp.asarray(counted_BS).reshape(-1))
+    target_ND = x_ND
+    if target_BSD is not None:
+        target_ND = jnp.asarray(target_BSD).astype(jnp.float32).reshape(-1, width)
+    error_BS = jnp.square(target_ND - decoded_ND).sum(axis=1).reshape(batch, length)
+    l0_BS = l0_N.reshape(batch, length)
+    return SaeBatch(
+        squared_error_BS=jnp.where(counted_BS, error_BS, 0.0),
+        active_BS=jnp.where(counted_BS, l0_BS, 0),
+        fired_F=fired_F,
+    )
+
+
+@jax.jit
+def _site_batch(
+    x_BSD: Float[Array, "B S D"], counted_BS: Bool[Array, "B S"], shift_D: Float[Array, " D"]
+) -> tuple[Float[Array, "S D"], Float[Array, "B D"], Float[Array, "B S"]]:
+    """Sums of x - shift over the counted tokens, by position and by sequence, and |x - shift|²."""
+    moved_BSD = x_BSD.astype(jnp.float32) - shift_D[None, None, :]
+    moved_BSD = jnp.where(counted_BS[:, :, None], moved_BSD, 0.0)
+    return moved_BSD.sum(axis=0), moved_BSD.sum(axis=1), jnp.square(moved_BSD).sum(axis=2)
+
+
+@dataclass(frozen=True)
+class Subsets:
+    """The subset of each sequence of a batch, of `number` there are; 0 where text has none."""
+
+    number: int = 0
+    of_B: Int[np.ndarray, " B"] = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def sums(self, values_B: np.ndarray) -> np.ndarray:
+        """What the sequences of each subset add up to, along the first dim."""
+        sums_G = np.zeros((self.number, *values_B.shape[1:]), values_B.dtype)
+        if self.number:
+            np.add.at(sums_G, self.of_B, values_B)
+        return sums_G
+
+
+NO_SUBSETS = Subsets()
+
+
+@dataclass
+class SiteSums:
+    """Mean and spread of one tap's activations over the counted tokens.
+
+    Sums are taken about the first batch's mean: the activations of a Gemma have a mean that holds
+    most of their mean square, and sums about 0 would cancel.
+    """
+
+    shift_D: np.ndarray | None = None
+    sum_SD: np.ndarray = field(default_factory=lambda: np.zeros(()))
+    square_S: np.ndarray = field(default_factory=lambda: np.zeros(()))
+    count_S: np.ndarray = field(default_factory=lambda: np.zeros((), np.int64))
+    sum_GD: np.ndarray = field(default_factory=lambda: np.zeros(()))
+    square_G: np.ndarray = field(default_factory=lambda: np.zeros(()))
+    count_G: np.ndarray = field(default_factory=lambda: np.zeros((), np.int64))
+
+    def start(self, x_BSD: Float[Array, "B S D"], counted_BS: Bool[np.ndarray, "B S"]) -> None:
+        """Take the shift from the first batch that counts; where it is known, do nothing."""
+        if self.shift_D is None and counted_BS.any():
+            zero_D = np.zeros(x_BSD.shape[-1], np.float32)
+            sum_SD, _, _ = _site_batch(x_BSD, counted_BS, zero_D)
+            mean_D = np.asarray(sum_SD, np.float64).sum(axis=0) / counted_BS.sum()
+            self.shift_D = mean_D.astype(np.float32)
+
+    def add(
+        self,
+        x_BSD: Float[Array, "B S D"],
+        counted_BS: Bool[np.ndarray, "B S"],
+        subsets: Subsets = NO_SUBSETS,
+    ) -> None:
+        """Take in one batch."""
+        self.start(x_BSD, counted_BS)
+        if self.shift_D is None:
+            return
+        sum_SD, sum_BD, square_BS = _site_batch(x_BSD, counted_BS, self.shift_D)
+        squares = np.asarray(square_BS, np.float64)
+        self.sum_SD = self.sum_SD + np.asarray(sum_SD, np.float64)
+        self.square_S = self.square_S + squares.sum(axis=0)
+        self.count_S = self.count_S + counted_BS.sum(axis=0)
+        self.sum_GD = self.sum_GD + subsets.sums(np.asarray(sum_BD, np.float64))
+        self.square_G = self.square_G + subsets.sums(squares.sum(axis=1))
+        self.count_G = self.count_G + subsets.sums(counted_BS.sum(axis=1))
+
+    @property
+    def spread_S(self) -> Float[np.ndarray, " S"]:
+        """By position, the sum of |x - mean|², the mean being that of all counted tokens.
+
+        With m the mean of x - shift: Σ|x - shift|² - 2 m·Σ(x - shift) + n |m|².
+        """
+        mean_D = self.sum_SD.sum(axis=0) / self.count_S.sum()
+        return self.square_S - 2 * self.sum_SD @ mean_D + self.count_S * (mean_D @ mean_D)
+
+    @property
+    def spread_G(self) -> Float[np.ndarray, " G"]:
+        """By subset, the sum of |x - mean|², the mean being the subset's own."""
+        around = np.square(self.sum_GD).sum(axis=1) / np.maximum(self.count_G, 1)
+        return self.square_G - around
+
+
+@dataclass
+class SaeSums:
+    """What one SAE did to all batches."""
+
+    squared_error_S: np.ndarray = field(default_factory=lambda: np.zeros(()))
+    active_S: np.ndarray = field(default_factory=lambda: np.zeros((), np.int64))
+    fired_F: np.ndarray = field(default_factory=lambda: np.zeros((), np.int64))
+    squared_error_G: np.ndarray = field(default_factory=lambda: np.zeros(()))
+    active_G: np.ndarray = field(default_factory=lambda: np.zeros((), np.int64))
+
+    def add(self, batch: SaeBatch, subsets: Subsets = NO_SUBSETS) -> None:
+        """Take in one batch; waits for the device."""
+        error_BS = np.asarray(batch.squared_error_BS, np.float64)
+        active_BS = np.asarray(batch.active_BS, np.int64)
+        self.squared_error_S = self.squared_error_S + error_BS.sum(axis=0)
+        self.active_S = self.active_S + active_BS.sum(axis=0)
+        self.fired_F = self.fired_F + np.asarray(batch.fired_F, np.int64)
+        self.squared_error_G = self.squared_error_G + subsets.sums(error_BS.sum(axis=1))
+        self.active_G = self.active_G + subsets.sums(active_BS.sum(axis=1))
+
+
+@dataclass
+class LossSums:
+    """Next-token losses by position of the input token, over the counted predictions."""
+
+    sum_S: np.ndarray = field(default_factory=lambda: np.zeros(()))
+    count_S: np.ndarray = field(default_factory=lambda: np.zeros((), np.int64))
+    sum_G: np.ndarray = field(default_factory=lambda: np.zeros(()))
+    count_G: np.ndarray = field(default_factory=lambda: np.zeros((), np.int64))
+
+    def add(
+        self,
+        losses: Float[Array, "B P"],
+        counted: Bool[np.ndarray, "B P"],
+        subsets: Subsets = NO_SUBSETS,
+    ) -> None:
+        """Take in one batch; entry s of `losses` is the loss of predicting token s + 1."""
+        values = np.where(counted, np.asarray(losses, np.float64), 0.0)
+        self.sum_S = self.sum_S + values.sum(axis=0)
+        self.count_S = self.count_S + counted.sum(axis=0)
+        self.sum_G = self.sum_G + subsets.sums(values.sum(axis=1))
+        self.count_G = self.count_G + subsets.sums(counted.sum(axis=1))
+
+    @property
+    def mean(self) -> float:
+        """Nats per counted prediction; NaN where none was."""
+        if not self.count_S.sum():
+            return float("nan")
+        return float(self.sum_S.sum() / self.count_S.sum())

@@ -1,0 +1,262 @@
+"""One walk of a model over held-out text, measuring any number of SAEs on the way.
+
+The activations, the base loss, the zero-ablated losses and the gradients of a batch are computed
+once for all SAEs; an SAE's weights are on the device only while its turn lasts.
+
+With several processes each takes every n-th batch, and the sums of all are added up at the end.
+
+Legend: B sequences of a batch, S position, P = S - 1 predictions.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from activation_cache.gemma.taps import EMBEDDING, Splice, Tap, tap_width
+from activation_cache.language_model.model import LanguageModel
+from activation_cache.runtime import processes
+from activation_cache.runtime.errors import Interrupted, UserError
+from activation_cache.runtime.progress import ProgressMeter
+from activation_cache.runtime.shared_work import shared
+from sae_train.evaluate.importance import ImportanceSums, uniformity
+from sae_train.evaluate.job import Job, covered
+from sae_train.evaluate.result import Losses
+from sae_train.evaluate.splice import splice_of, splice_zero
+from sae_train.evaluate.sums import LossSums, SaeSums, SiteSums, Subsets, sae_batch
+
+Shapes = dict[str, tuple[int, ...]]
+
+_GRADIENT_PASSES = 4  # what a gradient costs: forward, forward again, backward twice as much
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Tokens and what is counted of them; a short batch is filled up with padding."""
+
+    tokens_BS: Int[np.ndarray, "B S"]
+    usable_BS: Bool[np.ndarray, "B S"]
+    counted_BP: Bool[np.ndarray, "B P"]  # the losses that count
+    important_BP: Bool[np.ndarray, "B P"]  # the predictions whose gradients count
+    with_statistics: bool
+    with_losses: bool
+    with_importance: bool
+    subsets: Subsets
+
+
+@dataclass
+class Pass:
+    """One walk over the held-out text for all SAEs of a group.
+
+    Attributes:
+        jobs: of one model, one text and the same settings; those that are `compared` are measured
+            for their L0, FVU and delta loss alone.
+
+    Of the embedding, L0, FVU and firing are measured on the vocabulary's tokens, each once, and
+    only the losses on text, if there is any.
+    """
+
+    jobs: list[Job]
+    model: LanguageModel
+    stop: Callable[[], bool] = lambda: False
+    sites: dict[Tap, SiteSums] = field(default_factory=dict)
+    saes: list[SaeSums] = field(default_factory=list)
+    importance: list[ImportanceSums] = field(default_factory=list)
+    base: LossSums = field(default_factory=LossSums)
+    zero: dict[tuple[Tap, bool], LossSums] = field(default_factory=dict)
+    spliced: dict[tuple[int, bool], LossSums] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        first = self.jobs[0]
+        self.table, self.settings = first.table, first.settings
+        self.loss_limit, self.importance_limit = first.loss_sequences, first.importance_sequences
+        self.whole = [index for index, job in enumerate(self.jobs) if not job.compared]
+        if not self.whole:
+            self.importance_limit = 0
+        self.of_embedding = first.tap == EMBEDDING
+        self.taps = tuple(dict.fromkeys(job.target for job in self.jobs))
+        self.sites = {tap: SiteSums() for tap in self.taps}
+        self.saes = [SaeSums() for _ in self.jobs]
+        self.importance = [ImportanceSums() for _ in self.jobs]
+        whole_taps = dict.fromkeys(self.jobs[index].target for index in self.whole)
+        self.zero = {key: LossSums() for key in itertools.product(whole_taps, (False, True))}
+        self.spliced = {
+            (index, everywhere): LossSums()
+            for index, job in enumerate(self.jobs)
+            for everywhere in ((False,) if job.compared else (False, True))
+        }
+
+    @property
+    def num_subsets(self) -> int:
+        """Into how many subsets the table divides its sequences."""
+        return len(self.table.summary.subsets)
+
+    def run(self) -> None:
+        """Measure; every process then has the sums of all."""
+        with ProgressMeter("evaluate", total=self._work(), unit="tokens") as self.meter:
+            # Nobody is stopped once all have measured: the sums then wait for nobody's share.
+            shared("measured", self._measure, finish=lambda: None, stop=self.stop)
+        self._add_up()
+        if not self.base.count_S.sum() and self.loss_limit:
+            raise UserError(
+                f"the {self.loss_limit} held-out sequences measured hold nothing but special "
+                "tokens: raise evaluation.sequences, or harvest with other text"
+            )
+
+    def _work(self) -> int:
+        passes = 1 + len(self.zero) + len(self.spliced)
+        gradients = _GRADIENT_PASSES * len(self.zero) // 2
+        walked = self.table.num_harvestable if self.of_embedding else self.settings.sequences
+        sequences = walked + passes * self.loss_limit
+        return self.table.sequence_length * (sequences + gradients * self.importance_limit)
+
+    def _measure(self) -> None:
+        """This process's share of the batches."""
+        for number, batch in enumerate(self._batches()):
+            if processes.stop_asked(self.stop):
+                raise Interrupted("the evaluation was stopped and will begin anew")
+            mine = number % processes.process_count() == processes.process_index()
+            acts = self._statistics(batch, mine=mine) if batch.with_statistics else {}
+            if batch.with_importance and mine:
+                if not batch.with_statistics:
+                    acts = self.model.activations(batch.tokens_BS, self.taps)
+                self._importance(batch, acts)
+            if batch.with_losses and mine:
+                self._losses(batch)
+
+    def _add_up(self) -> None:
+        """The sums of all processes in place of this one's."""
+        if processes.process_count() == 1 and self.loss_limit:
+            return
+        holders = list(self._holders())
+        # A process that had no batch holds zeros without a shape.
+        own = {
+            f"{number}.{name}": np.broadcast_to(getattr(holder, name), shape)
+            for number, (holder, shapes) in enumerate(holders)
+            for name, shape in shapes.items()
+        }
+        for key, array in processes.sums_of_all(own).items():
+            number, _, name = key.partition(".")
+            setattr(holders[int(number)][0], name, array)
+
+    def _holders(self) -> Iterator[tuple[Any, Shapes]]:
+        """Everything that holds sums, with the names and shapes of its arrays."""
+        S, G = self.table.sequence_length, self.num_subsets
+        by_loss: Shapes = {"sum_S": (S - 1,), "count_S": (S - 1,), "sum_G": (G,), "count_G": (G,)}
+        for losses in (self.base, *self.zero.values(), *self.spliced.values()):
+            yield losses, by_loss
+        for tap, site in self.sites.items():
+            D = tap_width(self.model.config, tap.site)
+            by_position: Shapes = {"sum_SD": (S, D), "square_S": (S,), "count_S": (S,)}
+            yield site, by_position | {"sum_GD": (G, D), "square_G": (G,), "count_G": (G,)}
+        for job, sums in zip(self.jobs, self.saes, strict=True):
+            F = job.sae.W_enc.shape[1]
+            by_position = {"squared_error_S": (S,), "active_S": (S,), "fired_F": (F,)}
+            yield sums, by_position | {"squared_error_G": (G,), "active_G": (G,)}
+        for importance in self.importance:
+            yield importance, {"sum_": (), "count": ()}
+
+    def _batches(self) -> Iterator[_Batch]:
+        """The first held-out sequences in order, in batches of one shape."""
+        size, text = self.settings.sequences_per_batch, self.jobs[0].sequences
+        text = text[: self.settings.sequences]
+        if self.of_embedding:
+            vocabulary = range(self.table.num_harvestable)
+            for start in range(0, len(vocabulary), size):
+                yield self._batch(start, vocabulary[start : start + size], of_text=False)
+        for start in range(0, len(text), size):
+            yield self._batch(start, text[start : start + size])
+
+    def _batch(self, start: int, indices: range, *, of_text: bool = True) -> _Batch:
+        size, pad = self.settings.sequences_per_batch, self.table.summary.special_ids.pad
+        filling = size - len(indices)
+        tokens_BS = self.table.read(indices)
+        tokens_BS = np.pad(tokens_BS, ((0, filling), (0, 0)), constant_values=pad)
+        masked_BS = covered(tokens_BS, self.jobs[0].masked if of_text else ())
+        usable_BS = self.table.usable(tokens_BS) & ~masked_BS
+        predicts_BP = usable_BS[:, :-1] & (tokens_BS[:, 1:] != pad) & ~masked_BS[:, 1:]
+        number_B1 = start + np.arange(size)[:, None]
+        subsets = Subsets(self.num_subsets, np.pad(self.table.subset_of(indices), (0, filling)))
+        return _Batch(
+            tokens_BS,
+            usable_BS,
+            counted_BP=predicts_BP & (number_B1 < self.loss_limit),
+            important_BP=predicts_BP & (number_B1 < self.importance_limit),
+            with_statistics=not (of_text and self.of_embedding),
+            with_losses=of_text and start < self.loss_limit,
+            with_importance=of_text and start < self.importance_limit,
+            subsets=subsets,
+        )
+
+    def _statistics(self, batch: _Batch, *, mine: bool) -> dict[Tap, Float[Array, "B S D"]]:
+        """L0, squared error and firing of every SAE, mean and spread of every tap.
+
+        A batch that isn't `mine` is looked at only where the sums have no shift yet: all
+        processes take it from the same batch.
+        """
+        if not mine and all(site.shift_D is not None for site in self.sites.values()):
+            return {}
+        read = (*self.taps, *(job.tap for job in self.jobs))
+        acts = self.model.activations(batch.tokens_BS, read)
+        for tap in self.taps:
+            self.sites[tap].start(acts[tap], batch.usable_BS)
+            if mine:
+                self.sites[tap].add(acts[tap], batch.usable_BS, batch.subsets)
+        if mine:
+            for job, sums in zip(self.jobs, self.saes, strict=True):
+                sae = jax.device_put(job.sae)
+                target = None if job.target == job.tap else acts[job.target]
+                found = sae_batch(sae, acts[job.tap], batch.usable_BS, target)
+                sums.add(found, batch.subsets)
+            self._advance(batch)
+        return acts
+
+    def _importance(self, batch: _Batch, acts: dict[Tap, Float[Array, "B S D"]]) -> None:
+        """How evenly the active latents of every SAE matter, by one gradient for each tap."""
+        for tap in dict.fromkeys(tap for tap, _ in self.zero):
+            gradient = self.model.gradient(batch.tokens_BS, tap, batch.important_BP)
+            for index in self.whole:
+                if (job := self.jobs[index]).target == tap:
+                    r_BS = uniformity(jax.device_put(job.sae), acts[job.tap], gradient)
+                    self.importance[index].add(r_BS, batch.important_BP)
+            self._advance(batch, passes=_GRADIENT_PASSES)
+
+    def _losses(self, batch: _Batch) -> None:
+        """The model as it is, each tap zeroed, each SAE spliced in; both treatments of BOS."""
+        where = {False: batch.usable_BS, True: np.ones_like(batch.usable_BS)}
+
+        def measure(sums: LossSums, splice: Splice | None) -> None:
+            sums.add(self.model.losses(batch.tokens_BS, splice), batch.counted_BP, batch.subsets)
+            self._advance(batch)
+
+        measure(self.base, None)
+        for (tap, everywhere), sums in self.zero.items():
+            measure(sums, Splice(tap, splice_zero, jnp.asarray(where[everywhere])))
+        for index, job in enumerate(self.jobs):
+            sae = jax.device_put(job.sae)  # one SAE's weights on the device at a time
+            for everywhere in (False, True):
+                if (index, everywhere) in self.spliced:
+                    arguments = (sae, jnp.asarray(where[everywhere]))
+                    measure(self.spliced[index, everywhere], splice_of(job, arguments))
+
+    def _advance(self, batch: _Batch, *, passes: int = 1) -> None:
+        tokens = passes * batch.tokens_BS.size * processes.process_count()
+        self.meter.update(min(self.meter.done + tokens, self.meter.total or tokens))
+
+    def losses_of(self, index: int) -> Losses:
+        """The five passes that one whole job's numbers come from."""
+        target = self.jobs[index].target
+        return Losses(
+            base=self.base,
+            spliced=self.spliced[index, False],
+            zero=self.zero[target, False],
+            spliced_everywhere=self.spliced[index, True],
+            zero_everywhere=self.zero[target, True],
+        )

@@ -1,0 +1,197 @@
+"""`load_sae`: read an SAE in Gemma Scope's, Gemma Scope 2's or SAELens' format, whoever wrote it.
+
+What a format leaves open is settled here, once: names in lower or upper case, tensors in bfloat16,
+a decoder bias that the encoder subtracts (SAELens' `apply_b_dec_to_input`, folded on reading).
+Whatever its architecture, an SAE or a transcoder is read into the form of
+`sae_train.inference.sae.Sae`; what is neither, on raw activations, is refused in words
+(docs/release.md).
+
+Legend: D model width, F latents.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from numpy.lib.npyio import NpzFile
+
+from activation_cache.config import Site
+from activation_cache.runtime.errors import UserError
+from activation_cache.storage.files import AnyPath, Place, on_disk, place
+from sae_train.inference.hook_names import hugging_face_hook, parse_hook, transformer_lens_hook
+from sae_train.inference.hub_address import fetch_sae, is_hub_address
+from sae_train.inference.read_sae_lens import read_sae_lens
+from sae_train.inference.sae import SKIP, Sae, check_finite
+from sae_train.inference.tensors import (
+    Tensors,
+    capital,
+    checked,
+    damaged,
+    read_config,
+    read_tensors,
+)
+
+_SUPPORTED = (
+    "params.npz (Gemma Scope), params.safetensors with config.json (Gemma Scope 2) or "
+    "sae_weights.safetensors with cfg.json (SAELens)"
+)
+# Files of formats that hold an SAE we don't read, with what to do about it.
+_FOREIGN = {
+    "ae.pt": "a dictionary_learning SAE, a torch pickle: save its tensors with numpy.savez as "
+    "params.npz (JumpReLU ones have the same names and shapes)",
+    "sae.safetensors": "a sparsify SAE: save it in SAELens' form (architecture topk)",
+}
+
+
+def load_sae(path: AnyPath) -> Sae:
+    """Read an SAE from a folder or from its weights file.
+
+    A path here, a bucket's, or an address on the Hub (`organisation/repository/folder`), tried in
+    that order. A run's folder or its `release/` is read through the SAELens folder in it, the
+    format that says most about the origin.
+
+    Returns:
+        An `Sae` on raw activations, float32 NumPy tensors.
+
+    Raises:
+        UserError: nothing readable there, a damaged file, a tensor missing, unknown, mis-shaped
+            or not finite, or an architecture that isn't read (a crosscoder, ...).
+    """
+    there = place(path)
+    if not there.exists() and is_hub_address(str(path)):
+        there = fetch_sae(str(path))
+    found = _find(there)
+    # A lone .npz may have any name; Gemma Scope's files are often renamed to be told apart.
+    reader = _READERS.get(found.name, _read_gemma_scope)
+    with on_disk(found.parent, (found.name, "cfg.json", "config.json")) as folder:
+        try:
+            sae = reader(folder / found.name)
+        except UserError as error:
+            if isinstance(found, Path):
+                raise
+            raise UserError(str(error).replace(str(folder), str(found.parent))) from error
+    check_finite(sae.tensors, where=str(found))
+    return sae
+
+
+def _find(path: Place) -> Place:
+    """The weights file that `path` stands for."""
+    if path.is_file() and (path.name in _READERS or path.suffix == ".npz"):
+        return path
+    if not path.exists():
+        raise UserError(f"no SAE at {path}: there is no such file or folder")
+    for folder in (path, path / "sae_lens", path / "release" / "sae_lens"):
+        for name in _READERS:
+            if (folder / name).is_file():
+                return folder / name
+    for name, reason in _FOREIGN.items():
+        if path.name == name or (path / name).is_file():
+            raise UserError(f"{path} is {reason}")
+    raise UserError(f"no SAE at {path}: it should be or hold {_SUPPORTED}")
+
+
+def _read_gemma_scope(path: Path) -> Sae:
+    try:
+        # Not np.load: given a file that isn't a zip it tries others and leaves it open.
+        with open(path, "rb") as raw, NpzFile(raw, allow_pickle=False) as file:
+            tensors = {name: file[name] for name in file.files}
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise damaged(path, error) from error
+    return checked(capital(tensors), path=path, metadata=_metadata_from_path(path))
+
+
+def _read_gemma_scope_2(path: Path) -> Sae:
+    config_path = path.with_name("config.json")
+    config = read_config(config_path) if config_path.is_file() else _config_from_path(path)
+    architecture = config.get("architecture", "jump_relu")
+    if architecture != "jump_relu":
+        raise UserError(
+            f"{config_path} has architecture {architecture!r}; only 'jump_relu' is read"
+        )
+    hook, hook_out = config.get("hf_hook_point_in"), config.get("hf_hook_point_out")
+    kind = config.get("type", "sae")
+    if kind not in ("sae", "transcoder"):
+        raise UserError(
+            f"{config_path} describes a {kind} (from {hook} to {hook_out}): only SAEs and "
+            "transcoders are read"
+        )
+    metadata = {
+        "model_name": config.get("model_name"),
+        "hf_hook_name": hook,
+        "l0": config.get("l0"),
+    }
+    if hook and (tap := parse_hook(hook)):
+        metadata["hook_name"] = transformer_lens_hook(*tap)
+    metadata = {key: value for key, value in metadata.items() if value is not None}
+    tensors = _with_skip(capital(read_tensors(path)), config, path=config_path)
+    if kind == "transcoder" or SKIP in tensors or hook_out not in (None, hook):
+        tap = parse_hook(hook_out) if hook_out else None
+        metadata["hook_name_out"] = transformer_lens_hook(*tap) if tap else None
+        metadata["hf_hook_name_out"] = hook_out
+    return checked(tensors, path=path, metadata=metadata)
+
+
+def _with_skip(tensors: Tensors, config: dict[str, Any], *, path: Path) -> Tensors:
+    """Gemma Scope 2's name of the skip as ours, config and tensors compared."""
+    has_skip = "affine_skip_connection" in tensors
+    if config.get("affine_connection", has_skip) != has_skip:
+        raise UserError(
+            f"{path} has affine_connection {config['affine_connection']}, and the tensors "
+            f"{'have' if has_skip else 'lack'} affine_skip_connection: fetch or export both again"
+        )
+    return {{"affine_skip_connection": SKIP}.get(name, name): t for name, t in tensors.items()}
+
+
+_READERS: dict[str, Callable[[Path], Sae]] = {
+    "sae_weights.safetensors": read_sae_lens,
+    "params.safetensors": _read_gemma_scope_2,
+    "params.npz": _read_gemma_scope,
+}
+
+
+def _metadata_from_path(path: Path) -> dict[str, Any]:
+    """What Gemma Scope's repository and folder names say; a `params.npz` itself says nothing."""
+    name = path.absolute().as_posix()
+    metadata: dict[str, Any] = {}
+    if l0 := re.search(r"average_l0_(\d+)", name):
+        metadata["l0"] = int(l0[1])
+    repository = re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att|transcoders)", name)
+    layer = re.search(r"layer_(\d+)|embedding", name)
+    if repository and layer:
+        size, tuned, short = repository.groups()
+        site = "embedding" if layer[1] is None else _GEMMA_SCOPE_SITES[short]
+        metadata["model_name"] = f"gemma-2-{size}" + ("-it" if tuned == "it" else "")
+        metadata |= _hooks(site, int(layer[1] or 0))
+        if short == "transcoders":
+            metadata |= _hooks("mlp_out", int(layer[1] or 0), ending="_out")
+    return metadata
+
+
+_GEMMA_SCOPE_SITES: dict[str, Site] = {
+    "res": "resid_post",
+    "mlp": "mlp_out",
+    "att": "attn_out_prelinear",
+    "transcoders": "mlp_in_normalized",
+}
+
+
+def _hooks(site: Site, layer: int, *, ending: str = "") -> dict[str, str]:
+    return {
+        f"hook_name{ending}": transformer_lens_hook(site, layer),
+        f"hf_hook_name{ending}": hugging_face_hook(site, layer),
+    }
+
+
+def _config_from_path(path: Path) -> dict[str, Any]:
+    """What the folder says where config.json is missing, as of some of Gemma Scope 2's."""
+    name = path.absolute().as_posix()
+    layer = re.search(r"/transcoder(?:_all)?/layer_(\d+)_", name)
+    if layer is None:
+        return {}
+    hooks = [hugging_face_hook(site, int(layer[1])) for site in ("mlp_in", "mlp_out")]
+    return {"type": "transcoder", "hf_hook_point_in": hooks[0], "hf_hook_point_out": hooks[1]}

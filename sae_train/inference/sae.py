@@ -1,0 +1,263 @@
+"""A released SAE, and how a trained one becomes it.
+
+Training sees scaled inputs and subtracts a pre-encoder bias; a release has both folded in, so that
+no tool needs to know of either (Gemma Scope, arXiv 2408.05147, appendix A).
+
+Legend: D model width, F latents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from activation_cache.config import Dtype
+from activation_cache.runtime.errors import UserError
+from sae_train.config.sae import Architecture, SaeConfig
+from sae_train.inference.hook_names import metadata_of
+from sae_train.model.forward import PRECISION
+from sae_train.model.topk import select
+
+if TYPE_CHECKING:
+    from sae_train.checkpoint.checkpoints import Trained
+
+HostOrDevice = np.ndarray | Array
+
+TENSORS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+SKIP = "W_skip"  # a sixth, which transcoders with an affine skip have
+
+
+@dataclass(frozen=True)
+class Sae:
+    """An SAE on raw activations: f = relu(z) · 1[z > θ], z = x W_enc + b_enc.
+
+    Or a transcoder, whose f W_dec + b_dec, and x W_skip if it has one, is a prediction of another
+    site's activations (`hook_name_out` of the metadata).
+
+    Every architecture we train has this form: ReLU has θ = 0, a Gated SAE is a JumpReLU one
+    (`sae_train.model.gated`), BatchTopK becomes one after training, and TopK has θ = 0 and keeps of
+    a row's latents only the k largest.
+
+    A JAX pytree of its tensors: pass it to a jitted function as an argument. The metadata
+    stay behind then, so that SAEs of one shape share one compilation.
+
+    Attributes:
+        W_enc, W_dec, b_enc, b_dec, threshold: float32 unless `cast`, nothing left to scale or to
+            subtract.
+        W_skip: [in, out]; None but for transcoders with an affine skip.
+        k: the most latents a row may have; None but for TopK.
+        architecture: the form it is kept in where a format has several (SAELens).
+        metadata: what is known of the origin, under SAELens' names (`model_name`, `hook_name`,
+            `hf_hook_name`, `context_size`, ...); empty where a format says nothing.
+    """
+
+    W_enc: Float[HostOrDevice, "D F"]
+    W_dec: Float[HostOrDevice, "F D"]
+    b_enc: Float[HostOrDevice, " F"]
+    b_dec: Float[HostOrDevice, " D"]
+    threshold: Float[HostOrDevice, " F"]
+    k: int | None = None
+    architecture: Architecture = "jumprelu"
+    metadata: dict[str, Any] = field(default_factory=dict, compare=False)
+    W_skip: Float[HostOrDevice, "D D"] | None = None
+
+    def encode(self, x: Float[HostOrDevice, "... D"]) -> Float[Array, "... F"]:
+        """Latents of raw activations, in the weights' dtype (Gemma Scope 2, released form)."""
+        pre = _product(x, self.W_enc)
+        pre = pre + _last(self.b_enc, pre.ndim)
+        latents = jnp.where(pre > _last(self.threshold, pre.ndim), jax.nn.relu(pre), 0.0)
+        if self.k is None:
+            return latents
+        return select(latents.reshape(-1, latents.shape[-1]), k=self.k).reshape(latents.shape)
+
+    def decode(self, latents: Float[HostOrDevice, "... F"]) -> Float[Array, "... D"]:
+        """f W_dec + b_dec, in the weights' dtype: all of the reconstruction but an affine skip."""
+        decoded = _product(latents, self.W_dec)
+        return decoded + _last(self.b_dec, decoded.ndim)
+
+    def predict(
+        self, x: Float[HostOrDevice, "... D"], *, latents: Float[HostOrDevice, "... F"]
+    ) -> Float[Array, "... D"]:
+        """What latents of these activations say, the skip included."""
+        decoded = self.decode(latents)
+        return decoded if self.W_skip is None else decoded + _product(x, self.W_skip)
+
+    def __call__(self, x: Float[HostOrDevice, "... D"]) -> Float[Array, "... D"]:
+        """Reconstruct raw activations; of a transcoder, predict its target's."""
+        return self.predict(x, latents=self.encode(x))
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Is it known to predict another site than it reads? A lone `params.npz` doesn't say."""
+        return self.W_skip is not None or "hook_name_out" in self.metadata
+
+    def cast(self, dtype: Dtype) -> Sae:
+        """The same with weights of another dtype, in which it then computes."""
+        tensors: dict[str, Any] = {
+            name: tensor.astype(jnp.dtype(dtype)) for name, tensor in self.tensors.items()
+        }
+        return dataclasses.replace(self, **tensors)
+
+    @property
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The tensors on the host, under their names here."""
+        names = TENSORS if self.W_skip is None else (*TENSORS, SKIP)
+        return {name: np.asarray(getattr(self, name)) for name in names}
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the names, shapes and bytes of the tensors, and k if there is one."""
+        digest = hashlib.sha256()
+        if self.k is not None:
+            digest.update(f"k {self.k}\n".encode())
+        for name, tensor in self.tensors.items():
+            digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+            digest.update(np.ascontiguousarray(tensor).data)
+        return digest.hexdigest()
+
+
+def _product(x: HostOrDevice, weight: HostOrDevice) -> Array:
+    """x @ weight in the weight's dtype, added up in float32."""
+    weight = jnp.asarray(weight)
+    wide = jnp.matmul(
+        jnp.asarray(x).astype(weight.dtype),
+        weight,
+        precision=PRECISION,
+        preferred_element_type=jnp.float32,
+    )
+    return wide.astype(weight.dtype)
+
+
+def _last(vector: HostOrDevice, ndim: int) -> Array:
+    """A vector along the last of `ndim` dims: the tests forbid implicit rank promotion."""
+    return jnp.asarray(vector).reshape((1,) * (ndim - 1) + (-1,))
+
+
+_Static = tuple[int | None, Architecture]
+
+
+def _flatten(sae: Sae) -> tuple[tuple[Any, ...], _Static]:
+    return tuple(getattr(sae, name) for name in (*TENSORS, SKIP)), (sae.k, sae.architecture)
+
+
+def _flatten_with_keys(sae: Sae) -> tuple[tuple[Any, ...], _Static]:
+    names = (*TENSORS, SKIP)
+    children = tuple((jax.tree_util.GetAttrKey(name), getattr(sae, name)) for name in names)
+    return children, (sae.k, sae.architecture)
+
+
+def _unflatten(static: _Static, children: Any) -> Sae:
+    # Past __init__: JAX also unflattens with placeholders, which no shape check would let through.
+    sae = object.__new__(Sae)
+    names = (*TENSORS, SKIP, "k", "architecture", "metadata")
+    for name, value in zip(names, (*children, *static, {}), strict=True):
+        object.__setattr__(sae, name, value)
+    return sae
+
+
+jax.tree_util.register_pytree_with_keys(Sae, _flatten_with_keys, _unflatten, _flatten)
+
+
+def fold(trained: Trained) -> Sae:
+    """The released form of trained weights (Gemma Scope, appendix A).
+
+    With x = x_raw / C: W_enc' = W_enc, W_dec' = W_dec, b_enc' = C (b_enc - W_enc b_dec),
+    b_dec' = C b_dec, θ' = C θ; the latents come out multiplied by C. Without a pre-encoder bias
+    the term W_enc b_dec is absent. Computed in float64, returned in float32.
+
+    A transcoder whose target was divided by T has T in the place of C, and what reads x_raw has
+    T/C besides: W_enc' = T/C W_enc, W_skip' = T/C W_skip.
+
+    Raises:
+        UserError: a weight isn't finite.
+    """
+    config = trained.config.sae
+    params = {name: np.asarray(value, np.float64) for name, value in trained.params.items()}
+    scale = float(trained.target_scale)
+    ratio = scale / float(trained.input_scale)  # of an SAE 1
+    check_finite(params, where=f"the checkpoint at step {trained.step}")
+    params = _as_jumprelu(params, architecture=config.architecture)
+    # The trainer clamps direct thresholds at 0: no format can say more, all apply a ReLU first.
+    assert (params["threshold"] >= 0).all(), "a trained threshold is negative"
+    bias_F = params["b_enc"]
+    if config.pre_encoder_bias:
+        bias_F = bias_F - params["W_enc"] @ params["b_dec"]
+    W_enc_FD = params["W_enc"] if ratio == 1.0 else ratio * params["W_enc"]
+    return Sae(
+        W_enc=np.ascontiguousarray(W_enc_FD.T, np.float32),
+        W_dec=np.ascontiguousarray(params["W_dec"], np.float32),
+        b_enc=(scale * bias_F).astype(np.float32),
+        b_dec=(scale * params["b_dec"]).astype(np.float32),
+        threshold=(scale * params["threshold"]).astype(np.float32),
+        k=config.k if config.architecture == "topk" else None,
+        architecture=_kept_as(config),
+        metadata=metadata_of(trained),
+        W_skip=(ratio * params[SKIP]).astype(np.float32) if config.affine_skip else None,
+    )
+
+
+def _kept_as(config: SaeConfig) -> Architecture:
+    """What BatchTopK leaves behind is a JumpReLU SAE; no format has a Gated transcoder."""
+    gated_transcoder = config.architecture == "gated" and config.is_transcoder
+    if config.architecture == "batch_topk" or gated_transcoder:
+        return "jumprelu"
+    return config.architecture
+
+
+def check_kind(sae: Sae, config: SaeConfig, *, name: str) -> None:
+    """Raise `UserError` where a transcoder stands for an SAE, or the other way round."""
+    if sae.is_transcoder and not config.is_transcoder:
+        raise UserError(
+            f"{name} is a transcoder, from {sae.metadata.get('hook_name')} to "
+            f"{sae.metadata.get('hook_name_out')}, and the config describes an SAE of "
+            f"{config.site}: set sae.target to the site it predicts, or choose an SAE"
+        )
+    if config.is_transcoder and not sae.is_transcoder and "hook_name" in sae.metadata:
+        raise UserError(
+            f"{name} is an SAE of {sae.metadata['hook_name']}, and the config describes a "
+            f"transcoder to {config.target}: take out sae.target, or choose a transcoder"
+        )
+
+
+def _as_jumprelu(
+    params: dict[str, np.ndarray], *, architecture: Architecture
+) -> dict[str, np.ndarray]:
+    """The five tensors of any architecture's trained parameters, weights latent-major."""
+    if architecture == "gated":
+        return params | gated_as_jumprelu(params, latent_axis=0)
+    if architecture in ("relu", "topk"):
+        return params | {"threshold": np.zeros_like(params["b_enc"])}
+    return params
+
+
+def gated_as_jumprelu(params: dict[str, np.ndarray], *, latent_axis: int) -> dict[str, np.ndarray]:
+    """W_enc, b_enc and threshold of the JumpReLU SAE that a Gated one is.
+
+    gate > 0 where exp(r_mag) gate > 0, that is where the magnitude's pre-activation, exp(r_mag)
+    (gate - b_gate) + b_mag, is above b_mag - exp(r_mag) b_gate. A negative threshold may as well
+    be 0: the magnitude passes a ReLU.
+    """
+    gain_F = np.exp(params["r_mag"])
+    return {
+        "W_enc": params["W_enc"] * np.expand_dims(gain_F, 1 - latent_axis),
+        "b_enc": params["b_mag"],
+        "threshold": np.maximum(params["b_mag"] - gain_F * params["b_gate"], 0.0),
+    }
+
+
+def check_finite(tensors: dict[str, np.ndarray], *, where: str) -> None:
+    """Raise a `UserError` naming the first tensor that holds a NaN or an infinity."""
+    for name, tensor in tensors.items():
+        bad = int(tensor.size - np.isfinite(tensor).sum())
+        if bad:
+            raise UserError(
+                f"{name} of {where} must be finite; {bad} of {tensor.size} values are NaN or "
+                "infinite: take an earlier checkpoint or another copy of the file"
+            )

@@ -1,0 +1,55 @@
+"""The architectures by name: what each trains, and how it goes forward (docs/architectures.md).
+
+Legend: B rows of a batch, D model width, F latents.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Bool, Float
+
+from sae_train.config.sae import Architecture, SaeConfig
+from sae_train.model import gated, relu, topk
+from sae_train.model.forward import Forward, Params
+
+ARCHITECTURE_NAMES: dict[Architecture, str] = {
+    "jumprelu": "JumpReLU",
+    "relu": "ReLU",
+    "gated": "Gated",
+    "topk": "TopK",
+    "batch_topk": "BatchTopK",
+}
+
+
+def forward(
+    params: Params,
+    x_BD: Float[Array, "B D"],
+    *,
+    target_BD: Float[Array, "B D"],
+    config: SaeConfig,
+    dead_F: Bool[Array, " F"],
+) -> Forward:
+    """One pass over scaled rows, of any architecture but JumpReLU, whose steps are all explicit.
+
+    Args:
+        target_BD: what is to be predicted: of an SAE, x itself. Auxiliary losses look at it.
+        dead_F: latents that haven't fired for long; only TopK and BatchTopK look at them.
+    """
+    assert config.architecture != "jumprelu"
+    match config.architecture:
+        case "relu":
+            return relu.forward(params, x_BD, config=config)
+        case "gated":
+            return gated.forward(params, x_BD, target_BD=target_BD, config=config)
+        case "topk":
+            return topk.forward_topk(
+                params, x_BD, target_BD=target_BD, config=config, dead_F=dead_F
+            )
+        case "batch_topk":
+            return topk.forward_batch_topk(
+                params, x_BD, target_BD=target_BD, config=config, dead_F=dead_F
+            )
+
+
+def has_unit_decoder(architecture: Architecture) -> bool:
+    """Are the decoder's rows kept at unit norm? An L1 weighted by their norms leaves them free."""
+    return architecture != "relu"

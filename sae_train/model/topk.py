@@ -1,0 +1,162 @@
+"""TopK and BatchTopK SAEs: sparsity by selection, and a loss that wakes dead latents.
+
+    pre = ReLU((x - b_dec) W_encᵀ + b_enc)
+    f   = pre where it is among the k largest of its row (TopK), or among the k·B largest of the
+          batch (BatchTopK); 0 elsewhere
+    x̂   = f W_dec + b_dec,  rows of W_dec of unit norm
+
+Sources: Gao et al. 2024 (arXiv 2406.04093) for TopK and AuxK (appendix A.2), Bussmann et al. 2024
+(arXiv 2412.06410) for BatchTopK, whose inference is a JumpReLU at the mean of the smallest value
+selected in training.
+
+Nothing is sorted: the k-th largest value is found by bisection over the bits of a float32, 31
+counts. That is exact, and with the latents split over devices each count sends B integers where a
+sort would gather the whole [B, F].
+
+Legend: B rows of a batch, D model width, F latents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sae_train.config.sae import SaeConfig
+from sae_train.model.forward import (
+    Forward,
+    Params,
+    counted,
+    decode,
+    pre_activations,
+    product_with_decoder,
+)
+
+BITS = 31  # of a float32 that isn't negative; read as integers they are in the floats' order
+
+
+def kth_largest(values_BF: Float[Array, "B F"], *, k: int) -> Float[Array, " B"]:
+    """The k-th largest value of each row of values >= 0; 0 where fewer than k are positive."""
+    bits_BF = jax.lax.bitcast_convert_type(values_BF, jnp.int32)
+
+    def enough(least_B: Array) -> Array:
+        return (bits_BF >= least_B[:, None]).sum(axis=1, dtype=jnp.int32) >= k
+
+    return bisect(enough, jnp.zeros(values_BF.shape[0], jnp.int32))
+
+
+def kth_largest_of_all(values_BF: Float[Array, "B F"], *, k: int) -> Float[Array, ""]:
+    """The k-th largest of all values >= 0; 0 where fewer than k are positive."""
+    bits_BF = jax.lax.bitcast_convert_type(values_BF, jnp.int32)
+
+    def enough(least: Array) -> Array:
+        # Counted in float32: B·F may pass 2^31, and up to k, at most 2^24, the sum is exact.
+        return (bits_BF >= least).sum(axis=1, dtype=jnp.int32).astype(jnp.float32).sum() >= k
+
+    return bisect(enough, jnp.zeros((), jnp.int32))
+
+
+def bisect(
+    enough: Callable[[Int[Array, "..."]], Bool[Array, "..."]],
+    start: Int[Array, "..."],
+    *,
+    bits: int = BITS,
+) -> Float[Array, "..."]:
+    """The largest value >= 0 that is still `enough`, from its highest bit down.
+
+    Args:
+        enough: of values read as integers; true up to some value and false above it.
+        start: zeros.
+        bits: how many of the 31 are found; the others stay 0, and the value is a lower bound.
+    """
+
+    def body(place: Array, least: Array) -> Array:
+        candidate = least | jnp.left_shift(jnp.int32(1), (BITS - 1 - place).astype(jnp.int32))
+        return jnp.where(enough(candidate), candidate, least)
+
+    least = jax.lax.fori_loop(0, bits, body, start)
+    return jax.lax.bitcast_convert_type(least, jnp.float32)
+
+
+def select(values_BF: Float[Array, "B F"], *, k: int) -> Float[Array, "B F"]:
+    """The k largest values of each row, if positive, and 0 elsewhere; all of a tie are kept."""
+    kth_B = kth_largest(jax.lax.stop_gradient(values_BF), k=k)
+    return jnp.where(values_BF >= kth_B[:, None], values_BF, 0.0)
+
+
+def forward_topk(
+    params: Params,
+    x_BD: Float[Array, "B D"],
+    *,
+    target_BD: Float[Array, "B D"],
+    config: SaeConfig,
+    dead_F: Bool[Array, " F"],
+) -> Forward:
+    """Encode and decode scaled rows with k latents active per row.
+
+    Args:
+        params: W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D].
+        x_BD: activations divided by the input scale, so that E|x|² = 1.
+        target_BD: what is to be predicted: of an SAE, x itself.
+        dead_F: latents that haven't fired for long.
+    """
+    assert config.k is not None
+    pre_BF = _positive(params, x_BD, config=config)
+    latents_BF = select(pre_BF, k=config.k)
+    reconstruction_BD = decode(params, latents_BF, x_BD=x_BD)
+    return _with_aux_k(
+        params, target_BD, pre_BF, latents_BF, reconstruction_BD, config=config, dead_F=dead_F
+    )
+
+
+def forward_batch_topk(
+    params: Params,
+    x_BD: Float[Array, "B D"],
+    *,
+    target_BD: Float[Array, "B D"],
+    config: SaeConfig,
+    dead_F: Bool[Array, " F"],
+) -> Forward:
+    """As `forward_topk`, with k active per row in the mean of the batch; has `smallest`."""
+    assert config.k is not None
+    pre_BF = _positive(params, x_BD, config=config)
+    least = kth_largest_of_all(jax.lax.stop_gradient(pre_BF), k=config.k * x_BD.shape[0])
+    latents_BF = jnp.where(pre_BF >= least, pre_BF, 0.0)
+    reconstruction_BD = decode(params, latents_BF, x_BD=x_BD)
+    out = _with_aux_k(
+        params, target_BD, pre_BF, latents_BF, reconstruction_BD, config=config, dead_F=dead_F
+    )
+    return dataclasses.replace(out, smallest=least)
+
+
+def _positive(params: Params, x_BD: Array, *, config: SaeConfig) -> Array:
+    return jax.nn.relu(pre_activations(params, x_BD, bias=params["b_enc"], config=config))
+
+
+def _with_aux_k(
+    params: Params,
+    target_BD: Array,
+    pre_BF: Array,
+    latents_BF: Array,
+    reconstruction_BD: Array,
+    *,
+    config: SaeConfig,
+    dead_F: Array,
+) -> Forward:
+    """The pass with AuxK: the D/2 largest of the dead latents predict what the others missed.
+
+    α |e - ê|², e the error without gradient, ê = z W_dec; with few dead latents in proportion less.
+    """
+    k_aux = target_BD.shape[1] // 2
+
+    def missed() -> Array:
+        z_BF = select(jnp.where(dead_F[None, :], pre_BF, 0.0), k=k_aux)
+        error_BD = jax.lax.stop_gradient(target_BD - reconstruction_BD)
+        squared = jnp.square(error_BD - product_with_decoder(params, z_BF)).sum(axis=1).mean()
+        return squared * jnp.minimum(dead_F.sum() / k_aux, 1.0)
+
+    missed_mean = jax.lax.cond(dead_F.any(), missed, lambda: jnp.zeros(()))
+    return counted(reconstruction_BD, latents_BF, auxiliary=config.aux_k_coefficient * missed_mean)

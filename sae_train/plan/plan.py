@@ -1,0 +1,98 @@
+"""`sae plan`: what a config needs, said before anything is spent.
+
+Everything here follows from the config, the language model's shape and a table of accelerators:
+no store is opened, no device asked, nothing allocated. docs/plan.md says how to read the result
+and how good it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from activation_cache.language_model.published_sizes import config_for_planning
+from sae_train.config.run import Config
+from sae_train.plan.accelerators import Accelerator
+from sae_train.plan.runs import CohortPlan, RunPlan, plan_cohorts, plan_run
+from sae_train.plan.verdict import AcceleratorPlan, Assumptions, on_accelerator
+from sae_train.plan.work import HarvestWork, StorePlan, harvest_work, store_plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `sae plan` prints."""
+
+    name: str
+    model: str
+    model_from: str
+    model_dtype: str
+    assumptions: Assumptions
+    store: StorePlan
+    harvest: HarvestWork
+    runs: tuple[RunPlan, ...]
+    cohorts: tuple[CohortPlan, ...]
+    accelerators: tuple[AcceleratorPlan, ...]
+
+
+def make_plan(
+    config: Config,
+    *,
+    runs: Sequence[tuple[str, Config]],
+    accelerators: Sequence[Accelerator],
+    assumptions: Assumptions,
+) -> Plan:
+    """Reckon a config through.
+
+    Args:
+        runs: (name, config) of every SAE it trains: itself, or the members of its sweep.
+
+    Raises:
+        UserError: the model's shape is neither at hand nor known, or has no such layer.
+    """
+    gemma, source = config_for_planning(config.model)
+    store = store_plan(config.cache, config.text, gemma)
+    harvest = harvest_work(config.cache, config.text, gemma, dtype=config.model.dtype)
+    run_plans = tuple(plan_run(one, name=name, gemma=gemma) for name, one in runs)
+    cohorts = plan_cohorts(config, runs=[one for _, one in runs], plans=run_plans)
+    return Plan(
+        name=config.name,
+        model=config.model.weights,
+        model_from=source,
+        model_dtype=config.model.dtype,
+        assumptions=assumptions,
+        store=store,
+        harvest=harvest,
+        runs=run_plans,
+        cohorts=cohorts,
+        accelerators=tuple(
+            on_accelerator(
+                one,
+                config,
+                harvest=harvest,
+                runs=run_plans,
+                cohorts=cohorts,
+                assumptions=assumptions,
+            )
+            for one in accelerators
+        ),
+    )
+
+
+def plan_record(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON holds it: every field, and the sums that tables show."""
+    record = asdict(plan)
+    record["store"]["total_bytes"] = plan.store.total_bytes
+    for run, entry in zip(plan.runs, record["runs"], strict=True):
+        mesh = run.shape.mesh
+        entry["shape"]["mesh"] = mesh.model_dump()
+        entry["devices"] = run.devices
+        for key, memory in (("memory", run.memory), ("memory_cpu", run.memory_cpu)):
+            entry[key] |= {"step": memory.step, "total": memory.total, "biggest": memory.biggest}
+    for cohort, entry in zip(plan.cohorts, record["cohorts"], strict=True):
+        for key, memory in (("memory", cohort.memory), ("memory_cpu", cohort.memory_cpu)):
+            entry[key] |= {"step": memory.step, "total": memory.total, "biggest": memory.biggest}
+    for chip, entry in zip(plan.accelerators, record["accelerators"], strict=True):
+        for verdict, inner in zip(chip.verdicts, entry["verdicts"], strict=True):
+            inner["mesh"] = verdict.mesh.model_dump() if verdict.mesh else None
+    return record

@@ -1,0 +1,133 @@
+"""What each SAE of a plan needs, whatever accelerator it is trained on.
+
+The memory of a device, the work and the collectives of a step; and of runs that train together,
+what a device holds for all of them. `plan_accelerator` makes hours of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from activation_cache.gemma.config import GemmaConfig
+from activation_cache.gemma.taps import check_tap, tap_width
+from sae_train.config.run import Config
+from sae_train.plan.memory import Shape, StepMemory, cohort_memory, step_memory
+from sae_train.plan.work import (
+    collective_bytes,
+    paper_step_flops,
+    sent_bytes,
+    step_flops,
+    step_traffic,
+)
+from sae_train.step.path_choice import capacity_per_row, may_go_by_pairs
+from sae_train.train.cohort import group_cohorts
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """One SAE: sizes, memory of a device, work per step. Independent of the accelerator.
+
+    `by_pairs` and `by_pairs_cpu` say whether steps may go by pairs of row and active latent;
+    `memory` and `memory_cpu` are theirs then. Work and collectives are always those of products.
+    """
+
+    name: str
+    tap: str
+    shape: Shape
+    steps: int
+    memory: StepMemory
+    memory_cpu: StepMemory
+    by_pairs: bool
+    by_pairs_cpu: bool
+    flops_per_step: int
+    paper_flops_per_step: int
+    traffic_per_step: int
+    collectives: Mapping[str, int]
+    sent_per_step: float
+    batch_bytes: int
+
+    @property
+    def devices(self) -> int:
+        """Places of the mesh."""
+        return self.shape.mesh.data * self.shape.mesh.model
+
+
+@dataclass(frozen=True)
+class CohortPlan:
+    """Runs that train together: what a device holds for all of them, and what they read once.
+
+    Attributes:
+        runs: numbers of the runs, counted from 0.
+        batches: read for all of them, as many as the longest run has steps.
+    """
+
+    runs: tuple[int, ...]
+    memory: StepMemory
+    memory_cpu: StepMemory
+    batches: int
+    batch_bytes: int
+
+
+def plan_run(config: Config, *, name: str, gemma: GemmaConfig) -> RunPlan:
+    """Size one SAE up.
+
+    Raises:
+        UserError: the model has no such layer.
+    """
+    tap = config.sae.tap
+    check_tap(tap, gemma)
+    shape = Shape(
+        batch_size=config.train.batch_size,
+        d_model=tap_width(gemma, tap.site),
+        width=config.sae.width,
+        mesh=config.mesh,
+        architecture=config.sae.architecture,
+        is_transcoder=config.sae.is_transcoder,
+        has_skip=config.sae.affine_skip,
+    )
+    dtype = config.cache.dtype
+    places = capacity_per_row(config)
+    by_pairs, by_pairs_cpu = (may_go_by_pairs(config, on_cpu=on_cpu) for on_cpu in (False, True))
+    shape_cpu = dataclasses.replace(shape, places=places if by_pairs_cpu else None)
+    shape = dataclasses.replace(shape, places=places if by_pairs else None)
+    collectives = collective_bytes(shape)
+    sizes = [("data", config.mesh.data), ("model", config.mesh.model)]
+    memory = step_memory(shape, store_dtype=dtype)
+    return RunPlan(
+        name=name,
+        tap=" to ".join(one.name for one in config.sae.taps),
+        shape=shape,
+        steps=config.train.steps,
+        memory=memory,
+        memory_cpu=step_memory(shape_cpu, store_dtype=dtype, backend="cpu"),
+        by_pairs=by_pairs,
+        by_pairs_cpu=by_pairs_cpu,
+        flops_per_step=step_flops(shape),
+        paper_flops_per_step=paper_step_flops(shape),
+        traffic_per_step=step_traffic(shape),
+        collectives=collectives,
+        sent_per_step=sent_bytes(collectives, sizes),
+        batch_bytes=memory.next_batch * config.mesh.data,
+    )
+
+
+def plan_cohorts(
+    config: Config, *, runs: Sequence[Config], plans: Sequence[RunPlan]
+) -> tuple[CohortPlan, ...]:
+    """The cohorts in which a config's runs train; `plans` are those of `runs`, one for one."""
+    most = config.sweep.cohort.max_members if config.sweep else 1
+    found = []
+    for numbers in group_cohorts(list(enumerate(runs)), max_members=most):
+        members = [plans[number] for number in numbers]
+        found.append(
+            CohortPlan(
+                runs=numbers,
+                memory=cohort_memory([one.memory for one in members]),
+                memory_cpu=cohort_memory([one.memory_cpu for one in members]),
+                batches=max(one.steps for one in members),
+                batch_bytes=members[0].batch_bytes,
+            )
+        )
+    return tuple(found)

@@ -1,0 +1,242 @@
+"""What a suite costs, cells that need the same reckoned once and counted.
+
+Hours are of one device: devices of a mesh times the hours it runs, so that suites whose meshes
+differ can be summed. All else is as in `plan`; docs/plan.md has both.
+
+Legend: B rows of a batch, D width of what is read, F latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from activation_cache.config import CacheConfig
+from activation_cache.gemma.config import GemmaConfig
+from activation_cache.language_model.published_sizes import config_for_planning
+from launch.sweep.suite_cells import Cell, all_cells, cache_of, cells_of, read_width
+from sae_train.config.run import Config, MeshConfig
+from sae_train.plan.accelerators import Accelerator
+from sae_train.plan.memory import FLOAT_BYTES, Shape, StepMemory, nearest_mesh, step_memory
+from sae_train.plan.verdict import Assumptions, total, usable_bytes
+from sae_train.plan.work import harvest_work, step_flops, step_traffic, store_plan
+from sae_train.step.path_choice import capacity_per_row, may_go_by_pairs
+
+
+@dataclass(frozen=True)
+class CellGroup:
+    """Cells that need the same of everything.
+
+    `flops` and `weight_bytes` are of all of them: steps of training, and released weights.
+    """
+
+    what: str
+    kind: str
+    cells: int
+    shape: Shape
+    steps: int
+    memory: StepMemory
+    flops: float
+    weight_bytes: int
+
+    @property
+    def devices(self) -> int:
+        """Places of the mesh."""
+        return self.shape.mesh.data * self.shape.mesh.model
+
+
+@dataclass(frozen=True)
+class StoreGroup:
+    """Stores of one size: what they hold, and the forward passes that fill all of them."""
+
+    stores: int
+    taps: int
+    rows: int
+    bytes_each: int
+    flops: float
+
+
+@dataclass(frozen=True)
+class GroupVerdict:
+    """A group on one accelerator.
+
+    Attributes:
+        fits: a cell fits its own mesh.
+        mesh: that mesh, or else the nearest that a cell fits; None where none does.
+        device_hours: of all cells of the group on `mesh`.
+    """
+
+    fits: bool
+    mesh: MeshConfig | None
+    device_hours: float | None
+
+
+@dataclass(frozen=True)
+class SuiteAccelerator:
+    """A suite on one accelerator, in hours of one device; None where a group fits no mesh."""
+
+    accelerator: Accelerator
+    usable_bytes: int
+    harvest_hours: float
+    verdicts: tuple[GroupVerdict, ...]
+    train_hours: float | None
+    total_cost: float | None
+
+
+@dataclass(frozen=True)
+class SuitePlan:
+    """What `sae plan` prints of a suite."""
+
+    name: str
+    model_from: str
+    assumptions: Assumptions
+    groups: tuple[CellGroup, ...]
+    stores: tuple[StoreGroup, ...]
+    accelerators: tuple[SuiteAccelerator, ...]
+
+    @property
+    def cells(self) -> int:
+        """SAEs of the suite, in all groups."""
+        return sum(group.cells for group in self.groups)
+
+    @property
+    def store_bytes(self) -> int:
+        """Of all stores together; one at a time needs the largest alone."""
+        return sum(store.stores * store.bytes_each for store in self.stores)
+
+
+def make_suite_plan(
+    config: Config, *, accelerators: Sequence[Accelerator], assumptions: Assumptions
+) -> SuitePlan:
+    """Reckon a suite through.
+
+    Raises:
+        UserError: as `suite.cells_of`, or the model's shape is neither at hand nor known.
+    """
+    gemma, source = config_for_planning(config.model)
+    chosen = cells_of(config, gemma)
+    groups = tuple(_groups(chosen, config, gemma))
+    stores = tuple(_store_groups(chosen, config, gemma))
+    return SuitePlan(
+        name=config.name,
+        model_from=source,
+        assumptions=assumptions,
+        groups=groups,
+        stores=stores,
+        accelerators=tuple(
+            _on_accelerator(chip, config, groups, stores, assumptions) for chip in accelerators
+        ),
+    )
+
+
+def _groups(cells: Sequence[Cell], config: Config, gemma: GemmaConfig) -> list[CellGroup]:
+    alike: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in cells:
+        key = (cell.kind, cell.site, cell.affine, cell.width, cell.tokens, str(cell.mesh))
+        alike.setdefault(key, []).append(cell)
+    return [_group(members, config, gemma) for members in alike.values()]
+
+
+def _group(members: list[Cell], config: Config, gemma: GemmaConfig) -> CellGroup:
+    cell, batch = members[0], config.train.batch_size
+    shape = Shape(
+        batch,
+        read_width(cell, gemma),
+        cell.width,
+        cell.mesh,
+        architecture=config.sae.architecture,
+        is_transcoder=cell.kind == "transcoder",
+        has_skip=cell.affine,
+        places=capacity_per_row(config, width=cell.width)
+        if may_go_by_pairs(config, on_cpu=False)
+        else None,
+    )
+    steps = max(1, cell.tokens // batch)
+    weights = 2 * shape.width * shape.d_model + 2 * shape.width + shape.d_model
+    weights += shape.d_model**2 if cell.affine else 0
+    return CellGroup(
+        what=(cell.site or cell.kind) + (", affine" if cell.affine else ""),
+        kind=cell.kind,
+        cells=len(members),
+        shape=shape,
+        steps=steps,
+        memory=step_memory(shape, store_dtype=config.cache.dtype),
+        flops=float(len(members)) * steps * step_flops(shape),
+        weight_bytes=len(members) * weights * FLOAT_BYTES,
+    )
+
+
+def _store_groups(cells: Sequence[Cell], config: Config, gemma: GemmaConfig) -> list[StoreGroup]:
+    """The stores that the cells read."""
+    every = all_cells(config, gemma)
+    taps = {cell.taps: cell for cell in cells}
+    caches: dict[str, CacheConfig] = {}
+    for cell in taps.values():
+        cache = cache_of(cell, config, every, gemma=gemma)
+        caches[cache.path] = cache
+    alike: dict[tuple[int, int, int], list[float]] = {}
+    for cache in caches.values():
+        size = store_plan(cache, config.text, gemma)
+        work = harvest_work(cache, config.text, gemma, dtype=config.model.dtype)
+        key = (len(size.tap_bytes), size.rows, size.total_bytes)
+        alike.setdefault(key, []).append(work.flops)
+    return [
+        StoreGroup(stores=len(flops), taps=taps, rows=rows, bytes_each=size, flops=sum(flops))
+        for (taps, rows, size), flops in alike.items()
+    ]
+
+
+def _on_accelerator(
+    chip: Accelerator,
+    config: Config,
+    groups: Sequence[CellGroup],
+    stores: Sequence[StoreGroup],
+    assumptions: Assumptions,
+) -> SuiteAccelerator:
+    verdicts = tuple(_verdict(group, chip, config, assumptions) for group in groups)
+    rate = chip.peak(config.model.dtype) * assumptions.mfu
+    harvest = sum(store.flops for store in stores) / rate / 3600
+    train = total([verdict.device_hours for verdict in verdicts])
+    price = assumptions.price
+    return SuiteAccelerator(
+        accelerator=chip,
+        usable_bytes=usable_bytes(chip),
+        harvest_hours=harvest,
+        verdicts=verdicts,
+        train_hours=train,
+        total_cost=None if price is None or train is None else price * (harvest + train),
+    )
+
+
+def _verdict(
+    group: CellGroup, chip: Accelerator, config: Config, assumptions: Assumptions
+) -> GroupVerdict:
+    usable, most = usable_bytes(chip), assumptions.most_devices
+    fits = group.memory.total <= usable and group.devices <= most
+    mesh: MeshConfig | None = group.shape.mesh
+    if not fits:
+        mesh = nearest_mesh(group.shape, config.cache.dtype, usable=usable, most=most)
+    if mesh is None:
+        return GroupVerdict(fits=False, mesh=None, device_hours=None)
+    devices = mesh.data * mesh.model
+    shape = replace(group.shape, mesh=mesh)
+    # Products are shared out among the devices; each makes its own passes over memory.
+    compute = group.flops / (chip.peak("float32") * assumptions.mfu)
+    memory = group.cells * group.steps * devices * step_traffic(shape) / chip.hbm_bandwidth
+    return GroupVerdict(fits=fits, mesh=mesh, device_hours=max(compute, memory) / 3600)
+
+
+def suite_record(plan: SuitePlan) -> dict[str, Any]:
+    """The plan as JSON holds it: every field, and the sums that tables show."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, MeshConfig):
+            return value.model_dump()
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+    record: dict[str, Any] = plain(asdict(plan))
+    record |= {"cells": plan.cells, "store_bytes": plan.store_bytes}
+    return record

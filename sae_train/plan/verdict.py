@@ -1,0 +1,205 @@
+"""A plan on one accelerator: does it fit, how long does it take, what does it cost.
+
+`plan_run` and `plan_work` have the sizes that this divides by an accelerator's rates. docs/plan.md
+says how good the result is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from activation_cache.runtime.errors import UserError
+from sae_train.config.run import Config, MeshConfig
+from sae_train.plan.accelerators import Accelerator
+from sae_train.plan.memory import cohort_memory, nearest_mesh
+from sae_train.plan.runs import CohortPlan, RunPlan
+from sae_train.plan.work import HarvestWork
+
+# The runtime's own share, compiled programs, collectives' buffers, fragmentation.
+USABLE_MEMORY = 0.92
+# XLA_PYTHON_CLIENT_MEM_FRACTION's default (JAX documentation, "GPU memory allocation").
+GPU_DEFAULT_SHARE = 0.75
+MOST_DEVICES = 4096
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a plan takes as given.
+
+    Attributes:
+        mfu: the share of an accelerator's peak that products reach, 0 to 1.
+        devices: how many there are; None: as many as each mesh has places.
+        price: of one device for one hour, in any currency; None leaves cost out. The mesh's
+            places are paid for, not devices it leaves idle.
+    """
+
+    mfu: float = 0.4
+    devices: int | None = None
+    price: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mfu <= 1:
+            raise UserError(
+                f"--mfu is {self.mfu:g}: it is a share of the peak, above 0 and up to 1"
+            )
+        if self.devices is not None and self.devices < 1:
+            raise UserError(f"--devices is {self.devices}: at least 1 is needed")
+        if self.price is not None and not (self.price >= 0 and math.isfinite(self.price)):
+            raise UserError(f"--price is {self.price:g}: it can't be negative or infinite")
+
+    @property
+    def most_devices(self) -> int:
+        """The bound on a mesh's places."""
+        return self.devices or MOST_DEVICES
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One run on one accelerator.
+
+    Attributes:
+        fits: memory and number of devices both suffice.
+        mesh: the run's own if it fits, else the nearest that does; None when none does.
+        hours, cost, read_bytes_per_second: on the run's own mesh, and None where it doesn't fit.
+        bound: `compute`, or `memory` where traffic takes longer than products.
+        above_default: it fits, but not into what JAX takes of a GPU's memory by itself.
+    """
+
+    run: str
+    fits: bool
+    mesh: MeshConfig | None
+    step_seconds: float
+    bound: str
+    hours: float | None
+    cost: float | None
+    read_bytes_per_second: float | None
+    above_default: bool
+
+
+@dataclass(frozen=True)
+class CohortVerdict:
+    """One cohort on one accelerator.
+
+    Attributes:
+        fits: memory and number of devices both suffice.
+        at_once: how many of its runs fit together, the widest first.
+        read_bytes_per_second: for all its runs; None where it doesn't fit.
+    """
+
+    fits: bool
+    at_once: int
+    step_seconds: float
+    read_bytes_per_second: float | None
+
+
+@dataclass(frozen=True)
+class AcceleratorPlan:
+    """All of a config on one accelerator; totals are None if a run doesn't fit."""
+
+    accelerator: Accelerator
+    usable_bytes: int
+    harvest_hours: float
+    harvest_cost: float | None
+    verdicts: tuple[Verdict, ...]
+    cohorts: tuple[CohortVerdict, ...]
+    train_hours: float | None
+    total_hours: float | None
+    total_cost: float | None
+
+
+def usable_bytes(chip: Accelerator) -> int:
+    """What a step may fill of one device's memory."""
+    return int(chip.hbm_bytes * USABLE_MEMORY)
+
+
+def on_accelerator(
+    chip: Accelerator,
+    config: Config,
+    *,
+    harvest: HarvestWork,
+    runs: Sequence[RunPlan],
+    cohorts: Sequence[CohortPlan],
+    assumptions: Assumptions,
+) -> AcceleratorPlan:
+    """What an accelerator makes of a config: the verdicts of `runs` and `cohorts`, and totals."""
+    usable = usable_bytes(chip)
+    verdicts = tuple(_verdict(run, chip, config, usable, assumptions) for run in runs)
+    devices = config.mesh.data * config.mesh.model
+    harvest_seconds = harvest.flops / (chip.peak(config.model.dtype) * assumptions.mfu * devices)
+    harvest_hours = harvest_seconds / 3600
+    harvest_cost = _cost(harvest_hours, devices, assumptions)
+    train_hours = total([one.hours for one in verdicts])
+    train_cost = total([one.cost for one in verdicts])
+    return AcceleratorPlan(
+        accelerator=chip,
+        usable_bytes=usable,
+        harvest_hours=harvest_hours,
+        harvest_cost=harvest_cost,
+        verdicts=verdicts,
+        cohorts=tuple(
+            _cohort_verdict(cohort, runs, verdicts, usable=usable, assumptions=assumptions)
+            for cohort in cohorts
+        ),
+        train_hours=train_hours,
+        total_hours=total([harvest_hours, train_hours]),
+        total_cost=total([harvest_cost, train_cost]),
+    )
+
+
+def _verdict(
+    run: RunPlan, chip: Accelerator, config: Config, usable: int, assumptions: Assumptions
+) -> Verdict:
+    most = assumptions.most_devices
+    fits = run.memory.total <= usable and run.devices <= most
+    # Training multiplies in float32 whatever the rows are stored in (docs/numerics.md).
+    rate = chip.peak("float32") * assumptions.mfu * run.devices
+    compute, memory = run.flops_per_step / rate, run.traffic_per_step / chip.hbm_bandwidth
+    seconds = max(compute, memory)
+    hours = run.steps * seconds / 3600 if fits else None
+    return Verdict(
+        run=run.name,
+        fits=fits,
+        mesh=run.shape.mesh
+        if fits
+        else nearest_mesh(run.shape, config.cache.dtype, usable=usable, most=most),
+        step_seconds=seconds,
+        bound="compute" if compute >= memory else "memory",
+        hours=hours,
+        cost=None if hours is None else _cost(hours, run.devices, assumptions),
+        read_bytes_per_second=run.batch_bytes / seconds if fits else None,
+        above_default=fits
+        and chip.kind == "gpu"
+        and run.memory.total > chip.hbm_bytes * GPU_DEFAULT_SHARE,
+    )
+
+
+def _cohort_verdict(
+    cohort: CohortPlan,
+    runs: Sequence[RunPlan],
+    verdicts: Sequence[Verdict],
+    *,
+    usable: int,
+    assumptions: Assumptions,
+) -> CohortVerdict:
+    members = [runs[number] for number in cohort.runs]
+    memories = sorted((one.memory for one in members), key=lambda memory: -memory.total)
+    enough = members[0].devices <= assumptions.most_devices
+    counts = range(1, len(members) + 1)
+    fitting = [n for n in counts if cohort_memory(memories[:n]).total <= usable]
+    at_once = max(fitting, default=0) if enough else 0
+    seconds = sum(verdicts[number].step_seconds for number in cohort.runs)
+    fits = at_once == len(members)
+    rate = cohort.batch_bytes / seconds if fits else None
+    return CohortVerdict(fits, at_once, seconds, rate)
+
+
+def _cost(hours: float, devices: int, assumptions: Assumptions) -> float | None:
+    return None if assumptions.price is None else hours * devices * assumptions.price
+
+
+def total(parts: Sequence[float | None]) -> float | None:
+    """The sum; None where a part is."""
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None

@@ -1,0 +1,4 @@
+"""From trained runs to a published tree: folders, cards, index.
+
+It writes through `inference`'s formats.
+"""

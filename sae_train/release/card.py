@@ -1,0 +1,137 @@
+"""release/README.md: how an SAE was made, how it was measured, how to load it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from sae_train.config.file import resolved_yaml
+from sae_train.config.run import Config
+from sae_train.evaluate.result import Evaluation
+from sae_train.inference.sae import Sae
+from sae_train.model.architectures import ARCHITECTURE_NAMES
+
+LICENCE = """\
+These weights were trained on activations of a Gemma model. Gemma is provided under and subject to
+the Gemma Terms of Use, <https://ai.google.dev/gemma/terms>; whoever publishes or uses them decides
+what those terms ask of them. This card grants no licence of its own.
+"""
+
+_GEMMA_SCOPE = """\
+| `gemma_scope/` | Gemma Scope `params.npz` | DeepMind's tutorial, SAEBench |
+"""
+
+_GEMMA_SCOPE_2 = """\
+| `gemma_scope_2/` | Gemma Scope 2 `config.json`, `params.safetensors` | Gemma Scope 2's tools |
+"""
+
+_LOADING = """\
+| folder | format | read by |
+| --- | --- | --- |
+{others}| `sae_lens/` | SAELens 6 `cfg.json`, `sae_weights.safetensors` | SAELens, Neuronpedia |
+
+```python
+from sae_train import load_sae          # any of the folders
+sae = load_sae("sae_lens")
+latents = sae.encode(activations)       # raw activations, float32 [..., D]
+reconstruction = sae.decode(latents)
+
+from sae_lens import SAE
+sae = SAE.load_from_disk("sae_lens")
+```
+
+Inputs are raw activations, the input scaling and the pre-encoder bias of training are folded in,
+`latents = relu(z) * (z > threshold)` with `z = x @ W_enc + b_enc`{selection}.
+"""
+
+
+def _others(sae: Sae) -> str:
+    if sae.k is not None:
+        return ""
+    return (_GEMMA_SCOPE if sae.W_skip is None else "") + _GEMMA_SCOPE_2
+
+
+def _target(sae: Sae, *, config: Config) -> list[tuple[str, str]]:
+    """What a transcoder predicts."""
+    if not sae.is_transcoder:
+        return []
+    skip = "" if sae.W_skip is None else ", with an affine skip: call `sae(x)` for all of it"
+    return [("predicts", f"{config.sae.target}, `{sae.metadata['hook_name_out']}`{skip}")]
+
+
+def model_card(sae: Sae, *, config: Config, evaluation: Evaluation | None) -> str:
+    """The text of README.md, Markdown with the front matter of a Hub model card."""
+    D, F = sae.W_enc.shape
+    training = sae.metadata["training"]
+    penalty = ", ".join(f"{key} {value}" for key, value in training["sparsity"].items())
+    kind = ARCHITECTURE_NAMES[config.sae.architecture]
+    selected = "" if config.sae.k is None else f", k = {config.sae.k}"
+    loading = _LOADING.format(
+        others=_others(sae),
+        selection="" if sae.k is None else f", of which a row keeps the {sae.k} largest",
+    )
+    facts = [
+        ("model", f"{sae.metadata['model_name']} ({config.model.dtype})"),
+        ("site", f"{config.sae.site} of layer {config.sae.layer}, `{sae.metadata['hook_name']}`"),
+        *_target(sae, config=config),
+        ("architecture", f"{kind}{selected}, {F:,} latents on vectors of {D:,}"),
+        ("trained on", f"{training['tokens']:,} tokens in {training['step']:,} steps"),
+        ("text", sae.metadata["dataset_path"]),
+        ("context", f"{config.text.sequence_length} tokens, each beginning with BOS"),
+        ("sparsity penalty", penalty),
+        ("input scale C, folded in", f"{training['input_scale']:.6g}"),
+        ("made with", training["library"]),
+    ]
+    return (
+        f"{front_matter(config, [config.sae.architecture])}# {config.name}\n\n"
+        f"A {kind} sparse autoencoder in the manner of Gemma Scope (arXiv 2408.05147).\n\n"
+        f"{table(facts)}\n## Measured\n\n{_measured(evaluation)}\n"
+        f"## Loading\n\n{loading}\n## Licence\n\n{LICENCE}\n"
+        f"## Config\n\n```yaml\n{resolved_yaml(config).rstrip()}\n```\n"
+    )
+
+
+def front_matter(config: Config, architectures: Sequence[str]) -> str:
+    """What the Hub reads of a card."""
+    tags = f"tags: [sparse-autoencoder, {', '.join(architectures)}, interpretability]"
+    lines = ["library_name: saelens", tags]
+    weights = config.model.weights
+    if weights.startswith("google/"):
+        lines.append(f"base_model: {json.dumps(weights)}")
+    return "---\n" + "\n".join(lines) + "\n---\n\n"
+
+
+def _measured(evaluation: Evaluation | None) -> str:
+    if evaluation is None:
+        return "Not evaluated.\n"
+    e = evaluation
+    rows = [
+        ("L0", f"{e.l0:.2f}"),
+        ("FVU (squared error over variance)", number(e.fvu)),
+        ("delta LM loss, nats per token", number(e.delta_loss)),
+        ("loss without / with the SAE", f"{number(e.loss)} / {number(e.loss_spliced)}"),
+        ("loss with the site zero-ablated", number(e.loss_zero_ablated)),
+        ("loss recovered", number(e.loss_recovered)),
+        ("delta LM loss, spliced at BOS too", number(e.delta_loss_all_positions)),
+        ("latents alive", f"{e.alive_fraction:.1%}"),
+        (
+            "latents firing on over 10% of tokens",
+            f"{e.frequency_histogram['fraction_above_0.1']:.2%}",
+        ),
+    ]
+    return (
+        f"{table(rows)}\nOn {e.sequences:,} held-out sequences of {e.sequence_length} tokens "
+        f"({e.loss_sequences:,} for the losses). BOS, EOS and padding are masked in every mean "
+        "and, but where said, keep the model's own activations when the SAE is spliced in.\n"
+    )
+
+
+def number(value: float | None) -> str:
+    """Four decimals; in words where there is none."""
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """Two columns in Markdown."""
+    lines = ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows)]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,128 @@
+"""`export`: a run's newest checkpoint as a release tree, every file read back and compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+
+from activation_cache.runtime.errors import UserError
+from activation_cache.storage.files import Place, make_folder, write_text
+from sae_train.checkpoint.checkpoints import load_trained
+from sae_train.config.file import FILE_NAME, read_run_config
+from sae_train.config.run import Config
+from sae_train.evaluate.result import Evaluation, read_evaluation, read_frequencies
+from sae_train.inference.read_formats import load_sae
+from sae_train.inference.sae import Sae, fold
+from sae_train.inference.write_formats import write_gemma_scope, write_gemma_scope_2, write_sae_lens
+from sae_train.release.card import model_card
+from sae_train.runs.folder import RELEASE, newest_checkpoint, run_folders
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = ("params.npz", "params.safetensors", "sae_weights.safetensors")
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Release:
+    """What was written: the folder, its files, the SAE, the evaluation it quotes if any.
+
+    `config` is the run's.
+    """
+
+    folder: Place
+    files: tuple[Place, ...]
+    sae: Sae
+    evaluation: Evaluation | None
+    config: Config
+
+
+def export(folder: Place) -> list[Release]:
+    """Write `release/` in a run's folder, or in every trained run of a sweep's folder.
+
+    Numbers of an evaluation are quoted only if it is of the exported weights.
+
+    Returns:
+        One release per run.
+
+    Raises:
+        UserError: no trained run there; weights that aren't finite; a disk error; a file that
+            reads back other than it was written.
+    """
+    runs = [folder]
+    # A run's folder is taken as it is: a release needs its checkpoint and no config.yaml.
+    if newest_checkpoint(folder) is None and (folder / FILE_NAME).is_file():
+        runs = [run for run in run_folders(folder) if newest_checkpoint(run) is not None]
+    if not runs:
+        raise UserError(f"{folder} holds no trained run yet: start with `sae train` or `sae sweep`")
+    return [export_run(run) for run in runs]
+
+
+def export_run(folder: Place) -> Release:
+    """Write a run's `release/`, its card last; see `export`."""
+    trained = load_trained(folder)
+    sae = fold(trained)
+    evaluation = _evaluation_of(sae, folder)
+    frequency_F = None
+    if evaluation is not None:
+        frequency_F = read_frequencies(folder, evaluation)
+        sae.metadata["l0"] = evaluation.l0
+    target = make_folder(folder / RELEASE)
+    card = target / CARD
+    card.unlink(missing_ok=True)  # written last: without it a release isn't whole
+    files: list[Place] = []
+    if sae.k is None:  # Gemma Scope's formats have no place for a k, the first none for a skip
+        if sae.W_skip is None:
+            files += write_gemma_scope(sae, target / "gemma_scope")
+        files += write_gemma_scope_2(sae, target / "gemma_scope_2")
+    files += write_sae_lens(sae, target / "sae_lens", frequency_F=frequency_F)
+    for path in files:
+        if path.name in WEIGHTS:
+            check_same(sae, load_sae(path), path=path)
+    config = _config(folder, trained.config)
+    write_text(card, model_card(sae, config=config, evaluation=evaluation))
+    formats = sorted({path.parent.name for path in files})
+    logger.info("%s: step %d released as %s", target, trained.step, ", ".join(formats))
+    return Release(target, (*files, card), sae, evaluation, config)
+
+
+def _config(folder: Place, trained: Config) -> Config:
+    """The run's config.yaml; where there is none, the config the checkpoint remembers."""
+    return read_run_config(folder) if (folder / FILE_NAME).is_file() else trained
+
+
+def _evaluation_of(sae: Sae, folder: Place) -> Evaluation | None:
+    evaluation = read_evaluation(folder)
+    if evaluation is None or evaluation.fingerprints.get("sae") == sae.fingerprint:
+        return evaluation
+    logger.warning(
+        "%s: evaluation.json is of step %d and other weights; the release won't quote it. Run "
+        "`sae evaluate` and export again.",
+        folder,
+        evaluation.step,
+    )
+    return None
+
+
+def check_same(sae: Sae, read: Sae, *, path: Place) -> None:
+    """Raise `UserError` when what `path` reads back as isn't what was written to it."""
+    if sae.k != read.k:
+        raise UserError(f"{path} reads back with k {read.k}, written was {sae.k}: export again")
+    if sae.tensors.keys() != read.tensors.keys():
+        raise UserError(f"{path} reads back with {sorted(read.tensors)}: export again")
+    for name in sae.tensors:
+        written, found = sae.tensors[name], read.tensors[name]
+        # SAELens keeps a Gated SAE's threshold as the difference of two biases.
+        slack = 1e-6 if sae.architecture == "gated" and name == "threshold" else 0.0
+        if not np.allclose(found, written, rtol=slack, atol=slack * np.abs(sae.b_enc).max()):
+            raise UserError(
+                f"{path} reads back with another {name} than was written: the disk or the file "
+                "system is at fault. Export to another disk"
+            )
+    for key, value in dataclasses.asdict(read)["metadata"].items():
+        # Gemma Scope 2 keeps the L0 rounded.
+        if key != "l0" and sae.metadata.get(key) != value:
+            raise UserError(f"{path} reads back with {key} {value!r}: export again")

@@ -1,0 +1,115 @@
+"""release/README.md of a sweep: what is there, how it was made and measured, how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sae_train.config.file import resolved_yaml
+from sae_train.config.run import Config
+from sae_train.inference.hook_names import model_name, package_version
+from sae_train.release.card import LICENCE, front_matter, number, table
+from sae_train.release.index import CANONICAL_L0, Entry
+
+_FORMATS = {
+    "gemma_scope": "Gemma Scope `params.npz`",
+    "gemma_scope_2": "Gemma Scope 2 `config.json`, `params.safetensors`",
+    "sae_lens": "SAELens 6 `cfg.json`, `sae_weights.safetensors`, `sparsity.safetensors`",
+}
+_LOADING = """\
+```python
+from sae_train import load_sae
+sae = load_sae("{path}")
+latents = sae.encode(activations)       # raw activations, float32 [..., D]
+reconstruction = sae.decode(latents)
+
+from sae_lens import SAE
+sae = SAE.load_from_disk("sae_lens/{folder}")
+```
+
+Inputs are raw activations: the input scaling and the pre-encoder bias of training are folded in.
+`saes.json` has all of the table below and each file's size, by folder.
+"""
+_MEASURED = """\
+On {sequences} held-out sequences of {length} tokens. BOS, EOS and padding are masked in every mean
+and keep the model's own activations when an SAE is spliced in. FVU is squared error over variance,
+delta loss what splicing adds to the model's loss, in nats per token. **Canonical** is of a site,
+layer and width the SAE whose L0 is nearest to {canonical}.
+"""
+_HEADS = (
+    "site", "layer", "width", "architecture", "L0", "FVU", "delta loss", "alive", "sparsity",
+    "seed", "tokens", "folder",
+)  # fmt: skip
+
+
+def suite_card(config: Config, entries: Sequence[Entry]) -> str:
+    """The text of README.md, Markdown with the front matter of a Hub model card."""
+    sites = list(dict.fromkeys(f"{e.site} of layer {e.layer}" for e in entries))
+    formats = sorted({name for entry in entries for name in entry.formats})
+    facts = [
+        ("model", f"{model_name(config.model.weights)} ({config.model.dtype})"),
+        ("SAEs", f"{len(entries)}, {len({e.cell for e in entries})} sites, layers and widths"),
+        ("sites", ", ".join(sites) if len(sites) <= 12 else f"{len(sites)}, below"),
+        ("text", ", ".join(config.text.source)),
+        ("context", f"{config.text.sequence_length} tokens, each beginning with BOS"),
+        ("batch, learning rate", _optimiser(config)),
+        ("made with", f"open-gemma-scope {package_version()}"),
+    ]
+    shown = next((e for e in entries if e.canonical), entries[0])
+    loading = _LOADING.format(path=f"{shown.formats[0]}/{shown.folder}", folder=shown.folder)
+    kinds = "".join(f"- `{name}/`: {_FORMATS[name]}\n" for name in formats)
+    architectures = list(dict.fromkeys(entry.architecture for entry in entries))
+    return (
+        f"{front_matter(config, architectures)}# {config.name}\n\n"
+        "Sparse autoencoders in the manner of Gemma Scope (arXiv 2408.05147).\n\n"
+        f"{table(facts)}\n## SAEs\n\n{_measured(config, entries)}\n{_saes(entries)}\n"
+        f"## Loading\n\nThe same folders in each format:\n\n{kinds}\n{loading}\n"
+        f"## Licence\n\n{LICENCE}\n## Config\n\n```yaml\n{resolved_yaml(config).rstrip()}\n```\n"
+    )
+
+
+def _optimiser(config: Config) -> str:
+    rate, adam = config.train.learning_rate, config.train.adam
+    return (
+        f"{config.train.batch_size:,} rows; {rate.peak:g} after {rate.warmup_steps:,} steps of "
+        f"warm-up; Adam β₁ {adam.beta1:g}, β₂ {adam.beta2:g}"
+    )
+
+
+def _measured(config: Config, entries: Sequence[Entry]) -> str:
+    if all(entry.l0 is None for entry in entries):
+        return "Not evaluated.\n"
+    return _MEASURED.format(
+        sequences=f"{config.evaluation.sequences:,}",
+        length=config.text.sequence_length,
+        canonical=CANONICAL_L0,
+    )
+
+
+def _saes(entries: Sequence[Entry]) -> str:
+    lines = [f"| {' | '.join(_HEADS)} |", f"|{' --- |' * len(_HEADS)}"]
+    for e in entries:
+        cells: tuple[Any, ...] = (
+            e.site,
+            e.layer,
+            f"{e.width:,}",
+            e.architecture,
+            "" if e.l0 is None else f"{e.l0:.1f}",
+            "" if e.l0 is None else number(e.fvu),
+            "" if e.l0 is None else number(e.delta_loss),
+            "" if e.alive_fraction is None else f"{e.alive_fraction:.1%}",
+            _sparsity(e),
+            e.seed,
+            f"{e.tokens:,}",
+            f"`{e.folder}`" + (" **canonical**" if e.canonical else ""),
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _sparsity(entry: Entry) -> str:
+    penalty = entry.sparsity
+    if penalty["penalty"] == "none":
+        return "selection"
+    target = f"target {penalty['target']:g}, " if "target" in penalty else ""
+    return f"{target}λ {penalty['coefficient']:g}"

@@ -1,0 +1,4 @@
+"""One page about a sweep, made from the JSON files of its runs.
+
+It loads no JAX.
+"""

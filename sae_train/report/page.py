@@ -1,0 +1,338 @@
+"""`sae report`: one self-contained page about a run or a sweep, from the files in its folder.
+
+Whatever is there is shown: runs still going, failed, or without an evaluation appear with what
+they have. The page asks nothing of the network; it links to the runs' files beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from datetime import datetime
+from html import escape
+from importlib import metadata, resources
+from pathlib import PurePath
+from string import Template
+from typing import Any
+from urllib.parse import quote
+
+from activation_cache.storage.files import AnyPath, Place, make_folder, place, write_text
+from sae_train.config.file import FILE_NAME, differing_fields, read_run_config, resolved_yaml
+from sae_train.config.run import Config
+from sae_train.model.architectures import ARCHITECTURE_NAMES
+from sae_train.report.figures import (
+    ReportRun,
+    frontier_chart,
+    histogram_chart,
+    palette,
+    position_charts,
+    tiles,
+    training_charts,
+)
+from sae_train.report.paper_figures import published_sections
+from sae_train.report.svg import compact, figure
+from sae_train.runs.folder import EVALUATION, RunFolder, read_run, run_folders
+from sae_train.runs.metrics_file import FILE as METRICS
+
+_PACKAGES = ("open-gemma-scope", "jax", "flax", "orbax-checkpoint", "tensorstore", "numpy")
+# Where sparsity is pressed on: runs that differ here alone form one frontier.
+_PRESSURE = ("train.sparsity.", "sae.k")
+_OWN = ("name", "output", "sweep", "cache", "mesh")
+
+
+def write_report(folder: AnyPath) -> Place:
+    """Write `<folder>/report/index.html` for a run's or a sweep's folder; returns its path.
+
+    Raises:
+        UserError: the folder is neither, holds no run yet, or a file in it is damaged.
+    """
+    root = place(folder)
+    config = read_run_config(root)
+    runs = describe_runs([read_run(path) for path in run_folders(root)])
+    page = make_folder(root / "report") / "index.html"
+    template = resources.files("sae_train.report").joinpath("page.html").read_text(encoding="utf-8")
+    body = _body(config, runs, page=page)
+    write_text(page, Template(template).substitute(title=escape(config.name), body=body))
+    return page
+
+
+def describe_runs(folders: Sequence[RunFolder]) -> list[ReportRun]:
+    """Give each run a label, a family and a colour; families together, from dense to sparse."""
+    differing = _differing([run.config for run in folders])
+    if "sae.architecture" in differing:  # each goes with a penalty of its own
+        differing = [key for key in differing if key != "train.sparsity.penalty"]
+    pressure = [key for key in differing if key.startswith(_PRESSURE)]
+    rest = [key for key in differing if key not in pressure]
+    differing = rest + pressure
+    families = list(dict.fromkeys(_settings(run.config, rest) for run in folders))
+    ordered = sorted(
+        folders,
+        key=lambda run: (families.index(_settings(run.config, rest)), _sparsity_order(run)),
+    )
+    return [
+        ReportRun(
+            folder=run,
+            label=_settings(run.config, differing) or run.config.name,
+            family=_settings(run.config, rest),
+            pressure=_settings(run.config, pressure),
+            color=color,
+        )
+        for run, color in zip(ordered, palette(len(ordered)), strict=True)
+    ]
+
+
+def _sparsity_order(run: RunFolder) -> tuple[float, str]:
+    measured = (run.evaluation or {}).get("l0")
+    if measured is None and run.metrics:
+        measured = run.metrics[-1].get("l0")
+    return (-measured if measured is not None else 0.0, run.name)
+
+
+def _differing(configs: Sequence[Config]) -> list[str]:
+    keys: dict[str, None] = {}
+    for config in configs[1:]:
+        keys.update(dict.fromkeys(differing_fields(configs[0], config)))
+    return [key for key in keys if key.partition(".")[0] not in _OWN]
+
+
+def _settings(config: Config, keys: Sequence[str]) -> str:
+    names = [key.rpartition(".")[2] for key in keys]
+    words = []
+    for key, name in zip(keys, names, strict=True):
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part) if part in type(value).model_fields else None
+        if name == "layer" and "sae.site" in keys:
+            continue  # said with the site
+        if key == "sae.site":
+            words.append(config.sae.tap.name)
+        elif value is not None:
+            short = {"coefficient": "λ", "target": "target"}.get(name, name)
+            shown = f"{value:g}" if isinstance(value, float) else str(value)
+            words.append(f"{short}\u00a0{shown}")
+    return ", ".join(words)
+
+
+def _body(config: Config, runs: Sequence[ReportRun], *, page: Place) -> str:
+    return "\n".join(
+        [
+            _header(config, runs),
+            _problems(runs),
+            _frontier(runs),
+            _table(runs, page=page),
+            _training(runs),
+            _frequencies(runs),
+            _positions(runs),
+            published_sections(runs, legend=_legend(runs)),
+            _configuration(config),
+            _footer(),
+        ]
+    )
+
+
+def _header(config: Config, runs: Sequence[ReportRun]) -> str:
+    layers: dict[str, set[int]] = {}
+    for run in runs:
+        layers.setdefault(run.folder.config.sae.site, set()).add(run.folder.config.sae.layer)
+    sites = [f"{site} of {_layer_words(sorted(layers[site]))}" for site in sorted(layers)]
+    widths = sorted({run.folder.config.sae.width for run in runs})
+    present = dict.fromkeys(run.folder.config.sae.architecture for run in runs)
+    kinds = ", ".join(ARCHITECTURE_NAMES[name] for name in present)
+    numbers = "".join(
+        f"<li><b>{escape(number)}</b><span>{escape(words)}</span></li>"
+        for number, words in tiles(runs)
+    )
+    return (
+        f"<h1>{escape(config.name)}</h1>"
+        f'<p class="lead">{kinds} sparse autoencoders of width '
+        f"{' and '.join(f'{width:,}' for width in widths)} on {escape(', '.join(sites))} of "
+        f"<b>{escape(PurePath(config.model.weights).name)}</b>.</p>"
+        f'<ul class="tiles">{numbers}</ul>'
+    )
+
+
+def _layer_words(layers: Sequence[int]) -> str:
+    if len(layers) == 1:
+        return f"layer {layers[0]}"
+    if len(layers) > 4:
+        return f"{len(layers)} layers"
+    return f"layers {', '.join(map(str, layers[:-1]))} and {layers[-1]}"
+
+
+def _problems(runs: Sequence[ReportRun]) -> str:
+    """Runs that failed, or that are not finished or measured yet."""
+    lines = []
+    for run in runs:
+        if run.folder.failure is not None:
+            lines.append(f"<b>{escape(run.label)}</b> failed: {escape(run.folder.failure or '')}")
+        elif run.folder.state != "trained":
+            lines.append(
+                f"<b>{escape(run.label)}</b> is {run.folder.state}, not trained to its end"
+            )
+        elif run.folder.evaluation is None:
+            lines.append(
+                f"<b>{escape(run.label)}</b> has not been evaluated: <code>sae evaluate</code>"
+            )
+    return f'<div class="warn">{"".join(f"<p>{one}</p>" for one in lines)}</div>' if lines else ""
+
+
+def _legend(runs: Sequence[ReportRun]) -> str:
+    if len(runs) < 2:
+        return ""
+    items = "".join(
+        f'<li><button type="button" aria-pressed="false" data-pick="{escape(run.key)}">'
+        f'<i style="background:{run.color}"></i>{escape(run.label)}</button></li>'
+        for run in runs
+    )
+    return f'<ul class="legend" aria-label="runs; choose one to single it out">{items}</ul>'
+
+
+def _frontier(runs: Sequence[ReportRun]) -> str:
+    delta = frontier_chart(runs, metric="delta_loss", label="delta loss (nats)")
+    fvu = frontier_chart(runs, metric="fvu", label="FVU")
+    return (
+        "<h2>Sparsity and fidelity</h2>"
+        f'<p class="note">{_loss_words(runs)} Lower left is better.</p>'
+        f'<div class="charts wide">{figure(delta, heading="Delta loss against L0")}'
+        f"{figure(fvu, heading='Unexplained variance against L0')}</div>{_legend(runs)}"
+    )
+
+
+def _loss_words(runs: Sequence[ReportRun]) -> str:
+    evaluations = [run.folder.evaluation or {} for run in runs if run.measured("loss") is not None]
+    if not evaluations:
+        return "No run has been evaluated yet; <code>sae evaluate</code> measures them."
+    measured = evaluations[0]
+    loss = measured["loss"]
+    words = (
+        f"On {measured.get('loss_sequences', 0):,} held-out sequences the model's loss is "
+        f"{loss:.3f} nats per token; delta loss is what splicing the SAE's reconstruction in adds, "
+        "the special tokens left as they are."
+    )
+    zeroed = [own["loss_zero_ablated"] for own in evaluations if own.get("loss_zero_ablated")]
+    if not zeroed:
+        return words
+    low, high = min(zeroed), max(zeroed)
+    if f"{low:.3f}" == f"{high:.3f}":
+        words += (
+            f" Zero-ablating the site instead brings it to {low:.3f}, that is {low - loss:+.3f}."
+        )
+    else:  # several sites or layers
+        words += (
+            f" Zero-ablating instead brings it to between {low:.3f} and {high:.3f}, depending on "
+            "the site."
+        )
+    return words
+
+
+_COLUMNS = (
+    ("l0", "L0", ".1f"),
+    ("fvu", "FVU", ".3f"),
+    ("delta_loss", "delta loss", ".4f"),
+    ("delta_loss_all_positions", "with BOS spliced", ".4f"),
+    ("loss_recovered", "loss recovered", ".1%"),
+    ("alive_fraction", "alive", ".1%"),
+)
+
+
+def _table(runs: Sequence[ReportRun], *, page: Place) -> str:
+    heads = "".join(f"<th>{words}</th>" for _, words, _ in _COLUMNS)
+    rows = "".join(_row(run, page=page) for run in runs)
+    return (
+        '<h2>Runs</h2><div class="scroll"><table><thead><tr><th>run</th><th class="left">state</th>'
+        f'{heads}<th>steps</th><th>tokens/s</th><th class="left">files</th></tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _row(run: ReportRun, *, page: Place) -> str:
+    folder = run.folder
+    cells = "".join(f"<td>{_cell(run.measured(name), form)}</td>" for name, _, form in _COLUMNS)
+    done = folder.checkpoint_step or 0
+    rate = run.trained("tokens_per_second")
+    return (
+        f"<tr><th>{escape(run.label)}</th>"
+        f'<td class="left">{folder.state}</td>{cells}'
+        f"<td>{done:,} / {folder.config.train.steps:,}</td>"
+        f"<td>{'–' if rate is None else compact(rate)}</td>"
+        f'<td class="left files">{_links(folder, page=page)}</td></tr>'
+    )
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _links(folder: RunFolder, *, page: Place) -> str:
+    files = [("config", FILE_NAME), ("metrics", METRICS), ("evaluation", EVALUATION)]
+    named = [(words, PurePath(name)) for words, name in files if (folder.path / name).exists()]
+    weights = [f for f in folder.release if f.suffix in (".npz", ".safetensors")]
+    named += [(f.parent.name, f) for f in weights if f.stem in ("params", "sae_weights")]
+    return " · ".join(
+        f'<a href="{escape(_relative(folder.path / file, page))}">{escape(words)}</a>'
+        for words, file in named
+    )
+
+
+def _relative(path: Place, page: Place) -> str:
+    return quote(PurePath(os.path.relpath(str(path), str(page.parent))).as_posix())
+
+
+def _training(runs: Sequence[ReportRun]) -> str:
+    charts = training_charts(runs)
+    figures = "".join(figure(chart, heading=_capital(chart.y.label)) for chart in charts)
+    return (
+        '<h2>Training</h2><p class="note">Over the training batches, logged as they went; the loss '
+        "is the reconstruction's squared error on scaled inputs plus the sparsity penalty.</p>"
+        f'<div class="charts">{figures}</div>{_legend(runs)}'
+    )
+
+
+def _frequencies(runs: Sequence[ReportRun]) -> str:
+    figures = ""
+    for run in runs:
+        chart = histogram_chart(run)
+        if chart is not None:
+            alive = run.measured("alive_fraction")
+            words = "" if alive is None else f"{alive:.1%} of latents fired at least once."
+            figures += figure(chart, heading=run.label, caption=words)
+    if not figures:
+        return ""
+    return (
+        '<h2>Firing frequencies</h2><p class="note">How often each latent is active on held-out '
+        f'tokens; latents that never fired are left out.</p><div class="charts">{figures}</div>'
+    )
+
+
+def _positions(runs: Sequence[ReportRun]) -> str:
+    charts = [chart for chart in position_charts(runs) if chart.series]
+    if not charts:
+        return ""
+    figures = "".join(figure(chart, heading=_capital(chart.y.label)) for chart in charts)
+    return (
+        '<h2>By position in the sequence</h2><p class="note">Held-out averages at each position; '
+        f'BOS stands at position 0.</p><div class="charts">{figures}</div>{_legend(runs)}'
+    )
+
+
+def _capital(words: str) -> str:
+    return words[0].upper() + words[1:]
+
+
+def _configuration(config: Config) -> str:
+    return (
+        "<h2>Configuration</h2><details><summary>The resolved config</summary>"
+        f"<pre>{escape(resolved_yaml(config))}</pre></details>"
+    )
+
+
+def _footer() -> str:
+    found = [f"Python {platform.python_version()}"]
+    for package in _PACKAGES:
+        try:
+            found.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            continue
+    written = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    return f"<footer>Written {written} with {escape(', '.join(found))}.</footer>"

@@ -1,0 +1,210 @@
+"""What a run's folder holds, read without a device: for `sae status`, the sweep and the report."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any, Literal
+
+from activation_cache.storage.bucket import BucketPath
+from activation_cache.runtime.errors import UserError
+from activation_cache.storage.files import (
+    AnyPath,
+    Place,
+    append_line,
+    file_sizes,
+    is_locked,
+    make_folder,
+    place,
+    read_json,
+    write_bytes,
+    write_json,
+)
+from sae_train.config.run import Config
+from sae_train.config.file import FILE_NAME, read_run_config
+from sae_train.runs.metrics_file import read_metrics
+
+CHECKPOINTS = "checkpoints"
+EVALUATION = "evaluation.json"
+FAILURE = "failure.json"
+RELEASE = "release"
+STARTS = "starts.jsonl"
+_SUITE_DEPTH = 4  # res/layer_12/width_16k/coefficient_0.001
+_COMMIT = "meta/metadata"  # of a checkpoint in a bucket, where it is written last
+
+State = Literal["not started", "running", "stopped", "trained", "failed"]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A snapshot of one run.
+
+    Attributes:
+        metrics: the rows of metrics.jsonl, rising by step.
+        checkpoint_step: the step of the newest whole checkpoint.
+        evaluation: evaluation.json, if there is one.
+        elsewhere: by label, what evaluations in other models and on other text found.
+        release: the files of the release tree, relative to the run's folder.
+        failure: why the last attempt at the run failed, if it did.
+        restarts: how often its training was taken up again.
+    """
+
+    path: Place
+    config: Config
+    metrics: Sequence[dict[str, Any]]
+    checkpoint_step: int | None
+    evaluation: dict[str, Any] | None
+    release: tuple[PurePath, ...]
+    failure: str | None
+    restarts: int = 0
+    elsewhere: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.path.name
+
+    @property
+    def state(self) -> State:
+        """Where the run stands; a finished one is `trained` whatever came after."""
+        if self.checkpoint_step == self.config.train.steps:
+            return "trained"
+        if is_locked(self.path):
+            return "running"
+        if self.failure is not None:
+            return "failed"
+        return "stopped" if self.checkpoint_step or self.metrics else "not started"
+
+
+def read_run(path: AnyPath) -> RunFolder:
+    """Read a run's folder; raises `UserError` if it isn't one or a file in it is damaged."""
+    folder = place(path)
+    config = read_run_config(folder)
+    if config.sweep is not None:
+        raise UserError(f"{folder} is a sweep's folder; its runs are the folders inside")
+    evaluation, failure = folder / EVALUATION, folder / FAILURE
+    return RunFolder(
+        path=folder,
+        config=config,
+        metrics=read_metrics(folder),
+        checkpoint_step=newest_checkpoint(folder),
+        evaluation=read_json(evaluation) if evaluation.exists() else None,
+        release=release_files(folder),
+        failure="{reason} (in {stage})".format(**read_json(failure)) if failure.exists() else None,
+        restarts=max(0, count_starts(folder) - 1),
+        elsewhere=_elsewhere(folder),
+    )
+
+
+def labelled(name: str, label: str | None) -> str:
+    """The name of a file of an evaluation elsewhere: `evaluation-gemma-2-9b-it.json`."""
+    stem, dot, ending = name.rpartition(".")
+    return name if label is None else f"{stem}-{label}{dot}{ending}"
+
+
+def _elsewhere(folder: Place) -> dict[str, dict[str, Any]]:
+    before, after = labelled(EVALUATION, "*").split("*")
+    names = sorted(path.name for path in folder.iterdir())
+    return {
+        name[len(before) : -len(after)]: read_json(folder / name)
+        for name in names
+        if name.startswith(before) and name.endswith(after)
+    }
+
+
+def run_folders(folder: AnyPath) -> list[Place]:
+    """The runs in a folder: itself if it is one, else the runs of the sweep it is.
+
+    Raises:
+        UserError: neither a run's folder nor a sweep's, or a sweep without any run yet.
+    """
+    root = place(folder)
+    sweep = read_run_config(root).sweep
+    if sweep is None:
+        return [root]
+    # A suite's runs lie as deep as the released suites' folders do.
+    inside = list(_runs_below(root, depth=_SUITE_DEPTH if sweep.cells else 1))
+    if not inside:
+        raise UserError(f"{root} is a sweep without any run yet: start it with `sae sweep`")
+    return sorted(inside, key=lambda path: [_natural(part) for part in path.parts])
+
+
+def _runs_below(folder: Place, *, depth: int) -> Iterator[Place]:
+    for path in folder.iterdir():
+        if _is_store(path) or not path.is_dir():
+            continue
+        if (path / FILE_NAME).is_file():
+            yield path
+        elif depth > 1:
+            yield from _runs_below(path, depth=depth - 1)
+
+
+def _is_store(path: Place) -> bool:
+    """An activation store inside the sweep's folder keeps a config too."""
+    return any((path / name).exists() for name in ("manifest.json", "plan.json"))
+
+
+def newest_checkpoint(folder: Place) -> int | None:
+    """The step of the newest whole checkpoint: one still being written has another name."""
+    checkpoints = folder / CHECKPOINTS
+    if not checkpoints.is_dir():
+        return None
+    found = (p for p in checkpoints.iterdir() if p.name.isdecimal())
+    for path in sorted(found, key=lambda p: int(p.name), reverse=True):
+        if not isinstance(path, BucketPath) or (path / _COMMIT).is_file():
+            return int(path.name)
+    return None
+
+
+def checkpoint_time(folder: Place, step: int) -> float:
+    """When a checkpoint was finished, in seconds since 1970."""
+    path = folder / CHECKPOINTS / str(step)
+    return (path / _COMMIT if isinstance(path, BucketPath) else path).stat().st_mtime
+
+
+def release_files(folder: Place) -> tuple[PurePath, ...]:
+    """Every file of a run's release tree, relative to the run's folder."""
+    files = (path for path in file_sizes(folder / RELEASE) if path.name[0] != ".")
+    return tuple(sorted(PurePath(_relative(path, folder)) for path in files))
+
+
+def _relative(path: Place, folder: Place) -> str:
+    return str(path)[len(str(folder)) + 1 :]
+
+
+def record_failure(folder: AnyPath, *, stage: str, reason: str) -> None:
+    """Leave the reason of a failure in the run's folder, for `sae status` and the report."""
+    write_json(make_folder(folder) / FAILURE, {"stage": stage, "reason": reason})
+
+
+def clear_failure(folder: AnyPath) -> None:
+    """A new attempt starts: forget why the last one failed."""
+    (place(folder) / FAILURE).unlink(missing_ok=True)
+
+
+def record_start(folder: AnyPath, *, step: int, anew: bool = False) -> None:
+    """Training starts at a step: one more line; `anew` forgets the earlier ones."""
+    entry = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    path = place(folder) / STARTS
+    if anew:
+        write_bytes(path, b"")
+    append_line(path, json.dumps(entry))
+
+
+def count_starts(folder: Place) -> int:
+    """How often training was started in this folder."""
+    path = folder / STARTS
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def _natural(name: str) -> list[tuple[int, float, str]]:
+    """Sort `width_2048` before `width_16384` and 0.0005 before 0.001."""
+    number = r"(\d+(?:\.\d+)?(?:e[-+]?\d+)?)"
+    return [
+        (0, float(part), "") if index % 2 else (1, 0.0, part)
+        for index, part in enumerate(re.split(number, name))
+    ]

@@ -1,0 +1,168 @@
+"""metrics.jsonl: one JSON object per logged step; TensorBoard files beside it on request.
+
+A resumed run cuts the file back to the checkpoint it goes on from, so that the finished file
+is the one an undisturbed run writes, but for the two timings.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from activation_cache.storage.bucket import BucketPath
+from activation_cache.runtime.errors import UserError
+from activation_cache.storage.files import AnyPath, disk_errors, place, write_bytes
+
+logger = logging.getLogger(__name__)
+
+FILE = "metrics.jsonl"
+_SECONDS_BETWEEN_WRITES = (
+    30.0  # to a bucket, where no object may be written more than once a second
+)
+
+
+def read_metrics(run_folder: AnyPath) -> list[dict[str, Any]]:
+    """Every whole line of a run's metrics; a last line cut short by a kill is left out."""
+    path = place(run_folder) / FILE
+    rows: list[dict[str, Any]] = []
+    if not path.exists():
+        return rows
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        if number == len(lines) and not line.endswith(b"\n"):
+            break
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(
+                f"{path} line {number} is not JSON ({error}): mend or delete the line"
+            ) from error
+    return rows
+
+
+class MetricsLog:
+    """Adds rows to a run's metrics; a context manager."""
+
+    def __init__(self, run_folder: AnyPath, *, from_step: int, tensorboard: bool) -> None:
+        path = place(run_folder) / FILE
+        kept = [row for row in read_metrics(run_folder) if row["step"] <= from_step]
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        write_bytes(path, text.encode())
+        self._file = _Object(path, text) if isinstance(path, BucketPath) else _File(path)
+        self._board = _summary_writer(run_folder, from_step) if tensorboard else None
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self._file.close()
+        except UserError as failure:
+            if error is None:
+                raise
+            logger.error("the last rows of the metrics are lost: %s", failure)
+        finally:
+            if self._board is not None:
+                self._board.close()
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Add one row; it must have `step`, and its numbers must be finite."""
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        if self._board is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, row["step"])
+
+    def flush(self) -> None:
+        """Return when every row is on the disk: before a checkpoint that counts on them."""
+        self._file.flush()
+
+
+class _File:
+    """Lines added to a file: each is there for other processes at once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with disk_errors(path, doing="write"):
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def write(self, line: str) -> None:
+        with disk_errors(self._path, doing="write"):
+            self._file.write(line)
+            self._file.flush()
+
+    def flush(self) -> None:
+        with disk_errors(self._path, doing="write"):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        try:
+            self.flush()
+        finally:
+            self._file.close()
+
+
+class _Object:
+    """Lines of an object, which can't be added to: it is written anew with all of them, in the
+    background and not too often, and at once where `flush` is called.
+
+    A million steps logged every 100 make 4 MB.
+    """
+
+    def __init__(self, path: BucketPath, text: str) -> None:
+        self._path, self._text, self._written = path, text, text
+        self._last = time.monotonic()
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="metrics")
+        self._writing: Future[None] | None = None
+
+    def write(self, line: str) -> None:
+        self._text += line
+        busy = self._writing is not None and not self._writing.done()
+        if not busy and time.monotonic() - self._last >= _SECONDS_BETWEEN_WRITES:
+            self._wait()  # raises what the one before met
+            self._writing = self._pool.submit(self._put, self._text)
+
+    def flush(self) -> None:
+        self._wait()
+        if self._text != self._written:
+            self._put(self._text)
+
+    def close(self) -> None:
+        try:
+            self.flush()
+        finally:
+            self._pool.shutdown()
+
+    def _put(self, text: str) -> None:
+        self._last = time.monotonic()
+        write_bytes(self._path, text.encode())
+        self._written = text
+
+    def _wait(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+
+def _summary_writer(run_folder: AnyPath, from_step: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            "train.tensorboard needs the package tensorboardX: install the extra "
+            "'tensorboard' (pip install 'open-gemma-scope[tensorboard]') or set it to false"
+        ) from error
+    return SummaryWriter(str(place(run_folder) / "tensorboard"), purge_step=from_step + 1)

@@ -1,0 +1,111 @@
+"""The three costly parts of a step by pairs: by XLA, or as kernels if `train.kernels` says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+from jax.sharding import Mesh
+
+from activation_cache.runtime.errors import UserError
+from sae_train.config.run import Config
+from sae_train.sparse import active_pairs, latent_updates, segment_sums
+from sae_train.sparse.latent_updates import Sums, Write
+from sae_train.step.adam import Rows
+
+# As `jax.Device.platform` calls them.
+_GPUS = ("gpu", "cuda", "rocm")
+
+_without_gpu: ContextVar[Literal["interpret", "lower"] | None] = ContextVar(
+    "without_gpu", default=None
+)
+
+
+@contextmanager
+def without_gpu(to: Literal["interpret", "lower"]) -> Iterator[None]:
+    """For tests: kernels may be traced for other devices than GPUs.
+
+    Args:
+        to: `interpret` runs them as XLA programs, one program of the grid after the other; with
+            `lower` they can be lowered for a GPU, and not run.
+    """
+    token = _without_gpu.set(to)
+    try:
+        yield
+    finally:
+        _without_gpu.reset(token)
+
+
+def is_interpreted() -> bool:
+    """Are kernels that are traced now interpreted?"""
+    return _without_gpu.get() == "interpret"
+
+
+def check_devices(mesh: Mesh) -> None:
+    """Kernels run on GPUs.
+
+    Raises:
+        UserError: the mesh is of other devices.
+    """
+    platform = mesh.devices.flat[0].platform
+    if platform not in _GPUS and _without_gpu.get() is None:
+        raise UserError(
+            f"train.kernels: pallas is for GPUs, and the devices here are of {platform}: set "
+            "train.kernels to xla"
+        )
+
+
+class Parts(NamedTuple):
+    """Functions of one device's shard.
+
+    Attributes:
+        select: as `pairs.select_pairs`.
+        decode: as `pair_sums.decode_pairs`.
+        touched: as `row_passes.touched_pass`, and given `arguments`, the first argument of `write`.
+    """
+
+    select: Callable[..., active_pairs.Pairs]
+    decode: Callable[..., Any]
+    touched: Callable[..., tuple[Rows, Sums]]
+
+
+def parts_of(config: Config, mesh: Mesh) -> Parts:
+    """Those that the config asks for.
+
+    Raises:
+        UserError: it asks for kernels, and the mesh isn't of GPUs.
+    """
+    if config.train.kernels == "xla":
+        return Parts(active_pairs.select_pairs, segment_sums.decode_pairs, _touched_by_xla)
+    check_devices(mesh)
+    # Not before they are asked for: importing Triton takes half a second.
+    from sae_train.sparse.kernels import decode as decode_module
+    from sae_train.sparse.kernels import select as select_module
+    from sae_train.sparse.kernels import update
+
+    return Parts(
+        select_module.select_pairs,
+        decode_module.decode_pairs,
+        partial(_touched_in_kernel, update.touched_pass, config=config.train.adam),
+    )
+
+
+def _touched_by_xla(
+    *operands: Any, write: Write | None, arguments: Any, **options: Any
+) -> tuple[Rows, Sums]:
+    own = None if write is None else partial(write, arguments)
+    return latent_updates.touched_pass(*operands, write=own, **options)
+
+
+def _touched_in_kernel(
+    kernel: Callable[..., Any],
+    *operands: Any,
+    write: Write | None,
+    arguments: Any,
+    **options: Any,
+) -> tuple[Rows, Sums]:
+    """A kernel can't call `write`; the update of unit-norm rows is written out in it."""
+    return kernel(*operands, update=None if write is None else arguments, **options)

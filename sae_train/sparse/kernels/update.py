@@ -1,0 +1,291 @@
+"""`row_passes.touched_pass` in a kernel: a latent's gradients, projection, Adam, norm in one pass.
+
+A program takes one latent after the other. It holds the latent's decoder row and the sums of both
+gradients on the chip while it walks through the latent's pairs, of each of which it reads two rows
+of the batch once; then it reads and writes the four rows of weights and second moments. Which
+programs take which latents is fixed: program p has the latents p, p + G, p + 2G ... of those with a
+pair, longest first, so that a latent that fires everywhere begins at once.
+
+A row is held as pieces whose sizes are powers of two, which is all that Triton knows.
+
+Legend: B rows, D model width, F latents, P places for pairs, N segments, G programs, K columns of a
+piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
+
+from sae_train.config.run import AdamConfig
+from sae_train.sparse.kernels.pallas import launch, load, store
+from sae_train.sparse.latent_updates import Pulls, Sums
+from sae_train.sparse.segment_sums import Segments
+from sae_train.step.adam import Rows, RowUpdate, adam_step
+
+# Several for each multiprocessor of the largest GPUs. Each leaves a row that is yet to be added up.
+PROGRAMS = 1024
+_SMALLEST_PIECE = 128
+
+# Of a row its pieces.
+Pieces = tuple[Array, ...]
+
+
+class _Read(NamedTuple):
+    """What a program reads, as references."""
+
+    ids_N: Any
+    starts_N: Any
+    counts_N: Any
+    num_touched: Any
+    row_P: Any
+    pre_P: Any
+    x_BD: Any
+    g_BD: Any
+    g_l0_B: Any
+    g_count_F: Any
+    theta_F: Any
+    kept_F: Any
+    scalars: Any
+
+
+class _Written(NamedTuple):
+    """What a program leaves, as references; before it runs, both vectors are 0."""
+
+    bias_F: Any
+    theta_F: Any
+    encoded_GD: Any
+    squares_G: Any
+    projected_G: Any
+
+
+def touched_pass(
+    rows: Rows,
+    segments: Segments,
+    row_P: Int[Array, " P"],
+    pre_P: Float[Array, " P"],
+    *,
+    pulls: Pulls,
+    bandwidth: float,
+    update: tuple[RowUpdate, Float[Array, " F"]] | None,
+    config: AdamConfig,
+) -> tuple[Rows, Sums]:
+    """`row_passes.touched_pass`, its `write` being `optimiser.update_rows`.
+
+    Args:
+        update: that function's scalars, and what is left of each latent's second moments; None
+            writes no rows.
+    """
+    width, d_model = rows.W_enc.shape
+    num_programs = min(PROGRAMS, segments.ids_N.shape[0])
+    nothing = RowUpdate(learning_rate=0.0, bias_correction=1.0, scale=1.0), jnp.zeros(width)
+    scalars, kept_F = nothing if update is None else update
+    read = _Read(
+        ids_N=segments.ids_N,
+        starts_N=segments.starts_N,
+        counts_N=segments.counts_N,
+        num_touched=(segments.counts_N > 0).sum(dtype=jnp.int32)[None],
+        row_P=row_P,
+        pre_P=pre_P,
+        x_BD=pulls.x_BD,
+        g_BD=pulls.g_BD,
+        g_l0_B=pulls.g_l0_B,
+        g_count_F=pulls.g_count_F,
+        theta_F=pulls.theta_F,
+        kept_F=kept_F,
+        scalars=_vector(scalars),
+    )
+    vectors = jnp.zeros(width), jnp.zeros(width)
+    sums = [
+        ((width,), jnp.float32),
+        ((width,), jnp.float32),
+        ((num_programs, d_model), jnp.float32),
+        ((num_programs,), jnp.float32),
+        ((num_programs,), jnp.float32),
+    ]
+    in_place = () if update is None else tuple((array.shape, array.dtype) for array in rows)
+    aliases = {len(read): 0, len(read) + 1: 1}
+    aliases |= {len(read) + 2 + nth: len(sums) + nth for nth in range(len(in_place))}
+    found = launch(
+        partial(_one_program, bandwidth=bandwidth, config=config, writes=update is not None),
+        (*read, *vectors, *rows),
+        out=[*sums, *in_place],
+        grid=(num_programs,),
+        aliases=aliases,
+        num_warps=_warps(d_model),
+    )
+    written = _Written(*found[: len(sums)])
+    return Rows(*found[len(sums) :]) if in_place else rows, Sums(
+        bias_F=written.bias_F,
+        theta_F=written.theta_F,
+        encoded_D=written.encoded_GD.sum(axis=0),
+        squares=written.squares_G.sum(),
+        projected=written.projected_G.sum(),
+    )
+
+
+def _vector(scalars: RowUpdate) -> Array:
+    values = scalars.learning_rate, scalars.bias_correction, scalars.scale
+    return jnp.stack([jnp.asarray(value, jnp.float32) for value in values])
+
+
+def _warps(d_model: int) -> int:
+    """8 to 16 numbers of a row in each thread; a row that is shorter than 256 is one warp's."""
+    return min(16, 1 << max(0, (d_model // 256).bit_length() - 1))
+
+
+def pieces_of(d_model: int) -> list[tuple[int, int]]:
+    """Where each piece of a row begins and its size, a power of two; the last may end behind it."""
+    found, first = [], 0
+    while (left := d_model - first) > _SMALLEST_PIECE:
+        found.append((first, 1 << left.bit_length() - 1))
+        first += found[-1][1]
+    if left:
+        found.append((first, 1 << (left - 1).bit_length()))
+    return found
+
+
+class _Row:
+    """Reads and writes rows of matrices [., D], in pieces."""
+
+    def __init__(self, d_model: int) -> None:
+        self._d_model = d_model
+        self._columns = []
+        for first, size in pieces_of(d_model):
+            d_K = first + jnp.arange(size, dtype=jnp.int32)
+            self._columns.append((d_K, None if first + size <= d_model else d_K < d_model))
+
+    def read(self, ref: Any, row: Array) -> Pieces:
+        found = []
+        for d_K, there_K in self._columns:
+            near_K = d_K if there_K is None else jnp.minimum(d_K, self._d_model - 1)
+            found.append(load(ref.at[jnp.full_like(d_K, row), near_K], there_K))
+        return tuple(found)
+
+    def write(self, ref: Any, row: Array, pieces: Pieces) -> None:
+        for (d_K, there_K), piece_K in zip(self._columns, pieces, strict=True):
+            store(ref.at[jnp.full_like(d_K, row), d_K], piece_K, there_K)
+
+    def zeros(self) -> Pieces:
+        return tuple(jnp.zeros(d_K.shape, jnp.float32) for d_K, _ in self._columns)
+
+
+class _Found(NamedTuple):
+    """The gradients of one latent, `theta` not yet divided by the bandwidth."""
+
+    enc: Pieces
+    dec: Pieces
+    bias: Array
+    theta: Array
+
+
+def _one_program(*refs: Any, bandwidth: float, config: AdamConfig, writes: bool) -> None:
+    read, refs = _Read(*refs[: len(_Read._fields)]), refs[len(_Read._fields) + 2 :]
+    own, written = Rows(*refs[:4]), _Written(*refs[4:9])
+    if writes:
+        # In place: what was the rows before is no longer to be read.
+        own = Rows(*refs[9:])
+    program, num_programs = pl.program_id(0), pl.num_programs(0)
+    row = _Row(read.x_BD.shape[1])
+
+    def one_latent(nth: Array, so_far: tuple[Pieces, Array, Array]) -> tuple[Pieces, Array, Array]:
+        encoded, squares, projected_squares = so_far
+        segment = program + nth * num_programs
+        latent = read.ids_N[segment]
+        W_enc, W_dec = row.read(own.W_enc, latent), row.read(own.W_dec, latent)
+        found = _gradients(read, row, segment=segment, W_dec=W_dec, bandwidth=bandwidth)
+        store(written.bias_F.at[latent], found.bias)
+        store(written.theta_F.at[latent], found.theta / bandwidth)
+        along = _dot(found.dec, W_dec)
+        projected = _each(lambda g, w: g - along * w, found.dec, W_dec)
+        if writes:
+            _update(own, read, row, latent, (W_enc, W_dec), (found.enc, projected), config=config)
+        of_enc = _dot(found.enc, found.enc)
+        return (
+            _each(lambda total, w: total + found.bias * w, encoded, W_enc),
+            squares + of_enc + _dot(found.dec, found.dec),
+            projected_squares + of_enc + _dot(projected, projected),
+        )
+
+    mine = jnp.maximum(read.num_touched[0] - program + num_programs - 1, 0) // num_programs
+    start = row.zeros(), jnp.float32(0), jnp.float32(0)
+    encoded, squares, projected_squares = jax.lax.fori_loop(0, mine, one_latent, start)
+    row.write(written.encoded_GD, program, encoded)
+    store(written.squares_G.at[program], squares)
+    store(written.projected_G.at[program], projected_squares)
+
+
+def _gradients(
+    read: _Read, row: _Row, *, segment: Array, W_dec: Pieces, bandwidth: float
+) -> _Found:
+    """See `row_passes` for the formulas."""
+    latent, start = read.ids_N[segment], read.starts_N[segment]
+    theta, g_count = read.theta_F[latent], read.g_count_F[latent]
+
+    def add(nth: Array, so_far: _Found) -> _Found:
+        b, pre = read.row_P[start + nth], read.pre_P[start + nth]
+        active, window = pre > theta, jnp.abs(pre - theta) < bandwidth / 2
+        x, g = row.read(read.x_BD, b), row.read(read.g_BD, b)
+        g_f = _dot(g, W_dec)
+        g_pre, f = jnp.where(active, g_f, 0.0), jnp.where(active, pre, 0.0)
+        pull = jnp.where(window, theta * g_f + (read.g_l0_B[b] + g_count), 0.0)
+        return _Found(
+            enc=_each(lambda total, one: total + g_pre * one, so_far.enc, x),
+            dec=_each(lambda total, one: total + f * one, so_far.dec, g),
+            bias=so_far.bias + g_pre,
+            theta=so_far.theta - pull,
+        )
+
+    none = _Found(row.zeros(), row.zeros(), jnp.float32(0), jnp.float32(0))
+    return jax.lax.fori_loop(0, read.counts_N[segment], add, none)
+
+
+def _update(
+    own: Rows,
+    read: _Read,
+    row: _Row,
+    latent: Array,
+    before: tuple[Pieces, Pieces],
+    gradients: tuple[Pieces, Pieces],
+    *,
+    config: AdamConfig,
+) -> None:
+    """`optimiser.update_rows` of one latent, the decoder's gradient projected already."""
+    scale, kept = read.scalars[2], read.kept_F[latent]
+
+    def step(weights: Pieces, gradient: Pieces, moments: Pieces) -> tuple[Pieces, Pieces]:
+        stepped = [
+            adam_step(
+                w_K,
+                g_K * scale,
+                second_moment=v_K,
+                learning_rate=read.scalars[0],
+                bias_correction=read.scalars[1],
+                config=config,
+                kept=kept,
+            )
+            for w_K, g_K, v_K in zip(weights, gradient, moments, strict=True)
+        ]
+        return tuple(new for new, _ in stepped), tuple(moment for _, moment in stepped)
+
+    W_enc, v_enc = step(before[0], gradients[0], row.read(own.v_enc, latent))
+    W_dec, v_dec = step(before[1], gradients[1], row.read(own.v_dec, latent))
+    norm = jnp.sqrt(_dot(W_dec, W_dec))
+    new = Rows(W_enc, _each(lambda w: w / norm, W_dec), v_enc, v_dec)
+    for ref, pieces in zip(own, new, strict=True):
+        row.write(ref, latent, pieces)
+
+
+def _each(function: Callable[..., Array], *rows: Sequence[Array]) -> Pieces:
+    return tuple(function(*pieces) for pieces in zip(*rows, strict=True))
+
+
+def _dot(a: Pieces, b: Pieces) -> Array:
+    """In the order of pieces; within one, of Triton's tree."""
+    return sum((a_K * b_K).sum() for a_K, b_K in zip(a, b, strict=True))  # type: ignore[return-value]

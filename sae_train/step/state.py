@@ -1,0 +1,124 @@
+"""The training state: what it holds, how it is born sharded, and its abstract twin."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from sae_train.config.sae import SaeConfig
+from sae_train.model.sharding import LAST_FIRED, Tensor, shape_of, sharding, table_of
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything a resume needs besides the step number's own consequences.
+
+    Attributes:
+        params: the trained parameters, see `sharding.params_table`.
+        second_moment: Adam's v for each of them; of a latent, as it was in the step `last_touched`.
+        last_fired: for each latent the step (counted from 1) in which it last fired, 0 for never.
+        last_touched: for each latent the step in which its parameters and second moments were last
+            updated. In every step since, its gradient was 0 and its v has yet to decay.
+        step: optimiser steps done.
+        log_gain: what `match_l0` has added to the logarithm of its coefficient.
+        selection_threshold: of BatchTopK the mean of the smallest latents selected, its threshold
+            at inference; 0 of others.
+        candidates: pairs of row and latent, per row, that the last step needed places for.
+        sparse: 1 if the last step went by pairs, 0 if by whole products.
+        overflows: steps so far that tried to go by pairs and had too many.
+
+    Its leaves are arrays; in its twins, their shardings or their abstract shapes.
+    """
+
+    params: dict[str, Any]
+    second_moment: dict[str, Any]
+    last_fired: Any
+    last_touched: Any
+    step: Any
+    log_gain: Any
+    selection_threshold: Any
+    candidates: Any
+    sparse: Any
+    overflows: Any
+
+
+def _map_table(leaf, scalar, *, config: SaeConfig) -> TrainState:
+    """Build a state: `leaf(name, tensor)` for each row of the table and `scalar(dtype)`."""
+    table = table_of(config)
+    params = {name: leaf(name, tensor) for name, tensor in table.items()}
+    return TrainState(
+        params=params,
+        second_moment={name: leaf(f"second_moment.{name}", table[name]) for name in table},
+        last_fired=leaf("last_fired", LAST_FIRED),
+        last_touched=leaf("last_touched", LAST_FIRED),
+        step=scalar(jnp.int32),
+        log_gain=scalar(jnp.float32),
+        selection_threshold=scalar(jnp.float32),
+        candidates=scalar(jnp.float32),
+        sparse=scalar(jnp.int32),
+        overflows=scalar(jnp.int32),
+    )
+
+
+def state_shardings(mesh: Mesh, *, config: SaeConfig) -> TrainState:
+    """The NamedSharding of every leaf."""
+    return _map_table(
+        lambda _, tensor: sharding(mesh, tensor.dims),
+        lambda _: sharding(mesh, ()),
+        config=config,
+    )
+
+
+def abstract_state(config: SaeConfig, *, d_model: int, mesh: Mesh) -> TrainState:
+    """Shape, dtype and sharding of every leaf, nothing allocated."""
+
+    def leaf(_: str, tensor: Tensor) -> jax.ShapeDtypeStruct:
+        shape = shape_of(tensor, width=config.width, d_model=d_model)
+        return jax.ShapeDtypeStruct(shape, tensor.dtype, sharding=sharding(mesh, tensor.dims))
+
+    return _map_table(
+        leaf,
+        lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=sharding(mesh, ())),
+        config=config,
+    )
+
+
+def init_state(config: SaeConfig, *, d_model: int, seed: int, mesh: Mesh) -> TrainState:
+    """Gemma Scope's initialisation, each shard made on its own device.
+
+    W_dec and W_enc are drawn from one key, so W_enc starts as W_dec's transpose; of a transcoder
+    they are drawn apart.
+    """
+    return _initialiser(config, d_model, seed, mesh)()
+
+
+# The members of a cohort begin alike but for the numbers they are compared by.
+@functools.lru_cache(maxsize=8)
+def _initialiser(
+    config: SaeConfig, d_model: int, seed: int, mesh: Mesh
+) -> Callable[[], TrainState]:
+    table = table_of(config)
+
+    def init() -> TrainState:
+        key = jax.random.key(seed)
+
+        def leaf(name: str, tensor: Tensor) -> Array:
+            shape = shape_of(tensor, width=config.width, d_model=d_model)
+            if name in table:
+                return tensor.init(key, shape, config).astype(tensor.dtype)
+            return jnp.zeros(shape, tensor.dtype)
+
+        state = _map_table(leaf, lambda dtype: jnp.zeros((), dtype), config=config)
+        # Half of all latents are active at first (docs/numerics.md): as if all were.
+        return dataclasses.replace(state, candidates=jnp.float32(config.width))
+
+    return jax.jit(init, out_shardings=state_shardings(mesh, config=config))

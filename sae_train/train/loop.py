@@ -1,0 +1,223 @@
+"""The training loop: save if due, next batch, every member's step, read the step before's metrics.
+
+Runs that read the same batches train as one cohort (`cohort`): a batch is read and put on the
+devices once, and every member steps on it. A single run is a cohort of one.
+
+A run is a pure function of its config and its store: the batch of a step depends on the step
+number alone, so a checkpoint needs no data state, a resumed run is bit-identical, and so is one
+that trained beside others. Members needn't be at the same step: the stream begins where the one
+furthest behind stands, and each joins when it comes by.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from activation_cache.runtime import processes
+from activation_cache.runtime.errors import Interrupted, UserError
+from activation_cache.storage.files import Place
+from activation_cache.store.reader import ActivationReader
+from activation_cache.store.store import Store, open_store
+from sae_train.config.run import Config
+from sae_train.model.sharding import make_mesh, place_batch, rows_here
+from sae_train.train.cohort import check_cohort
+from sae_train.train.cohort_member import Member
+from sae_train.train.cohort_step import CohortStep
+from sae_train.train.progress import CohortProgress
+from sae_train.train.step_log import Diverged, InputClock
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended: optimiser steps done and the last row of its metrics."""
+
+    folder: Place
+    step: int
+    metrics: Mapping[str, Any]
+
+
+def train(
+    config: Config, *, fresh: bool = False, stop: Callable[[], bool] = lambda: False
+) -> TrainResult:
+    """Train one SAE: a cohort of one, see `train_cohort`."""
+    (result,) = train_cohort([config], fresh=fresh, stop=stop)
+    return result
+
+
+def train_cohort(
+    configs: Sequence[Config], *, fresh: bool = False, stop: Callable[[], bool] = lambda: False
+) -> list[TrainResult]:
+    """Train SAEs side by side, each going on from the newest checkpoint of its folder.
+
+    Each ends as it would alone, bit for bit. One that fails (its folder is another run's or in
+    use, its loss stops being finite) leaves; the others go on, and its failure is told at the end.
+
+    Args:
+        configs: of runs that read the same batches (`cohort.batch_key`).
+        fresh: delete what earlier runs left in the folders and start anew.
+        stop: asked before every step; when it says yes all is saved and the loop left.
+
+    Several processes that have joined (`distributed.join`) train as one: each holds its devices'
+    part, all stop at the same step, and only the main one writes configs and metrics.
+
+    Raises:
+        Interrupted: `stop` said yes; everything is saved.
+        UserError: the store is missing or another one, the mesh doesn't fit, or runs failed; the
+            reason of each is in its folder too.
+    """
+    check_cohort(configs)
+    first = configs[0]
+    store = open_store(first.cache.path)
+    store.check_matches(model=first.model, text=first.text, cache=first.cache)
+    mesh, clock = make_mesh(first.mesh), InputClock()
+    members = [Member(config, store=store, mesh=mesh, clock=clock) for config in configs]
+    with _memory_in_words(len(members)), ExitStack() as stack:
+        for member in members:
+            stack.enter_context(member)
+        _each(members, lambda member: member.begin(fresh=fresh))
+        _prepare([member for member in members if member.at_work and not member.done], store)
+        at_work = [member for member in members if member.at_work]
+        if at_work:
+            config = at_work[0].config
+            readers = [
+                stack.enter_context(reader)
+                for reader in _readers(
+                    config,
+                    store=store,
+                    start_step=min(member.done for member in at_work),
+                    rows=rows_here(mesh, batch_size=config.train.batch_size),
+                )
+            ]
+            for member in at_work:
+                member.start(anew=fresh)
+            progress = stack.enter_context(CohortProgress(at_work))
+            _steps(at_work, readers=readers, mesh=mesh, clock=clock, progress=progress, stop=stop)
+    processes.barrier("trained")
+    processes.told_by_main("failures", lambda: _tell_failures(members))
+    return [TrainResult(one.folder, one.done, one.journal.last_row) for one in members]
+
+
+@contextmanager
+def _memory_in_words(count: int) -> Iterator[None]:
+    """Say what to do where devices hold one run, perhaps, but not `count`."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if count == 1 or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"the devices have too little memory for {count} runs that train together: set "
+            f"sweep.cohort.max_members below {count} (`sae plan` says how many fit) or raise "
+            f"mesh.model. What was saved stays. ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _each(
+    members: Sequence[Member],
+    work: Callable[[Member], Any],
+    *,
+    errors: type[UserError] = UserError,
+) -> None:
+    """Do something with every member; one that makes an error of this type fails, alone."""
+    for member in members:
+        try:
+            work(member)
+        except errors as error:
+            member.fail(error)
+
+
+def _tell_failures(members: Sequence[Member]) -> None:
+    failed = [member for member in members if member.failure is not None]
+    if not failed:
+        return
+    if len(members) == 1:
+        raise UserError(f"{failed[0].failure}")
+    lines = "\n".join(f"  {member.folder.name}: {member.failure}" for member in failed)
+    raise UserError(f"{len(failed)} of {len(members)} runs failed:\n{lines}")
+
+
+def _prepare(members: Sequence[Member], store: Store) -> None:
+    """Prepare new runs; every process looks at the same whole batches, each read once."""
+    if not members:
+        return
+    with ExitStack() as stack:
+        readers = [
+            stack.enter_context(reader)
+            for reader in _readers(members[0].config, store=store, read_ahead=1)
+        ]
+        batch = functools.cache(lambda step: tuple(reader.batch(step) for reader in readers))
+        _each(members, lambda member: member.prepare(batch))
+
+
+def _readers(config: Config, *, store: Store, **options: Any) -> Iterator[ActivationReader]:
+    """A reader of what the SAE reads and, of a transcoder, one of what it predicts.
+
+    Row n of every tap of a store is of the same token, and the order depends on no tap: batches
+    of the two belong together row by row.
+    """
+    train = config.train
+    for tap in config.sae.taps:
+        yield ActivationReader(
+            store, tap, batch_size=train.batch_size, seed=train.order_seed, **options
+        )
+
+
+def _steps(
+    members: Sequence[Member],
+    *,
+    readers: Sequence[ActivationReader],
+    mesh: jax.sharding.Mesh,
+    clock: InputClock,
+    progress: CohortProgress,
+    stop: Callable[[], bool],
+) -> None:
+    """The loop: the members furthest behind take the next step, until none wants another."""
+    batch_size = readers[0].batch_size
+    span = rows_here(mesh, batch_size=batch_size)
+    take_step = CohortStep(mesh)
+    while at_work := [member for member in members if member.at_work]:
+        step = min(member.done for member in at_work)
+        turn = [member for member in at_work if member.done == step]
+        stopping = processes.agree_to_stop(stop)
+        _each([one for one in turn if stopping or one.is_save_due], Member.save, errors=Diverged)
+        if stopping:
+            for member in at_work:
+                member.close()
+            going_on = [member for member in at_work if member.at_work]
+            if going_on:
+                raise _interrupted(going_on, alone=len(members) == 1, step=step)
+            return  # the last of them has just failed
+        with clock.waiting():
+            rows = [reader.batch(step) for reader in readers]
+        placed = [place_batch(own, mesh=mesh, batch_size=batch_size, span=span) for own in rows]
+        turn = [member for member in turn if member.at_work]
+        take_step(turn, placed[0] if len(placed) == 1 else (placed[0], placed[1]))
+        # Only now, with the next steps dispatched: reading waits for the devices.
+        _each(turn, Member.judge, errors=Diverged)
+        _leave([member for member in turn if member.failure is None and not member.at_work])
+        progress.show(step + 1)
+
+
+def _leave(members: Sequence[Member]) -> None:
+    """Save the last state of those that are done, and only then wait for the disk."""
+    _each(members, Member.save, errors=Diverged)
+    for member in members:
+        member.close()
+
+
+def _interrupted(members: Sequence[Member], *, alone: bool, step: int) -> Interrupted:
+    saved = "everything is saved, the same command goes on"
+    if alone:
+        folder, steps = members[0].folder, members[0].steps
+        return Interrupted(f"{folder}: stopped by a signal at step {step} of {steps}; {saved}")
+    names = ", ".join(member.folder.name for member in members)
+    return Interrupted(f"{names}: stopped by a signal at step {step}; {saved}")

@@ -1,0 +1,490 @@
+"""Harvesting a small random Gemma: what the rows are, what stops it, what it refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import resource
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from activation_cache.config import CacheConfig, ModelConfig, SiteConfig, TextConfig
+from activation_cache.gemma.taps import Tap
+from activation_cache.harvest import fill_bucket, worker
+from activation_cache.harvest import harvest as harvest_module
+from activation_cache.harvest.harvest import harvest
+from activation_cache.harvest.sizes import check_memory
+from activation_cache.language_model import tokenizer
+from activation_cache.language_model.model import load_model
+from activation_cache.language_model.tokenizer_vocabulary import Pieces
+from activation_cache.runtime.errors import Interrupted, UserError
+from activation_cache.storage.files import folder_lock
+from activation_cache.store import writer
+from activation_cache.store.order import bucket_order, sequence_order
+from activation_cache.store.store import Store, open_store
+from tests.support.stores import TAP, file_hashes, make_manifest
+from tests.support.tiny_gemma import write_tiny_gemma
+from tests.support.tiny_gguf import write_gguf
+
+SITES = [
+    SiteConfig(site="resid_post", layers=[0, 2]),
+    SiteConfig(site="attn_out_prelinear", layers=[1]),
+]
+ROWS, BUCKETS = 700, 6  # five buckets of 128 rows and a short one
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_gemma(tmp_path_factory.mktemp("models") / "gemma")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for number in range(40):
+        (folder / f"{number:02d}.txt").write_text(f"the {number}th state of the union " * 5)
+    return folder
+
+
+def sections(gemma: Path, corpus: Path, path: Path, **changes: Any) -> dict[str, Any]:
+    """The three sections of a small harvest; `changes` as `cache__tokens=5`."""
+    made = {
+        "model": ModelConfig(weights=str(gemma), dtype="float32"),
+        "text": TextConfig(
+            source=[str(corpus / "*.txt")], sequence_length=16, held_out_sequences=4
+        ),
+        "cache": CacheConfig(
+            path=str(path),
+            sites=SITES,
+            tokens=ROWS,
+            shuffle_rows=128,
+            block_rows=16,
+            sequences_per_batch=4,
+        ),
+    }
+    for name, value in changes.items():
+        section, field = name.split("__")
+        made[section] = made[section].model_copy(update={field: value})
+    return made
+
+
+@pytest.fixture(scope="module")
+def finished(gemma: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A finished store that no test changes."""
+    path = tmp_path_factory.mktemp("finished") / "store"
+    harvest(**sections(gemma, corpus, path), resolved_config_yaml="name: test\n")
+    return open_store(path)
+
+
+class StopAfter:
+    """Turns true at the n-th forward pass."""
+
+    def __init__(self, passes: int) -> None:
+        self.passes = passes
+
+    def __call__(self) -> bool:
+        self.passes -= 1
+        return self.passes < 0
+
+
+def interrupted(gemma: Path, corpus: Path, path: Path) -> dict[str, Any]:
+    """Begin a harvest and stop it with some buckets committed; returns its sections."""
+    made = sections(gemma, corpus, path)
+    with pytest.raises(Interrupted, match="same command again"):
+        harvest(**made, stop=StopAfter(12), resolved_config_yaml="name: test\n")
+    assert 0 < len(list((path / "commits").iterdir())) < BUCKETS
+    return made
+
+
+def test_rows_are_the_model_s_activations_at_their_provenance(finished: Store, gemma: Path):
+    found = finished.provenance(start=0, stop=ROWS)
+    model = load_model(ModelConfig(weights=str(gemma), dtype="float32"))
+    tokens = finished.tokens.read(range(finished.tokens.num_sequences))
+    taps = (Tap("resid_post", 0), Tap("resid_post", 2), Tap("attn_out_prelinear", 1))
+    assert set(finished.taps) == set(taps)
+    expected = model.activations(tokens, taps)
+    for tap in taps:
+        rows = finished.read(tap, start=0, stop=ROWS)
+        wanted = np.asarray(expected[tap])[found.sequence, found.position]
+        np.testing.assert_allclose(rows, wanted, rtol=1e-5, atol=1e-5)
+        norms = np.square(rows.astype(np.float64)).sum(axis=1)
+        info = finished.tap_info(tap)
+        assert info.mean_squared_norm == pytest.approx(norms.mean(), rel=1e-12)
+        assert info.width == rows.shape[1]
+
+
+def test_the_tokenizer_is_built_once(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Although it is asked for to tokenise, to convert the weights and to load the model."""
+    build, built = tokenizer.tokenizer_from_pieces, []
+
+    def noted(pieces: Pieces, *, source: str) -> Any:
+        built.append(source)
+        return build(pieces, source=source)
+
+    monkeypatch.setattr(tokenizer, "tokenizer_from_pieces", noted)
+    weights = write_gguf(tmp_path / "tiny.gguf")
+    harvest(**sections(weights, corpus, tmp_path / "store"))
+    assert open_store(tmp_path / "store").rows == ROWS
+    assert built == [str(weights)]
+
+
+def check_order(store: Store) -> None:
+    """Every row is where docs/store.md says it is."""
+    rows_in_all, size = store.rows, store.manifest.shuffling.bucket_rows
+    found, table = store.provenance(start=0, stop=rows_in_all), store.tokens
+    assert found.sequence.max() < table.num_harvestable
+    tokens = table.read(range(table.num_sequences))
+    assert table.usable(tokens)[found.sequence, found.position].all()
+    order = sequence_order(sequences=table.num_harvestable, seed=0)
+    expected = [
+        (int(sequence), int(position))
+        for sequence in order.forward(np.arange(table.num_harvestable))
+        for position in np.flatnonzero(table.usable(tokens[[sequence]])[0])
+    ]
+    rows = list(zip(found.sequence.tolist(), found.position.tolist(), strict=True))
+    for bucket in range(store.manifest.num_buckets):
+        start, stop = bucket * size, min((bucket + 1) * size, rows_in_all)
+        places = bucket_order(rows=stop - start, seed=0, bucket=bucket)
+        image = places.forward(np.arange(stop - start)).tolist()
+        assert [rows[start + place] for place in image] == expected[start:stop]
+
+
+def test_rows_are_usable_never_held_out_and_in_the_documented_order(finished: Store):
+    check_order(finished)
+
+
+def test_a_sequence_may_be_longer_than_a_bucket(gemma, corpus, tmp_path: Path):
+    made = sections(
+        gemma, corpus, tmp_path, text__sequence_length=64, cache__shuffle_rows=16, cache__tokens=100
+    )
+    harvest(**made)
+    check_order(open_store(tmp_path))
+
+
+def test_the_same_config_gives_the_same_bytes(finished: Store, gemma, corpus, tmp_path: Path):
+    harvest(**sections(gemma, corpus, tmp_path / "s"), resolved_config_yaml="name: test\n")
+    assert file_hashes(tmp_path / "s") == file_hashes(finished.path)
+    assert not (tmp_path / "s" / "plan.json").exists()
+
+
+def test_bfloat16_rows_are_the_rounded_float32_rows(finished: Store, gemma, corpus, tmp_path):
+    harvest(**sections(gemma, corpus, tmp_path, cache__dtype="bfloat16"))
+    store = open_store(tmp_path)
+    for tap in store.taps:
+        rows = store.read(tap, start=0, stop=ROWS)
+        exact = finished.read(tap, start=0, stop=ROWS).astype(ml_dtypes.bfloat16)
+        np.testing.assert_array_equal(rows, exact)
+        norms = np.square(rows.astype(np.float64)).sum(axis=1)
+        assert store.tap_info(tap).mean_squared_norm == pytest.approx(norms.mean(), rel=1e-12)
+
+
+def test_a_bfloat16_model_fills_a_float32_store(gemma, corpus, tmp_path: Path):
+    harvest(**sections(gemma, corpus, tmp_path, model__dtype="bfloat16"))
+    rows = open_store(tmp_path).read(Tap("resid_post", 2), start=0, stop=ROWS)
+    assert rows.dtype == np.float32
+    np.testing.assert_array_equal(rows, rows.astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+def test_stopped_and_started_again_it_ends_the_same(finished: Store, gemma, corpus, tmp_path):
+    path = tmp_path / "s"
+    made = interrupted(gemma, corpus, path)
+    committed = {p: p.stat().st_mtime_ns for p in (path / "commits").iterdir()}
+    with pytest.raises(UserError, match="has not finished"):
+        open_store(path)
+    for stray in ("resid_post.0/c/0/0.__lock", "commits/.bucket-000000.json.5eed.tmp"):
+        (path / stray).write_bytes(b"what a killed process leaves")
+    harvest(**made)
+    assert {p: p.stat().st_mtime_ns for p in committed} == committed  # not made again
+    assert file_hashes(path) == file_hashes(finished.path)
+
+
+def test_a_finished_store_is_left_alone(
+    finished: Store, gemma, corpus, caplog: pytest.LogCaptureFixture
+):
+    before = {p: p.stat().st_mtime_ns for p in finished.path.rglob("*")}
+    with caplog.at_level(logging.INFO):
+        manifest = harvest(**sections(gemma, corpus, finished.path))
+    assert manifest == finished.manifest
+    assert "finished already: 700 rows" in caplog.text
+    assert {p: p.stat().st_mtime_ns for p in finished.path.rglob("*")} == before
+
+
+def test_a_finished_store_needs_neither_text_nor_weights(
+    finished: Store, gemma, corpus, monkeypatch: pytest.MonkeyPatch, caplog
+):
+    def gone(*_: object) -> str:
+        raise UserError("the weights are not on this machine")
+
+    monkeypatch.setattr(harvest_module, "weight_fingerprint", gone)
+    harvest(**sections(gemma, corpus, finished.path))
+    assert "cannot be compared: the weights are not on this machine" in caplog.text
+
+
+OTHER_CONFIGS = {
+    "model__dtype": "bfloat16",
+    "text__sequence_length": 24,
+    "text__held_out_sequences": 5,
+    "cache__sites": [SiteConfig(site="resid_post", layers=[0])],
+    "cache__tokens": 600,
+    "cache__dtype": "bfloat16",
+    "cache__shuffle_rows": 64,
+    "cache__seed": 1,
+    "cache__sequences_per_batch": 2,
+}
+
+
+@pytest.mark.parametrize("state", ["begun", "finished"])
+def test_another_config_is_refused_by_field_and_touches_nothing(
+    finished: Store, gemma, corpus, tmp_path: Path, state: str
+):
+    path = finished.path
+    if state == "begun":
+        path = tmp_path / "s"
+        interrupted(gemma, corpus, path)
+    before = file_hashes(path)
+    for name, value in OTHER_CONFIGS.items():
+        field = name.replace("__", r"\.")
+        with pytest.raises(UserError, match=rf"another config\. {field}: .* .nothing was changed"):
+            harvest(**sections(gemma, corpus, path, **{name: value}))
+    other = write_tiny_gemma(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match=r"another config.*fingerprint"):
+        harvest(**sections(other, corpus, path))
+    assert file_hashes(path) == before
+
+
+@pytest.mark.parametrize("state", ["begun", "finished"])
+def test_changed_text_is_refused_by_file(gemma, corpus, tmp_path: Path, state: str):
+    text = tmp_path / "text"
+    text.mkdir()
+    for file in corpus.iterdir():
+        (text / file.name).write_bytes(file.read_bytes())
+    if state == "begun":
+        made = interrupted(gemma, text, tmp_path / "s")
+    else:
+        made = sections(gemma, text, tmp_path / "s")
+        harvest(**made)
+    before = file_hashes(tmp_path / "s")
+    (text / "07.txt").write_text((text / "07.txt").read_text().replace("state", "shape"))
+    with pytest.raises(UserError, match=r"other text.*07\.txt was .* .nothing was changed"):
+        harvest(**made)
+    assert file_hashes(tmp_path / "s") == before
+
+
+def test_before_the_first_commit_the_config_may_change(finished: Store, gemma, corpus, tmp_path):
+    path = tmp_path / "s"
+    other = [SiteConfig(site="resid_post", layers=[0, 1])]
+    begun = sections(gemma, corpus, path, cache__sites=other, cache__dtype="bfloat16")
+    with pytest.raises(Interrupted):
+        harvest(**begun, stop=StopAfter(1))
+    assert (path / "resid_post.1").exists()
+    harvest(**sections(gemma, corpus, path), resolved_config_yaml="name: test\n")
+    assert file_hashes(path) == file_hashes(finished.path)
+
+
+def test_too_few_tokens_is_said_before_the_model_is_loaded(
+    gemma, corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(worker, "load_copies", None)
+    with pytest.raises(UserError, match=r"asks for 100000 rows and the text has \d+ usable"):
+        harvest(**sections(gemma, corpus, tmp_path, cache__tokens=100_000))
+
+
+def test_a_layer_the_model_has_not_is_said_before_tokenising(gemma, corpus, tmp_path: Path):
+    sites = [SiteConfig(site="mlp_out", layers=[3, 4])]
+    with pytest.raises(UserError, match="layer 4 of site mlp_out does not exist"):
+        harvest(**sections(gemma, corpus, tmp_path, cache__sites=sites))
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_buckets_too_large_for_the_memory_are_refused():
+    plan = make_manifest(rows=10**12, width=4096, shuffle_rows=10**10, block_rows=256)
+    with pytest.raises(UserError, match=r"GiB of memory .* lower cache\.shuffle_rows to about"):
+        check_memory(plan, [("here", 2**40)])
+    with pytest.raises(UserError, match="2 at once in each of 3 processes"):
+        check_memory(plan, [*[("here", 2**49)] * 3, ("there", 2**49)])
+
+
+def test_activations_that_are_not_finite_are_refused(gemma, corpus, tmp_path: Path):
+    from activation_cache.storage.safetensors_file import write_safetensors
+    from tests.support.tiny_gemma import tiny_config, tiny_tensors
+
+    broken = write_tiny_gemma(tmp_path / "gemma")
+    tensors = tiny_tensors(tiny_config())
+    next(value for name, value in tensors.items() if "layers.2" in name)[:] = np.nan
+    with open(broken / "model.safetensors", "wb") as file:
+        write_safetensors(file, {k: v.shape for k, v in tensors.items()}, tensors.items())
+    with pytest.raises(UserError, match=r"resid_post\.2 holds NaN or infinity"):
+        harvest(**sections(broken, corpus, tmp_path / "s"))
+
+
+def test_writing_overlaps_computing(gemma, corpus, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """The first bucket's write is held up until the model works on the second."""
+    second_begun = threading.Event()
+    write, bucket_passes = writer.write_shards, []
+
+    class Filler(fill_bucket.BucketFiller):
+        def fill(self, number, *, on_batch):
+            bucket_passes.append(number)
+            if number == 1:
+                second_begun.set()
+            return super().fill(number, on_batch=on_batch)
+
+    def held_up(*arguments, **options):
+        assert second_begun.wait(timeout=60)
+        write(*arguments, **options)
+
+    monkeypatch.setattr(worker, "BucketFiller", Filler)
+    monkeypatch.setattr(writer, "write_shards", held_up)
+    harvest(**sections(gemma, corpus, tmp_path))
+    assert bucket_passes == list(range(BUCKETS))
+
+
+def test_at_most_one_bucket_is_written_while_one_is_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Memory is bounded: handing over the next bucket waits for the one before."""
+    manifest, disk_works = make_manifest(rows=128, mean_squared_norm=None), threading.Event()
+    write = writer.write_shards
+
+    def held_up(*arguments, **options):
+        assert disk_works.wait(timeout=60)
+        write(*arguments, **options)
+
+    monkeypatch.setattr(writer, "write_shards", held_up)
+    numbers = np.arange(64, dtype=np.int32)
+    buckets = [
+        writer.Bucket(n, {TAP: np.ones((64, 8), np.float32)}, numbers, numbers) for n in (0, 1)
+    ]
+    with writer.BucketWriter(tmp_path, manifest) as bucket_writer:
+        bucket_writer.submit(buckets[0])
+        second = threading.Thread(target=bucket_writer.submit, args=(buckets[1],))
+        second.start()
+        second.join(timeout=0.3)
+        assert second.is_alive()
+        disk_works.set()
+        second.join(timeout=60)
+        assert writer.commit_file(tmp_path, 0).exists()
+    assert sorted(writer.read_commits(tmp_path, manifest)) == [0, 1]
+
+
+def test_one_process_at_a_time(gemma, corpus, tmp_path: Path):
+    with folder_lock(tmp_path), pytest.raises(UserError, match="in use by another process"):
+        harvest(**sections(gemma, corpus, tmp_path))
+
+
+def mounted(folder: Path, *options: str) -> bool:
+    """Mount a tmpfs at `folder`, if this process may."""
+    command = ["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder with no room for the whole store: a small file system, or else a limit on files."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    is_mounted = mounted(folder, "-o", "size=280k")
+    if not is_mounted:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT, hard))
+    yield folder
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    if is_mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+FILE_LIMIT = 9000  # bytes: less than a shard of resid_post, 128 rows of 20 float32
+
+
+def make_room(folder: Path) -> None:
+    if os.path.ismount(folder):
+        subprocess.run(["mount", "-o", "remount,size=8m", str(folder)], check=True)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+def test_a_full_disk_is_said_and_nothing_is_lost(finished: Store, gemma, corpus, small_disk):
+    path = small_disk / "store"
+    made = sections(gemma, corpus, path)
+    with pytest.raises(UserError, match=r"cannot write .*(the disk is full|limit).* is intact"):
+        harvest(**made, resolved_config_yaml="name: test\n")
+    committed = {p: p.stat().st_mtime_ns for p in (path / "commits").glob("bucket*")}
+    assert committed or not os.path.ismount(small_disk)
+    make_room(small_disk)
+    harvest(**made, resolved_config_yaml="name: test\n")
+    assert {p: p.stat().st_mtime_ns for p in committed} == committed
+    assert file_hashes(path) == file_hashes(finished.path)
+
+
+def test_a_limit_on_file_size_is_said(gemma, corpus, tmp_path: Path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*limit on the size of files"):
+            harvest(**sections(gemma, corpus, tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def world(gemma: Path, corpus: Path) -> Iterator[Path]:
+    """A folder that every user may walk (pytest's are closed), with the inputs in it."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    shutil.copytree(gemma, folder / "gemma")
+    shutil.copytree(corpus, folder / "text")
+    (folder / "text").chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Make everything under `folder` unwritable: root becomes nobody, others lose the w bit."""
+    folders = [folder, *(p for p in folder.rglob("*") if p.is_dir())]
+    root = os.geteuid() == 0
+    for each in folders:
+        each.chmod(0o555)
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        for each in folders:
+            each.chmod(0o755)
+
+
+def test_a_read_only_folder(finished: Store, world: Path):
+    fresh, begun = world / "fresh" / "store", world / "begun"
+    fresh.parent.mkdir()
+    made = interrupted(world / "gemma", world / "text", begun)
+    complete = world / "complete"
+    wanted = harvest(**sections(world / "gemma", world / "text", complete))
+    before = file_hashes(begun)
+    with read_only(world):
+        for sections_ in (sections(world / "gemma", world / "text", fresh), made):
+            with pytest.raises(UserError, match=r"permission is denied.* fix the permission"):
+                harvest(**sections_)
+        # A finished store is only read: nothing to write, nothing to complain of.
+        assert harvest(**sections(world / "gemma", world / "text", complete)) == wanted
+    assert file_hashes(begun) == before
+
+
+def test_a_damaged_commit_record_is_named(gemma, corpus, tmp_path: Path):
+    made = interrupted(gemma, corpus, tmp_path / "s")
+    record = tmp_path / "s" / "commits" / "bucket-000000.json"
+    record.write_text(record.read_text().replace('"rows": 128', '"rows": 127'))
+    with pytest.raises(UserError, match=rf"{record} is damaged"):
+        harvest(**made)

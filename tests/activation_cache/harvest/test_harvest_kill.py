@@ -1,0 +1,105 @@
+"""`kill -9` at many instants of a harvest, the same command each time: the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+from tests.support.stores import file_hashes
+from tests.support.tiny_gemma import write_tiny_gemma
+
+BUCKETS = 19
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    folder = tmp_path / "inputs"
+    write_tiny_gemma(folder / "gemma")
+    for number in range(90):
+        (folder / f"{number:02d}.txt").write_text(f"the {number}th state of the union " * 5)
+    return folder
+
+
+def start(inputs: Path, path: Path, kill: str = "") -> subprocess.Popen[bytes]:
+    """Begin, or go on with, the harvest at `path` in a process of its own."""
+    sections = {
+        "model": {"weights": str(inputs / "gemma"), "dtype": "float32"},
+        "text": {
+            "source": [str(inputs / "*.txt")],
+            "sequence_length": 16,
+            "held_out_sequences": 4,
+        },
+        "cache": {
+            "path": str(path),
+            "sites": [
+                {"site": "resid_post", "layers": [1, 2]},
+                {"site": "mlp_out", "layers": [0]},
+            ],
+            "tokens": 2110,
+            "shuffle_rows": 100,
+            "block_rows": 16,
+            "sequences_per_batch": 4,
+        },
+    }
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.support.harvest_child", json.dumps(sections), kill]
+    return subprocess.Popen(command, cwd=ROOT, env=environment)
+
+
+def run(inputs: Path, path: Path, kill: str = "") -> int:
+    return start(inputs, path, kill).wait(timeout=300)
+
+
+def commits(path: Path) -> int:
+    return len(list((path / "commits").glob("bucket-*.json")))
+
+
+def kill_at_random(inputs: Path, path: Path, generator: random.Random) -> None:
+    """Kill up to 150 ms after something new appears in the folder."""
+    before = len(list(path.rglob("*")))
+    process = start(inputs, path)
+    while process.poll() is None and len(list(path.rglob("*"))) == before:
+        time.sleep(0.001)
+    time.sleep(generator.uniform(0, 0.15))
+    process.kill()
+    process.wait()
+
+
+def kill_within_a_shard(inputs: Path, path: Path) -> None:
+    for _ in range(4):
+        assert run(inputs, path, "lock") == -signal.SIGKILL
+        if list(path.rglob("*.__lock")):  # else it was renamed in the instant before the kill
+            return
+    pytest.fail("no kill left a shard half written")
+
+
+def test_killed_at_every_stage_the_store_ends_the_same(inputs: Path, tmp_path: Path):
+    """One folder, killed again and again: random instants, half-written shards, every commit."""
+    uninterrupted, path = tmp_path / "uninterrupted", tmp_path / "store"
+    whole, generator = start(inputs, uninterrupted), random.Random(int.from_bytes(os.urandom(4)))
+
+    def kill_before(name: str, *, committed: int) -> None:
+        assert run(inputs, path, name) == -signal.SIGKILL
+        assert commits(path) == committed
+        assert list(path.rglob(".*.tmp"))  # the kill left something to tidy up
+
+    kill_at_random(inputs, path, generator)  # while tokenising or soon after
+    kill_before("plan.json:1", committed=0)
+    kill_before("bucket:5", committed=4)  # the fifth bucket's shards are there, its commit is not
+    kill_within_a_shard(inputs, path)
+    kill_at_random(inputs, path, generator)
+    assert commits(path) < BUCKETS
+    kill_before("manifest.json:1", committed=BUCKETS)
+    assert run(inputs, path) == 0
+    assert whole.wait(timeout=300) == 0
+    assert commits(uninterrupted) == BUCKETS
+    assert file_hashes(path) == file_hashes(uninterrupted)

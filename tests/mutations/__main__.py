@@ -1,0 +1,394 @@
+"""The code broken on purpose, a line at a time, and the test that must turn red for each.
+
+    python -m tests.mutations.__main__ [--only WORDS ...]      (or: make mutations)
+
+A test of exactness is worth what it catches. Each mutation is made in a copy of the tree, where its
+test is run; it must fail, and not because the broken code doesn't run at all. docs/exactness.md
+has the table; `tests/whole/test_mutations.py` sees to it that each mutation still finds its line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.mutations.mutation import Mutation
+from tests.mutations.mutations_topk import TOPK
+from tests.support.paths import ROOT
+
+logger = logging.getLogger("mutations")
+
+_LEFT_OUT = shutil.ignore_patterns(".*", "demo-data", "runs", "build", "*.egg-info", "__pycache__")
+# What a line that merely doesn't work raises.
+_NOT_RUN = re.compile(r"^E +(NameError|SyntaxError|ImportError|AttributeError|TypeError)", re.M)
+
+_ADAPTIVE, _PAIRS = "sae_train/sparse/jumprelu_step.py", "sae_train/sparse/active_pairs.py"
+_ROWS, _SPARSE = "sae_train/sparse/latent_updates.py", "sae_train/sparse/sharded_parts.py"
+_SUMS, _OPTIMISER = "sae_train/sparse/segment_sums.py", "sae_train/step/adam.py"
+_T_PAIRS, _T_SPARSE = (
+    "tests/sae_train/sparse/test_pairs.py",
+    "tests/sae_train/sparse/test_sparse_step.py",
+)
+_KERNELS, _T_KERNELS = "sae_train/sparse/kernels", "tests/sae_train/sparse/test_kernels.py"
+_ON_MESH = f"{_T_SPARSE}::test_pairs_on_many_meshes[4-2-128]"
+_BY_REFERENCE = f"{_T_SPARSE}::test_forty_steps_follow_the_float64_reference"
+
+MUTATIONS = (
+    Mutation(
+        "pairs within the window of a threshold, not active, are left out",
+        _PAIRS,
+        "> -bandwidth / 2",
+        "> 0.0",
+        f"{_T_PAIRS}::test_pairs_are_all_that_are_active_or_in_the_window",
+    ),
+    Mutation(
+        "the window of a threshold has no gradient",
+        _ROWS,
+        "jnp.where(window_SC, theta_S[:, None] * g_f_SC + step_SC, 0.0)",
+        "jnp.where(window_SC & active_SC, theta_S[:, None] * g_f_SC + step_SC, 0.0)",
+        f"{_BY_REFERENCE}[l0-log-96]",
+    ),
+    Mutation(
+        "pairs without a place aren't counted",
+        _PAIRS,
+        "total = total + counts_L.sum(dtype=jnp.int32).astype(jnp.float32)",
+        "total = written.astype(jnp.float32)",
+        f"{_T_PAIRS}::test_pairs_without_a_place_are_counted",
+    ),
+    Mutation(
+        "a step with too many pairs goes by those that have a place",
+        _SPARSE,
+        "return encoded.sums.per_row * (self._rows / self._model) <= self.capacity",
+        "return encoded.sums.per_row >= 0",
+        f"{_T_SPARSE}::test_too_many_pairs_fall_back_and_are_counted",
+    ),
+    Mutation(
+        "rows are updated by pairs and then by tiles again",
+        _SPARSE,
+        "jnp.broadcast_to(fits, rows.W_enc.shape[:1])",
+        "jnp.broadcast_to(fits | ~fits, rows.W_enc.shape[:1])",
+        f"{_T_SPARSE}::test_too_many_pairs_fall_back_and_are_counted",
+    ),
+    Mutation(
+        "the device with the fewest pairs says whether all fit",
+        _SPARSE,
+        "per_row=jax.lax.pmax(total",
+        "per_row=jax.lax.pmin(total",
+        f"{_T_SPARSE}::test_one_device_with_too_many_pairs_is_enough_to_fall_back",
+    ),
+    Mutation(
+        "steps by pairs begin as late as they cease",
+        _ADAPTIVE,
+        "_BEGIN, _CEASE = 0.7, 0.95",
+        "_BEGIN, _CEASE = 0.95, 0.95",
+        f"{_T_SPARSE}::test_steps_by_pairs_begin_at_fewer_than_they_cease_at[0-0.71-0]",
+    ),
+    Mutation(
+        "steps by pairs cease as soon as they may not begin",
+        _ADAPTIVE,
+        "_BEGIN, _CEASE = 0.7, 0.95",
+        "_BEGIN, _CEASE = 0.7, 0.7",
+        f"{_T_SPARSE}::test_steps_by_pairs_begin_at_fewer_than_they_cease_at[1-0.71-1]",
+    ),
+    Mutation(
+        "reconstructions of the parts of the width are averaged",
+        _SPARSE,
+        'decoded_BD=jax.lax.psum(decoded_BD, "model")',
+        'decoded_BD=jax.lax.pmean(decoded_BD, "model")',
+        _ON_MESH,
+    ),
+    Mutation(
+        "frequencies are those of a part of the batch",
+        _SPARSE,
+        'active_F=jax.lax.psum(active_F, "data")',
+        'active_F=jax.lax.pmean(active_F, "data")',
+        _ON_MESH,
+    ),
+    Mutation(
+        "the norm that clips is that of a part of the width",
+        _SPARSE,
+        'projected=jax.lax.psum(sums.projected, "model")',
+        'projected=jax.lax.pmean(sums.projected, "model")',
+        _ON_MESH,
+    ),
+    Mutation(
+        "all parts of the batch take their rows from the first",
+        _SPARSE,
+        "(pairs.row_P[:, 0] + first_row[:, None])",
+        "(pairs.row_P[:, 0] + 0 * first_row[:, None])",
+        _ON_MESH,
+    ),
+    Mutation(
+        "a step by tiles averages the gradients of the parts of the batch",
+        _SPARSE,
+        'jax.lax.psum(array, "data") for array',
+        'jax.lax.pmean(array, "data") for array',
+        f"{_T_SPARSE}::test_pairs_on_many_meshes[2-4-36]",
+    ),
+    Mutation(
+        "of rows of one L0 the last is decoded as the first",
+        _SUMS,
+        "back_B = jnp.argsort(segments.ids_N)[:num_rows]",
+        "back_B = segments.ids_N[:num_rows]",
+        f"{_T_PAIRS}::test_decoding_pairs_is_the_product",
+    ),
+    Mutation(
+        "the decoder's gradient keeps its part along the row",
+        _OPTIMISER,
+        "g_dec_FD = remove_parallel(g_dec_FD, rows_FD=rows.W_dec) * scalars.scale",
+        "g_dec_FD = g_dec_FD * scalars.scale",
+        f"{_BY_REFERENCE}[l0-log-96]",
+    ),
+    Mutation(
+        "touched rows of the decoder aren't made unit again",
+        _OPTIMISER,
+        "W_dec=unit_rows(W_dec_FD), v_enc=v_enc_FD",
+        "W_dec=W_dec_FD, v_enc=v_enc_FD",
+        f"{_BY_REFERENCE}[l0-log-96]",
+    ),
+    Mutation(
+        "the encoder's gradient isn't clipped",
+        _OPTIMISER,
+        "step(rows.W_enc, g_enc_FD * scalars.scale, second_moment=rows.v_enc)",
+        "step(rows.W_enc, g_enc_FD, second_moment=rows.v_enc)",
+        f"{_T_SPARSE}::test_a_clipped_gradient_is_clipped_the_same_way",
+    ),
+    Mutation(
+        "a second moment decays once, however long its latent rested",
+        "sae_train/sparse/lazy_update.py",
+        "kept_F = kept_share(state.step + 1 - state.last_touched",
+        "kept_F = kept_share(0 * state.last_touched + 1",
+        f"{_T_SPARSE}::test_latents_that_rest_are_as_if_they_had_stepped",
+    ),
+    Mutation(
+        "a second moment's decay is one step short",
+        _OPTIMISER,
+        "jnp.exp(steps_N.astype(jnp.float32) * math.log(beta2))",
+        "jnp.exp((steps_N - 1).astype(jnp.float32) * math.log(beta2))",
+        f"{_T_PAIRS}::test_lazy_second_moments_are_adam_s_over_four_thousand_steps",
+    ),
+    Mutation(
+        "when latents were last touched is lost in a checkpoint",
+        "sae_train/checkpoint/checkpoints.py",
+        '{problem}")\n        return state\n',
+        '{problem}")\n'
+        "        forgotten = dict(vars(state), last_touched=0 * state.last_touched + step)\n"
+        "        return type(state)(**forgotten)\n",
+        "tests/sae_train/sparse/test_sparse_resume.py::test_second_moments_that_wait_are_restored_on_another_mesh",
+    ),
+    Mutation(
+        "a step by pairs keeps pre-activations of the whole width",
+        _PAIRS,
+        "LARGEST_TILE = 1024",
+        "LARGEST_TILE = 1 << 20",
+        "tests/sae_train/sparse/test_sparse_memory.py::"
+        "test_a_million_latents_take_little_more_than_their_state_and_the_batch",
+    ),
+    Mutation(
+        "how steps went isn't in the state",
+        "sae_train/train/train_step.py",
+        "sparse=sparse.astype(jnp.int32),",
+        "sparse=0 * sparse.astype(jnp.int32),",
+        f"{_T_SPARSE}::test_left_open_a_step_goes_by_pairs_once_they_are_few",
+    ),
+    Mutation(
+        "in a kernel every block of rows is the first",
+        f"{_KERNELS}/select.py",
+        "row_M = pl.program_id(1) * ROWS +",
+        "row_M = 0 * pl.program_id(1) +",
+        f"{_T_PAIRS}::test_pairs_are_all_that_are_active_or_in_the_window[pallas-300-70]",
+    ),
+    Mutation(
+        "a kernel's pairs of one latent lie on those of another",
+        f"{_KERNELS}/select.py",
+        "place_ML = first + before_L[None, :] + rank_ML",
+        "place_ML = first + 0 * before_L[None, :] + rank_ML",
+        f"{_T_PAIRS}::test_pairs_are_all_that_are_active_or_in_the_window[pallas-64-96]",
+    ),
+    Mutation(
+        "a kernel's pool that was too small is taken for whole",
+        f"{_KERNELS}/select.py",
+        "& (total <= capacity)",
+        "& (total >= 0)",
+        f"{_T_PAIRS}::test_pairs_without_a_place_are_counted[pallas]",
+    ),
+    Mutation(
+        "a kernel's pairs are ranked within their block of rows alone",
+        f"{_KERNELS}/select.py",
+        "jnp.cumsum(counts_RF, axis=0, dtype=jnp.int32) - counts_RF + starts_F",
+        "0 * counts_RF + starts_F",
+        f"{_T_KERNELS}::test_pairs_from_the_pool_are_the_same_in_whichever_order_they_got_there",
+    ),
+    Mutation(
+        "a kernel decodes the pairs of a row but for the last few",
+        f"{_KERNELS}/decode.py",
+        "(count + AT_ONCE - 1) // AT_ONCE",
+        "count // AT_ONCE",
+        f"{_T_PAIRS}::test_decoding_pairs_is_the_product[pallas-4]",
+    ),
+    Mutation(
+        "a kernel's program takes its first latent again and again",
+        f"{_KERNELS}/update.py",
+        "program + nth * num_programs",
+        "program + 0 * nth * num_programs",
+        f"{_T_KERNELS}::test_touched_latents_go_the_same_way[300-7-True]",
+    ),
+    Mutation(
+        "a kernel leaves out the window of a threshold",
+        f"{_KERNELS}/update.py",
+        "jnp.where(window, theta * g_f",
+        "jnp.where(window & active, theta * g_f",
+        f"{_T_KERNELS}::test_touched_latents_go_the_same_way[8-1024-True]",
+    ),
+    Mutation(
+        "a kernel keeps the gradient's part along the row",
+        f"{_KERNELS}/update.py",
+        "lambda g, w: g - along * w",
+        "lambda g, w: g - 0 * along * w",
+        f"{_T_KERNELS}::test_touched_latents_go_the_same_way[8-1024-True]",
+    ),
+    Mutation(
+        "a kernel's rows aren't made unit again",
+        f"{_KERNELS}/update.py",
+        "lambda w: w / norm",
+        "lambda w: w + 0 * norm",
+        f"{_T_KERNELS}::test_touched_latents_go_the_same_way[8-1024-True]",
+    ),
+    Mutation(
+        "a kernel's second moments decay once, however long their latent rested",
+        f"{_KERNELS}/update.py",
+        "kept=kept,",
+        "kept=None,",
+        f"{_T_KERNELS}::test_touched_latents_go_the_same_way[8-1024-True]",
+    ),
+    Mutation(
+        "a kernel doesn't clip",
+        f"{_KERNELS}/update.py",
+        "g_K * scale,",
+        "g_K,",
+        f"{_T_KERNELS}::test_steps_of_kernels_are_those_by_products[8-128-mesh0]",
+    ),
+    Mutation(
+        "a kernel's norm leaves out what is along the row",
+        f"{_KERNELS}/update.py",
+        "squares + of_enc + _dot(found.dec, found.dec)",
+        "squares + of_enc + _dot(projected, projected)",
+        f"{_T_KERNELS}::test_touched_latents_go_the_same_way[300-7-False]",
+    ),
+    Mutation(
+        "a kernel holds less than a row",
+        f"{_KERNELS}/update.py",
+        "(left - 1).bit_length()",
+        "left.bit_length() - 1",
+        f"{_T_KERNELS}::test_pieces_cover_a_row_once",
+    ),
+    Mutation(
+        "a kernel's tile has a size that Triton doesn't know",
+        f"{_KERNELS}/select.py",
+        "ROWS, LATENTS, DEPTH = 128,",
+        "ROWS, LATENTS, DEPTH = 96,",
+        f"{_T_KERNELS}::test_kernels_lower_for_cuda",
+    ),
+    Mutation(
+        "a kernel's results are typed as the same on all devices",
+        f"{_KERNELS}/pallas.py",
+        "manual_axis_type=kind",
+        "manual_axis_type=None if kind else kind",
+        f"{_T_KERNELS}::test_a_whole_step_lowers_for_cuda_with_its_types_checked",
+    ),
+    Mutation(
+        "kernels are started where no GPU is",
+        f"{_KERNELS}/backend.py",
+        "if platform not in _GPUS and",
+        "if platform in _GPUS and",
+        f"{_T_KERNELS}::test_kernels_are_refused_where_there_is_no_gpu",
+    ),
+    Mutation(
+        "a kernel decodes a list that was too short",
+        f"{_KERNELS}/decode.py",
+        "jnp.where(pairs.total > latents_P.shape[0], 0, counts_B)",
+        "jnp.where(pairs.total < 0, 0, counts_B)",
+        f"{_T_KERNELS}::test_of_too_many_pairs_none_is_decoded",
+    ),
+    Mutation(
+        "kernels are taken for what they are not for",
+        "sae_train/config/run.py",
+        'sae.architecture not in ("relu", "gated") and train.step == "sparse"',
+        'train.step == "sparse"',
+        f"{_T_KERNELS}::test_kernels_are_refused_for_what_they_are_not_for",
+    ),
+    Mutation(
+        "a TopK's latents that a kernel touched stay as they were",
+        f"{_KERNELS}/backend.py",
+        "update=None if write is None else arguments",
+        "update=None",
+        f"{_T_KERNELS}::test_steps_of_a_topk_touch_latents_in_a_kernel",
+    ),
+    *TOPK,
+    Mutation(
+        "a kernel's pairs stay in the order in which their tiles came",
+        f"{_KERNELS}/select.py",
+        "to_P = jnp.where(there_P, to_P, capacity + nth_P)",
+        "to_P = jnp.where(there_P, nth_P, capacity + nth_P)",
+        f"{_T_KERNELS}::test_programs_in_the_opposite_order_leave_the_same_bits",
+    ),
+)
+
+
+def in_copy(mutation: Mutation, copy: Path) -> str:
+    """The verdict on a mutation: "red", or what came instead; the copy is as before then."""
+    path = copy / mutation.file
+    text = path.read_text()
+    path.write_text(text.replace(mutation.right, mutation.wrong))
+    try:
+        code, printed = _pytest(copy, mutation.test)
+    finally:
+        path.write_text(text)
+    if code != 1:
+        return "GREEN" if code == 0 else f"pytest ended with {code}"
+    return "doesn't run" if _NOT_RUN.search(printed) else "red"
+
+
+def _pytest(copy: Path, *tests: str) -> tuple[int, str]:
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests],
+        cwd=copy,
+        env=os.environ | {"PYTHONPATH": str(copy)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.returncode, found.stdout
+
+
+def main() -> int:
+    """Log a line for each mutation; 1 if one wasn't caught."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="+", help="those with one of these words in their names")
+    words = parser.parse_args().only or [""]
+    chosen = [one for one in MUTATIONS if any(word in one.what for word in words)]
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch, "copy")
+        shutil.copytree(ROOT, copy, ignore=_LEFT_OUT)
+        code, printed = _pytest(copy, *sorted({one.test for one in chosen}))
+        if code:
+            logger.error("The tests fail as the code is:\n%s", printed)
+            return 1
+        verdicts = []
+        for one in chosen:
+            verdicts.append(in_copy(one, copy))
+            logger.info("%-12s %s (%s)", verdicts[-1], one.what, one.test)
+    logger.info("%d of %d caught", verdicts.count("red"), len(verdicts))
+    return 0 if set(verdicts) == {"red"} else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Evaluation shared by two processes gives the numbers of one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from activation_cache.language_model import model
+from activation_cache.language_model.model import LanguageModel
+from launch.cli import main
+from sae_train.evaluate import jobs
+from tests.support.pipeline import write_pipeline
+from tests.support.processes import child_environment
+
+# Three batches for two processes: one has less to do than the other.
+SETTINGS = ["evaluation={sequences: 3, sequences_per_batch: 1}"]
+
+
+def numbers(value: Any, path: str = "") -> dict[str, Any]:
+    """Every leaf of a JSON value by its path."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, inner in items for k, v in numbers(inner, f"{path}.{key}").items()}
+    return {path: value}
+
+
+def test_two_processes_measure_what_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "jax"))
+    config, run = str(write_pipeline(tmp_path)), tmp_path / "out"
+    assert main(["harvest", config]) == 0
+    assert main(["train", config, "cache.mesh={data: 2, model: 4}"]) == 0
+    meshes: list[Any] = []
+
+    def load_model(*arguments: Any, mesh: Any, **options: Any) -> LanguageModel:
+        meshes.append(mesh.shape["model"])
+        return model.load_model(*arguments, mesh=mesh, **options)
+
+    monkeypatch.setattr(jobs, "load_model", load_model)
+    assert main(["evaluate", config, *SETTINGS]) == 0
+    assert meshes == [4], "here the language model is cut over four devices, there it has but one"
+    alone = json.loads((run / "evaluation.json").read_text())
+    counts = np.load(run / "firing_counts.npy")
+    (run / "evaluation.json").unlink()
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.cli", "evaluate", config, *SETTINGS, "launch.processes=2"],
+        env=child_environment(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "jax")),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "joined: process 0 of 2" in done.stderr
+    shared = json.loads((run / "evaluation.json").read_text())
+    np.testing.assert_array_equal(np.load(run / "firing_counts.npy"), counts)
+    left, right = numbers(alone), numbers(shared)
+    assert left.keys() == right.keys()
+    for key, value in left.items():
+        if key == ".importance_uniformity":
+            # It counts active latents: one on the edge of its threshold moves a token's by 1 / L0.
+            assert right[key] == pytest.approx(value, abs=3e-3), key
+        elif isinstance(value, float):
+            # Over four devices sums are taken in another order; delta loss is a difference of two.
+            assert right[key] == pytest.approx(value, rel=1e-5, abs=2e-6), key
+        else:
+            assert right[key] == value, key

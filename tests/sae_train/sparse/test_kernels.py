@@ -1,0 +1,306 @@
+"""The Pallas kernels: interpreted beside pure JAX, whole steps of them, and lowered for a GPU.
+
+What an interpreter runs is the kernels' arithmetic; that they are in Triton's language too is seen
+by lowering them. Nothing here runs on a GPU.
+
+Legend: B rows, D model width, F latents, P places for pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+
+from activation_cache.runtime.errors import UserError
+from sae_train.config.run import AdamConfig
+from sae_train.model.sharding import make_mesh
+from sae_train.sparse import active_pairs, latent_updates, segment_sums
+from sae_train.sparse.kernels import decode, select
+from sae_train.sparse.kernels import update as update_module
+from sae_train.sparse.kernels.backend import without_gpu
+from sae_train.sparse.lazy_update import write_rows
+from sae_train.step.adam import Rows, RowUpdate, unit_rows
+from sae_train.step.schedule import scheduled
+from sae_train.step.state import init_state
+from sae_train.train.train_step import make_train_step
+from tests.sae_train.sparse.test_sparse_step import COMMON, B, D, F, assert_same_training, run
+from tests.support.configs import make_config
+
+BANDWIDTH = 0.5
+
+
+@pytest.fixture
+def interpreted() -> Iterator[None]:
+    with without_gpu("interpret"):
+        yield
+
+
+class Touched:
+    """Arguments of both `touched_pass`es at one width of the model."""
+
+    def __init__(self, d_model: int, *, num_rows: int = 31, width: int = 48) -> None:
+        rng = np.random.default_rng(0)
+
+        def normal(*shape: int) -> jax.Array:
+            return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+        self.rows = Rows(
+            normal(width, d_model),
+            unit_rows(normal(width, d_model)),
+            jnp.abs(normal(width, d_model)),
+            jnp.abs(normal(width, d_model)),
+        )
+        x_BD = normal(num_rows, d_model)
+        theta_F = 1.5 * d_model**0.5 * jnp.abs(normal(width)) + 0.3 * d_model**0.5
+        theta_F = theta_F.at[: width // 4].set(1e6)
+        self.pulls = latent_updates.Pulls(
+            x_BD=x_BD,
+            g_BD=normal(num_rows, d_model),
+            g_l0_B=normal(num_rows),
+            g_count_F=normal(width),
+            theta_F=theta_F,
+            bias_F=normal(width),
+        )
+        self.pairs = jax.jit(
+            partial(active_pairs.select_pairs, bandwidth=BANDWIDTH, capacity=num_rows * width)
+        )(self.rows.W_enc, self.pulls.bias_F, theta_F, x_BD)
+        self.update = (
+            RowUpdate(
+                learning_rate=jnp.float32(1e-2),
+                bias_correction=jnp.float32(0.3),
+                scale=jnp.float32(0.7),
+            ),
+            jnp.linspace(0.5, 1.0, width, dtype=jnp.float32),
+        )
+
+    def by_xla(
+        self, rows: Rows, found: active_pairs.Pairs, *, writes: bool
+    ) -> tuple[Rows, latent_updates.Sums]:
+        write = partial(write_rows, self.update, config=AdamConfig())
+        return latent_updates.touched_pass(
+            *self._operands(rows, found),
+            pulls=self.pulls,
+            bandwidth=BANDWIDTH,
+            write=write if writes else None,
+        )
+
+    def by_kernel(
+        self, rows: Rows, found: active_pairs.Pairs, *, writes: bool = True
+    ) -> tuple[Rows, latent_updates.Sums]:
+        return update_module.touched_pass(
+            *self._operands(rows, found),
+            pulls=self.pulls,
+            bandwidth=BANDWIDTH,
+            update=self.update if writes else None,
+            config=AdamConfig(),
+        )
+
+    @staticmethod
+    def _operands(rows: Rows, found: active_pairs.Pairs) -> Any:
+        return rows, segment_sums.longest_first(found.counts_F), found.row_P, found.pre_P
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    ("d_model", "programs", "writes"),
+    [(8, 1024, True), (300, 7, True), (300, 7, False)],  # of 300 the last piece ends behind the row
+)
+def test_touched_latents_go_the_same_way(
+    d_model: int, programs: int, writes: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(update_module, "PROGRAMS", programs)
+    case = Touched(d_model)
+    assert 12 <= int((case.pairs.counts_F == 0).sum()) < 40
+    found, expected = (
+        jax.jit(partial(function, writes=writes))(case.rows, case.pairs)
+        for function in (case.by_kernel, case.by_xla)
+    )
+    for name, ours, theirs in zip(
+        (*Rows._fields, *vars(expected[1])),
+        jax.tree.leaves(found),
+        jax.tree.leaves(expected),
+        strict=True,
+    ):
+        largest = np.abs(theirs).max()
+        np.testing.assert_allclose(ours, theirs, atol=2e-6 * largest, rtol=0, err_msg=name)
+    moved = (np.asarray(found[0].W_dec) != np.asarray(case.rows.W_dec)).any(axis=1)
+    assert moved.sum() == writes * int((case.pairs.counts_F > 0).sum())
+
+
+def test_pairs_from_the_pool_are_the_same_in_whichever_order_they_got_there():
+    rng = np.random.default_rng(0)
+    wanted_BF = rng.random((300, 40)) < 0.1
+    latent, row = np.nonzero(wanted_BF.T)
+    blocks = np.arange(300) // select.ROWS
+    counts_RF = np.stack([wanted_BF[blocks == block].sum(axis=0) for block in range(3)])
+    within = [np.cumsum(wanted_BF[blocks == block], axis=0) - 1 for block in range(3)]
+    rank, pre = np.concatenate(within)[row, latent], rng.standard_normal(len(row))
+    order = rng.permutation(len(row))
+    pool = [np.resize(array[order], 2000).astype(np.int32) for array in (row, latent, rank)]
+    found = select._by_latent(
+        jnp.asarray(counts_RF, jnp.int32),
+        jnp.asarray(pool[0]),
+        jnp.asarray(pool[1]),
+        jnp.asarray(np.resize(pre[order], 2000), jnp.float32),
+        jnp.asarray(pool[2]),
+    )
+    for name, expected, behind in (("row_P", row, 0), ("latent_P", latent, 40), ("pre_P", pre, 0)):
+        expected = np.append(expected, np.full(2000 - len(row), behind)).astype(np.float32)
+        np.testing.assert_array_equal(getattr(found, name), expected)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_programs_in_the_opposite_order_leave_the_same_bits(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(update_module, "PROGRAMS", 7)
+    case = Touched(8, num_rows=150, width=96)  # two by two tiles
+    num_places = case.pairs.pre_P.shape[0]
+
+    def parts() -> Any:
+        found = select.select_pairs(
+            case.rows.W_enc,
+            case.pulls.bias_F,
+            case.pulls.theta_F,
+            case.pulls.x_BD,
+            bandwidth=BANDWIDTH,
+            capacity=num_places,
+        )
+        decoded = decode.decode_pairs(found, found.pre_P, case.rows.W_dec, num_rows=150)
+        return found, decoded, case.by_kernel(case.rows, found)
+
+    forth, own = jax.jit(parts)(), pl.program_id
+    monkeypatch.setattr(pl, "program_id", lambda axis: pl.num_programs(axis) - 1 - own(axis))
+    back = jax.jit(lambda: parts())()
+    assert float(forth[0].total) > 500
+    jax.tree.map(np.testing.assert_array_equal, back, forth)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_of_too_many_pairs_none_is_decoded():
+    """Nor is a row of W_dec read behind the last, which an interpreter takes the last one for."""
+    empty = active_pairs.Pairs(
+        row_P=jnp.zeros(24, jnp.int32),
+        latent_P=jnp.full(24, 16, jnp.int32),
+        pre_P=jnp.zeros(24),
+        counts_F=jnp.full(16, 2, jnp.int32),
+        total=jnp.float32(32),
+    )
+    W_dec = jnp.full((16, 8), jnp.nan, jnp.float32)
+    decoded, nonzero = jax.jit(partial(decode.decode_pairs, num_rows=4))(
+        empty, jnp.zeros(24), W_dec
+    )
+    np.testing.assert_array_equal(decoded, np.zeros((4, 8)))
+    np.testing.assert_array_equal(nonzero, np.zeros(4))
+
+
+@pytest.mark.parametrize("d_model", [1, 63, 128, 129, 640, 2304, 2305, 3584, 4608])
+def test_pieces_cover_a_row_once(d_model: int):
+    pieces = update_module.pieces_of(d_model)
+    ends = [first + size for first, size in pieces]
+    assert [first for first, _ in pieces] == [0, *ends[:-1]]
+    assert ends[-2:-1] < [d_model] <= ends[-1:]
+    assert all(size & (size - 1) == 0 for _, size in pieces)
+    assert ends[-1] < d_model + 64
+
+
+OPTIONS: dict[str, Any] = COMMON | {"step": "sparse", "gradient_clip": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("num", "capacity", "mesh"), [(8, F, (1, 1)), (4, F, (2, 2)), (3, 40, (1, 1))]
+)
+def test_steps_of_kernels_are_those_by_products(num: int, capacity: int, mesh: tuple[int, int]):
+    """Of places for 40 pairs a row there are too few: steps fall back."""
+    dense, dense_metrics = run(make_config(**OPTIONS | {"step": "dense"}), num)
+    config = make_config(**OPTIONS, sparse_capacity=capacity, kernels="pallas", mesh=mesh)
+    with without_gpu("interpret"):
+        found, metrics = run(config, num)
+    assert_same_training(found, dense)
+    for ours, theirs in zip(metrics, dense_metrics, strict=True):
+        for name in ("loss", "mse", "fvu", "l0", "gradient_norm"):
+            np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), rtol=1e-5)
+    assert int(found.overflows) == (num if capacity == 40 else 0)
+    assert int(found.sparse) == (capacity == F)
+
+
+def test_kernels_are_refused_where_there_is_no_gpu():
+    config = make_config(**OPTIONS, kernels="pallas")
+    with pytest.raises(UserError, match=r"train.kernels.*devices here are of cpu.*to xla"):
+        make_train_step(config, input_scale=1.0, mesh=make_mesh(config.mesh))
+
+
+@pytest.mark.parametrize(("architecture", "step"), [("jumprelu", "auto"), ("relu", "sparse")])
+def test_kernels_are_refused_for_what_they_are_not_for(architecture: str, step: str):
+    options = OPTIONS | {"step": step}
+    if architecture == "relu":
+        options |= {"sae": {"architecture": "relu"}, "sparsity": {"penalty": "l1"}}
+    make_config(**options)
+    found = rf"is for steps by pairs, .*{architecture} and train.step {step}: set"
+    with pytest.raises(ValueError, match=found):
+        make_config(**options, kernels="pallas")
+
+
+def test_steps_of_a_topk_touch_latents_in_a_kernel():
+    sparsity = {"penalty": "none"}
+    options = OPTIONS | {"sae": {"architecture": "topk", "k": 6}, "sparsity": sparsity}
+    by_xla, _ = run(make_config(**options), 4)
+    with without_gpu("interpret"):
+        found, _ = run(make_config(**options, kernels="pallas"), 4)
+    assert int(found.overflows) == 0
+    assert_same_training(found, by_xla)
+
+
+def lowered(function: Any, *arguments: Any) -> str:
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def shape(*dims: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+
+@pytest.mark.parametrize("width", [16_384, 1_048_576])
+@pytest.mark.parametrize("d_model", [640, 2304, 3584, 4608])
+def test_kernels_lower_for_cuda(d_model: int, width: int):
+    """At the sizes of Gemma's layers; of a million latents no index fits into 32 bits."""
+    rows, places = 4096, 4096 * 64
+    matrix, per_latent, batch = shape(width, d_model), shape(width), shape(rows, d_model)
+    whole = partial(shape, dtype=jnp.int32)
+    pairs_ = active_pairs.Pairs(whole(places), whole(places), shape(places), whole(width), shape())
+    select_ = partial(select.select_pairs, bandwidth=1e-3, capacity=places)
+    decode_ = partial(decode.decode_pairs, num_rows=rows)
+    pulls = latent_updates.Pulls(batch, batch, shape(rows), per_latent, per_latent, per_latent)
+    update = RowUpdate(shape(), shape(), shape()), per_latent
+
+    def touched_(rows: Rows, pairs_: active_pairs.Pairs, pulls: Any, update: Any) -> Any:
+        return update_module.touched_pass(
+            *Touched._operands(rows, pairs_),
+            pulls=pulls,
+            bandwidth=1e-3,
+            update=update,
+            config=AdamConfig(),
+        )
+
+    for text in (
+        lowered(select_, matrix, per_latent, per_latent, batch),
+        lowered(decode_, pairs_, shape(places), matrix),
+        lowered(touched_, Rows(*(matrix,) * 4), pairs_, pulls, update),
+        lowered(partial(touched_, update=None), Rows(*(matrix,) * 4), pairs_, pulls),
+    ):
+        assert text.count("__gpu$xla.gpu.triton") == 1
+
+
+def test_a_whole_step_lowers_for_cuda_with_its_types_checked():
+    config = make_config(**OPTIONS, kernels="pallas", mesh=(2, 4))
+    mesh = make_mesh(config.mesh)
+    with without_gpu("lower"):
+        step: Any = make_train_step(config, input_scale=1.0, mesh=mesh)
+        state = init_state(config.sae, d_model=D, seed=0, mesh=mesh)
+        traced = step.trace(state, np.zeros((B, D), np.float32), scheduled(config.train, step=0))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__gpu$xla.gpu.triton") == 4  # two passes over touched latents: one clips

@@ -1,0 +1,60 @@
+"""`python -m tests.support.shared_child CASE`: work shared by processes, without a model.
+
+Every process prints how it ended. The cases: `done`; `stopped_waiting`, in which process 1 has done
+its share when it is asked to stop; `stopped_working`, in which it hasn't; `mistaken`, in which
+process 1 finds a mistake; `main_mistaken`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+
+from activation_cache.runtime import processes
+from activation_cache.runtime.errors import Interrupted, UserError
+from activation_cache.runtime.shared_work import shared
+
+asked = threading.Event()
+
+
+def work_long() -> None:
+    """A share that ends only by being stopped."""
+    for _ in range(12_000):
+        if processes.stop_asked(asked.is_set):
+            raise Interrupted("stopped at work")
+        time.sleep(0.01)
+    raise AssertionError("nobody told this process to stop")
+
+
+def main(case: str) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    processes.join()
+    index = processes.process_index()
+
+    def work() -> None:
+        if (case == "mistaken" and index == 1) or (case == "main_mistaken" and index == 0):
+            raise UserError(f"process {index} is mistaken")
+        if case == "done" or (case == "stopped_waiting" and index == 1):
+            # The signal comes when this process waits for the others, in a call into C++.
+            if case == "stopped_waiting":
+                threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            return
+        if case == "stopped_working" and index == 1:
+            asked.set()
+        work_long()
+
+    try:
+        ended = shared("work", work, finish=lambda: f"finished by {index}", stop=asked.is_set)
+    except Interrupted:
+        ended = "Interrupted"
+    except UserError as error:
+        ended = f"UserError: {error}"
+    sys.stdout.write(f"ended: {ended}\n")
+    processes.leave()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,29 @@
+"""A maker of steps that compiles one program once, whatever number of runs has it.
+
+A training run makes its own step, and most of a small run's time is that step's compilation: of
+tests that train the same config again and again, stopped here and gone on with there, it was nearly
+half. Where processes are started, each compiles for itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jax.sharding import Mesh
+
+from sae_train.config.run import Config
+from sae_train.train.cohort import step_key
+from sae_train.train.train_step import TrainStep, make_train_step
+
+
+class StepsMadeOnce:
+    """Stands in for `make_train_step` where a cohort makes its steps."""
+
+    def __init__(self) -> None:
+        self._made: dict[Any, TrainStep] = {}
+
+    def __call__(self, config: Config, *, mesh: Mesh, **scales: Any) -> TrainStep:
+        program = step_key(config), mesh, tuple(sorted(scales.items()))
+        if program not in self._made:
+            self._made[program] = make_train_step(config, mesh=mesh, **scales)
+        return self._made[program]

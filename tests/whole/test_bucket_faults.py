@@ -1,0 +1,111 @@
+"""Training in a bucket whose server fails, in several processes, and killed: the same weights."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from activation_cache.runtime.errors import UserError
+from activation_cache.storage import lease
+from activation_cache.storage.files import place
+from sae_train.config.file import write_config
+from sae_train.config.run import Config
+from sae_train.runs.folder import newest_checkpoint
+from sae_train.train.loop import train
+from tests.support.buckets import Server, run_in
+from tests.support.processes import Group, start_group
+from tests.support.training import assert_same_run, make_run, stop_after
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+MESH = (2, 1)
+
+
+class Outages:
+    """A server that answers 503 to the next `left` requests, whoever makes them."""
+
+    def __init__(self, server: Server) -> None:
+        self.left = 0
+        server.proxy.fail = self
+
+    def __call__(self, method: str, path: str) -> int | None:
+        self.left -= 1
+        return 503 if self.left >= 0 else None
+
+
+def test_a_server_that_fails_for_a_while_is_waited_for(
+    bucket_server: Server, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("SAE_STORAGE_SECONDS", "20")
+    config = run_in(bucket_server, finished_run, "patient")
+    outages, before, calls = Outages(bucket_server), bucket_server.proxy.refused, iter(range(1000))
+
+    def two_bad_spells() -> bool:
+        if next(calls) in (10, 27):  # the first falls on a save
+            outages.left = 4
+        return False
+
+    assert train(config, stop=two_bad_spells).step == 40
+    assert bucket_server.proxy.refused == before + 8
+    assert_same_run(finished_run / "whole", place(config.output), step=40)
+
+
+def test_a_server_that_is_gone_is_told_and_nothing_is_lost(
+    bucket_server: Server, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("SAE_STORAGE_SECONDS", "2")
+    config = run_in(bucket_server, finished_run, "cut")
+    outages, before = Outages(bucket_server), stop_after(25)
+
+    def gone_from_step_25() -> bool:
+        if before():
+            outages.left = 1_000_000
+        return False
+
+    with pytest.raises(UserError, match=r"failed again and again for 2 s"):
+        train(config, stop=gone_from_step_25)
+    outages.left = 0
+    monkeypatch.setenv("SAE_STORAGE_SECONDS", "30")
+    # The lease could not be given back, and this process, its holder, is still there.
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 0.5)
+    monkeypatch.setattr(lease, "_LOOK_SECONDS", 0.1)
+    assert newest_checkpoint(place(config.output)) in (10, 20)  # 20 may have been on its way
+    assert train(config).step == 40
+    assert_same_run(finished_run / "whole", place(config.output), step=40)
+
+
+def start_two(folder: Path, *configs: Config) -> Group:
+    """Two processes that train these configs, one after the other, on two devices."""
+    files = []
+    for number, config in enumerate(configs):
+        write_config(config, folder / f"config-{number}")
+        files.append(str(folder / f"config-{number}" / "config.yaml"))
+    return start_group([["-m", "tests.support.train_child", *files]] * 2)
+
+
+def test_two_processes_save_together_and_are_killed(
+    bucket_server: Server, finished_run: Path, tmp_path: Path
+):
+    on_disk = make_run(finished_run, output=f"two-{bucket_server.scheme}", mesh=MESH)
+    undisturbed = run_in(bucket_server, finished_run, "two", mesh=MESH)
+    group = start_two(tmp_path, on_disk, undisturbed)
+    assert group.wait() == [0, 0], "\n".join(group.logs)
+    assert_same_run(Path(on_disk.output), place(undisturbed.output), step=40)
+
+    killed = run_in(bucket_server, finished_run, "killed", mesh=MESH)
+    group = start_two(tmp_path / "killed", killed)
+    deadline = time.monotonic() + 240
+    while (newest_checkpoint(place(killed.output)) or 0) < 10:
+        assert group.alive(), "it ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for process in group.processes:
+        os.kill(process.pid, signal.SIGKILL)
+    group.wait()
+    group = start_two(tmp_path / "again", killed)
+    assert group.wait() == [0, 0], "\n".join(group.logs)
+    assert_same_run(Path(on_disk.output), place(killed.output), step=40)

@@ -1,0 +1,33 @@
+"""That the mutations of `mutations.py` still find their lines, and are all told of.
+
+Whether each turns its test red is seen by `make mutations`: minutes, and not for every run.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.mutations.__main__ import MUTATIONS, ROOT, Mutation
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what)
+def test_a_mutation_finds_its_line(mutation: Mutation):
+    assert (ROOT / mutation.file).read_text().count(mutation.right) == 1
+    assert mutation.right != mutation.wrong
+
+
+def test_the_tests_of_all_mutations_are_there():
+    tests = sorted({one.test for one in MUTATIONS})
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider"]
+    found = subprocess.run([*command, *tests], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+def test_the_table_of_the_docs_is_whole():
+    told = Path(ROOT, "docs", "exactness.md").read_text()
+    rows = [f"| {one.what} | `{one.file}` | `{one.test.partition('::')[2]}` |" for one in MUTATIONS]
+    assert [row for row in rows if row not in told] == []

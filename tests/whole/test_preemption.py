@@ -1,0 +1,170 @@
+"""`sae train` on several processes, stopped, killed, misled: it ends bit-identical, or in words."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sae_train.config.file import write_config
+from sae_train.config.run import Config
+from sae_train.runs.folder import newest_checkpoint
+from sae_train.train.loop import train
+from tests.support.processes import ROOT, Group, child_environment, children, start_group, wait_for
+from tests.support.training import assert_same_run, lines_logged, make_run
+
+STEPS = 400
+MESH = (2, 1)
+
+
+def make_file(folder: Path, name: str, **options) -> Path:
+    """A config file for a run of two processes."""
+    config = make_run(folder, steps=STEPS, output=name, mesh=MESH, **options)
+    launch = {"processes": 2, "restart_pause_seconds": 0.1, "heartbeat_seconds": 10}
+    config = Config.model_validate(config.model_dump() | {"launch": launch})
+    write_config(config, folder / f"{name}-config")
+    return folder / f"{name}-config" / "config.yaml"
+
+
+def start_processes(file: Path) -> Group:
+    """Both processes, started as a cluster would."""
+    command = ["-m", "launch.cli", "train", str(file)]
+    return start_group([command] * 2, environment={"SAE_HEARTBEAT_SECONDS": "10"})
+
+
+def start_supervised(*command: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch.cli", *command],
+        env=child_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs are, an undisturbed one among them."""
+    folder = tmp_path_factory.mktemp("preemption")
+    process = start_supervised("train", str(make_file(folder, "undisturbed")))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert output.count("joined") <= 1, "one process speaks"
+    return folder
+
+
+def test_a_signal_to_any_process_stops_all_at_one_step(folder: Path):
+    file, run = make_file(folder, "stopped"), folder / "stopped"
+    stops = ((0, signal.SIGTERM), (1, signal.SIGTERM), (1, signal.SIGINT))
+    for number, (index, kind) in enumerate(stops):
+        goal = lines_logged(run) + 20
+        group = start_processes(file)
+        if not wait_for(lambda goal=goal: lines_logged(run) >= goal, group.alive):
+            pytest.fail("\n".join([str(group.wait()), *group.logs]))
+        group.processes[index].send_signal(kind)
+        codes = group.wait()
+        logs = "\n".join(group.logs)
+        assert codes == [75, 75], logs
+        assert "Traceback" not in logs
+        steps = set(re.findall(r"stopped by a signal at step (\d+)", logs))
+        assert steps == {str(newest_checkpoint(run))}, logs
+        assert newest_checkpoint(run) == lines_logged(run), number
+    group = start_processes(file)
+    assert group.wait() == [0, 0], "\n".join(group.logs)
+    assert_same_run(folder / "undisturbed", run, step=STEPS)
+
+
+def test_a_killed_process_is_recovered_from(folder: Path):
+    file, run = make_file(folder, "killed"), folder / "killed"
+    supervisor = start_supervised("train", str(file))
+    for index, goal in ((1, 40), (0, 150)):
+        alive = lambda: supervisor.poll() is None  # noqa: E731
+        if not wait_for(lambda goal=goal: lines_logged(run) >= goal, alive):
+            pytest.fail(str(supervisor.communicate()))
+        os.kill(sorted(children(supervisor))[index], signal.SIGKILL)
+        time.sleep(0.5)
+    output, _ = supervisor.communicate(timeout=300)
+    assert supervisor.returncode == 0, output
+    assert output.count("was lost (SIGKILL)") == 2, output
+    assert output.count("starting all 2 processes again") == 2, output
+    assert_same_run(folder / "undisturbed", run, step=STEPS)
+
+
+def test_the_others_notice_a_lost_process_by_themselves(folder: Path):
+    group = start_processes(make_file(folder, "noticed"))
+    assert wait_for(lambda: lines_logged(folder / "noticed") >= 5, group.alive)
+    group.processes[1].kill()
+    begin = time.monotonic()
+    codes = group.wait(timeout=60)
+    assert time.monotonic() - begin < 20, "twice the heartbeat"
+    assert codes[0] not in (0, 2, 75), group.logs[0]
+
+
+def test_a_stop_through_the_supervisor(folder: Path):
+    file, run = make_file(folder, "through"), folder / "through"
+    supervisor = start_supervised("train", str(file))
+    assert wait_for(lambda: lines_logged(run) >= 20, lambda: supervisor.poll() is None)
+    supervisor.send_signal(signal.SIGINT)
+    output, _ = supervisor.communicate(timeout=120)
+    assert supervisor.returncode == 75, output
+    assert output.count("stopped by a signal at step") == 1, output
+    assert "Traceback" not in output
+    assert not children(supervisor)
+
+
+def test_processes_of_different_configs_are_refused(folder: Path):
+    file = make_file(folder, "alike")
+    commands = [["-m", "launch.cli", "train", str(file), f"train.seed={index}"] for index in (0, 1)]
+    group = start_group(commands)
+    assert group.wait() == [2, 2], "\n".join(group.logs)
+    for log in group.logs:
+        assert "process 1 was started with another config than process 0" in log
+        assert "'seed: 1' where process 0 has 'seed: 0'" in log
+    assert not (folder / "alike").exists()
+
+
+def test_processes_of_different_code_are_refused(folder: Path):
+    other = folder / "other-code"
+    for package in ("activation_cache", "sae_train", "launch"):
+        shutil.copytree(ROOT / package, other / package)
+    with open(other / "sae_train" / "step.py", "a") as file:
+        file.write("# one line more\n")
+    command = ["-m", "launch.cli", "train", str(make_file(folder, "coded"))]
+    # PYTHONPATH alone: `-m` would put the folder it is started in before it.
+    paths = {0: {"PYTHONPATH": str(ROOT)}, 1: {"PYTHONPATH": str(other)}}
+    alone = {index: {**path, "PYTHONSAFEPATH": "1"} for index, path in paths.items()}
+    group = start_group([command] * 2, of_process=alone)
+    assert group.wait() == [2, 2], "\n".join(group.logs)
+    for log in group.logs:
+        assert "process 1 was started with another code version than process 0" in log
+        assert "sae_train" in log
+    assert not (folder / "coded").exists()
+
+
+def test_a_mistake_in_a_group_is_told_once_and_in_words(folder: Path):
+    file = make_file(folder, "mistaken")
+    process = start_supervised("train", str(file), f"cache.path={folder}/nowhere")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert output.count("sae harvest") == 1, output
+    process = start_supervised("train", str(file), "mesh.data=3", "train.batch_size=3")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert "launch.processes 2 does not divide the mesh's 3 devices" in output
+
+
+def test_fresh_starts_anew(folder: Path):
+    file, run = make_file(folder, "fresh"), folder / "fresh"
+    train(make_run(folder, steps=20, output="fresh", mesh=MESH, bandwidth=0.1))
+    process = start_supervised("train", str(file), "--fresh")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert_same_run(folder / "undisturbed", run, step=STEPS)

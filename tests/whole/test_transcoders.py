@@ -1,0 +1,438 @@
+"""Transcoders: the step against the float64 oracle, pairs of rows, releases, others' code."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from activation_cache.gemma.taps import Tap
+from activation_cache.harvest.harvest import harvest
+from activation_cache.language_model.model import load_model
+from activation_cache.runtime.errors import UserError
+from activation_cache.store.store import open_store
+from sae_train import load_sae
+from sae_train.checkpoint.checkpoints import load_trained
+from sae_train.config.run import Config
+from sae_train.inference.sae import Sae, check_kind, fold
+from sae_train.inference.write_formats import write_gemma_scope, write_gemma_scope_2, write_sae_lens
+from sae_train.model.sharding import make_mesh
+from sae_train.step.schedule import scheduled
+from sae_train.step.state import init_state
+from sae_train.train.loop import train, train_cohort
+from sae_train.train.train_step import make_train_step
+from sae_train.train.warm_start import starting_params
+from tests.support import reference
+from tests.support.configs import make_config
+from tests.support.pipeline import write_pipeline
+from tests.support.rows_off_edges import off_edges
+from tests.support.saes import make_config as make_sae_config
+from tests.support.saes import make_trained, reference_latents, reference_reconstruction
+from tests.support.training import assert_same_run, final_state
+
+D, F = 10, 24
+PAIR: dict[str, Any] = {"site": "mlp_in", "target": "mlp_out"}
+L1 = {"penalty": "l1", "coefficient": 0.03, "warmup_steps": 0}
+SKIPS = pytest.mark.parametrize("skip", [False, True], ids=["plain", "skip"])
+
+
+def pair_config(*, skip: bool = False, mesh: tuple[int, int] = (1, 1), **options: Any) -> Config:
+    """A config of `tests.support.configs` whose SAE is a transcoder."""
+    values = make_config(
+        width=96, batch_size=64, tokens=64 * 40, threshold_init=0.03, mesh=mesh, **options
+    ).model_dump()
+    values["sae"] |= PAIR | {"affine_skip": skip, "pre_encoder_bias": False}
+    values["cache"]["sites"] = [{"site": site, "layers": [1]} for site in ("mlp_in", "mlp_out")]
+    return Config.model_validate(values)
+
+
+def rows_of(
+    step: int, choose: Callable[..., np.ndarray] = lambda draw: draw()
+) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs of norm 3, and targets of norm 2 that follow from them but for noise."""
+    rng = np.random.default_rng(step)
+    mix = np.random.default_rng(99).standard_normal((24, 24)) / np.sqrt(24)
+    x = choose(lambda: 3 * (rng.standard_normal((64, 24)) / np.sqrt(24) + 0.1).astype(np.float32))
+    y = np.maximum(x / 3, 0) @ mix + 0.3 * rng.standard_normal((64, 24)) / np.sqrt(24) - 0.1
+    return x, (2 * y).astype(np.float32)
+
+
+@SKIPS
+def test_forty_steps_follow_the_float64_reference(skip: bool):
+    config = pair_config(
+        skip=skip,
+        sparsity={"coefficient": 0.02, "warmup_steps": 0},
+        learning_rate={"peak": 1e-3, "warmup_steps": 0},
+    )
+    mesh = make_mesh(config.mesh)
+    state = init_state(config.sae, d_model=24, seed=3, mesh=mesh)
+    assert ("W_skip" in state.params) == skip
+    assert np.abs(np.asarray(state.params["W_enc"]) - state.params["W_dec"]).max() > 0.1
+    noise = np.random.default_rng(5)
+    biased = {
+        name: 0.1 * noise.standard_normal(state.params[name].shape).astype(np.float32)
+        for name in ("b_dec", "b_enc", "W_skip")
+        if name in state.params
+    }
+    placed = {name: jax.device_put(value) for name, value in biased.items()}
+    state = dataclasses.replace(state, params=state.params | placed)
+    params = {name: np.asarray(value, np.float64) for name, value in state.params.items()}
+    params["threshold"] = np.exp(params["threshold"])
+    oracle = reference.Trainer(params=params, bandwidth=0.05, log_threshold=True)
+    take = make_train_step(config, input_scale=3.0, target_scale=2.0, mesh=mesh)
+    for step in range(40):
+        edges = {"scale": 3.0, "bandwidth": 0.05, "centred": False}
+        x, y = rows_of(step, partial(off_edges, params=oracle.params, **edges))
+        state, metrics = take(state, (x, y), scheduled(config.train, step=step))
+        penalty = reference.Sparsity("l0", 0.02)
+        expected = oracle.step(x / 3.0, target=y / np.float64(2.0), rate=1e-3, sparsity=penalty)
+        for name in ("loss", "mse", "fvu", "l0"):
+            np.testing.assert_allclose(
+                getattr(metrics, name), expected[name], rtol=1e-5, err_msg=f"{name} step {step}"
+            )
+    found = {name: np.asarray(value, np.float64) for name, value in state.params.items()}
+    found["threshold"] = np.exp(found["threshold"])
+    for name, value in found.items():
+        # Adam divides by |g|: a gradient near 0 turns float32 noise into a visible step.
+        np.testing.assert_allclose(value, oracle.params[name], rtol=1e-4, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("mesh", [(4, 2), (1, 8)])
+def test_one_maths_on_many_meshes(mesh: tuple[int, int]):
+    def losses(config: Config) -> list[float]:
+        devices = make_mesh(config.mesh)
+        state = init_state(config.sae, d_model=24, seed=3, mesh=devices)
+        take = make_train_step(config, input_scale=3.0, mesh=devices)
+        found = []
+        for step in range(10):
+            state, metrics = take(state, rows_of(step), scheduled(config.train, step=step))
+            found.append(float(metrics.loss))
+        return found
+
+    alone = losses(pair_config(skip=True))
+    np.testing.assert_allclose(losses(pair_config(skip=True, mesh=mesh)), alone, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def sae_lens():
+    # What it pulls in warns on import of its own affairs (deprecations, optional packages).
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import sae_lens
+    return sae_lens
+
+
+def released(*, skip: bool = False) -> Sae:
+    """Random weights, the target's scale another than the input's."""
+    return fold(make_trained(D=D, F=F, target_scale=1.9, **PAIR, affine_skip=skip))
+
+
+@pytest.fixture
+def x_raw() -> np.ndarray:
+    return 4 * np.random.default_rng(3).standard_normal((40, D)).astype(np.float32)
+
+
+@SKIPS
+def test_folding_leaves_what_training_computed(skip: bool, x_raw: np.ndarray):
+    """With raw rows in and out: the prediction times T, latents times T, from x / C."""
+    trained = make_trained(D=D, F=F, target_scale=1.9, **PAIR, affine_skip=skip)
+    p, x = trained.params, x_raw.astype(np.float64) / trained.input_scale
+    z = x @ p["W_enc"].T + p["b_enc"]
+    latents = z * (z > p["threshold"])
+    expected = latents @ p["W_dec"] + p["b_dec"] + (x @ p["W_skip"] if skip else 0)
+    sae = fold(trained)
+    np.testing.assert_allclose(sae.encode(x_raw), 1.9 * latents, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(sae(x_raw), 1.9 * expected, rtol=1e-4, atol=1e-4)
+    assert sae.metadata["hook_name"] == "blocks.1.hook_mlp_in"
+    assert sae.metadata["hook_name_out"] == "blocks.1.hook_mlp_out"
+    assert sae.metadata["training"]["target_scale"] == 1.9
+
+
+@SKIPS
+@pytest.mark.parametrize("architecture", ["jumprelu", "relu"])
+def test_sae_lens_gives_our_outputs(
+    sae_lens, tmp_path: Path, x_raw: np.ndarray, skip: bool, architecture: Any
+):
+    sae = released(skip=skip)
+    if architecture == "relu":
+        sae = dataclasses.replace(sae, threshold=np.zeros(F, np.float32), architecture="relu")
+    write_sae_lens(sae, tmp_path)
+    theirs = sae_lens.SAE.load_from_disk(tmp_path)
+    names = {
+        ("jumprelu", False): "JumpReLUTranscoder",
+        ("jumprelu", True): "JumpReLUSkipTranscoder",
+        ("relu", False): "Transcoder",
+        ("relu", True): "SkipTranscoder",
+    }
+    assert type(theirs).__name__ == names[architecture, skip]
+    assert theirs.cfg.metadata.hook_name_out == "blocks.1.hook_mlp_out"
+    with torch.no_grad():
+        latents = theirs.encode(torch.from_numpy(x_raw)).numpy()
+        outputs = theirs(torch.from_numpy(x_raw)).numpy()
+    assert 0.1 < (latents > 0).mean() < 0.9
+    np.testing.assert_allclose(latents, sae.encode(x_raw), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(outputs, sae(x_raw), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(outputs, reference_reconstruction(sae, x_raw), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(latents, reference_latents(sae, x_raw), rtol=1e-5, atol=1e-5)
+    back = load_sae(tmp_path)
+    assert back.is_transcoder
+    assert back.architecture == architecture
+    for name, tensor in sae.tensors.items():
+        np.testing.assert_array_equal(back.tensors[name], tensor, err_msg=name)
+
+
+@SKIPS
+def test_gemma_scope_2_as_sae_lens_loads_it_and_back(
+    sae_lens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, x_raw: np.ndarray, skip: bool
+):
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    sae = released(skip=skip)
+    ending = "_affine" if skip else ""
+    name = f"transcoder_all/layer_1_width_16k_l0_small{ending}"
+    folder = tmp_path / name
+    write_gemma_scope_2(sae, folder)
+    monkeypatch.setattr(
+        loaders, "hf_hub_download", lambda repo_id, filename, subfolder=None, **_: str(
+            tmp_path / (f"{subfolder}/{filename}" if subfolder else filename))
+    )  # fmt: skip
+    shapes = {name.lower(): list(t.shape) for name, t in sae.tensors.items()}
+    monkeypatch.setattr(loaders, "get_safetensors_tensor_shapes", lambda *_: shapes)
+    config, tensors, _ = loaders.gemma_3_sae_huggingface_loader(
+        "google/gemma-scope-2-270m-pt", name
+    )
+    assert config["architecture"] == f"jumprelu_{'skip_' if skip else ''}transcoder"
+    assert config["hf_hook_name"] == "model.layers.1.pre_feedforward_layernorm.output"
+    assert config["hf_hook_name_out"] == "model.layers.1.post_feedforward_layernorm.output"
+    theirs = sae_lens.SAE.from_dict(config)
+    theirs.load_state_dict(tensors)
+    with torch.no_grad():
+        outputs = theirs(torch.from_numpy(x_raw)).numpy()
+    np.testing.assert_allclose(outputs, sae(x_raw), rtol=1e-5, atol=1e-5)
+    back = load_sae(folder)
+    assert back.is_transcoder
+    np.testing.assert_array_equal(back(x_raw), sae(x_raw))
+    (folder / "config.json").unlink()  # as 27B's are
+    again = load_sae(folder)
+    assert again.metadata["hook_name_out"] == "blocks.1.hook_mlp_out"
+    np.testing.assert_array_equal(again(x_raw), sae(x_raw))
+
+
+def test_gemma_scope_as_sae_lens_loads_it_and_back(
+    sae_lens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, x_raw: np.ndarray
+):
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    sae = released()
+    repository, name = "google/gemma-scope-2b-pt-transcoders", "layer_7/width_16k/average_l0_9"
+    write_gemma_scope(sae, tmp_path / repository / name)
+    monkeypatch.setattr(
+        loaders,
+        "hf_hub_download",
+        lambda repo_id, filename, **_: str(tmp_path / repo_id / filename),
+    )
+    config, tensors, _ = loaders.gemma_2_transcoder_huggingface_loader(repository, name)
+    theirs = sae_lens.SAE.from_dict(config | {"d_in": D, "d_out": D, "d_sae": F})
+    theirs.load_state_dict(tensors)
+    with torch.no_grad():
+        outputs = theirs(torch.from_numpy(x_raw)).numpy()
+    np.testing.assert_allclose(outputs, sae(x_raw), rtol=1e-5, atol=1e-5)
+    back = load_sae(tmp_path / repository / name)
+    assert back.metadata["hook_name"] == config["hook_name"] == "blocks.7.ln2.hook_normalized"
+    assert back.metadata["hook_name_out"] == config["hook_name_out"] == "blocks.7.hook_mlp_out"
+    np.testing.assert_array_equal(back(x_raw), sae(x_raw))
+
+
+def test_kinds_are_told_apart(tmp_path: Path):
+    transcoder, sae = released(skip=True), fold(make_trained(D=D, F=F))
+    of_sae, of_transcoder = make_sae_config(width=F).sae, make_sae_config(width=F, **PAIR).sae
+    with pytest.raises(UserError, match=r"is a transcoder, from blocks.1.hook_mlp_in to .*target"):
+        check_kind(transcoder, of_sae, name="it")
+    with pytest.raises(UserError, match=r"is an SAE of blocks.1.hook_resid_post.* to mlp_out"):
+        check_kind(sae, of_transcoder, name="it")
+    write_gemma_scope(fold(make_trained(D=D, F=F, **PAIR)), tmp_path)
+    check_kind(load_sae(tmp_path), of_transcoder, name="it")  # params.npz doesn't say
+
+
+@pytest.mark.parametrize(
+    ("sae", "message"),
+    [
+        ({"affine_skip": True}, "sae.affine_skip is for transcoders"),
+        ({"target_scale": "own"}, "sae.target_scale is for transcoders"),
+        (PAIR | {"site": "attn_out_prelinear"}, "can't read attn_out_prelinear and predict"),
+        (PAIR | {"site": "resid_post"}, "can't read resid_post and predict mlp_out"),
+        (PAIR | {"site": "mlp_out"}, "can't read mlp_out and predict mlp_out"),
+        (PAIR | {"pre_encoder_bias": True}, "pre_encoder_bias must be false with a sae.target"),
+        (PAIR | {"architecture": "topk", "k": 4}, "topk can't have a sae.target"),
+    ],
+)
+def test_what_no_transcoder_can_be(sae: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        make_sae_config(width=F, **sae)
+
+
+def test_a_target_that_isnt_harvested_is_told():
+    values = make_sae_config(width=F, **PAIR).model_dump()
+    assert values["sae"]["pre_encoder_bias"] is False
+    values["cache"]["sites"] = [{"site": "mlp_in", "layers": [1]}]
+    with pytest.raises(
+        ValueError, match=r"sae reads mlp_out of layer 1, which cache.sites does not"
+    ):
+        Config.model_validate(values)
+
+
+def tiny(folder: Path, *, site: str = "mlp_in", name: str = "out", **sae: Any) -> Config:
+    """A transcoder of layer 1 on the tiny Gemma's activations; `folder` holds weights and text."""
+    from sae_train.config.file import load_config
+
+    path = folder / "config.yaml"
+    if not path.exists():
+        write_pipeline(folder)
+    values = load_config(path).model_dump()
+    sites = ["mlp_in", "mlp_in_normalized", "mlp_out", "resid_post"]
+    values["cache"] |= {
+        "path": str(folder / "store"),
+        "sites": [{"site": one, "layers": [1]} for one in sites],
+    }
+    values["sae"] |= {"site": site, "target": "mlp_out", "pre_encoder_bias": False} | sae
+    values |= {"output": str(folder / name), "name": name}
+    return Config.model_validate(values)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    config = tiny(folder)
+    harvest(model=config.model, text=config.text, cache=config.cache)
+    return folder
+
+
+def test_rows_of_all_taps_are_of_the_same_tokens(folder: Path):
+    """By the provenance: each row is what the model has at its sequence and position."""
+    config = tiny(folder)
+    store, model = open_store(config.cache.path), load_model(config.model)
+    where = store.provenance(start=0, stop=store.rows)
+    chosen = np.random.default_rng(0).choice(store.rows, 50, replace=False)
+    for site in ("mlp_in", "mlp_in_normalized", "mlp_out"):
+        tap = Tap(site, 1)  # type: ignore[arg-type]
+        rows = store.read(tap, start=0, stop=store.rows)
+        for row in chosen:
+            tokens = store.tokens.read([int(where.sequence[row])])
+            acts = np.asarray(model.activations(tokens, [tap])[tap])
+            expected = acts[0, where.position[row]]
+            np.testing.assert_allclose(rows[row], expected, rtol=1e-4, atol=1e-5)
+    normalized = store.tap_info(Tap("mlp_in_normalized", 1)).mean_squared_norm
+    assert normalized == pytest.approx(20, rel=1e-3)  # D: Gemma Scope divides by its root
+
+
+@pytest.mark.parametrize("scale", ["input", "own"])
+def test_training_sees_both_rows_of_a_token(folder: Path, scale: str):
+    """A linear target's skip learns it: only pairs that belong together allow that."""
+    config = tiny(folder, name=f"linear-{scale}", affine_skip=True, target_scale=scale)
+    values = config.model_dump()
+    # mlp_in is mlp_in_normalized times a gain: one matrix says it all.
+    values["sae"] |= {"site": "mlp_in_normalized", "target": "mlp_in", "b_dec_init": "mean"}
+    values["train"] |= {"tokens": 64 * 400}
+    values["train"]["learning_rate"] |= {"peak": 1e-2, "decay_steps": 200}
+    values["train"]["sparsity"]["coefficient"] = 10.0
+    linear = Config.model_validate(values)
+    result = train(linear)
+    assert result.metrics["fvu"] < 0.01
+    trained = load_trained(linear.output)
+    store = open_store(linear.cache.path)
+    scales = [np.sqrt(store.tap_info(tap).mean_squared_norm) for tap in linear.sae.taps]
+    assert trained.input_scale == pytest.approx(scales[0])
+    assert trained.target_scale == pytest.approx(scales[scale == "own"])
+    x, y = (store.read(tap, start=0, stop=64) for tap in linear.sae.taps)
+    error = np.square(np.asarray(fold(trained)(x)) - y).sum() / np.square(y - y.mean(0)).sum()
+    assert error < 0.02
+
+
+def test_cohorts_share_a_pair_and_no_two_pairs(folder: Path):
+    pair = [tiny(folder, name=f"member-{skip}", affine_skip=skip) for skip in (False, True)]
+    train_cohort(pair)
+    alone = [tiny(folder, name=f"alone-{skip}", affine_skip=skip) for skip in (False, True)]
+    for member, config in zip(pair, alone, strict=True):
+        assert train(config).step == 20
+        assert_same_run(Path(config.output), Path(member.output), step=20)
+    other = tiny(folder, name="other", site="mlp_in_normalized")
+    with pytest.raises(UserError, match=r"sae.site is mlp_in in the one and mlp_in_normalized"):
+        train_cohort([pair[0], other])
+    values = tiny(folder, name="sae").model_dump()
+    values["sae"] |= {"target": None}
+    with pytest.raises(UserError, match=r"sae.target is mlp_out in the one and None in the other"):
+        train_cohort([pair[0], Config.model_validate(values)])
+
+
+@SKIPS
+def test_it_goes_on_from_a_release(folder: Path, tmp_path: Path, skip: bool):
+    config = tiny(folder, name=f"first-{skip}", affine_skip=skip, target_scale="own")
+    if not (Path(config.output) / "checkpoints").exists():
+        train(config)
+    sae = fold(load_trained(config.output))
+    write_sae_lens(sae, tmp_path / "theirs")
+    own = {"start_from": str(tmp_path / "theirs"), "affine_skip": skip}
+    again = tiny(folder, name=f"again-{skip}", **own)
+    params = starting_params(again.sae, d_model=20, input_scale=1.3, target_scale=0.7)
+    trained = dataclasses.replace(
+        load_trained(config.output), params=params, input_scale=1.3, target_scale=0.7
+    )
+    x = np.random.default_rng(0).standard_normal((50, 20)).astype(np.float32)
+    np.testing.assert_allclose(fold(trained)(x), sae(x), rtol=1e-4, atol=1e-5)
+    assert train(again).step == 20
+    with pytest.raises(UserError, match="is a transcoder, from"):
+        train(_as_sae(again))
+    if skip:
+        without = tiny(folder, name="without", start_from=own["start_from"])
+        with pytest.raises(UserError, match=r"has an affine skip, and sae.affine_skip is false"):
+            train(without)
+
+
+def _as_sae(config: Config) -> Config:
+    values = config.model_dump()
+    values["sae"] |= {"target": None, "affine_skip": False}
+    return Config.model_validate(values | {"output": f"{config.output}-sae"})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "sparsity"),
+    [("gated", L1), ("relu", L1), ("batch_topk", {"penalty": "none"})],
+)
+def test_the_other_architectures(folder: Path, architecture: str, sparsity: dict[str, Any]):
+    own = {"k": 8} if architecture == "batch_topk" else {}
+    values = tiny(folder, name=architecture, affine_skip=True).model_dump()
+    values["sae"] |= {"architecture": architecture} | own
+    values["train"]["sparsity"] = sparsity
+    values["train"]["tokens"] = 64 * 200
+    config = Config.model_validate(values)
+    assert train(config).metrics["fvu"] < 1.0
+    sae = fold(load_trained(config.output))
+    assert sae.is_transcoder
+    store = open_store(config.cache.path)
+    x, y = (store.read(tap, start=0, stop=500) for tap in config.sae.taps)
+    error = np.square(np.asarray(sae(x)) - y).sum() / np.square(y - y.mean(0)).sum()
+    assert error < 1.0
+    write_sae_lens(sae, Path(config.output) / "lens")
+    np.testing.assert_array_equal(load_sae(Path(config.output) / "lens")(x), sae(x))
+
+
+def test_a_resumed_run_is_the_same(folder: Path):
+    from activation_cache.runtime.errors import Interrupted
+
+    parts = tiny(folder, name="parts", affine_skip=True)
+    calls = iter(range(7))
+    with pytest.raises(Interrupted):
+        train(parts, stop=lambda: next(calls, None) is None)
+    train(parts)
+    whole = tiny(folder, name="whole", affine_skip=True)
+    train(whole)
+    assert len(final_state(Path(whole.output), step=20)) == 20  # six parameters twice, and eight
+    assert_same_run(Path(whole.output), Path(parts.output), step=20)
