@@ -30,8 +30,8 @@ from sae_train.model.forward import PRECISION
 from sae_train.sparse import active_pairs, latent_updates, segment_sums
 from sae_train.sparse.kernels import decode, select
 from sae_train.sparse.kernels import update as update_module
-from sae_train.sparse.latent_updates import Gradients, Pulls
 from sae_train.step.adam import Rows, RowUpdate, unit_rows, update_rows
+from sae_train.step.gradients import Gradients, Pulls
 
 BATCH, L0, BANDWIDTH = 4096, 100, 1e-3
 PLACES = BATCH * 2 * L0

@@ -17,7 +17,7 @@ import numpy as np
 
 from activation_cache.gemma.taps import Tap
 from activation_cache.store.store import Store, open_store
-from sae_train.checkpoint.checkpoints import Trained, load_trained
+from sae_train.checkpoint.trained import Trained, load_trained
 from sae_train.config.file import load_config, with_values
 from sae_train.config.run import Config
 from sae_train.runs.metrics_file import read_metrics

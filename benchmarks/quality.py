@@ -33,10 +33,11 @@ from activation_cache.store.reader import ActivationReader
 from activation_cache.store.store import Store, open_store
 from benchmarks.measure import write_results
 from benchmarks.other_trainers import Budget, DictionaryLearning, SaeLens, Trainer
-from sae_train.checkpoint.checkpoints import load_trained
+from sae_train.checkpoint.trained import load_trained
 from sae_train.config.file import load_config, with_values
 from sae_train.config.run import Config
-from sae_train.inference.sae import Sae, fold
+from sae_train.inference.fold import fold
+from sae_train.inference.sae import Sae
 from sae_train.train.loop import train_cohort
 
 logger = logging.getLogger("quality")

@@ -16,11 +16,11 @@ from typing import Any
 
 from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.runtime.processes import launched_index
+from activation_cache.runtime.version import package_version
 from launch import commands
 from launch.console import configure_logging, set_environment_defaults
 from launch.processes import group
 from launch.processes.signals import StopFlag, stop_on_signals
-from sae_train.inference.hook_names import package_version
 
 logger = logging.getLogger(__name__)
 

@@ -5,88 +5,25 @@ from __future__ import annotations
 import argparse
 import logging
 import re
-from collections.abc import Sequence
 
 from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.storage.files import Place, place
 from launch import stages
 from launch.clusters import submit
 from launch.processes.signals import StopFlag
-from sae_train.config.file import FILE_NAME, load_config, read_run_config, write_config
+from launch.targets import (
+    read_target_config,
+    released_or_trained,
+    trained_folders,
+    target_config,
+    target_folder,
+)
+from sae_train.config.file import FILE_NAME, read_run_config, write_config
 from sae_train.config.run import Config
-from sae_train.runs.folder import RELEASE, clear_failure, newest_checkpoint, run_folders
+from sae_train.runs.folder import RELEASE, clear_failure
 from sae_train.train.cohort import check_cohort
 
 logger = logging.getLogger(__name__)
-
-
-def target_config(target: str, overrides: Sequence[str] = ()) -> Config:
-    """The config a command line names: a file, or the resolved one of an output folder.
-
-    A sweep is expanded, and so checked, whatever the command.
-
-    Raises:
-        UserError: no such file or folder, or a mistake in the config.
-    """
-    config = _read_config(target, overrides)
-    if config.sweep is not None:
-        from launch.sweep.run_sweep import expand
-
-        expand(config)
-    return config
-
-
-def _read_config(target: str, overrides: Sequence[str]) -> Config:
-    if place(target).is_dir():
-        read_run_config(target)  # says what kind of folder was expected
-        config = load_config(place(target) / FILE_NAME, overrides)
-        if not any(override.startswith("output=") for override in overrides):
-            config = config.model_copy(update={"output": target})  # it may have been moved
-    else:
-        config = load_config(target, overrides)
-    return config
-
-
-def target_folder(target: str) -> Place:
-    """The output folder a command line names, itself or through a config file."""
-    folder = place(target)
-    return folder if folder.is_dir() else place(target_config(target).output)
-
-
-def _trained_folders(config: Config) -> list[Place]:
-    """The runs of a config that have a checkpoint; those without are left out with a warning.
-
-    Raises:
-        UserError: none has one.
-    """
-    folder = place(config.output)
-    if config.sweep is not None and not (folder / FILE_NAME).exists():
-        from launch.sweep.run_sweep import expand
-
-        # Trained one by one on a cluster: nothing has written the sweep's own folder yet.
-        runs = [run.folder for run in expand(config)]
-    else:
-        runs = run_folders(folder)
-    trained = [run for run in runs if newest_checkpoint(run) is not None]
-    if not trained:
-        raise UserError(f"{folder} holds no trained run yet: start with `sae train` or `sae sweep`")
-    for run in runs:
-        if run not in trained:
-            logger.warning("%s has no checkpoint yet and is left out", run)
-    return trained
-
-
-def _released_or_trained(config: Config) -> list[Place]:
-    """As `_trained_folders`; where nothing was trained yet, that of the SAE to start from."""
-    folder = place(config.output)
-    if (
-        config.sae.start_from is None
-        or config.sweep is not None
-        or newest_checkpoint(folder) is not None
-    ):
-        return _trained_folders(config)
-    write_config(config, folder)
-    return [folder]
 
 
 def harvest(arguments: argparse.Namespace, stop: StopFlag) -> int:
@@ -167,7 +104,7 @@ def evaluate(arguments: argparse.Namespace, stop: StopFlag) -> int:
     overridden = any(override.startswith("evaluation") for override in arguments.overrides)
     settings = config.evaluation if overridden else None
     by_store: dict[str, list[Place]] = {}
-    for folder in _released_or_trained(config):
+    for folder in released_or_trained(config):
         by_store.setdefault(read_run_config(folder).cache.path, []).append(folder)
     for folders in by_store.values():  # a suite's runs are too many to be in memory together
         stages.evaluate(folders, config=config, settings=settings, stop=stop)
@@ -188,7 +125,7 @@ def export(arguments: argparse.Namespace, stop: StopFlag) -> int:
         check_repository(arguments.upload)
     config = target_config(arguments.target)
     with stop.at_once():
-        folders = _trained_folders(config)
+        folders = trained_folders(config)
         if config.sweep is None:
             stages.export(folders)
             release = folders[0] / RELEASE
@@ -201,7 +138,9 @@ def export(arguments: argparse.Namespace, stop: StopFlag) -> int:
 
 def sweep(arguments: argparse.Namespace, stop: StopFlag) -> int:
     """`sae sweep`: train, evaluate and release all runs; returns the command's exit status."""
-    from launch.sweep.run_sweep import expand, run_sweep, show_runs
+    from launch.sweep.expand import expand
+    from launch.sweep.run_sweep import run_sweep
+    from launch.sweep.table import show_runs
 
     config = target_config(arguments.target, arguments.overrides)
     if config.launch.on == "local" and arguments.dry_run:
@@ -232,7 +171,7 @@ def plan(arguments: argparse.Namespace, stop: StopFlag) -> int:
 
     with stop.at_once():
         # It expands a sweep itself, and a suite without asking what can be trained.
-        show_plan(_read_config(arguments.target, arguments.overrides), arguments)
+        show_plan(read_target_config(arguments.target, arguments.overrides), arguments)
     return 0
 
 

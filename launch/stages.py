@@ -9,8 +9,6 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from pathlib import PurePath
-from typing import Any
 
 from activation_cache.runtime import processes
 from activation_cache.runtime.errors import UserError
@@ -20,18 +18,13 @@ from launch.processes import group
 from launch.processes.allocator import keep_freed_memory
 from launch.processes.compile_cache import keep_programs
 from launch.processes.signals import StopFlag
-from sae_train.config.file import FILE_NAME, read_run_config, resolved_yaml
+from launch.run_state import is_trained
+from sae_train.config.file import FILE_NAME, resolved_yaml
 from sae_train.config.run import Config, EvaluationConfig
 from sae_train.runs.folder import (
     CHECKPOINTS,
-    EVALUATION,
     FAILURE,
-    RELEASE,
-    RunFolder,
-    checkpoint_time,
-    labelled,
     newest_checkpoint,
-    read_run,
     record_failure,
 )
 
@@ -203,48 +196,3 @@ def report(folder: Place) -> Place:
     from sae_train.report.page import write_report
 
     return write_report(folder)
-
-
-def is_trained(config: Config) -> bool:
-    """Has the run of this config ended, under settings that give the same weights?"""
-    folder = place(config.output)
-    if newest_checkpoint(folder) != config.train.steps:
-        return False
-    from sae_train.checkpoint.checkpoints import numeric_differences
-
-    return not numeric_differences(read_run_config(folder), config)
-
-
-def needs_evaluation(folder: Place) -> bool:
-    """Is a trained run's evaluation missing, of another checkpoint or under other settings?
-
-    Judged by the files' words and times, without loading anything; `evaluate` itself compares
-    fingerprints.
-    """
-    run = read_run(folder)
-    if run.evaluation is None or run.evaluation.get("step") != run.checkpoint_step:
-        return True
-    settings = run.config.evaluation
-    wanted: dict[str | None, dict[str, Any]] = {None: settings.recorded()}
-    wanted |= {entry.called: settings.recorded(entry) for entry in settings.also}
-    for label, record in wanted.items():
-        found = run.evaluation if label is None else run.elsewhere.get(label)
-        if found is None or found.get("settings") != record:
-            return True
-        if _older_than_checkpoint(run, folder / labelled(EVALUATION, label)):
-            return True
-    return False
-
-
-def needs_release(folder: Place) -> bool:
-    """Is a trained run's release missing, or older than its newest checkpoint?"""
-    run = read_run(folder)
-    card = PurePath(RELEASE, "README.md")  # written last
-    return card not in run.release or any(
-        _older_than_checkpoint(run, folder / f) for f in run.release
-    )
-
-
-def _older_than_checkpoint(run: RunFolder, file: Place) -> bool:
-    assert run.checkpoint_step is not None
-    return file.stat().st_mtime < checkpoint_time(run.path, run.checkpoint_step)

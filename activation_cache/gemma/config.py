@@ -14,6 +14,7 @@ from activation_cache.runtime.errors import UserError
 
 Family = Literal["gemma2", "gemma3"]
 
+EMBEDDING_HF, EMBEDDING_GGUF = "embed_tokens.weight", "token_embd.weight"
 _MODEL_TYPES: dict[str, Family] = {
     "gemma2": "gemma2",
     "gemma3": "gemma3",

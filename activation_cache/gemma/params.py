@@ -9,18 +9,13 @@ MLP's width, E head dim. `axis` is a mesh axis.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from activation_cache.gemma.config import GemmaConfig
+from activation_cache.gemma.config import EMBEDDING_GGUF, EMBEDDING_HF, GemmaConfig
 from activation_cache.runtime.errors import UserError
 
-AXES = ("data", "model")
 _MODEL = "model"
 
 
@@ -56,9 +51,6 @@ class Parameter:
     def tree_shape(self) -> tuple[int, ...]:
         """The shape in our tree."""
         return self.shape[::-1] if self.is_projection else self.shape
-
-
-EMBEDDING_HF, EMBEDDING_GGUF = "embed_tokens.weight", "token_embd.weight"
 
 
 def parameter_table(config: GemmaConfig) -> tuple[Parameter, ...]:
@@ -161,9 +153,3 @@ def on_model_axis(mesh: Mesh, *, dim: int, ndim: int) -> NamedSharding:
     """An array of which one dim is cut over `model`."""
     spec = [None] * ndim
     return NamedSharding(mesh, PartitionSpec(*spec[:dim], _MODEL, *spec[dim + 1 :]))
-
-
-def make_mesh(devices: Sequence[Any]) -> Mesh:
-    """The mesh of one copy of a model, cut over these devices."""
-    kinds = (jax.sharding.AxisType.Auto,) * 2
-    return Mesh(np.asarray(devices).reshape(1, -1), AXES, axis_types=kinds)

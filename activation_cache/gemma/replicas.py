@@ -11,13 +11,12 @@ copies whole. Teams compute different things and wait for each other only at the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from activation_cache.config import MeshConfig
-from activation_cache.gemma.params import make_mesh
+from activation_cache.mesh import devices_of_processes, make_mesh
 from activation_cache.runtime.errors import UserError
 
 
@@ -37,32 +36,6 @@ class Placement:
     num_teams: int
     member: int
     num_members: int
-
-
-def devices_of_processes(config: MeshConfig) -> list[list[Any]]:
-    """The devices a mesh uses: of every process the first few, equally many.
-
-    Raises:
-        UserError: fewer devices than the mesh has places, or processes without a part in it.
-    """
-    needed, found = config.data * config.model, jax.device_count()
-    if needed > found:
-        raise UserError(
-            f"mesh {config.data} x {config.model} (data x model) needs {needed} devices and JAX "
-            f"sees {found} ({jax.default_backend()}): make mesh.data * mesh.model at most {found}"
-        )
-    processes = jax.process_count()
-    each, rest = divmod(needed, processes)
-    groups = [[d for d in jax.devices() if d.process_index == p] for p in range(processes)]
-    if rest or min(map(len, groups)) < each:
-        sizes = ", ".join(str(len(group)) for group in groups)
-        raise UserError(
-            f"mesh {config.data} x {config.model} (data x model) needs {needed} devices, equally "
-            f"many of each of {processes} processes, and these have {sizes}: make mesh.data * "
-            f"mesh.model a multiple of {processes} that they can share, or change the number of "
-            "processes"
-        )
-    return [group[:each] for group in groups]
 
 
 def place_copies(config: MeshConfig) -> Placement:

@@ -20,7 +20,6 @@ from typing import Any
 
 from activation_cache.config import Site, SiteConfig
 from activation_cache.gemma.config import GemmaConfig
-from activation_cache.gemma.tap import EMBEDDING, Tap
 from activation_cache.runtime.errors import UserError
 
 __all__ = ["EMBEDDING", "Splice", "Tap", "check_tap", "resolve_taps", "tap_width"]
@@ -91,3 +90,19 @@ def resolve_taps(sites: Sequence[SiteConfig], config: GemmaConfig) -> tuple[Tap,
             "vocabulary, theirs tokens of text. Harvest it into a store of its own."
         )
     return tuple(sorted(taps, key=lambda tap: (tap.layer, tap.site)))
+
+
+@dataclass(frozen=True, order=True)
+class Tap:
+    """One site of one layer."""
+
+    site: Site
+    layer: int
+
+    @property
+    def name(self) -> str:
+        """`resid_post.5`, and `embedding`: the name of the tap's array in a store."""
+        return self.site if self.site == "embedding" else f"{self.site}.{self.layer}"
+
+
+EMBEDDING = Tap("embedding", 0)

@@ -27,23 +27,22 @@ from activation_cache.gemma.replicas import place_copies
 from activation_cache.gemma.taps import EMBEDDING, resolve_taps, tap_width
 from activation_cache.harvest.sizes import check_memory, log_sizes, memory_here
 from activation_cache.harvest.worker import SHARED_DISK_SECONDS, Share
-from activation_cache.language_model.checkpoint import read_gemma_config, weight_fingerprint
+from activation_cache.language_model.checkpoint import weight_fingerprint
 from activation_cache.language_model.model import convert_once
+from activation_cache.language_model.shape import read_gemma_config
 from activation_cache.language_model.tokenizer import load_tokenizer
-from activation_cache.runtime import processes
+from activation_cache.runtime import exchange, processes
 from activation_cache.runtime.errors import UserError
-from activation_cache.runtime.shared_work import shared
+from activation_cache.runtime.exchange import shared
 from activation_cache.storage.arrays import bucket_rows, remove_stray_files
 from activation_cache.storage.files import Place, folder_lock, place, remove_tree, write_text
+from activation_cache.storage.records import FORMAT_VERSION, read_record, write_record
 from activation_cache.store.manifest import (
-    FORMAT_VERSION,
     Manifest,
     ModelEntry,
     ShufflingEntry,
     SiteEntry,
     first_difference,
-    read_record,
-    write_record,
 )
 from activation_cache.store.order import ALGORITHM
 from activation_cache.store.store import (
@@ -96,9 +95,9 @@ def harvest(
                 held.enter_context(folder_lock(job.path))
             return job.is_finished()
 
-        if not processes.told_by_main("store", begin):
+        if not exchange.told_by_main("store", begin):
             return job.run(resolved_config_yaml)
-    told = processes.told_by_main("finished store", job.already_finished)
+    told = exchange.told_by_main("finished store", job.already_finished)
     return Manifest.model_validate_json(told)
 
 
@@ -133,18 +132,18 @@ class _Harvest:
         """Plan, compute what isn't committed, finish. The first process holds the folder."""
         placement = place_copies(self.mesh)
         prepare = functools.partial(self._prepare, resolved_config_yaml)
-        told = processes.told_by_main("plan", prepare, stop=self.stop)
+        told = exchange.told_by_main("plan", prepare, stop=self.stop)
         plan = Manifest.model_validate_json(told["plan"])
         summary = TokenSummary.model_validate_json(told["tokens"])
         table = TokenTable(self.path / TOKENS_FOLDER, summary)
         share = Share(
             self.path, self.model, plan, table, told["missing"], told["committed"], placement
         )
-        machines = [(name, size) for name, size in processes.gathered("memory", memory_here())]
-        processes.told_by_main("enough memory", lambda: check_memory(plan, machines))
+        machines = [(name, size) for name, size in exchange.gathered("memory", memory_here())]
+        exchange.told_by_main("enough memory", lambda: check_memory(plan, machines))
         if share.missing and not share.of_embedding:
             convert = functools.partial(convert_once, self.model, folder=share.converted)
-            processes.told_by_main("conversion", convert)
+            exchange.told_by_main("conversion", convert)
         finished = shared(
             "harvest",
             functools.partial(share.compute, stop=self.stop),
@@ -169,7 +168,7 @@ class _Harvest:
             rows=self.cache.tokens,
             vocabulary=gemma.vocab_size if taps == (EMBEDDING,) else None,
             keep=begun is not None,
-            stop=lambda: processes.stop_asked(self.stop),
+            stop=lambda: exchange.stop_asked(self.stop),
         )
         table.require_rows(self.cache.tokens)
         plan = self._plan(gemma, table)

@@ -13,11 +13,12 @@ from activation_cache.gemma.replicas import Placement
 from activation_cache.gemma.taps import EMBEDDING
 from activation_cache.harvest.fill_bucket import BucketFiller
 from activation_cache.language_model.model import conversion_folder, load_copies
-from activation_cache.runtime import processes
+from activation_cache.runtime import exchange, processes
 from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.runtime.progress import ProgressMeter
 from activation_cache.storage.files import Place
-from activation_cache.store.manifest import Manifest, read_record
+from activation_cache.storage.records import read_record
+from activation_cache.store.manifest import Manifest
 from activation_cache.store.store import PLAN_FILE
 from activation_cache.store.writer import Bucket, BucketWriter
 from activation_cache.text.token_table import TokenTable
@@ -107,16 +108,16 @@ class Share:
         except UserError as mistake:
             if self.placement.num_members == 1:
                 raise
-            processes.say_first(processes.ASKED_KEY, {"mistake": str(mistake)})
+            exchange.say_first(exchange.ASKED_KEY, {"mistake": str(mistake)})
             return [mistake]
         return []
 
     def _stop_if_asked(self, stop: Callable[[], bool]) -> None:
         def asked() -> bool:
-            return processes.stop_asked(stop)
+            return exchange.stop_asked(stop)
 
         if self.placement.num_members > 1:
-            stopping = processes.agree_to_stop(asked, scope=f"team {self.placement.team}")
+            stopping = exchange.agree_to_stop(asked, scope=f"team {self.placement.team}")
         else:
             stopping = asked()
         if stopping:

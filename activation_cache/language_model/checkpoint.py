@@ -14,14 +14,12 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from activation_cache.config import ModelConfig
-from activation_cache.gemma.config import GemmaConfig, config_from_gguf, config_from_hf
-from activation_cache.gemma.params import (
-    EMBEDDING_GGUF,
+from activation_cache.gemma.config import (
     EMBEDDING_HF,
-    Parameter,
-    parameter_table,
-    placement,
+    GemmaConfig,
+    config_from_hf,
 )
+from activation_cache.gemma.params import Parameter, parameter_table, placement
 from activation_cache.language_model.gguf_file import GgufFile, open_gguf
 from activation_cache.language_model.locate import (
     is_gguf,
@@ -29,6 +27,7 @@ from activation_cache.language_model.locate import (
     read_config_json,
     sampled_fingerprint,
 )
+from activation_cache.language_model.shape import gguf_config
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import read_json
 from activation_cache.storage.safetensors_file import SafetensorsFile, open_safetensors
@@ -97,18 +96,6 @@ class GgufCheckpoint:
         return values - np.float32(1) if parameter.is_norm else values
 
 
-def read_gemma_config(model: ModelConfig) -> GemmaConfig:
-    """The model's shape, without its weights.
-
-    Raises:
-        UserError: missing, of another architecture, or damaged.
-    """
-    path = locate_weights(model, with_weights=False)
-    if is_gguf(path):
-        return _gguf_config(open_gguf(path))
-    return config_from_hf(read_config_json(path), source=str(path / "config.json"))
-
-
 def weight_fingerprint(model: ModelConfig) -> str:
     """The sampled sha256 of the weights (`sampled_fingerprint`), without loading them.
 
@@ -132,17 +119,10 @@ def open_checkpoint(model: ModelConfig) -> Checkpoint:
 def open_gguf_checkpoint(path: Path) -> GgufCheckpoint:
     """Open a GGUF file; see `open_checkpoint`."""
     file = open_gguf(path)
-    config = _gguf_config(file)
+    config = gguf_config(file)
     found = {name: tensor.shape for name, tensor in file.tensors.items()}
     _check_tensors(found, {p.gguf: p.shape for p in parameter_table(config)}, source=path)
     return GgufCheckpoint(path=path, config=config, file=file)
-
-
-def _gguf_config(file: GgufFile) -> GemmaConfig:
-    # The embedding may be cut to the tokenizer's size: its rows are the vocabulary.
-    embedding = file.tensors.get(EMBEDDING_GGUF)
-    vocab_size = embedding.shape[0] if embedding else 1
-    return config_from_gguf(file.metadata, vocab_size=vocab_size, source=str(file.path))
 
 
 def open_folder_checkpoint(folder: Path) -> FolderCheckpoint:

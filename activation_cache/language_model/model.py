@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from activation_cache.config import Dtype, ModelConfig
 from activation_cache.gemma.config import GemmaConfig
 from activation_cache.gemma.forward import Gemma
-from activation_cache.gemma.params import check_model_axis, make_mesh, on_all
+from activation_cache.gemma.params import check_model_axis, on_all
 from activation_cache.gemma.scores import centred_logit, cross_entropy
 from activation_cache.gemma.taps import Splice, Tap, check_tap, tap_width
 from activation_cache.language_model.checkpoint import (
@@ -29,6 +29,7 @@ from activation_cache.language_model.checkpoint import (
 )
 from activation_cache.language_model.gguf_conversion import converted_checkpoint
 from activation_cache.language_model.tokenizer import Tokenizer, load_tokenizer
+from activation_cache.mesh import make_mesh
 from activation_cache.storage.files import AnyPath, place, user_cache
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from activation_cache.config import ModelConfig
 from activation_cache.gemma.config import GemmaConfig, config_from_hf
-from activation_cache.language_model.checkpoint import read_gemma_config
+from activation_cache.language_model.shape import read_gemma_config
 from activation_cache.runtime.errors import UserError
 
 

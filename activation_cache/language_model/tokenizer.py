@@ -12,9 +12,9 @@ import tokenizers
 
 from activation_cache.config import ModelConfig
 from activation_cache.gemma.config import GemmaConfig
-from activation_cache.language_model.checkpoint import read_gemma_config
 from activation_cache.language_model.gguf_file import GgufFile, open_gguf
 from activation_cache.language_model.locate import is_gguf, locate_weights
+from activation_cache.language_model.shape import read_gemma_config
 from activation_cache.language_model.tokenizer_vocabulary import (
     SPACE,
     Pieces,

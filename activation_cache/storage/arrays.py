@@ -23,7 +23,7 @@ from activation_cache.storage import bucket as bucket_module
 from activation_cache.storage.bucket import BucketPath
 from activation_cache.storage.bucket_errors import array_error
 from activation_cache.storage.files import Place, disk_errors
-from activation_cache.store.order import Segment
+from activation_cache.storage.row_range import Segment
 
 SHARD_BYTES = 256 * 2**20  # a shard is at most this, unless its bucket is few and wide blocks
 

@@ -27,7 +27,7 @@ from jaxtyping import Float
 
 from activation_cache.storage.arrays import ArrayLayout, damaged_shard
 from activation_cache.storage.files import disk_errors
-from activation_cache.store.order import Segment
+from activation_cache.storage.row_range import Segment
 
 _THREADS = 16  # enough to hide the latency of a network disk
 _CHECKSUM_BYTES = 4

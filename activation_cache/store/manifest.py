@@ -7,12 +7,7 @@ and no path of the store itself, so the same harvest in two places gives the sam
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
-from typing import Any, TypeVar
-
-from pydantic import BaseModel, ValidationError
+from typing import Any
 
 from activation_cache.config import (
     CacheConfig,
@@ -27,12 +22,6 @@ from activation_cache.config import (
     TextConfig,
 )
 from activation_cache.gemma.taps import Tap
-from activation_cache.runtime.errors import UserError
-from activation_cache.storage.files import Place, read_json, write_json
-
-FORMAT_VERSION = 1
-
-Record = TypeVar("Record", bound=BaseModel)
 
 
 class ModelEntry(Section):
@@ -93,43 +82,6 @@ class Manifest(Section):
         """The rows of one bucket."""
         size = self.shuffling.bucket_rows
         return range(bucket * size, min((bucket + 1) * size, self.rows))
-
-
-def write_record(path: Place, record: BaseModel) -> None:
-    """Write a small JSON record with a checksum over the rest of it, atomically."""
-    content = record.model_dump(mode="json")
-    write_json(path, {**content, "checksum": _checksum(content)})
-
-
-def read_record(path: Place, kind: type[Record]) -> Record:
-    """Read a record back.
-
-    Raises:
-        UserError: the file is damaged (not JSON, fields missing, checksum wrong) or of another
-            format version; names the file.
-    """
-    content = read_json(path)
-    if isinstance(content, dict) and content.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format version {content.get('format_version')!r} and this program reads "
-            f"{FORMAT_VERSION}: make the folder again, or use the program that wrote it."
-        )
-    try:
-        found = content.pop("checksum")
-        if found != _checksum(content):
-            raise KeyError("checksum")
-        return kind.model_validate_json(json.dumps(content))
-    except (AttributeError, KeyError, TypeError, ValidationError) as error:
-        raise UserError(
-            f"{path} is damaged: its fields and its checksum do not agree. Restore it from a copy, "
-            "or delete the folder and make it again."
-        ) from error
-
-
-def _checksum(content: Mapping[str, Any]) -> str:
-    """SHA-256 of a record's canonical JSON."""
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def first_difference(

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int64, UInt64
 
+from activation_cache.storage.row_range import Segment
+
 ALGORITHM = "feistel8-splitmix64-v1"
 
 _GAMMA = 0x9E3779B97F4A7C15  # splitmix64's increment: 2^64 over the golden ratio
@@ -105,14 +107,6 @@ def sequence_order(*, sequences: int, seed: int) -> Permutation:
 def bucket_order(*, rows: int, seed: int, bucket: int) -> Permutation:
     """Row of a bucket as harvested -> its place in the bucket as written."""
     return Permutation(rows, derive_key(seed, BUCKET, bucket))
-
-
-@dataclass(frozen=True)
-class Segment:
-    """`count` consecutive rows of the store, from row `start`; never crosses a block."""
-
-    start: int
-    count: int
 
 
 @dataclass(frozen=True)

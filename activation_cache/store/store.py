@@ -18,8 +18,9 @@ from activation_cache.gemma.taps import Tap
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.arrays import ArrayLayout, read_rows, shard_rows
 from activation_cache.storage.files import AnyPath, Place, place, read_json
-from activation_cache.store.manifest import Manifest, first_difference, read_record
-from activation_cache.store.order import Segment
+from activation_cache.storage.records import read_record
+from activation_cache.storage.row_range import Segment
+from activation_cache.store.manifest import Manifest, first_difference
 from activation_cache.text.token_table import TokenTable, open_tokens
 
 MANIFEST_FILE = "manifest.json"

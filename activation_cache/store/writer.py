@@ -21,7 +21,8 @@ from activation_cache.gemma.taps import Tap
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.arrays import write_shards
 from activation_cache.storage.files import Place, make_folder
-from activation_cache.store.manifest import FORMAT_VERSION, Manifest, read_record, write_record
+from activation_cache.storage.records import FORMAT_VERSION, read_record, write_record
+from activation_cache.store.manifest import Manifest
 from activation_cache.store.store import PROVENANCE, provenance_layout, tap_layout
 
 logger = logging.getLogger(__name__)

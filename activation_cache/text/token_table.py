@@ -22,8 +22,8 @@ from activation_cache.config import Count, PositiveCount, Section, TextConfig
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.arrays import ArrayLayout, read_rows
 from activation_cache.storage.files import Place
-from activation_cache.store.manifest import read_record
-from activation_cache.store.order import Segment
+from activation_cache.storage.records import read_record
+from activation_cache.storage.row_range import Segment
 
 TOKENS_FILE = "tokens.json"
 _CHUNK_BYTES = 2**16  # sequences are read one by one in random order: a chunk is read for each

@@ -19,7 +19,7 @@ from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.runtime.progress import ProgressMeter
 from activation_cache.storage.arrays import write_shards
 from activation_cache.storage.files import Place, make_folder, remove_tree
-from activation_cache.store.manifest import FORMAT_VERSION, write_record
+from activation_cache.storage.records import FORMAT_VERSION, write_record
 from activation_cache.text.packing import pack, pack_by_subset, pack_vocabulary
 from activation_cache.text.sources import Document, Source, find_sources
 from activation_cache.text.token_table import (

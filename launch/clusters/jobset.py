@@ -26,12 +26,12 @@ from typing import Any, Literal
 import yaml
 
 from activation_cache.runtime.errors import UserError
+from launch.clusters.common import Command
 from launch.clusters.jobset_pod import pod_template
-from launch.clusters.submit import Command
 from launch.config.kubernetes import OUR_PREFIX, KubernetesLaunch, TpuNodes
 from launch.config.local import LocalLaunch
 from launch.sweep.cohorts import cohorts_of
-from launch.sweep.run_sweep import expand
+from launch.sweep.expand import expand
 from sae_train.config.file import resolved_yaml
 from sae_train.config.run import Config
 

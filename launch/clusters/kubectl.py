@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Literal
 
 from activation_cache.runtime.errors import Interrupted, UserError
+from launch.clusters.common import Command, local_folder
 from launch.clusters.jobset import Manifest, Stage, kubernetes_launch, render, write_manifests
-from launch.clusters.submit import Command, local_folder
 from launch.config.kubernetes import OUR_PREFIX, KubernetesLaunch
 from sae_train.config.run import Config
 

@@ -20,12 +20,13 @@ from pathlib import Path
 
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import make_folder, read_json, write_json, write_text
-from launch import stages
-from launch.clusters.slurm_script import Script, Stage, render, script_folder
-from launch.clusters.submit import Command
+from launch import run_state
+from launch.clusters.common import Command, Stage
+from launch.clusters.slurm_script import Script, render, script_folder
 from launch.config.local import LocalLaunch
 from launch.sweep.cohorts import cohorts_of
-from launch.sweep.run_sweep import Run, expand
+from launch.sweep.expand import expand
+from launch.sweep.run import Run
 from launch.sweep.suite_runs import stores
 from sae_train.config.file import FILE_NAME, write_config
 from sae_train.config.run import Config
@@ -189,10 +190,11 @@ def _wanted(config: Config, *, runs: Sequence[Run]) -> dict[Stage, str]:
     missing = [
         index
         for index, cohort in enumerate(cohorts)
-        if not all(stages.is_trained(one) for one in cohort.configs)
+        if not all(run_state.is_trained(one) for one in cohort.configs)
     ]
     evaluating = missing or any(
-        stages.needs_evaluation(run.folder) or stages.needs_release(run.folder) for run in runs
+        run_state.needs_evaluation(run.folder) or run_state.needs_release(run.folder)
+        for run in runs
     )
     wanted: dict[Stage, str] = {}
     if evaluating and not _has_stores(config):

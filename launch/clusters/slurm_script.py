@@ -21,18 +21,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from activation_cache.config import MeshConfig
 from activation_cache.runtime.errors import UserError
-from launch.clusters.submit import Command, local_folder
-from launch.config.local import LocalLaunch, SlurmLaunch
+from launch.clusters.common import Command, Stage, local_folder
+from launch.config.local import LocalLaunch
+from launch.config.slurm import SlurmLaunch
 from launch.sweep.cohorts import Cohort, cohorts_of
-from launch.sweep.run_sweep import expand
+from launch.sweep.expand import expand
 from sae_train.config.file import resolved_yaml
 from sae_train.config.run import Config
-
-Stage = Literal["harvest", "train", "evaluate", "report"]
 
 RUNS = "runs"  # the configs of a sweep's runs, by name
 _LONGEST_PAUSE_SECONDS = 600

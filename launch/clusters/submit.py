@@ -8,28 +8,13 @@ read and submit by hand, and submits them. The copy of the config that travels w
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable
-from pathlib import Path
-from typing import Literal
 
 from activation_cache.runtime.errors import UserError
-from activation_cache.storage.files import place
+from launch.clusters.common import Command
 from sae_train.config.run import Config
 
 logger = logging.getLogger(__name__)
-
-Command = Literal["harvest", "train", "sweep"]
-
-
-def local_folder(config: Config, kind: str) -> Path:
-    """Where what is submitted is kept on this machine: in the output folder, or, where that is in
-    a bucket, in `<kind>/<name>` of the folder the command is given in.
-    """
-    output = place(config.output)
-    if isinstance(output, Path):
-        return output / kind
-    return Path(kind) / re.sub(r"[^A-Za-z0-9._-]+", "_", config.name)
 
 
 def is_elsewhere(config: Config, *, dry_run: bool) -> bool:
@@ -57,7 +42,7 @@ def submit(config: Config, *, command: Command, dry_run: bool, stop: Callable[[]
     """
     if command == "sweep":
         from launch.sweep.cohorts import cohort_lines, cohorts_of
-        from launch.sweep.run_sweep import expand
+        from launch.sweep.expand import expand
 
         for line in cohort_lines(cohorts_of(config, expand(config))):
             logger.info("%s", line)

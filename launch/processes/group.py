@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from activation_cache.runtime import processes
+from activation_cache.runtime import exchange, processes
 from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.storage.files import Place
 from launch.config.local import LocalLaunch
@@ -101,8 +101,8 @@ def join(*configs: Config) -> None:
         import sae_train
 
         version = processes.code_version(activation_cache, sae_train, launch)
-        processes.same_everywhere("code version", version)
-        processes.same_everywhere("config", "".join(map(resolved_yaml, configs)))
+        exchange.same_everywhere("code version", version)
+        exchange.same_everywhere("config", "".join(map(resolved_yaml, configs)))
         if os.environ.get(SUPERVISOR):
             stop_with_supervisor()
 

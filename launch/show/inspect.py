@@ -12,9 +12,9 @@ from rich.table import Table
 from activation_cache.runtime.errors import UserError
 from activation_cache.runtime.progress import ProgressMeter
 from activation_cache.storage.files import Place, file_sizes
-from launch.commands import target_config
 from launch.console import print_table
 from launch.show.status import status_table
+from launch.targets import target_config
 from sae_train.config.file import FILE_NAME
 
 if TYPE_CHECKING:

@@ -9,8 +9,17 @@ from dataclasses import replace
 from rich.table import Table
 
 from launch.console import print_line, print_table
-from launch.sweep.run_sweep import expand
-from sae_train.config.run import Config, MeshConfig
+from launch.show.units import (
+    bytes_text,
+    flops_text,
+    hours_text,
+    mesh_text,
+    money_text,
+    plan_table,
+    seconds_text,
+)
+from launch.sweep.expand import expand
+from sae_train.config.run import Config
 from sae_train.plan.accelerators import ACCELERATORS, Accelerator, accelerator
 from sae_train.plan.plan import Plan, make_plan, plan_record
 from sae_train.plan.verdict import AcceleratorPlan, Assumptions, CohortVerdict, Verdict
@@ -86,17 +95,6 @@ def alike(plan: Plan) -> list[list[int]]:
 def _label(plan: Plan, group: list[int]) -> str:
     name = plan.runs[group[0]].name
     return name if len(group) == 1 else f"{name} and {len(group) - 1} like it, each"
-
-
-def plan_table(title: str, *headings: str, words: int = 1) -> Table:
-    """A table whose first `words` columns are words and the rest numbers."""
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    for number, heading in enumerate(headings):
-        if number == 0:
-            table.add_column(heading, overflow="fold")
-        else:
-            table.add_column(heading, justify="left" if number < words else "right", no_wrap=True)
-    return table
 
 
 def _store_table(plan: Plan) -> Table:
@@ -256,42 +254,3 @@ def _fits(verdict: Verdict) -> str:
     if verdict.fits:
         return "yes*" if verdict.above_default else "yes"
     return "no mesh does" if verdict.mesh is None else f"no, {mesh_text(verdict.mesh)} does"
-
-
-def hours_text(hours: float | None) -> str:
-    """Hours, two digits or whole: `0.53`, `1,204.5`; `-` for none."""
-    return "-" if hours is None else f"{hours:,.1f}" if hours >= 10 else f"{hours:.2g}"
-
-
-def mesh_text(mesh: MeshConfig) -> str:
-    """Data x model: `2 x 4`."""
-    return f"{mesh.data} x {mesh.model}"
-
-
-def money_text(cost: float | None) -> str:
-    """An amount with two decimals; `-` for none."""
-    return "-" if cost is None else f"{cost:,.2f}"
-
-
-def seconds_text(seconds: float) -> str:
-    """`57.7 ms`, `1.26 s`."""
-    return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{seconds:,.3g} s"
-
-
-def _scaled(number: float, *, units: list[str]) -> str:
-    for unit in units[:-1]:
-        if number < 999.5:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} {units[-1]}" if number < 999.5 else f"{number:,.0f} {units[-1]}"
-
-
-def bytes_text(size: float) -> str:
-    """Bytes in words, three digits: `36.9 TB`, in powers of ten as disks are sold."""
-    return _scaled(size, units=["B", "kB", "MB", "GB", "TB", "PB"])
-
-
-def flops_text(flops: float) -> str:
-    """FLOPs in words, three digits: `1.5 TFLOP`."""
-    prefixes: list[str] = ["", "k", "M", "G", "T", "P", "E", "Z", "Y"]
-    return _scaled(flops, units=[f"{prefix}FLOP" for prefix in prefixes])

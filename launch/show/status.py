@@ -9,8 +9,8 @@ from rich.text import Text
 
 from activation_cache.storage.files import is_locked, place
 from launch.clusters.slurm_queue import QueueView, queue_view
-from launch.stages import needs_evaluation, needs_release
-from launch.sweep.run_sweep import expand
+from launch.run_state import needs_evaluation, needs_release
+from launch.sweep.expand import expand
 from sae_train.config.file import FILE_NAME
 from sae_train.config.run import Config
 from sae_train.runs.folder import RunFolder, State, read_run

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from launch.show.plan_tables import (
-    bytes_text,
-    flops_text,
-    hours_text,
-    mesh_text,
-    money_text,
-    plan_table,
-)
+from launch.show.units import bytes_text, flops_text, hours_text, mesh_text, money_text, plan_table
 from sae_train.plan.suite import CellGroup, SuiteAccelerator, SuitePlan
 
 

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
 from sae_train.config.run import Config
-from sae_train.train.cohort import group_cohorts, step_key
+from sae_train.train.cohort import group_cohorts
 
 if TYPE_CHECKING:
-    from launch.sweep.run_sweep import Run
+    from launch.sweep.run import Run
 
 
 @dataclass(frozen=True)
@@ -49,34 +47,14 @@ def cohorts_of(config: Config, runs: Sequence[Run]) -> list[Cohort]:
 def cohort_lines(cohorts: Sequence[Cohort]) -> list[str]:
     """A line for each cohort, for a log."""
     return [
-        f"cohort {number} of {len(cohorts)}: {', '.join(cohort.names)}; {_reads(cohort)}"
+        f"cohort {number} of {len(cohorts)}: {', '.join(cohort.names)}; {activations_read(cohort)}"
         for number, cohort in enumerate(cohorts, 1)
     ]
 
 
-def _reads(cohort: Cohort) -> str:
+def activations_read(cohort: Cohort) -> str:
     config = cohort.configs[0]
     return (
         f"{config.sae.site}.{config.sae.layer}, {config.train.batch_size} rows a batch, seed "
         f"{config.train.order_seed}, mesh {config.mesh.data} x {config.mesh.model}"
     )
-
-
-def cohort_table(cohorts: Sequence[Cohort]) -> Table:
-    """What each cohort reads, once for all of its runs, and how much that saves."""
-    table = Table(title="cohorts: their runs train together", title_justify="left")
-    for heading in ("cohort", "runs", "batches read", "instead of", "compiled steps"):
-        table.add_column(heading, justify="right")
-    table.add_column("reads", overflow="fold")
-    for number, cohort in enumerate(cohorts, 1):
-        steps = [config.train.steps for config in cohort.configs]
-        compiled = {step_key(config) for config in cohort.configs}
-        table.add_row(
-            str(number),
-            str(len(cohort.runs)),
-            f"{max(steps):,}",
-            f"{sum(steps):,}",
-            str(len(compiled)),
-            _reads(cohort),
-        )
-    return table

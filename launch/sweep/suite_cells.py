@@ -10,15 +10,15 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from activation_cache.config import CacheConfig, Site, SiteConfig
 from activation_cache.gemma.config import GemmaConfig
 from activation_cache.gemma.taps import Tap, check_tap, tap_width
 from activation_cache.runtime.errors import UserError
-from sae_train.config.run import CellsConfig, Config, Kind, MeshConfig, SweepConfig
-
-Tree = Literal["gemma_scope", "gemma_scope_2"]
+from launch.config.sweep import CellsConfig, Kind, SweepConfig
+from sae_train.config.run import Config, MeshConfig
+from sae_train.release.suite_names import GEMMA_SCOPE_SITES, Tree, released_folder, width_name
 
 # What transcoders read: Gemma Scope's without the norm's gain, Gemma Scope 2's with it.
 _TRANSCODERS_READ: dict[Tree, Site] = {
@@ -27,11 +27,6 @@ _TRANSCODERS_READ: dict[Tree, Site] = {
 }
 _SPECIAL_TOKENS = 3  # BOS, EOS and padding, which no store of the embedding holds
 
-GEMMA_SCOPE_SITES: dict[str, str] = {
-    "resid_post": "res",
-    "mlp_out": "mlp",
-    "attn_out_prelinear": "att",
-}
 _GEMMA_SCOPE_2_SITES: dict[str, str] = {
     "resid_post": "resid_post",
     "mlp_out": "mlp_out",
@@ -136,20 +131,6 @@ class Cell:
         text = f"coefficient_{self.coefficient:g}" if self.label is None else label + self.label
         affine = "_affine" if self.affine else ""
         return text + affine + (f"_seed_{self.seed}" if self.seed else "")
-
-
-def released_folder(folder: str, *, tree: Tree, average_l0: float) -> str:
-    """A run's folder in a released tree: Gemma Scope's ends in the measured L0, rounded."""
-    if tree == "gemma_scope_2":
-        return folder
-    return f"{folder.rpartition('/')[0]}/average_l0_{average_l0:.0f}"
-
-
-def width_name(width: int) -> str:
-    """A width as the released folders write it: `16k`, `65k`, `131k`, `1m`."""
-    if width % 2**20 == 0:
-        return f"{width // 2**20}m"
-    return f"{width // 1000}k" if width >= 1000 else str(width)
 
 
 def target_l0(shallow: int, deep: int, *, layer: int, num_layers: int) -> int:

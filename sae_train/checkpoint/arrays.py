@@ -24,12 +24,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from activation_cache.runtime import processes
+from activation_cache.runtime import exchange, processes
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.arrays import ArrayLayout, array_errors, start_read, write_shards
 from activation_cache.storage.bucket import BucketPath
 from activation_cache.storage.files import Place, remove_tree, write_bytes
-from activation_cache.store.order import Segment
+from activation_cache.storage.row_range import Segment
 from sae_train.step.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class BucketCheckpoints:
         """Copy this process's part of a state off its devices and begin to write it."""
         self.wait()
         target = self.folder / str(step)
-        processes.told_by_main("clear the checkpoint", lambda: self.delete(step))
+        exchange.told_by_main("clear the checkpoint", lambda: self.delete(step))
         pieces = list(_own_pieces(state, target))
         name = f"saved/{next(_saves)}"
         self._saving = self._pool.submit(self._write, target, pieces, dict(sealed), name)
@@ -111,7 +111,7 @@ class BucketCheckpoints:
 
     def _agree(self, name: str, mistake: str | None) -> None:
         """All go on, or all raise what one of them met."""
-        found = [one for one in processes.gathered_under(name, mistake) if one is not None]
+        found = [one for one in exchange.gathered_under(name, mistake) if one is not None]
         if found:
             raise UserError(found[0])
 

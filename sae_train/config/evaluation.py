@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from activation_cache.config import Count, ModelConfig, PositiveCount, Section
-from sae_train.inference.hook_names import model_name
+from activation_cache.language_model.names import model_name
 
 
 class EvaluationText(Section):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from activation_cache.config import Count, NonNegative, Positive, PositiveCount, Section, Site
-from activation_cache.gemma.tap import Tap
+from activation_cache.gemma.taps import Tap
 
 
 class ThresholdConfig(Section):
@@ -26,6 +26,18 @@ class ThresholdConfig(Section):
 
 
 Architecture = Literal["jumprelu", "relu", "gated", "topk", "batch_topk"]
+ARCHITECTURE_NAMES: dict[Architecture, str] = {
+    "jumprelu": "JumpReLU",
+    "relu": "ReLU",
+    "gated": "Gated",
+    "topk": "TopK",
+    "batch_topk": "BatchTopK",
+}
+
+
+def has_unit_decoder(architecture: Architecture) -> bool:
+    """Are the decoder's rows kept at unit norm? An L1 weighted by their norms leaves them free."""
+    return architecture != "relu"
 
 
 # The sites of a layer of the model's width, as the model comes by them.

@@ -15,7 +15,7 @@ from typing import Any
 from activation_cache.config import Dtype, ModelConfig
 from activation_cache.gemma.taps import EMBEDDING
 from activation_cache.language_model.model import LanguageModel
-from activation_cache.runtime import processes
+from activation_cache.runtime import exchange
 from activation_cache.storage.files import AnyPath, place
 from sae_train.config.run import EvaluationConfig
 from sae_train.evaluate.job import Job
@@ -127,7 +127,7 @@ def _evaluate(group: list[Job], models: Models, *, stop: Callable[[], bool]) -> 
             evaluation = _evaluation(index, passes)
             write_evaluation(evaluation, group[index].folder, fired_F=first.saes[index].fired_F)
 
-    processes.told_by_main("evaluation", write_all)
+    exchange.told_by_main("evaluation", write_all)
 
 
 def _in_bfloat16(job: Job) -> Job:

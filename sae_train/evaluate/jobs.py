@@ -13,24 +13,25 @@ from jax.sharding import Mesh
 
 from activation_cache.config import ModelConfig, TextConfig
 from activation_cache.gemma.config import GemmaConfig
-from activation_cache.gemma.params import make_mesh
 from activation_cache.gemma.taps import EMBEDDING, check_tap, tap_width
 from activation_cache.language_model.checkpoint import open_checkpoint
 from activation_cache.language_model.model import LanguageModel, conversion_folder, load_model
 from activation_cache.language_model.tokenizer import Tokenizer, load_tokenizer
-from activation_cache.runtime import processes
+from activation_cache.mesh import make_mesh
+from activation_cache.runtime import exchange
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import Place, place
 from activation_cache.store.store import open_store
 from activation_cache.text.token_table import TokenTable, open_tokens
 from activation_cache.text.tokenise import prepare_tokens
-from sae_train.checkpoint.checkpoints import load_trained
+from sae_train.checkpoint.trained import load_trained
 from sae_train.config.evaluation import ElsewhereConfig
 from sae_train.config.file import read_run_config
 from sae_train.config.run import Config, EvaluationConfig
 from sae_train.evaluate.job import Job
+from sae_train.inference.fold import fold
 from sae_train.inference.read_formats import load_sae
-from sae_train.inference.sae import Sae, check_kind, fold
+from sae_train.inference.sae import Sae, check_kind
 from sae_train.runs.folder import newest_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -253,10 +254,10 @@ class _Run:
                 tokenizer=tokenizer,
                 path=path,
                 rows=rows,
-                stop=lambda: processes.stop_asked(stop),
+                stop=lambda: exchange.stop_asked(stop),
             )
 
-        processes.told_by_main("evaluation tokens", prepare, stop=stop)
+        exchange.told_by_main("evaluation tokens", prepare, stop=stop)
         return open_tokens(path)
 
 

@@ -22,10 +22,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from activation_cache.gemma.taps import EMBEDDING, Splice, Tap, tap_width
 from activation_cache.language_model.model import LanguageModel
-from activation_cache.runtime import processes
+from activation_cache.runtime import exchange, processes
 from activation_cache.runtime.errors import Interrupted, UserError
+from activation_cache.runtime.exchange import shared
 from activation_cache.runtime.progress import ProgressMeter
-from activation_cache.runtime.shared_work import shared
 from sae_train.evaluate.importance import ImportanceSums, uniformity
 from sae_train.evaluate.job import Job, covered
 from sae_train.evaluate.result import Losses
@@ -120,7 +120,7 @@ class Pass:
     def _measure(self) -> None:
         """This process's share of the batches."""
         for number, batch in enumerate(self._batches()):
-            if processes.stop_asked(self.stop):
+            if exchange.stop_asked(self.stop):
                 raise Interrupted("the evaluation was stopped and will begin anew")
             mine = number % processes.process_count() == processes.process_index()
             acts = self._statistics(batch, mine=mine) if batch.with_statistics else {}
@@ -142,7 +142,7 @@ class Pass:
             for number, (holder, shapes) in enumerate(holders)
             for name, shape in shapes.items()
         }
-        for key, array in processes.sums_of_all(own).items():
+        for key, array in exchange.sums_of_all(own).items():
             number, _, name = key.partition(".")
             setattr(holders[int(number)][0], name, array)
 

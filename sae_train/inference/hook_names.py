@@ -6,18 +6,13 @@ TransformerLens names are SAELens' own; Hugging Face names are those of Gemma Sc
 from __future__ import annotations
 
 import re
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from activation_cache.config import Site
 
 if TYPE_CHECKING:
-    from sae_train.checkpoint.checkpoints import Trained
-    from sae_train.config.sae import SaeConfig
+    pass
 
-# The SAELens whose file format we write; below 6.0 its readers drop the metadata.
-SAE_LENS_VERSION = "6.54.12"
 
 _TRANSFORMER_LENS: dict[Site, str] = {
     "resid_post": "blocks.{layer}.hook_resid_post",
@@ -58,66 +53,3 @@ def parse_hook(name: str) -> tuple[Site, int] | None:
             if match := re.fullmatch(pattern, name):
                 return site, int(match[1]) if match.groups() else 0
     return None
-
-
-def model_name(weights: str) -> str:
-    """What to call the model behind `model.weights`.
-
-    A Hub id stays as it is, but for Gemma 2, which SAELens and TransformerLens name without the
-    organisation; a folder or a file gives its own name without the ending.
-    """
-    path = Path(weights)
-    if path.suffix == ".gguf" or path.is_absolute() or path.exists() or len(path.parts) != 2:
-        return path.stem if path.suffix == ".gguf" else path.name
-    return weights.removeprefix("google/") if "gemma-2-" in weights else weights
-
-
-def package_version() -> str:
-    """This package's version, `unknown` where it runs without being installed."""
-    try:
-        return version("open-gemma-scope")
-    except PackageNotFoundError:
-        return "unknown"
-
-
-def _target_hooks(config: SaeConfig) -> dict[str, str]:
-    if config.target is None:
-        return {}
-    return {
-        "hook_name_out": transformer_lens_hook(config.target, config.layer),
-        "hf_hook_name_out": hugging_face_hook(config.target, config.layer),
-    }
-
-
-def metadata_of(trained: Trained) -> dict[str, Any]:
-    """A trained SAE's metadata under SAELens' names, and under `training` what only we know."""
-    config = trained.config
-    site, layer = config.sae.site, config.sae.layer
-    return {
-        "sae_lens_version": SAE_LENS_VERSION,
-        "sae_lens_training_version": None,
-        "model_name": model_name(config.model.weights),
-        "model_class_name": "HookedTransformer",
-        "hook_name": transformer_lens_hook(site, layer),
-        "hook_head_index": None,
-        "hf_hook_name": hugging_face_hook(site, layer),
-        **_target_hooks(config.sae),
-        "prepend_bos": True,
-        "context_size": config.text.sequence_length,
-        "dataset_path": ", ".join(config.text.source),
-        "seqpos_slice": [None],
-        "exclude_special_tokens": True,
-        "model_from_pretrained_kwargs": {},
-        "neuronpedia_id": None,
-        "training_architecture": config.sae.architecture,
-        "training": {
-            "library": f"open-gemma-scope {package_version()}",
-            "run": config.name,
-            "step": trained.step,
-            "tokens": trained.step * config.train.batch_size,
-            "input_scale": float(trained.input_scale),
-            **({"target_scale": float(trained.target_scale)} if config.sae.is_transcoder else {}),
-            "sparsity": config.train.sparsity.model_dump(),
-            "seed": config.train.seed,
-        },
-    }

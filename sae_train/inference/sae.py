@@ -21,12 +21,11 @@ from jaxtyping import Array, Float
 from activation_cache.config import Dtype
 from activation_cache.runtime.errors import UserError
 from sae_train.config.sae import Architecture, SaeConfig
-from sae_train.inference.hook_names import metadata_of
 from sae_train.model.forward import PRECISION
 from sae_train.model.topk import select
 
 if TYPE_CHECKING:
-    from sae_train.checkpoint.checkpoints import Trained
+    pass
 
 HostOrDevice = np.ndarray | Array
 
@@ -165,52 +164,6 @@ def _unflatten(static: _Static, children: Any) -> Sae:
 jax.tree_util.register_pytree_with_keys(Sae, _flatten_with_keys, _unflatten, _flatten)
 
 
-def fold(trained: Trained) -> Sae:
-    """The released form of trained weights (Gemma Scope, appendix A).
-
-    With x = x_raw / C: W_enc' = W_enc, W_dec' = W_dec, b_enc' = C (b_enc - W_enc b_dec),
-    b_dec' = C b_dec, θ' = C θ; the latents come out multiplied by C. Without a pre-encoder bias
-    the term W_enc b_dec is absent. Computed in float64, returned in float32.
-
-    A transcoder whose target was divided by T has T in the place of C, and what reads x_raw has
-    T/C besides: W_enc' = T/C W_enc, W_skip' = T/C W_skip.
-
-    Raises:
-        UserError: a weight isn't finite.
-    """
-    config = trained.config.sae
-    params = {name: np.asarray(value, np.float64) for name, value in trained.params.items()}
-    scale = float(trained.target_scale)
-    ratio = scale / float(trained.input_scale)  # of an SAE 1
-    check_finite(params, where=f"the checkpoint at step {trained.step}")
-    params = _as_jumprelu(params, architecture=config.architecture)
-    # The trainer clamps direct thresholds at 0: no format can say more, all apply a ReLU first.
-    assert (params["threshold"] >= 0).all(), "a trained threshold is negative"
-    bias_F = params["b_enc"]
-    if config.pre_encoder_bias:
-        bias_F = bias_F - params["W_enc"] @ params["b_dec"]
-    W_enc_FD = params["W_enc"] if ratio == 1.0 else ratio * params["W_enc"]
-    return Sae(
-        W_enc=np.ascontiguousarray(W_enc_FD.T, np.float32),
-        W_dec=np.ascontiguousarray(params["W_dec"], np.float32),
-        b_enc=(scale * bias_F).astype(np.float32),
-        b_dec=(scale * params["b_dec"]).astype(np.float32),
-        threshold=(scale * params["threshold"]).astype(np.float32),
-        k=config.k if config.architecture == "topk" else None,
-        architecture=_kept_as(config),
-        metadata=metadata_of(trained),
-        W_skip=(ratio * params[SKIP]).astype(np.float32) if config.affine_skip else None,
-    )
-
-
-def _kept_as(config: SaeConfig) -> Architecture:
-    """What BatchTopK leaves behind is a JumpReLU SAE; no format has a Gated transcoder."""
-    gated_transcoder = config.architecture == "gated" and config.is_transcoder
-    if config.architecture == "batch_topk" or gated_transcoder:
-        return "jumprelu"
-    return config.architecture
-
-
 def check_kind(sae: Sae, config: SaeConfig, *, name: str) -> None:
     """Raise `UserError` where a transcoder stands for an SAE, or the other way round."""
     if sae.is_transcoder and not config.is_transcoder:
@@ -224,17 +177,6 @@ def check_kind(sae: Sae, config: SaeConfig, *, name: str) -> None:
             f"{name} is an SAE of {sae.metadata['hook_name']}, and the config describes a "
             f"transcoder to {config.target}: take out sae.target, or choose a transcoder"
         )
-
-
-def _as_jumprelu(
-    params: dict[str, np.ndarray], *, architecture: Architecture
-) -> dict[str, np.ndarray]:
-    """The five tensors of any architecture's trained parameters, weights latent-major."""
-    if architecture == "gated":
-        return params | gated_as_jumprelu(params, latent_axis=0)
-    if architecture in ("relu", "topk"):
-        return params | {"threshold": np.zeros_like(params["b_enc"])}
-    return params
 
 
 def gated_as_jumprelu(params: dict[str, np.ndarray], *, latent_axis: int) -> dict[str, np.ndarray]:

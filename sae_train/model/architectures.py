@@ -7,17 +7,9 @@ from __future__ import annotations
 
 from jaxtyping import Array, Bool, Float
 
-from sae_train.config.sae import Architecture, SaeConfig
+from sae_train.config.sae import SaeConfig
 from sae_train.model import gated, relu, topk
 from sae_train.model.forward import Forward, Params
-
-ARCHITECTURE_NAMES: dict[Architecture, str] = {
-    "jumprelu": "JumpReLU",
-    "relu": "ReLU",
-    "gated": "Gated",
-    "topk": "TopK",
-    "batch_topk": "BatchTopK",
-}
 
 
 def forward(
@@ -48,8 +40,3 @@ def forward(
             return topk.forward_batch_topk(
                 params, x_BD, target_BD=target_BD, config=config, dead_F=dead_F
             )
-
-
-def has_unit_decoder(architecture: Architecture) -> bool:
-    """Are the decoder's rows kept at unit norm? An L1 weighted by their norms leaves them free."""
-    return architecture != "relu"

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from activation_cache.config import MeshConfig
-from activation_cache.gemma.replicas import devices_of_processes
+from activation_cache.mesh import devices_of_processes
 from sae_train.config.sae import Architecture, SaeConfig
 
 AXES = ("data", "model")

@@ -31,9 +31,9 @@ from activation_cache.config import Dtype
 from sae_train.config.run import MeshConfig
 from sae_train.config.sae import Architecture
 from sae_train.model.sharding import AXIS_OF_DIM, BATCH_DIMS, LAST_FIRED, Tensor, params_table
-from sae_train.sparse.active_pairs import tile_of
 from sae_train.sparse.dead_latents import PARTS
 from sae_train.step.dense_jumprelu import cpu_tile
+from sae_train.step.tiles import tile_of
 
 Backend = Literal["accelerator", "cpu"]
 FLOAT_BYTES = 4

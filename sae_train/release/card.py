@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from sae_train.config.file import resolved_yaml
 from sae_train.config.run import Config
+from sae_train.config.sae import ARCHITECTURE_NAMES
 from sae_train.evaluate.result import Evaluation
 from sae_train.inference.sae import Sae
-from sae_train.model.architectures import ARCHITECTURE_NAMES
 
 LICENCE = """\
 These weights were trained on activations of a Gemma model. Gemma is provided under and subject to

@@ -10,12 +10,13 @@ import numpy as np
 
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import Place, make_folder, write_text
-from sae_train.checkpoint.checkpoints import load_trained
+from sae_train.checkpoint.trained import load_trained
 from sae_train.config.file import FILE_NAME, read_run_config
 from sae_train.config.run import Config
 from sae_train.evaluate.result import Evaluation, read_evaluation, read_frequencies
+from sae_train.inference.fold import fold
 from sae_train.inference.read_formats import load_sae
-from sae_train.inference.sae import Sae, fold
+from sae_train.inference.sae import Sae
 from sae_train.inference.write_formats import write_gemma_scope, write_gemma_scope_2, write_sae_lens
 from sae_train.release.card import model_card
 from sae_train.runs.folder import RELEASE, newest_checkpoint, run_folders

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from activation_cache.runtime.version import package_version
 from sae_train.config.run import Config
-from sae_train.inference.hook_names import package_version
 
 INDEX = "saes.json"
 FORMAT_VERSION = 1

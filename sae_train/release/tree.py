@@ -28,11 +28,11 @@ from activation_cache.storage.files import (
     write_json,
     write_text,
 )
-from launch.sweep.suite_cells import GEMMA_SCOPE_SITES, released_folder, width_name
 from sae_train.config.run import Config
 from sae_train.inference.read_formats import load_sae
 from sae_train.release.export import CARD, WEIGHTS, Release, check_same, export_run
 from sae_train.release.index import INDEX, Entry, index, with_canonical
+from sae_train.release.suite_names import GEMMA_SCOPE_SITES, released_folder, width_name
 from sae_train.release.tree_card import suite_card
 from sae_train.runs.folder import RELEASE
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from activation_cache.language_model.names import model_name
+from activation_cache.runtime.version import package_version
 from sae_train.config.file import resolved_yaml
 from sae_train.config.run import Config
-from sae_train.inference.hook_names import model_name, package_version
 from sae_train.release.card import LICENCE, front_matter, number, table
 from sae_train.release.index import CANONICAL_L0, Entry
 

@@ -20,7 +20,7 @@ from urllib.parse import quote
 from activation_cache.storage.files import AnyPath, Place, make_folder, place, write_text
 from sae_train.config.file import FILE_NAME, differing_fields, read_run_config, resolved_yaml
 from sae_train.config.run import Config
-from sae_train.model.architectures import ARCHITECTURE_NAMES
+from sae_train.config.sae import ARCHITECTURE_NAMES
 from sae_train.report.figures import (
     ReportRun,
     frontier_chart,

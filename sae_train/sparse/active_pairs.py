@@ -23,10 +23,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from sae_train.model.forward import PRECISION
+from sae_train.step.tiles import tile_of, varying_like
 
 WORD = 32
-# A tile of [4096, 1024] float32 is 16 MB: measured the best of 512 to 4096 on a CPU.
-LARGEST_TILE = 1024
 WRITTEN_AT_ONCE = 2048
 GROUP = 8  # words
 
@@ -50,22 +49,6 @@ class Pairs:
     pre_P: Any
     counts_F: Any
     total: Any
-
-
-def varying_like(value: Array, *, like: Array) -> Array:
-    """The same value, typed as different on the devices of a `shard_map` on which `like` is.
-
-    What a loop carries must have one type before and after its body.
-    """
-    missing = tuple(
-        jax.typeof(like).manual_axis_type.varying - jax.typeof(value).manual_axis_type.varying
-    )
-    return jax.lax.pcast(value, missing, to="varying") if missing else value
-
-
-def tile_of(width: int) -> int:
-    """Latents of a tile: the largest divisor of the width that isn't above `LARGEST_TILE`."""
-    return next(size for size in range(min(width, LARGEST_TILE), 0, -1) if width % size == 0)
 
 
 def candidates(

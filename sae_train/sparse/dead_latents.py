@@ -25,11 +25,13 @@ from jaxtyping import Array, Bool, Float
 
 from sae_train.model.forward import PRECISION
 from sae_train.model.topk import bisect
-from sae_train.sparse.active_pairs import Pairs, tile_of, varying_like
-from sae_train.sparse.latent_updates import Gradients, Pulls, Sums, Write, added, no_sums
+from sae_train.sparse.active_pairs import Pairs
+from sae_train.sparse.latent_updates import Sums, Write, added, no_sums
 from sae_train.sparse.segment_sums import over_pairs
 from sae_train.sparse.topk_selection import Goal, as_bits
 from sae_train.step.adam import Rows
+from sae_train.step.gradients import Gradients, Pulls
+from sae_train.step.tiles import tile_of, varying_like
 
 # Parts of a batch whose dead pre-activations are kept at a time: they take [B, F] / 16 at the most.
 PARTS = 16

@@ -19,10 +19,11 @@ from jaxtyping import Array, Bool
 
 from sae_train.config.run import Config
 from sae_train.model.forward import decoded_with, threshold_of
-from sae_train.sparse.latent_updates import Pulls
-from sae_train.sparse.lazy_update import StepInputs, Stepped, step_inputs, updated
+from sae_train.sparse.lazy_update import StepInputs, step_inputs, updated
 from sae_train.sparse.sharded_parts import Encoded, EncodedSums, ShardedParts
+from sae_train.step.gradients import Pulls
 from sae_train.step.path_choice import capacity_per_row
+from sae_train.step.result import Stepped
 from sae_train.step.schedule import Scheduled
 from sae_train.step.sparsity_penalty import Counts, priced
 from sae_train.step.state import TrainState

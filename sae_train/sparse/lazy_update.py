@@ -15,37 +15,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from sae_train.config.run import TrainConfig
 from sae_train.config.sae import SaeConfig
 from sae_train.model.forward import Params
-from sae_train.sparse.latent_updates import Gradients, Pulls, Sums, small_gradients
+from sae_train.sparse.latent_updates import Sums
 from sae_train.step.adam import Rows, RowUpdate, adam_step, kept_share, update_rows
+from sae_train.step.gradients import Gradients, Pulls, small_gradients
 from sae_train.step.schedule import Scheduled
 from sae_train.step.state import TrainState
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Stepped:
-    """What one step makes of a state and a batch.
-
-    `smallest` is BatchTopK's alone: the smallest latent that was selected.
-    """
-
-    params: Params
-    second_moment: Params
-    last_touched: Array
-    loss: Float[Array, ""]
-    coefficient: Float[Array, ""]
-    log_gain: Float[Array, ""]
-    norm: Float[Array, ""]
-    reconstruction_BD: Float[Array, "B D"]
-    l0_B: Float[Array, " B"]
-    fired_F: Bool[Array, " F"]
-    candidates: Float[Array, ""]
-    smallest: Float[Array, ""] | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sae_train.sparse.active_pairs import Pairs, varying_like
+from sae_train.sparse.active_pairs import Pairs
+from sae_train.step.tiles import varying_like
 
 # Measured on a CPU, with 4 to 16 pairs a latent: smaller blocks start too many loops, larger ones
 # and more pairs at once fall out of its caches.

@@ -30,12 +30,15 @@ from jaxtyping import Array
 from sae_train.config.run import Config
 from sae_train.model.forward import PRECISION
 from sae_train.model.sharding import spec
-from sae_train.sparse.active_pairs import Pairs, candidates, tile_of, varying_like
-from sae_train.sparse.kernels.backend import is_interpreted, parts_of
-from sae_train.sparse.latent_updates import Gradients, Pulls, Sums, Write, every_pass
+from sae_train.sparse.active_pairs import Pairs, candidates
+from sae_train.sparse.kernels.backend import parts_of
+from sae_train.sparse.kernels.mode import is_interpreted
+from sae_train.sparse.latent_updates import Sums, Write, every_pass
 from sae_train.sparse.segment_sums import longest_first, per_latent
 from sae_train.step.adam import Rows
+from sae_train.step.gradients import Gradients, Pulls
 from sae_train.step.path_choice import capacity_per_row
+from sae_train.step.tiles import tile_of, varying_like
 
 
 @jax.tree_util.register_dataclass

@@ -28,8 +28,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sae_train.model.forward import PRECISION
 from sae_train.model.topk import bisect
-from sae_train.sparse.active_pairs import WRITTEN_AT_ONCE, Pairs, append, tile_of, varying_like
+from sae_train.sparse.active_pairs import WRITTEN_AT_ONCE, Pairs, append
 from sae_train.sparse.segment_sums import per_latent
+from sae_train.step.tiles import tile_of, varying_like
 
 # Groups for each of the k: with 8 the bound is at about the 1.07 k-th largest value of a row.
 _GROUPS = 8

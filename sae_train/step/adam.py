@@ -20,8 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sae_train.config.run import AdamConfig, TrainConfig
-from sae_train.config.sae import SaeConfig
-from sae_train.model.architectures import has_unit_decoder
+from sae_train.config.sae import SaeConfig, has_unit_decoder
 from sae_train.model.forward import Params
 
 Scalar = Array | np.float32

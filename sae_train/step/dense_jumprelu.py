@@ -27,13 +27,13 @@ from jaxtyping import Array, Float
 from sae_train.config.run import Config
 from sae_train.model.forward import PRECISION, Params, decoded_with, threshold_of
 from sae_train.model.sharding import spec_on
-from sae_train.sparse.active_pairs import tile_of, varying_like
-from sae_train.sparse.latent_updates import Gradients, Pulls, from_products, small_gradients
-from sae_train.sparse.lazy_update import Stepped
 from sae_train.step.adam import Rows, RowUpdate, adam_update, tree_norm, update, update_rows
+from sae_train.step.gradients import Gradients, Pulls, from_products, small_gradients
+from sae_train.step.result import Stepped
 from sae_train.step.schedule import Scheduled
 from sae_train.step.sparsity_penalty import Counts, Priced, priced
 from sae_train.step.state import TrainState
+from sae_train.step.tiles import tile_of, varying_like
 
 # A width without divisors in reach goes as one tile: hundreds of small ones would take longer.
 _SMALLEST_TILE = 256

@@ -6,7 +6,7 @@ from __future__ import annotations
 from jax.sharding import Mesh
 
 from sae_train.config.run import Config
-from sae_train.sparse.active_pairs import tile_of
+from sae_train.step.tiles import tile_of
 
 # Below this width whole products are as fast on a CPU (docs/performance.md).
 SMALLEST_WIDTH = 4096

@@ -17,10 +17,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from activation_cache.runtime import processes
+from activation_cache.runtime import exchange, processes
 from activation_cache.storage.files import folder_lock, place
 from activation_cache.store.store import Store
-from sae_train.checkpoint.checkpoints import Checkpoints, checkpoint_meta, refuse_difference
+from sae_train.checkpoint.checkpoints import Checkpoints
+from sae_train.checkpoint.same_run import checkpoint_meta, refuse_difference
 from sae_train.config.file import FILE_NAME, write_config
 from sae_train.config.run import Config
 from sae_train.runs.folder import record_failure, record_start
@@ -105,7 +106,7 @@ class Member:
             UserError: the folder is in use or holds another run, or its checkpoints are damaged.
         """
         config, folder = self.config, self.folder
-        processes.told_by_main("lock", lambda: self._stack.enter_context(folder_lock(folder)))
+        exchange.told_by_main("lock", lambda: self._stack.enter_context(folder_lock(folder)))
         self._checkpoints = self._stack.enter_context(
             Checkpoints(folder, keep=config.checkpoint.keep)
         )
@@ -123,7 +124,7 @@ class Member:
             self.done, self._state = newest
             if self.at_work:
                 logger.info("%s: going on from the checkpoint at step %d", folder, self.done)
-        processes.told_by_main("config", lambda: write_config(config, folder))
+        exchange.told_by_main("config", lambda: write_config(config, folder))
         if not self.at_work:
             logger.info("%s is trained already: %d steps", folder, self.done)
             rows = read_metrics(folder)
@@ -144,10 +145,8 @@ class Member:
 
     def start(self, *, anew: bool) -> None:
         """Open the metrics and write down that training starts."""
-        processes.told_by_main("metrics", self._open_log)
-        processes.told_by_main(
-            "start", lambda: record_start(self.folder, step=self.done, anew=anew)
-        )
+        exchange.told_by_main("metrics", self._open_log)
+        exchange.told_by_main("start", lambda: record_start(self.folder, step=self.done, anew=anew))
 
     def _open_log(self) -> None:
         train = self.config.train

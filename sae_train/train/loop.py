@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from activation_cache.runtime import processes
+from activation_cache.runtime import exchange
 from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.storage.files import Place
 from activation_cache.store.reader import ActivationReader
@@ -101,8 +101,8 @@ def train_cohort(
                 member.start(anew=fresh)
             progress = stack.enter_context(CohortProgress(at_work))
             _steps(at_work, readers=readers, mesh=mesh, clock=clock, progress=progress, stop=stop)
-    processes.barrier("trained")
-    processes.told_by_main("failures", lambda: _tell_failures(members))
+    exchange.barrier("trained")
+    exchange.told_by_main("failures", lambda: _tell_failures(members))
     return [TrainResult(one.folder, one.done, one.journal.last_row) for one in members]
 
 
@@ -187,7 +187,7 @@ def _steps(
     while at_work := [member for member in members if member.at_work]:
         step = min(member.done for member in at_work)
         turn = [member for member in at_work if member.done == step]
-        stopping = processes.agree_to_stop(stop)
+        stopping = exchange.agree_to_stop(stop)
         _each([one for one in turn if stopping or one.is_save_due], Member.save, errors=Diverged)
         if stopping:
             for member in at_work:

@@ -25,11 +25,11 @@ from sae_train.model.architectures import forward
 from sae_train.model.forward import Forward, Params, threshold_of
 from sae_train.model.sharding import BATCH_DIMS, sharding
 from sae_train.sparse.jumprelu_step import AdaptiveStep
-from sae_train.sparse.lazy_update import Stepped
 from sae_train.sparse.topk_step import TopKStep
 from sae_train.step.adam import tree_norm, update
 from sae_train.step.dense_jumprelu import DenseStep
 from sae_train.step.path_choice import is_by_pairs
+from sae_train.step.result import Stepped
 from sae_train.step.schedule import Scheduled
 from sae_train.step.sparsity_penalty import Priced, priced
 from sae_train.step.state import TrainState, state_shardings

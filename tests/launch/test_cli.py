@@ -17,8 +17,8 @@ import pytest
 from activation_cache.runtime.errors import Interrupted, UserError
 from launch import cli
 from launch.cli import COMMANDS, main
-from launch.commands import target_config
 from launch.processes.signals import StopFlag, stop_on_signals
+from launch.targets import target_config
 from sae_train.config.file import load_config
 from tests.support.pipeline import ROOT, sae_process, write_pipeline
 

@@ -10,10 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sae_train.checkpoint.checkpoints import Checkpoints, Trained, checkpoint_meta
+from sae_train.checkpoint.checkpoints import Checkpoints
+from sae_train.checkpoint.same_run import checkpoint_meta
+from sae_train.checkpoint.trained import Trained
 from sae_train.config.file import write_config
 from sae_train.config.run import Config, MeshConfig
-from sae_train.inference.sae import Sae, fold
+from sae_train.inference.fold import fold
+from sae_train.inference.sae import Sae
 from sae_train.model.sharding import make_mesh
 from sae_train.step.state import init_state
 

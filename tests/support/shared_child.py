@@ -13,9 +13,9 @@ import sys
 import threading
 import time
 
-from activation_cache.runtime import processes
+from activation_cache.runtime import exchange, processes
 from activation_cache.runtime.errors import Interrupted, UserError
-from activation_cache.runtime.shared_work import shared
+from activation_cache.runtime.exchange import shared
 
 asked = threading.Event()
 
@@ -23,7 +23,7 @@ asked = threading.Event()
 def work_long() -> None:
     """A share that ends only by being stopped."""
     for _ in range(12_000):
-        if processes.stop_asked(asked.is_set):
+        if exchange.stop_asked(asked.is_set):
             raise Interrupted("stopped at work")
         time.sleep(0.01)
     raise AssertionError("nobody told this process to stop")

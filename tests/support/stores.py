@@ -11,14 +11,8 @@ import numpy as np
 from activation_cache.config import Dtype, TextConfig
 from activation_cache.gemma.taps import Tap
 from activation_cache.storage.arrays import bucket_rows
-from activation_cache.store.manifest import (
-    FORMAT_VERSION,
-    Manifest,
-    ModelEntry,
-    ShufflingEntry,
-    SiteEntry,
-    write_record,
-)
+from activation_cache.storage.records import FORMAT_VERSION, write_record
+from activation_cache.store.manifest import Manifest, ModelEntry, ShufflingEntry, SiteEntry
 from activation_cache.store.order import ALGORITHM
 from activation_cache.store.store import MANIFEST_FILE, Store, open_store
 from activation_cache.store.writer import Bucket, BucketWriter

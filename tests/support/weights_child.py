@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from activation_cache.config import ModelConfig
-from activation_cache.gemma.params import make_mesh
 from activation_cache.language_model.model import load_model
+from activation_cache.mesh import make_mesh
 from activation_cache.runtime import processes
 from activation_cache.storage.safetensors_file import SafetensorsFile
 

@@ -8,7 +8,7 @@ from typing import Any, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from activation_cache.config import Section
-from sae_train.checkpoint.checkpoints import FREE_FIELDS
+from sae_train.checkpoint.same_run import FREE_FIELDS
 from sae_train.config.run import Config
 from sae_train.config.schema import alternatives, child, dotted_keys, sections
 from sae_train.config.strict_yaml import parse

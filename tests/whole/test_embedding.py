@@ -17,11 +17,11 @@ from activation_cache.language_model.model import load_model
 from activation_cache.runtime.errors import UserError
 from activation_cache.store.store import open_store
 from sae_train import load_sae
-from sae_train.checkpoint.checkpoints import load_trained
+from sae_train.checkpoint.trained import load_trained
 from sae_train.config.run import Config
 from sae_train.evaluate.evaluate import evaluate
 from sae_train.evaluate.result import Evaluation
-from sae_train.inference.sae import fold
+from sae_train.inference.fold import fold
 from sae_train.inference.write_formats import write_gemma_scope, write_sae_lens
 from sae_train.release.export import export
 from sae_train.train.loop import train
@@ -198,8 +198,8 @@ def test_what_cannot_be_harvested_is_told(folder: Path):
 
 
 def test_no_other_weight_is_read(folder: Path):
-    from activation_cache.gemma.params import make_mesh
     from activation_cache.language_model.model import load_copies
+    from activation_cache.mesh import make_mesh
 
     config = embedding_config(folder)
     [alone] = load_copies(config.model, meshes=[make_mesh(jax.devices()[:1])], embedding_only=True)

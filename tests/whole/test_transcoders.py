@@ -20,9 +20,10 @@ from activation_cache.language_model.model import load_model
 from activation_cache.runtime.errors import UserError
 from activation_cache.store.store import open_store
 from sae_train import load_sae
-from sae_train.checkpoint.checkpoints import load_trained
+from sae_train.checkpoint.trained import load_trained
 from sae_train.config.run import Config
-from sae_train.inference.sae import Sae, check_kind, fold
+from sae_train.inference.fold import fold
+from sae_train.inference.sae import Sae, check_kind
 from sae_train.inference.write_formats import write_gemma_scope, write_gemma_scope_2, write_sae_lens
 from sae_train.model.sharding import make_mesh
 from sae_train.step.schedule import scheduled

@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 
-from sae_train.sparse.kernels.backend import is_interpreted
+from sae_train.sparse.kernels.mode import is_interpreted
 
 
 def launch(

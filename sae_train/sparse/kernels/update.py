@@ -25,9 +25,10 @@ from jaxtyping import Array, Float, Int
 
 from sae_train.config.run import AdamConfig
 from sae_train.sparse.kernels.pallas import launch, load, store
-from sae_train.sparse.latent_updates import Pulls, Sums
+from sae_train.sparse.latent_updates import Sums
 from sae_train.sparse.segment_sums import Segments
 from sae_train.step.adam import Rows, RowUpdate, adam_step
+from sae_train.step.gradients import Pulls
 
 # Several for each multiprocessor of the largest GPUs. Each leaves a row that is yet to be added up.
 PROGRAMS = 1024

@@ -13,7 +13,7 @@ import pytest
 from activation_cache.config import CacheConfig, MeshConfig, ModelConfig, SiteConfig, TextConfig
 from activation_cache.gemma import replicas
 from activation_cache.gemma.config import Family, GemmaConfig
-from activation_cache.gemma.params import check_model_axis, make_mesh, parameter_table
+from activation_cache.gemma.params import check_model_axis, parameter_table
 from activation_cache.gemma.replicas import place_copies
 from activation_cache.gemma.taps import Splice, Tap
 from activation_cache.harvest.harvest import harvest
@@ -23,6 +23,7 @@ from activation_cache.language_model.model import (
     load_copies,
     load_model,
 )
+from activation_cache.mesh import make_mesh
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage import safetensors_file
 from activation_cache.store.order import Permutation

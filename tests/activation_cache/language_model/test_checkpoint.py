@@ -19,17 +19,18 @@ from safetensors.numpy import save_file
 
 from activation_cache.config import CacheConfig, ModelConfig, SiteConfig
 from activation_cache.gemma.config import config_from_hf, config_to_hf
-from activation_cache.gemma.params import make_mesh, parameter_table
+from activation_cache.gemma.params import parameter_table
 from activation_cache.gemma.taps import Splice, Tap, resolve_taps, tap_width
 from activation_cache.language_model.checkpoint import (
     Params,
     load_parameters,
     open_checkpoint,
-    read_gemma_config,
     weight_fingerprint,
 )
 from activation_cache.language_model.gguf_file import open_gguf
 from activation_cache.language_model.model import LanguageModel, conversion_folder, load_model
+from activation_cache.language_model.shape import read_gemma_config
+from activation_cache.mesh import make_mesh
 from activation_cache.runtime.errors import UserError
 from tests.support.tiny_gemma import tiny_config, tiny_tensors, write_tiny_gemma
 from tests.support.tiny_gguf import write_gguf

@@ -19,7 +19,8 @@ from activation_cache.storage.bucket import BucketPath, files_below
 from activation_cache.storage.files import folder_lock, is_locked, place, write_text
 from activation_cache.store.store import open_store
 from launch.cli import main
-from sae_train.checkpoint.checkpoints import Checkpoints, load_trained
+from sae_train.checkpoint.checkpoints import Checkpoints
+from sae_train.checkpoint.trained import load_trained
 from sae_train.config.file import load_config
 from sae_train.inference.read_formats import load_sae
 from sae_train.runs.folder import newest_checkpoint, read_run

@@ -6,11 +6,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from activation_cache.storage.row_range import Segment
 from activation_cache.store.order import (
     BLOCKS,
     BlockOrder,
     Permutation,
-    Segment,
     bucket_order,
     derive_key,
     sequence_order,

@@ -21,7 +21,8 @@ from activation_cache.storage.arrays import (
     shard_rows,
     write_shards,
 )
-from activation_cache.store.manifest import Manifest, first_difference, write_record
+from activation_cache.storage.records import write_record
+from activation_cache.store.manifest import Manifest, first_difference
 from activation_cache.store.store import MANIFEST_FILE, PLAN_FILE, open_store, tap_layout
 from activation_cache.store.writer import sum_of_squares
 from tests.support.stores import TAP, file_hashes, make_manifest, numbered_rows, write_store

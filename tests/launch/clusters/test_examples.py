@@ -12,7 +12,7 @@ import pytest
 from activation_cache.gemma.params import check_model_axis
 from activation_cache.language_model.published_sizes import known_config
 from launch.clusters.jobset import render
-from launch.sweep.run_sweep import expand
+from launch.sweep.expand import expand
 from sae_train.config.file import load_config
 from sae_train.config.strict_yaml import parse
 from tests.support.kubernetes_checks import check

@@ -22,7 +22,7 @@ from launch import cli
 from launch.clusters.jobset import Manifest, dns_name, render, write_manifests
 from launch.clusters.jobset_pod import WAIT_FOR_HANDLER
 from launch.clusters.kubectl import manifest_folder
-from launch.sweep.run_sweep import expand
+from launch.sweep.expand import expand
 from sae_train.config.file import load_config, with_values
 from sae_train.config.run import Config
 from sae_train.config.strict_yaml import parse

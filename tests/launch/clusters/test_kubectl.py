@@ -12,7 +12,7 @@ import yaml
 
 from activation_cache.runtime.errors import Interrupted, UserError
 from launch.cli import main
-from launch.clusters import kubectl
+from launch.clusters import common, kubectl
 from launch.clusters import submit as submit_module
 from sae_train.config.file import resolved_yaml
 from sae_train.config.run import Config
@@ -70,7 +70,7 @@ def config_in(folder: Path, launch: dict[str, Any] | None = None, **values: Any)
     return cluster_config(section, name="tiny", **values)
 
 
-def submit(config: Config, *, command: submit_module.Command = "sweep", asked: bool = False) -> int:
+def submit(config: Config, *, command: common.Command = "sweep", asked: bool = False) -> int:
     return submit_module.submit(config, command=command, dry_run=False, stop=lambda: asked)
 
 

@@ -18,8 +18,8 @@ from activation_cache.language_model.published_sizes import known_config
 from activation_cache.runtime.errors import UserError
 from activation_cache.store.store import open_store
 from launch.cli import main
-from launch.sweep.run_sweep import expand
-from launch.sweep.suite_cells import Cell, all_cells, cells_of, target_l0, width_name
+from launch.sweep.expand import expand
+from launch.sweep.suite_cells import Cell, all_cells, cells_of, target_l0
 from launch.sweep.suite_runs import stores
 from sae_train.config.file import load_config, resolved_yaml
 from sae_train.config.run import Config
@@ -27,6 +27,7 @@ from sae_train.plan.accelerators import accelerator
 from sae_train.plan.plan import make_plan
 from sae_train.plan.suite import make_suite_plan
 from sae_train.plan.verdict import Assumptions
+from sae_train.release.suite_names import width_name
 from sae_train.runs.folder import run_folders
 from tests.support.paths import DATA, ROOT
 from tests.support.pipeline import write_pipeline

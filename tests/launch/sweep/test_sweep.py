@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import folder_lock
 from launch.cli import main
-from launch.sweep.run_sweep import expand
+from launch.sweep.expand import expand
 from sae_train.config.file import differing_fields, read_run_config, with_values, write_config
 from sae_train.config.run import Config
 from tests.support.configs import make_config

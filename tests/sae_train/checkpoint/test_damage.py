@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from activation_cache.runtime.errors import UserError
-from sae_train.checkpoint.checkpoints import load_trained
 from sae_train.checkpoint.checksum import DamagedCheckpoint, _checksum, seal_meta, unseal_meta
+from sae_train.checkpoint.trained import load_trained
 from sae_train.config.run import MeshConfig
 from sae_train.model.sharding import make_mesh, sharding
 from sae_train.train.loop import train

@@ -18,14 +18,14 @@ from activation_cache.language_model.model import LanguageModel, load_model
 from activation_cache.runtime.errors import UserError
 from activation_cache.store.store import Store, open_store
 from launch.cli import main
-from sae_train.checkpoint.checkpoints import load_trained
+from sae_train.checkpoint.trained import load_trained
 from sae_train.config.file import write_config
 from sae_train.config.run import Config, EvaluationConfig
 from sae_train.evaluate import text_pass
 from sae_train.evaluate.evaluate import evaluate
 from sae_train.evaluate.result import Evaluation, read_evaluation, read_frequencies
 from sae_train.evaluate.sums import sae_batch
-from sae_train.inference.sae import fold
+from sae_train.inference.fold import fold
 from sae_train.inference.write_formats import write_gemma_scope
 from tests.support.saes import (
     make_config,

@@ -18,8 +18,8 @@ from activation_cache.harvest.harvest import harvest
 from activation_cache.language_model.model import LanguageModel, load_model
 from activation_cache.runtime.errors import UserError
 from activation_cache.store.store import open_store
-from launch.stages import needs_evaluation
-from sae_train.checkpoint.checkpoints import load_trained
+from launch.run_state import needs_evaluation
+from sae_train.checkpoint.trained import load_trained
 from sae_train.config.evaluation import ElsewhereConfig, EvaluationConfig
 from sae_train.config.run import Config
 from sae_train.evaluate.evaluate import evaluate
@@ -27,7 +27,8 @@ from sae_train.evaluate.importance import ImportanceSums, uniformity
 from sae_train.evaluate.job import covered
 from sae_train.evaluate.result import Evaluation, read_evaluation, read_frequencies
 from sae_train.evaluate.splice import splice_sae
-from sae_train.inference.sae import Sae, fold
+from sae_train.inference.fold import fold
+from sae_train.inference.sae import Sae
 from tests.support.saes import (
     make_config,
     make_sae,

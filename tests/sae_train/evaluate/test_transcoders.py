@@ -19,7 +19,8 @@ from sae_train.config.file import write_config
 from sae_train.config.run import Config
 from sae_train.evaluate.evaluate import evaluate
 from sae_train.evaluate.result import Evaluation, read_evaluation
-from sae_train.inference.sae import Sae, fold
+from sae_train.inference.fold import fold
+from sae_train.inference.sae import Sae
 from sae_train.inference.write_formats import write_gemma_scope_2
 from tests.sae_train.evaluate.test_evaluate import BOS, EOS, PAD, D, F, their_model, world_config
 from tests.support.saes import make_trained, reference_latents, reference_reconstruction, save_run

@@ -13,8 +13,9 @@ import torch
 
 from activation_cache.runtime.errors import UserError
 from sae_train import load_sae
-from sae_train.checkpoint.checkpoints import Trained
-from sae_train.inference.sae import Sae, fold
+from sae_train.checkpoint.trained import Trained
+from sae_train.inference.fold import fold
+from sae_train.inference.sae import Sae
 from sae_train.inference.write_formats import write_sae_lens
 from sae_train.release.export import check_same
 from tests.support.saes import make_trained

@@ -17,15 +17,12 @@ from hypothesis import given, settings
 from safetensors.numpy import load_file, save_file
 
 from activation_cache.config import Site
+from activation_cache.language_model.names import model_name
 from activation_cache.runtime.errors import UserError
 from sae_train import load_sae
-from sae_train.inference.hook_names import (
-    hugging_face_hook,
-    model_name,
-    parse_hook,
-    transformer_lens_hook,
-)
-from sae_train.inference.sae import TENSORS, Sae, fold
+from sae_train.inference.fold import fold
+from sae_train.inference.hook_names import hugging_face_hook, parse_hook, transformer_lens_hook
+from sae_train.inference.sae import TENSORS, Sae
 from sae_train.inference.write_formats import write_gemma_scope, write_gemma_scope_2, write_sae_lens
 from tests.support.saes import make_sae, make_trained, reference_latents, reference_reconstruction
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from sae_train import load_sae
-from sae_train.inference.sae import Sae, fold
+from sae_train.inference.fold import fold
+from sae_train.inference.sae import Sae
 from sae_train.inference.write_formats import write_gemma_scope, write_gemma_scope_2, write_sae_lens
 from tests.support.saes import make_sae, make_trained, reference_latents, reference_reconstruction
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from activation_cache.runtime.errors import Interrupted
-from sae_train.checkpoint.checkpoints import load_trained
+from sae_train.checkpoint.trained import load_trained
 from sae_train.config.run import Config
-from sae_train.inference.sae import fold
-from sae_train.model.architectures import forward, has_unit_decoder
+from sae_train.config.sae import has_unit_decoder
+from sae_train.inference.fold import fold
+from sae_train.model.architectures import forward
 from sae_train.model.sharding import params_table
 from sae_train.model.topk import kth_largest, kth_largest_of_all, select
 from sae_train.runs.metrics_file import read_metrics

@@ -13,9 +13,11 @@ from rich.console import Console
 
 from activation_cache.runtime.errors import UserError
 from launch.cli import main
-from launch.show.plan_tables import bytes_text, flops_text, tables
-from launch.sweep.run_sweep import expand
-from sae_train.config.run import MeshConfig, SweepConfig
+from launch.config.sweep import SweepConfig
+from launch.show.plan_tables import tables
+from launch.show.units import bytes_text, flops_text
+from launch.sweep.expand import expand
+from sae_train.config.run import MeshConfig
 from sae_train.plan.accelerators import ACCELERATORS, accelerator
 from sae_train.plan.memory import Shape, cohort_memory, nearest_mesh, step_memory
 from sae_train.plan.plan import make_plan

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from activation_cache.runtime.errors import UserError
 from sae_train import load_sae
-from sae_train.checkpoint.checkpoints import load_trained
+from sae_train.checkpoint.trained import load_trained
 from sae_train.config.file import write_config
 from sae_train.config.run import Config
 from sae_train.evaluate.result import (
@@ -25,7 +25,8 @@ from sae_train.evaluate.result import (
     write_evaluation,
 )
 from sae_train.evaluate.sums import LossSums, SaeSums, SiteSums
-from sae_train.inference.sae import TENSORS, Sae, fold
+from sae_train.inference.fold import fold
+from sae_train.inference.sae import TENSORS, Sae
 from sae_train.release import export as export_module
 from sae_train.release.export import export
 from tests.support.saes import make_trained, save_run

@@ -18,12 +18,12 @@ import yaml
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage import hub
 from launch.cli import main
-from launch.stages import needs_release
+from launch.run_state import needs_release
 from sae_train import load_sae
-from sae_train.checkpoint.checkpoints import load_trained
+from sae_train.checkpoint.trained import load_trained
 from sae_train.config.file import write_config
 from sae_train.config.run import Config
-from sae_train.inference.sae import fold
+from sae_train.inference.fold import fold
 from sae_train.release import tree as tree_module
 from sae_train.release.index import with_canonical
 from sae_train.runs.folder import run_folders

@@ -12,7 +12,7 @@ import pytest
 
 from activation_cache.runtime.errors import UserError
 from launch.cli import main
-from launch.sweep.run_sweep import expand
+from launch.sweep.expand import expand
 from sae_train.config.file import write_config
 from sae_train.config.run import Config
 from sae_train.report.page import describe_runs, write_report

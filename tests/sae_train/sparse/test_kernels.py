@@ -24,8 +24,9 @@ from sae_train.model.sharding import make_mesh
 from sae_train.sparse import active_pairs, latent_updates, segment_sums
 from sae_train.sparse.kernels import decode, select
 from sae_train.sparse.kernels import update as update_module
-from sae_train.sparse.kernels.backend import without_gpu
+from sae_train.sparse.kernels.mode import without_gpu
 from sae_train.sparse.lazy_update import write_rows
+from sae_train.step import gradients
 from sae_train.step.adam import Rows, RowUpdate, unit_rows
 from sae_train.step.schedule import scheduled
 from sae_train.step.state import init_state
@@ -60,7 +61,7 @@ class Touched:
         x_BD = normal(num_rows, d_model)
         theta_F = 1.5 * d_model**0.5 * jnp.abs(normal(width)) + 0.3 * d_model**0.5
         theta_F = theta_F.at[: width // 4].set(1e6)
-        self.pulls = latent_updates.Pulls(
+        self.pulls = gradients.Pulls(
             x_BD=x_BD,
             g_BD=normal(num_rows, d_model),
             g_l0_B=normal(num_rows),
@@ -274,7 +275,7 @@ def test_kernels_lower_for_cuda(d_model: int, width: int):
     pairs_ = active_pairs.Pairs(whole(places), whole(places), shape(places), whole(width), shape())
     select_ = partial(select.select_pairs, bandwidth=1e-3, capacity=places)
     decode_ = partial(decode.decode_pairs, num_rows=rows)
-    pulls = latent_updates.Pulls(batch, batch, shape(rows), per_latent, per_latent, per_latent)
+    pulls = gradients.Pulls(batch, batch, shape(rows), per_latent, per_latent, per_latent)
     update = RowUpdate(shape(), shape(), shape()), per_latent
 
     def touched_(rows: Rows, pairs_: active_pairs.Pairs, pulls: Any, update: Any) -> Any:

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from sae_train.config.run import AdamConfig
 from sae_train.model.sharding import make_mesh
 from sae_train.sparse import active_pairs, segment_sums
-from sae_train.sparse.kernels.backend import Parts, parts_of, without_gpu
+from sae_train.sparse.kernels.backend import Parts, parts_of
+from sae_train.sparse.kernels.mode import without_gpu
 from sae_train.step.adam import adam_step, kept_share
 from tests.support.configs import make_config
 

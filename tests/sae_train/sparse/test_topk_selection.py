@@ -17,7 +17,7 @@ import pytest
 
 from sae_train.model.sharding import make_mesh
 from sae_train.sparse import active_pairs
-from sae_train.sparse.topk_parts import Chosen, TopKParts
+from sae_train.sparse.topk_step import Chosen, TopKParts
 from tests.support.configs import make_config
 from tests.support.reference_topk import largest
 

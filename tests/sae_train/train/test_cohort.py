@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.storage.files import folder_lock
-from sae_train.checkpoint.checkpoints import load_trained
+from sae_train.checkpoint.trained import load_trained
 from sae_train.config.file import with_values
 from sae_train.config.run import Config
 from sae_train.model.sharding import make_mesh

@@ -10,7 +10,7 @@ import pytest
 
 from activation_cache.gemma.taps import Tap
 from activation_cache.store.store import open_store
-from sae_train.checkpoint.checkpoints import load_trained
+from sae_train.checkpoint.trained import load_trained
 from sae_train.model.forward import Forward
 from sae_train.runs.metrics_file import read_metrics
 from sae_train.step.schedule import Scheduled

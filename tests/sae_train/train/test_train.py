@@ -9,7 +9,8 @@ import pytest
 
 from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.storage.files import folder_lock
-from sae_train.checkpoint.checkpoints import Checkpoints, load_trained
+from sae_train.checkpoint.checkpoints import Checkpoints
+from sae_train.checkpoint.trained import load_trained
 from sae_train.runs.metrics_file import read_metrics
 from sae_train.train import cohort_step
 from sae_train.train.loop import train

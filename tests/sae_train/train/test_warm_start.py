@@ -18,10 +18,11 @@ from launch.cli import main
 from launch.sweep.suite_cells import all_cells
 from launch.sweep.suite_runs import suite_runs
 from sae_train import load_sae
-from sae_train.checkpoint.checkpoints import load_trained
+from sae_train.checkpoint.trained import load_trained
 from sae_train.config.file import load_config
 from sae_train.config.run import Config
-from sae_train.inference.sae import Sae, fold
+from sae_train.inference.fold import fold
+from sae_train.inference.sae import Sae
 from sae_train.inference.write_formats import write_gemma_scope, write_sae_lens
 from sae_train.train.loop import train
 from sae_train.train.warm_start import starting_params

@@ -1,0 +1,48 @@
+"""The (data, model) mesh that harvesting, training and evaluation share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from activation_cache.config import MeshConfig
+from activation_cache.runtime.errors import UserError
+
+
+def devices_of_processes(config: MeshConfig) -> list[list[Any]]:
+    """The devices a mesh uses: of every process the first few, equally many.
+
+    Raises:
+        UserError: fewer devices than the mesh has places, or processes without a part in it.
+    """
+    needed, found = config.data * config.model, jax.device_count()
+    if needed > found:
+        raise UserError(
+            f"mesh {config.data} x {config.model} (data x model) needs {needed} devices and JAX "
+            f"sees {found} ({jax.default_backend()}): make mesh.data * mesh.model at most {found}"
+        )
+    processes = jax.process_count()
+    each, rest = divmod(needed, processes)
+    groups = [[d for d in jax.devices() if d.process_index == p] for p in range(processes)]
+    if rest or min(map(len, groups)) < each:
+        sizes = ", ".join(str(len(group)) for group in groups)
+        raise UserError(
+            f"mesh {config.data} x {config.model} (data x model) needs {needed} devices, equally "
+            f"many of each of {processes} processes, and these have {sizes}: make mesh.data * "
+            f"mesh.model a multiple of {processes} that they can share, or change the number of "
+            "processes"
+        )
+    return [group[:each] for group in groups]
+
+
+AXES = ("data", "model")
+
+
+def make_mesh(devices: Sequence[Any]) -> Mesh:
+    """The mesh of one copy of a model, cut over these devices."""
+    kinds = (jax.sharding.AxisType.Auto,) * 2
+    return Mesh(np.asarray(devices).reshape(1, -1), AXES, axis_types=kinds)

@@ -1,0 +1,292 @@
+"""What the processes of a group tell each other: barriers, values, shared work, when to stop.
+
+JAX's coordination service, in process 0, carries the messages. Whatever involves several processes
+must be called by all of them in the same order; in a single process all of it returns at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from activation_cache.runtime import exchange, processes
+from activation_cache.runtime.errors import Interrupted, UserError
+from activation_cache.runtime.processes import _group, is_main, process_count, process_index
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+_WAIT_MS = 24 * 3600 * 1000  # a wait for another process ends when that process is lost
+SEE_OFF_MS = 30 * 1000
+POLL_MS = 500
+_STOP_KEY = "sae/stop_at"
+ASKED_KEY = "sae/asked"  # set once, by the first process that is asked to stop or can't go on
+_STOP_NOTICE = 4  # calls: twice what two processes can be apart
+Value = TypeVar("Value")
+
+
+def barrier(name: str) -> None:
+    """Return when all processes are here."""
+    if process_count() > 1:
+        number = next_exchange()
+        _client().wait_at_barrier(f"sae/{number}/{name}", _WAIT_MS)
+
+
+def told_by_main(
+    name: str, work: Callable[[], Value], *, stop: Callable[[], bool] | None = None
+) -> Value:
+    """Do `work` in process 0 alone; all processes return its result, which JSON can carry.
+
+    Args:
+        stop: for work that takes long and asks `stop_asked` now and then: asked in the processes
+            that wait, so that a signal to one of them reaches process 0.
+
+    Raises:
+        UserError: `work` did; raised in every process, in the same words.
+        Interrupted: the same.
+    """
+    if process_count() == 1:
+        return work()
+    key = f"sae/{next_exchange()}/{name}"
+    if not is_main():
+        return wait_for_main(key, stop=stop)
+    try:
+        result = work()
+    except UserError as error:
+        say(key, {"mistake": str(error)})
+        _see_off(key)
+        raise
+    except Interrupted as stopped:
+        say(key, {"stopped": str(stopped)})
+        raise
+    say(key, {"result": result})
+    return result
+
+
+def wait_for_main(
+    key: str, *, stop: Callable[[], bool] | None = None, patience_ms: int = _WAIT_MS
+) -> Any:
+    """The result that process 0 tells, or the exception."""
+    told, waited = None, 0
+    while told is None:
+        if waited >= patience_ms:
+            raise TimeoutError(f"no word from process 0 in {patience_ms} ms: {key}")
+        told = hear(key, wait_ms=POLL_MS)
+        waited += POLL_MS
+        if stop is not None:
+            stop_asked(stop)
+    if "mistake" in told:
+        _see_off(key)
+        raise UserError(told["mistake"])
+    if "stopped" in told:
+        raise Interrupted(told["stopped"])
+    return told["result"]
+
+
+def say(key: str, words: dict[str, Any]) -> None:
+    """Tell everybody, under a key that is used once."""
+    _client().key_value_set(key, json.dumps(words))
+
+
+def say_first(key: str, words: dict[str, Any]) -> None:
+    """Tell everybody, unless somebody was first: then their words stay."""
+    with contextlib.suppress(Exception):
+        say(key, words)
+
+
+def hear(key: str, *, wait_ms: int = 0) -> dict[str, Any] | None:
+    """What was said under a key, if it is within this time."""
+    import jax
+
+    try:
+        if wait_ms:
+            return json.loads(_client().blocking_key_value_get(key, wait_ms))
+        return json.loads(_client().key_value_try_get(key))
+    except jax.errors.JaxRuntimeError as error:
+        if str(error).startswith(("DEADLINE_EXCEEDED", "NOT_FOUND")):
+            return None
+        raise
+
+
+def gathered(name: str, value: Any) -> list[Any]:
+    """What every process gave, in the order of their numbers; small values that JSON can carry."""
+    if process_count() == 1:
+        return [value]
+    return gathered_under(f"{next_exchange()}/{name}", value)
+
+
+def gathered_under(name: str, value: Any) -> list[Any]:
+    """`gathered`, from any thread: `name` is one that no other exchange has."""
+    if process_count() == 1:
+        return [value]
+    folder = f"sae/{name}"
+    _client().key_value_set(f"{folder}/{process_index()}", json.dumps(value))
+    return [
+        json.loads(_client().blocking_key_value_get(f"{folder}/{index}", _WAIT_MS))
+        for index in range(process_count())
+    ]
+
+
+def same_everywhere(label: str, value: str) -> None:
+    """Check that all processes were started alike.
+
+    Args:
+        label: what is compared, as in "was started with another {label}".
+        value: a text with a line for each thing that can differ.
+
+    Raises:
+        UserError: in every process, naming the first line that differs and where.
+    """
+    values = gathered(label, value)
+    for index, other in enumerate(values):
+        if other != values[0]:
+            here, there = _first_difference(values[0], other)
+            _see_off(f"sae/{next_exchange()}/{label}")
+            raise UserError(
+                f"process {index} was started with another {label} than process 0: it has "
+                f"{there!r} where process 0 has {here!r}. All processes of a group need the same "
+                f"{label}: start them with the same command from the same installation."
+            )
+
+
+def _see_off(key: str) -> None:
+    """Before all end with the same mistake: the words pass through process 0, which goes last."""
+    with contextlib.suppress(Exception):
+        _client().wait_at_barrier(f"{key}/seen", SEE_OFF_MS)
+    if is_main():
+        time.sleep(1.0)
+
+
+def _first_difference(a: str, b: str) -> tuple[str, str]:
+    lines = zip((*a.splitlines(), "nothing"), (*b.splitlines(), "nothing"), strict=False)
+    return next(((x.strip(), y.strip()) for x, y in lines if x != y), (a, b))
+
+
+def sums_of_all(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Every array summed over the processes, in their order, so that all get the same bits.
+
+    Names, shapes and dtypes must be the same everywhere.
+    """
+    if process_count() == 1:
+        return dict(arrays)
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    summed = {}
+    for name, array in arrays.items():
+        # As bytes: JAX would make 32-bit numbers of 64-bit ones.
+        flat = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)
+        rows = np.asarray(multihost_utils.process_allgather(flat))
+        parts = [np.frombuffer(row.tobytes(), array.dtype).reshape(array.shape) for row in rows]
+        summed[name] = np.sum(parts, axis=0, dtype=array.dtype)
+    return summed
+
+
+def stop_asked(stop: Callable[[], bool]) -> bool:
+    """Has any process been asked to stop, or found a mistake? Any may ask, at any time."""
+    if process_count() == 1:
+        return stop()
+    if stop():
+        say_first(ASKED_KEY, {})
+        return True
+    return hear(ASKED_KEY) is not None
+
+
+def agree_to_stop(stop: Callable[[], bool], *, scope: str = "all") -> bool:
+    """Should the processes of a scope stop now? The same answer in all, at the same call.
+
+    All of them call it equally often, and with work between the calls that keeps any two of them
+    within two calls of each other. The first whose `stop` says yes names a call that none can have
+    reached yet; everybody learns of it on the way there.
+    """
+    if process_count() == 1:
+        return stop()
+    question = _group.stop_questions[scope] = _group.stop_questions.get(scope, 0) + 1
+    key = f"{_STOP_KEY}/{scope}"
+    if scope not in _group.stop_at and stop():
+        # Somebody else may have been first: then theirs counts.
+        say_first(key, {"question": question + _STOP_NOTICE})
+    if scope not in _group.stop_at and (said := hear(key)):
+        _group.stop_at[scope] = said["question"]
+    return scope in _group.stop_at and question >= _group.stop_at[scope]
+
+
+def next_exchange() -> int:
+    """A number for the key of what is exchanged next: the same in all processes."""
+    _group.exchanges += 1
+    return _group.exchanges
+
+
+def _client() -> Any:
+    from jax._src import distributed  # the only way to the coordination service's words
+
+    return distributed.global_state.client
+
+
+def shared(
+    name: str,
+    work: Callable[[], None],
+    *,
+    finish: Callable[[], Value],
+    stop: Callable[[], bool],
+) -> Value:
+    """Have every process do its share, `work`; when all have, process 0 does `finish`.
+
+    The shares may be of any length and the processes at any place in them: no step is common to
+    them. `work` asks `stop_asked` often, and raises `Interrupted` when that says yes.
+
+    Returns:
+        What `finish` gave, everywhere.
+
+    Raises:
+        Interrupted: a process was asked to stop before all had done their share. Either all raise
+            it or none.
+        UserError: a process found a mistake, or `finish` did; raised in every process.
+    """
+    if processes.process_count() == 1:
+        work()
+        return finish()
+    folder = f"sae/{exchange.next_exchange()}/{name}"
+
+    def whole() -> Value:
+        try:
+            work()
+            for index in range(1, processes.process_count()):
+                key = f"{folder}/done/{index}"
+                while exchange.hear(key, wait_ms=exchange.POLL_MS) is None:
+                    if exchange.stop_asked(stop):
+                        raise Interrupted(f"stopped: process {index} has not done its share")
+        except UserError as error:
+            exchange.say_first(exchange.ASKED_KEY, {"mistake": str(error)})
+            raise
+        except Interrupted:
+            if mistake := (exchange.hear(exchange.ASKED_KEY) or {}).get("mistake"):
+                raise UserError(mistake) from None
+            raise
+        return finish()
+
+    if processes.is_main():
+        return exchange.told_by_main(name, whole)
+    return _share(f"{folder}/done/{processes.process_index()}", name, work, stop=stop)
+
+
+def _share(done: str, name: str, work: Callable[[], None], *, stop: Callable[[], bool]) -> Any:
+    """The part of `shared` of the processes that aren't process 0, which has the last word."""
+    key = f"sae/{exchange.next_exchange()}/{name}"
+    try:
+        work()
+    except Interrupted:
+        pass  # process 0 is asked to stop as well, and tells everybody
+    except UserError as error:
+        exchange.say_first(exchange.ASKED_KEY, {"mistake": str(error)})
+        # Process 0 can't tell while it waits for this one in the middle of a computation.
+        with contextlib.suppress(TimeoutError):
+            exchange.wait_for_main(key, patience_ms=exchange.SEE_OFF_MS)
+        raise
+    else:
+        exchange.say(done, {})
+    return exchange.wait_for_main(key, stop=stop)

@@ -1,0 +1,64 @@
+"""What is still missing of a run, judged by its files: training, evaluation, release."""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+from typing import Any
+
+from activation_cache.storage.files import Place, place
+from sae_train.config.file import read_run_config
+from sae_train.config.run import Config
+from sae_train.runs.folder import (
+    EVALUATION,
+    RELEASE,
+    RunFolder,
+    checkpoint_time,
+    labelled,
+    newest_checkpoint,
+    read_run,
+)
+
+
+def is_trained(config: Config) -> bool:
+    """Has the run of this config ended, under settings that give the same weights?"""
+    folder = place(config.output)
+    if newest_checkpoint(folder) != config.train.steps:
+        return False
+    from sae_train.checkpoint.same_run import numeric_differences
+
+    return not numeric_differences(read_run_config(folder), config)
+
+
+def needs_evaluation(folder: Place) -> bool:
+    """Is a trained run's evaluation missing, of another checkpoint or under other settings?
+
+    Judged by the files' words and times, without loading anything; `evaluate` itself compares
+    fingerprints.
+    """
+    run = read_run(folder)
+    if run.evaluation is None or run.evaluation.get("step") != run.checkpoint_step:
+        return True
+    settings = run.config.evaluation
+    wanted: dict[str | None, dict[str, Any]] = {None: settings.recorded()}
+    wanted |= {entry.called: settings.recorded(entry) for entry in settings.also}
+    for label, record in wanted.items():
+        found = run.evaluation if label is None else run.elsewhere.get(label)
+        if found is None or found.get("settings") != record:
+            return True
+        if _older_than_checkpoint(run, folder / labelled(EVALUATION, label)):
+            return True
+    return False
+
+
+def needs_release(folder: Place) -> bool:
+    """Is a trained run's release missing, or older than its newest checkpoint?"""
+    run = read_run(folder)
+    card = PurePath(RELEASE, "README.md")  # written last
+    return card not in run.release or any(
+        _older_than_checkpoint(run, folder / f) for f in run.release
+    )
+
+
+def _older_than_checkpoint(run: RunFolder, file: Place) -> bool:
+    assert run.checkpoint_step is not None
+    return file.stat().st_mtime < checkpoint_time(run.path, run.checkpoint_step)

@@ -1,0 +1,24 @@
+"""One run of a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from activation_cache.storage.files import Place, place
+from sae_train.config.run import Config
+
+
+@dataclass(frozen=True)
+class Run:
+    """One member of a sweep: `settings` are the dotted keys in which it differs from the base."""
+
+    name: str
+    settings: Mapping[str, Any]
+    config: Config
+
+    @property
+    def folder(self) -> Place:
+        """Its output folder."""
+        return place(self.config.output)

@@ -1,0 +1,83 @@
+"""What a command line names: a config file, or a folder that a command wrote."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from activation_cache.runtime.errors import UserError
+from activation_cache.storage.files import Place, place
+from sae_train.config.file import FILE_NAME, load_config, read_run_config, write_config
+from sae_train.config.run import Config
+from sae_train.runs.folder import newest_checkpoint, run_folders
+
+logger = logging.getLogger(__name__)
+
+
+def target_config(target: str, overrides: Sequence[str] = ()) -> Config:
+    """The config a command line names: a file, or the resolved one of an output folder.
+
+    A sweep is expanded, and so checked, whatever the command.
+
+    Raises:
+        UserError: no such file or folder, or a mistake in the config.
+    """
+    config = read_target_config(target, overrides)
+    if config.sweep is not None:
+        from launch.sweep.expand import expand
+
+        expand(config)
+    return config
+
+
+def read_target_config(target: str, overrides: Sequence[str]) -> Config:
+    if place(target).is_dir():
+        read_run_config(target)  # says what kind of folder was expected
+        config = load_config(place(target) / FILE_NAME, overrides)
+        if not any(override.startswith("output=") for override in overrides):
+            config = config.model_copy(update={"output": target})  # it may have been moved
+    else:
+        config = load_config(target, overrides)
+    return config
+
+
+def target_folder(target: str) -> Place:
+    """The output folder a command line names, itself or through a config file."""
+    folder = place(target)
+    return folder if folder.is_dir() else place(target_config(target).output)
+
+
+def trained_folders(config: Config) -> list[Place]:
+    """The runs of a config that have a checkpoint; those without are left out with a warning.
+
+    Raises:
+        UserError: none has one.
+    """
+    folder = place(config.output)
+    if config.sweep is not None and not (folder / FILE_NAME).exists():
+        from launch.sweep.expand import expand
+
+        # Trained one by one on a cluster: nothing has written the sweep's own folder yet.
+        runs = [run.folder for run in expand(config)]
+    else:
+        runs = run_folders(folder)
+    trained = [run for run in runs if newest_checkpoint(run) is not None]
+    if not trained:
+        raise UserError(f"{folder} holds no trained run yet: start with `sae train` or `sae sweep`")
+    for run in runs:
+        if run not in trained:
+            logger.warning("%s has no checkpoint yet and is left out", run)
+    return trained
+
+
+def released_or_trained(config: Config) -> list[Place]:
+    """As `trained_folders`; where nothing was trained yet, that of the SAE to start from."""
+    folder = place(config.output)
+    if (
+        config.sae.start_from is None
+        or config.sweep is not None
+        or newest_checkpoint(folder) is not None
+    ):
+        return trained_folders(config)
+    write_config(config, folder)
+    return [folder]

@@ -1,0 +1,87 @@
+"""Is a checkpoint one of this config's run? What may differ, and the refusal of what may not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from activation_cache.runtime.errors import UserError
+from activation_cache.storage.files import Place
+from sae_train.config.file import differing_fields
+from sae_train.config.run import Config
+
+FORMAT_VERSION = 4
+
+
+# Fields that may change between two starts of one run: they name places and how much is said,
+# or, the mesh, where the arithmetic happens.
+FREE_FIELDS = (
+    "name",
+    "output",
+    "cache.path",
+    "model.weights",
+    "text.source",
+    "mesh",
+    "checkpoint",
+    "evaluation",
+    "launch",
+    "sweep",
+    "train.stacked",
+    "train.log_every_steps",
+    "train.tensorboard",
+)
+
+
+def checkpoint_meta(
+    config: Config, *, input_scale: float, target_scale: float, d_model: int, store: str
+) -> dict[str, Any]:
+    """The JSON beside a state."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "input_scale": input_scale,
+        "target_scale": target_scale,
+        "d_model": d_model,
+        "store": store,
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def numeric_differences(a: Config, b: Config) -> list[str]:
+    """The dotted keys that give two runs different weights: all but `FREE_FIELDS`."""
+    free = [*FREE_FIELDS]
+    if a.train.order_seed == b.train.order_seed:
+        free.append("train.data_seed")  # null and train.seed's value say the same
+    return [
+        field
+        for field in differing_fields(a, b)
+        if not any(field == one or field.startswith(f"{one}.") for one in free)
+    ]
+
+
+def refuse_difference(
+    config: Config, meta: Mapping[str, Any], *, store: str, folder: Place
+) -> None:
+    """Raise `UserError` naming the fields in which a checkpoint belongs to another run."""
+    earlier = Config.model_validate(meta["config"])
+    differing = numeric_differences(earlier, config)
+    if differing:
+        before, now = earlier.model_dump(), config.model_dump()
+        changes = ", ".join(
+            f"{key} was {_lookup(before, key)} and is now {_lookup(now, key)}" for key in differing
+        )
+        raise UserError(
+            f"{folder} holds a run with another config: {changes}. Put the old value back to go "
+            "on with it, choose another output, or give --fresh to delete it and start anew."
+        )
+    if meta["store"] != store:
+        raise UserError(
+            f"{folder} holds a run trained on another activation store "
+            f"({meta['store'][:16]}, now {store[:16]}): point cache.path at the old store, choose "
+            "another output, or give --fresh to delete the run and start anew."
+        )
+
+
+def _lookup(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree

@@ -1,0 +1,84 @@
+"""`load_trained`: the SAE of a trained run's newest checkpoint, with its config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from activation_cache.runtime.errors import UserError
+from activation_cache.storage.files import AnyPath, place
+from sae_train.checkpoint.checkpoints import FOLDER, Checkpoints
+from sae_train.config.run import Config
+from sae_train.model.sharding import local_mesh
+from sae_train.step.state import TrainState, abstract_state
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained SAE as training holds it: for scaled inputs, weights latent-major.
+
+    Attributes:
+        params: float32 arrays W_enc [F, D], W_dec [F, D], b_dec [D] and what else the architecture
+            has (`sharding.table_of`), the threshold [F] plain whatever parametrisation was
+            trained; of BatchTopK the threshold that takes the place of the selection.
+        input_scale: C of x = x_raw / C.
+        target_scale: what a transcoder's target was divided by; of an SAE, C.
+        step: optimiser steps done.
+        config: the run's config.
+        store: the identity of the activation store it was trained on.
+    """
+
+    params: Mapping[str, Float[np.ndarray, "..."]]
+    input_scale: float
+    target_scale: float
+    step: int
+    config: Config
+    store: str
+
+
+def load_trained(run_folder: AnyPath, *, step: int | None = None) -> Trained:
+    """Read the SAE of a run folder: its last checkpoint, or the one at `step`.
+
+    A damaged last checkpoint is passed over, with a warning, for the one before.
+
+    Raises:
+        UserError: the folder has no checkpoint, none at `step`, or damaged ones only.
+        DamagedCheckpoint: the one at `step` is.
+    """
+    folder = place(run_folder)
+    if not (folder / FOLDER).is_dir():
+        raise UserError(f"{folder} has no {FOLDER}/: give a run folder that `sae train` wrote")
+    with Checkpoints(folder, read_only=True) as checkpoints:
+
+        def load(at: int) -> tuple[dict[str, Any], Config, TrainState]:
+            meta = checkpoints.read_meta(at)
+            config = Config.model_validate(meta["config"])
+            abstract = abstract_state(config.sae, d_model=meta["d_model"], mesh=local_mesh())
+            return meta, config, checkpoints.restore(abstract, step=at)
+
+        steps = checkpoints.steps()
+        if not steps or (step is not None and step not in steps):
+            wanted = "" if step is None else f" at step {step}"
+            raise UserError(f"{folder} has no checkpoint{wanted}; it has {steps or 'none at all'}")
+        newest = checkpoints.newest(load) if step is None else (step, load(step))
+        assert newest is not None
+        chosen, (meta, config, state) = newest
+    params = {name: np.array(value) for name, value in state.params.items()}
+    if config.sae.architecture == "batch_topk":
+        theta = np.float32(state.selection_threshold)
+        params["threshold"] = np.full_like(params["b_enc"], theta)
+    elif "threshold" in params and config.sae.threshold.parametrisation == "log":
+        params["threshold"] = np.exp(params["threshold"])
+    return Trained(
+        params=params,
+        input_scale=meta["input_scale"],
+        # Runs from before there were transcoders say nothing of it.
+        target_scale=meta.get("target_scale", meta["input_scale"]),
+        step=chosen,
+        config=config,
+        store=meta["store"],
+    )

@@ -1,0 +1,71 @@
+"""From trained weights to a released SAE: input scale and pre-encoder bias are folded in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sae_train.config.sae import Architecture, SaeConfig
+from sae_train.inference.metadata import metadata_of
+
+if TYPE_CHECKING:
+    from sae_train.checkpoint.trained import Trained
+from sae_train.inference.sae import SKIP, Sae, check_finite, gated_as_jumprelu
+
+
+def fold(trained: Trained) -> Sae:
+    """The released form of trained weights (Gemma Scope, appendix A).
+
+    With x = x_raw / C: W_enc' = W_enc, W_dec' = W_dec, b_enc' = C (b_enc - W_enc b_dec),
+    b_dec' = C b_dec, θ' = C θ; the latents come out multiplied by C. Without a pre-encoder bias
+    the term W_enc b_dec is absent. Computed in float64, returned in float32.
+
+    A transcoder whose target was divided by T has T in the place of C, and what reads x_raw has
+    T/C besides: W_enc' = T/C W_enc, W_skip' = T/C W_skip.
+
+    Raises:
+        UserError: a weight isn't finite.
+    """
+    config = trained.config.sae
+    params = {name: np.asarray(value, np.float64) for name, value in trained.params.items()}
+    scale = float(trained.target_scale)
+    ratio = scale / float(trained.input_scale)  # of an SAE 1
+    check_finite(params, where=f"the checkpoint at step {trained.step}")
+    params = _as_jumprelu(params, architecture=config.architecture)
+    # The trainer clamps direct thresholds at 0: no format can say more, all apply a ReLU first.
+    assert (params["threshold"] >= 0).all(), "a trained threshold is negative"
+    bias_F = params["b_enc"]
+    if config.pre_encoder_bias:
+        bias_F = bias_F - params["W_enc"] @ params["b_dec"]
+    W_enc_FD = params["W_enc"] if ratio == 1.0 else ratio * params["W_enc"]
+    return Sae(
+        W_enc=np.ascontiguousarray(W_enc_FD.T, np.float32),
+        W_dec=np.ascontiguousarray(params["W_dec"], np.float32),
+        b_enc=(scale * bias_F).astype(np.float32),
+        b_dec=(scale * params["b_dec"]).astype(np.float32),
+        threshold=(scale * params["threshold"]).astype(np.float32),
+        k=config.k if config.architecture == "topk" else None,
+        architecture=_kept_as(config),
+        metadata=metadata_of(trained),
+        W_skip=(ratio * params[SKIP]).astype(np.float32) if config.affine_skip else None,
+    )
+
+
+def _kept_as(config: SaeConfig) -> Architecture:
+    """What BatchTopK leaves behind is a JumpReLU SAE; no format has a Gated transcoder."""
+    gated_transcoder = config.architecture == "gated" and config.is_transcoder
+    if config.architecture == "batch_topk" or gated_transcoder:
+        return "jumprelu"
+    return config.architecture
+
+
+def _as_jumprelu(
+    params: dict[str, np.ndarray], *, architecture: Architecture
+) -> dict[str, np.ndarray]:
+    """The five tensors of any architecture's trained parameters, weights latent-major."""
+    if architecture == "gated":
+        return params | gated_as_jumprelu(params, latent_axis=0)
+    if architecture in ("relu", "topk"):
+        return params | {"threshold": np.zeros_like(params["b_enc"])}
+    return params

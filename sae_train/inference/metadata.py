@@ -1,0 +1,59 @@
+"""The metadata a released SAE carries: model, hook, normalisation, who made it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from activation_cache.language_model.names import model_name
+from activation_cache.runtime.version import package_version
+
+if TYPE_CHECKING:
+    from sae_train.checkpoint.trained import Trained
+    from sae_train.config.sae import SaeConfig
+from sae_train.inference.hook_names import hugging_face_hook, transformer_lens_hook
+
+# The SAELens whose file format we write; below 6.0 its readers drop the metadata.
+SAE_LENS_VERSION = "6.54.12"
+
+
+def _target_hooks(config: SaeConfig) -> dict[str, str]:
+    if config.target is None:
+        return {}
+    return {
+        "hook_name_out": transformer_lens_hook(config.target, config.layer),
+        "hf_hook_name_out": hugging_face_hook(config.target, config.layer),
+    }
+
+
+def metadata_of(trained: Trained) -> dict[str, Any]:
+    """A trained SAE's metadata under SAELens' names, and under `training` what only we know."""
+    config = trained.config
+    site, layer = config.sae.site, config.sae.layer
+    return {
+        "sae_lens_version": SAE_LENS_VERSION,
+        "sae_lens_training_version": None,
+        "model_name": model_name(config.model.weights),
+        "model_class_name": "HookedTransformer",
+        "hook_name": transformer_lens_hook(site, layer),
+        "hook_head_index": None,
+        "hf_hook_name": hugging_face_hook(site, layer),
+        **_target_hooks(config.sae),
+        "prepend_bos": True,
+        "context_size": config.text.sequence_length,
+        "dataset_path": ", ".join(config.text.source),
+        "seqpos_slice": [None],
+        "exclude_special_tokens": True,
+        "model_from_pretrained_kwargs": {},
+        "neuronpedia_id": None,
+        "training_architecture": config.sae.architecture,
+        "training": {
+            "library": f"open-gemma-scope {package_version()}",
+            "run": config.name,
+            "step": trained.step,
+            "tokens": trained.step * config.train.batch_size,
+            "input_scale": float(trained.input_scale),
+            **({"target_scale": float(trained.target_scale)} if config.sae.is_transcoder else {}),
+            "sparsity": config.train.sparsity.model_dump(),
+            "seed": config.train.seed,
+        },
+    }
