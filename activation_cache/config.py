@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from activation_cache.runtime.errors import UserError
-from activation_cache.storage.files import place
+from activation_cache.storage.files import storage_path
 
 Site = Literal[
     "resid_post", "mlp_out", "attn_out_prelinear", "mlp_in", "mlp_in_normalized", "embedding"
@@ -49,7 +49,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 def _writable_place(text: str) -> str:
     """A folder, or a URL of a bucket: what can't be either is told before anything is read."""
     try:
-        place(text)
+        storage_path(text)
     except UserError as error:
         raise ValueError(str(error)) from error
     return text

@@ -7,16 +7,16 @@ import logging
 import re
 
 from activation_cache.runtime.errors import Interrupted, UserError
-from activation_cache.storage.files import Place, place
+from activation_cache.storage.files import StoragePath, storage_path
 from launch import stages
 from launch.clusters import submit
 from launch.processes.signals import StopFlag
 from launch.targets import (
     read_target_config,
     released_or_trained,
-    trained_folders,
     target_config,
     target_folder,
+    trained_folders,
 )
 from sae_train.config.file import FILE_NAME, read_run_config, write_config
 from sae_train.config.run import Config
@@ -77,7 +77,7 @@ def _training_configs(arguments: argparse.Namespace) -> list[Config]:
     """
     further = [word for word in arguments.overrides if not re.match(r"[A-Za-z_][\w.]*=", word)]
     for word in further:
-        if not place(word).exists():
+        if not storage_path(word).exists():
             raise UserError(
                 f"'{word}' is neither a config that exists nor an override: write overrides as "
                 "key=value, e.g. train.batch_size=2048"
@@ -103,7 +103,7 @@ def evaluate(arguments: argparse.Namespace, stop: StopFlag) -> int:
     config = target_config(arguments.target, arguments.overrides)
     overridden = any(override.startswith("evaluation") for override in arguments.overrides)
     settings = config.evaluation if overridden else None
-    by_store: dict[str, list[Place]] = {}
+    by_store: dict[str, list[StoragePath]] = {}
     for folder in released_or_trained(config):
         by_store.setdefault(read_run_config(folder).cache.path, []).append(folder)
     for folders in by_store.values():  # a suite's runs are too many to be in memory together
@@ -190,5 +190,5 @@ def inspect(arguments: argparse.Namespace, stop: StopFlag) -> int:
     from launch.show.inspect import inspect_path
 
     with stop.at_once():
-        inspect_path(place(arguments.target), verify=arguments.verify)
+        inspect_path(storage_path(arguments.target), verify=arguments.verify)
     return 0

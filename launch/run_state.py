@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import Any
 
-from activation_cache.storage.files import Place, place
+from activation_cache.storage.files import StoragePath, storage_path
 from sae_train.config.file import read_run_config
 from sae_train.config.run import Config
 from sae_train.runs.folder import (
@@ -21,7 +21,7 @@ from sae_train.runs.folder import (
 
 def is_trained(config: Config) -> bool:
     """Has the run of this config ended, under settings that give the same weights?"""
-    folder = place(config.output)
+    folder = storage_path(config.output)
     if newest_checkpoint(folder) != config.train.steps:
         return False
     from sae_train.checkpoint.same_run import numeric_differences
@@ -29,7 +29,7 @@ def is_trained(config: Config) -> bool:
     return not numeric_differences(read_run_config(folder), config)
 
 
-def needs_evaluation(folder: Place) -> bool:
+def needs_evaluation(folder: StoragePath) -> bool:
     """Is a trained run's evaluation missing, of another checkpoint or under other settings?
 
     Judged by the files' words and times, without loading anything; `evaluate` itself compares
@@ -50,7 +50,7 @@ def needs_evaluation(folder: Place) -> bool:
     return False
 
 
-def needs_release(folder: Place) -> bool:
+def needs_release(folder: StoragePath) -> bool:
     """Is a trained run's release missing, or older than its newest checkpoint?"""
     run = read_run(folder)
     card = PurePath(RELEASE, "README.md")  # written last
@@ -59,6 +59,6 @@ def needs_release(folder: Place) -> bool:
     )
 
 
-def _older_than_checkpoint(run: RunFolder, file: Place) -> bool:
+def _older_than_checkpoint(run: RunFolder, file: StoragePath) -> bool:
     assert run.checkpoint_step is not None
     return file.stat().st_mtime < checkpoint_time(run.path, run.checkpoint_step)

@@ -12,7 +12,13 @@ from contextlib import nullcontext
 
 from activation_cache.runtime import processes
 from activation_cache.runtime.errors import UserError
-from activation_cache.storage.files import Place, folder_lock, place, read_json, remove_tree
+from activation_cache.storage.files import (
+    StoragePath,
+    folder_lock,
+    read_json,
+    remove_tree,
+    storage_path,
+)
 from launch.config.local import LocalLaunch
 from launch.processes import group
 from launch.processes.allocator import keep_freed_memory
@@ -40,7 +46,7 @@ def harvest(config: Config, *, stop: Callable[[], bool]) -> None:
     """Make the activation store of `config.cache`, or finish one that was begun."""
     _, mesh = config.harvest_mesh
     if group.starts_here(config):
-        store = place(config.cache.path)
+        store = storage_path(config.cache.path)
         group.run_stage(
             "harvest",
             config,
@@ -63,7 +69,7 @@ def harvest(config: Config, *, stop: Callable[[], bool]) -> None:
     )
 
 
-def _saved(store: Place) -> int:
+def _saved(store: StoragePath) -> int:
     """Grows with what a harvest has saved: its tokens, then buckets."""
     finished_tokens = (store / "tokens" / "tokens.json").exists()
     commits = store / "commits"
@@ -89,7 +95,7 @@ def train(configs: Sequence[Config], *, fresh: bool, stop: Callable[[], bool]) -
 
 def _train_in_group(configs: Sequence[Config], *, fresh: bool, stop: Callable[[], bool]) -> None:
     first, *beside = configs
-    folders = [place(config.output) for config in configs]
+    folders = [storage_path(config.output) for config in configs]
     if fresh:
         # Here and not there: a group that is started again must not start anew.
         from activation_cache.store.store import open_store
@@ -117,7 +123,7 @@ def training_failures(configs: Sequence[Config], error: Exception) -> dict[str, 
     """
     reasons: dict[str, str] = {}
     for config in configs:
-        folder = place(config.output)
+        folder = storage_path(config.output)
         if is_trained(config):
             continue
         if not (folder / FAILURE).exists() and (folder / FILE_NAME).exists():
@@ -133,7 +139,7 @@ def reason_of(error: Exception) -> str:
 
 
 def evaluate(
-    folders: Sequence[Place],
+    folders: Sequence[StoragePath],
     *,
     config: Config,
     settings: EvaluationConfig | None = None,
@@ -176,7 +182,7 @@ def evaluate(
         run_evaluate(folders, settings=settings, stop=stop)
 
 
-def export(folders: Sequence[Place]) -> None:
+def export(folders: Sequence[StoragePath]) -> None:
     """Write and check the release of each run."""
     from sae_train.release.export import export as run_export
 
@@ -184,14 +190,14 @@ def export(folders: Sequence[Place]) -> None:
         run_export(folder)
 
 
-def export_tree(config: Config, folders: Sequence[Place]) -> Place:
+def export_tree(config: Config, folders: Sequence[StoragePath]) -> StoragePath:
     """Release a sweep's runs, and gather them in the tree of a suite; returns its folder."""
     from sae_train.release.tree import export_tree as run_export_tree
 
-    return run_export_tree(place(config.output), config, folders)
+    return run_export_tree(storage_path(config.output), config, folders)
 
 
-def report(folder: Place) -> Place:
+def report(folder: StoragePath) -> StoragePath:
     """Write the report of a run or a sweep; returns its page."""
     from sae_train.report.page import write_report
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from activation_cache.runtime.errors import UserError
-from activation_cache.storage.files import Place, place
+from activation_cache.storage.files import StoragePath, storage_path
 from sae_train.config.file import FILE_NAME, load_config, read_run_config, write_config
 from sae_train.config.run import Config
 from sae_train.runs.folder import newest_checkpoint, run_folders
@@ -31,9 +31,9 @@ def target_config(target: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def read_target_config(target: str, overrides: Sequence[str]) -> Config:
-    if place(target).is_dir():
+    if storage_path(target).is_dir():
         read_run_config(target)  # says what kind of folder was expected
-        config = load_config(place(target) / FILE_NAME, overrides)
+        config = load_config(storage_path(target) / FILE_NAME, overrides)
         if not any(override.startswith("output=") for override in overrides):
             config = config.model_copy(update={"output": target})  # it may have been moved
     else:
@@ -41,19 +41,19 @@ def read_target_config(target: str, overrides: Sequence[str]) -> Config:
     return config
 
 
-def target_folder(target: str) -> Place:
+def target_folder(target: str) -> StoragePath:
     """The output folder a command line names, itself or through a config file."""
-    folder = place(target)
-    return folder if folder.is_dir() else place(target_config(target).output)
+    folder = storage_path(target)
+    return folder if folder.is_dir() else storage_path(target_config(target).output)
 
 
-def trained_folders(config: Config) -> list[Place]:
+def trained_folders(config: Config) -> list[StoragePath]:
     """The runs of a config that have a checkpoint; those without are left out with a warning.
 
     Raises:
         UserError: none has one.
     """
-    folder = place(config.output)
+    folder = storage_path(config.output)
     if config.sweep is not None and not (folder / FILE_NAME).exists():
         from launch.sweep.expand import expand
 
@@ -70,9 +70,9 @@ def trained_folders(config: Config) -> list[Place]:
     return trained
 
 
-def released_or_trained(config: Config) -> list[Place]:
+def released_or_trained(config: Config) -> list[StoragePath]:
     """As `trained_folders`; where nothing was trained yet, that of the SAE to start from."""
-    folder = place(config.output)
+    folder = storage_path(config.output)
     if (
         config.sae.start_from is None
         or config.sweep is not None

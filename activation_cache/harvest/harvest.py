@@ -35,7 +35,13 @@ from activation_cache.runtime import exchange, processes
 from activation_cache.runtime.errors import UserError
 from activation_cache.runtime.exchange import shared
 from activation_cache.storage.arrays import bucket_rows, remove_stray_files
-from activation_cache.storage.files import Place, folder_lock, place, remove_tree, write_text
+from activation_cache.storage.files import (
+    StoragePath,
+    folder_lock,
+    remove_tree,
+    storage_path,
+    write_text,
+)
 from activation_cache.storage.records import FORMAT_VERSION, read_record, write_record
 from activation_cache.store.manifest import (
     Manifest,
@@ -85,7 +91,7 @@ def harvest(
         Interrupted: `stop` turned true; every finished bucket is committed.
     """
     mesh = mesh or cache.mesh or MeshConfig()
-    job = _Harvest(place(cache.path), model, text, cache, mesh, stop)
+    job = _Harvest(storage_path(cache.path), model, text, cache, mesh, stop)
     with contextlib.ExitStack() as held:
 
         def begin() -> bool:
@@ -95,9 +101,9 @@ def harvest(
                 held.enter_context(folder_lock(job.path))
             return job.is_finished()
 
-        if not exchange.told_by_main("store", begin):
+        if not exchange.run_on_main_and_broadcast("store", begin):
             return job.run(resolved_config_yaml)
-    told = exchange.told_by_main("finished store", job.already_finished)
+    told = exchange.run_on_main_and_broadcast("finished store", job.already_finished)
     return Manifest.model_validate_json(told)
 
 
@@ -105,7 +111,7 @@ def harvest(
 class _Harvest:
     """One call of `harvest`."""
 
-    path: Place
+    path: StoragePath
     model: ModelConfig
     text: TextConfig
     cache: CacheConfig
@@ -132,7 +138,7 @@ class _Harvest:
         """Plan, compute what isn't committed, finish. The first process holds the folder."""
         placement = place_copies(self.mesh)
         prepare = functools.partial(self._prepare, resolved_config_yaml)
-        told = exchange.told_by_main("plan", prepare, stop=self.stop)
+        told = exchange.run_on_main_and_broadcast("plan", prepare, stop=self.stop)
         plan = Manifest.model_validate_json(told["plan"])
         summary = TokenSummary.model_validate_json(told["tokens"])
         table = TokenTable(self.path / TOKENS_FOLDER, summary)
@@ -140,10 +146,10 @@ class _Harvest:
             self.path, self.model, plan, table, told["missing"], told["committed"], placement
         )
         machines = [(name, size) for name, size in exchange.gathered("memory", memory_here())]
-        exchange.told_by_main("enough memory", lambda: check_memory(plan, machines))
+        exchange.run_on_main_and_broadcast("enough memory", lambda: check_memory(plan, machines))
         if share.missing and not share.of_embedding:
             convert = functools.partial(convert_once, self.model, folder=share.converted)
-            exchange.told_by_main("conversion", convert)
+            exchange.run_on_main_and_broadcast("conversion", convert)
         finished = shared(
             "harvest",
             functools.partial(share.compute, stop=self.stop),

@@ -12,7 +12,7 @@ import tensorstore as ts
 
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.bucket import BucketPath
-from activation_cache.storage.files import Place
+from activation_cache.storage.files import StoragePath
 from activation_cache.store.manifest import Manifest
 from activation_cache.store.writer import BUCKETS_IN_MEMORY
 
@@ -54,7 +54,7 @@ def check_memory(plan: Manifest, machines: Sequence[tuple[str, int]]) -> None:
             )
 
 
-def log_sizes(path: Place, plan: Manifest, *, rows_left: int) -> None:
+def log_sizes(path: StoragePath, plan: Manifest, *, rows_left: int) -> None:
     """Say what memory and disk the harvest takes; warn when the disk looks too small."""
     per_bucket = bucket_bytes(plan)
     to_write = per_bucket * rows_left // len(plan.bucket_span(0))

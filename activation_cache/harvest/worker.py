@@ -16,7 +16,7 @@ from activation_cache.language_model.model import conversion_folder, load_copies
 from activation_cache.runtime import exchange, processes
 from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.runtime.progress import ProgressMeter
-from activation_cache.storage.files import Place
+from activation_cache.storage.files import StoragePath
 from activation_cache.storage.records import read_record
 from activation_cache.store.manifest import Manifest
 from activation_cache.store.store import PLAN_FILE
@@ -37,7 +37,7 @@ class Share:
         committed: rows of the others.
     """
 
-    path: Place
+    path: StoragePath
     model: ModelConfig
     plan: Manifest
     table: TokenTable
@@ -108,7 +108,7 @@ class Share:
         except UserError as mistake:
             if self.placement.num_members == 1:
                 raise
-            exchange.say_first(exchange.ASKED_KEY, {"mistake": str(mistake)})
+            exchange.publish_first(exchange.ASKED_KEY, {"mistake": str(mistake)})
             return [mistake]
         return []
 

@@ -30,7 +30,7 @@ from activation_cache.language_model.checkpoint import (
 from activation_cache.language_model.gguf_conversion import converted_checkpoint
 from activation_cache.language_model.tokenizer import Tokenizer, load_tokenizer
 from activation_cache.mesh import make_mesh
-from activation_cache.storage.files import AnyPath, place, user_cache
+from activation_cache.storage.files import AnyPath, storage_path, user_cache
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def conversion_folder(store: AnyPath) -> Path:
     They are mapped into memory, so of a store in a bucket they stay on this machine, in the
     user's cache folder.
     """
-    folder = place(store)
+    folder = storage_path(store)
     return (folder.parent if isinstance(folder, Path) else user_cache()) / "weights"
 
 

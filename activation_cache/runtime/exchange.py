@@ -7,14 +7,14 @@ must be called by all of them in the same order; in a single process all of it r
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from activation_cache.runtime import exchange, processes
 from activation_cache.runtime.errors import Interrupted, UserError
-from activation_cache.runtime.processes import _group, is_main, process_count, process_index
+from activation_cache.runtime.processes import is_main, process_count, process_index
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +29,18 @@ _STOP_NOTICE = 4  # calls: twice what two processes can be apart
 Value = TypeVar("Value")
 
 
+@dataclasses.dataclass
+class _State:
+    """What this process has exchanged so far; all processes count alike."""
+
+    exchanges: int = 0
+    stop_questions: dict[str, int] = dataclasses.field(default_factory=dict)  # by scope
+    stop_at: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+_state = _State()
+
+
 def barrier(name: str) -> None:
     """Return when all processes are here."""
     if process_count() > 1:
@@ -36,7 +48,7 @@ def barrier(name: str) -> None:
         _client().wait_at_barrier(f"sae/{number}/{name}", _WAIT_MS)
 
 
-def told_by_main(
+def run_on_main_and_broadcast(
     name: str, work: Callable[[], Value], *, stop: Callable[[], bool] | None = None
 ) -> Value:
     """Do `work` in process 0 alone; all processes return its result, which JSON can carry.
@@ -57,13 +69,13 @@ def told_by_main(
     try:
         result = work()
     except UserError as error:
-        say(key, {"mistake": str(error)})
+        publish(key, {"mistake": str(error)})
         _see_off(key)
         raise
     except Interrupted as stopped:
-        say(key, {"stopped": str(stopped)})
+        publish(key, {"stopped": str(stopped)})
         raise
-    say(key, {"result": result})
+    publish(key, {"result": result})
     return result
 
 
@@ -75,7 +87,7 @@ def wait_for_main(
     while told is None:
         if waited >= patience_ms:
             raise TimeoutError(f"no word from process 0 in {patience_ms} ms: {key}")
-        told = hear(key, wait_ms=POLL_MS)
+        told = poll(key, wait_ms=POLL_MS)
         waited += POLL_MS
         if stop is not None:
             stop_asked(stop)
@@ -87,18 +99,18 @@ def wait_for_main(
     return told["result"]
 
 
-def say(key: str, words: dict[str, Any]) -> None:
+def publish(key: str, words: dict[str, Any]) -> None:
     """Tell everybody, under a key that is used once."""
     _client().key_value_set(key, json.dumps(words))
 
 
-def say_first(key: str, words: dict[str, Any]) -> None:
+def publish_first(key: str, words: dict[str, Any]) -> None:
     """Tell everybody, unless somebody was first: then their words stay."""
     with contextlib.suppress(Exception):
-        say(key, words)
+        publish(key, words)
 
 
-def hear(key: str, *, wait_ms: int = 0) -> dict[str, Any] | None:
+def poll(key: str, *, wait_ms: int = 0) -> dict[str, Any] | None:
     """What was said under a key, if it is within this time."""
     import jax
 
@@ -191,9 +203,9 @@ def stop_asked(stop: Callable[[], bool]) -> bool:
     if process_count() == 1:
         return stop()
     if stop():
-        say_first(ASKED_KEY, {})
+        publish_first(ASKED_KEY, {})
         return True
-    return hear(ASKED_KEY) is not None
+    return poll(ASKED_KEY) is not None
 
 
 def agree_to_stop(stop: Callable[[], bool], *, scope: str = "all") -> bool:
@@ -205,20 +217,20 @@ def agree_to_stop(stop: Callable[[], bool], *, scope: str = "all") -> bool:
     """
     if process_count() == 1:
         return stop()
-    question = _group.stop_questions[scope] = _group.stop_questions.get(scope, 0) + 1
+    question = _state.stop_questions[scope] = _state.stop_questions.get(scope, 0) + 1
     key = f"{_STOP_KEY}/{scope}"
-    if scope not in _group.stop_at and stop():
+    if scope not in _state.stop_at and stop():
         # Somebody else may have been first: then theirs counts.
-        say_first(key, {"question": question + _STOP_NOTICE})
-    if scope not in _group.stop_at and (said := hear(key)):
-        _group.stop_at[scope] = said["question"]
-    return scope in _group.stop_at and question >= _group.stop_at[scope]
+        publish_first(key, {"question": question + _STOP_NOTICE})
+    if scope not in _state.stop_at and (said := poll(key)):
+        _state.stop_at[scope] = said["question"]
+    return scope in _state.stop_at and question >= _state.stop_at[scope]
 
 
 def next_exchange() -> int:
     """A number for the key of what is exchanged next: the same in all processes."""
-    _group.exchanges += 1
-    return _group.exchanges
+    _state.exchanges += 1
+    return _state.exchanges
 
 
 def _client() -> Any:
@@ -247,46 +259,46 @@ def shared(
             it or none.
         UserError: a process found a mistake, or `finish` did; raised in every process.
     """
-    if processes.process_count() == 1:
+    if process_count() == 1:
         work()
         return finish()
-    folder = f"sae/{exchange.next_exchange()}/{name}"
+    folder = f"sae/{next_exchange()}/{name}"
 
     def whole() -> Value:
         try:
             work()
-            for index in range(1, processes.process_count()):
+            for index in range(1, process_count()):
                 key = f"{folder}/done/{index}"
-                while exchange.hear(key, wait_ms=exchange.POLL_MS) is None:
-                    if exchange.stop_asked(stop):
+                while poll(key, wait_ms=POLL_MS) is None:
+                    if stop_asked(stop):
                         raise Interrupted(f"stopped: process {index} has not done its share")
         except UserError as error:
-            exchange.say_first(exchange.ASKED_KEY, {"mistake": str(error)})
+            publish_first(ASKED_KEY, {"mistake": str(error)})
             raise
         except Interrupted:
-            if mistake := (exchange.hear(exchange.ASKED_KEY) or {}).get("mistake"):
+            if mistake := (poll(ASKED_KEY) or {}).get("mistake"):
                 raise UserError(mistake) from None
             raise
         return finish()
 
-    if processes.is_main():
-        return exchange.told_by_main(name, whole)
-    return _share(f"{folder}/done/{processes.process_index()}", name, work, stop=stop)
+    if is_main():
+        return run_on_main_and_broadcast(name, whole)
+    return _share(f"{folder}/done/{process_index()}", name, work, stop=stop)
 
 
 def _share(done: str, name: str, work: Callable[[], None], *, stop: Callable[[], bool]) -> Any:
     """The part of `shared` of the processes that aren't process 0, which has the last word."""
-    key = f"sae/{exchange.next_exchange()}/{name}"
+    key = f"sae/{next_exchange()}/{name}"
     try:
         work()
     except Interrupted:
         pass  # process 0 is asked to stop as well, and tells everybody
     except UserError as error:
-        exchange.say_first(exchange.ASKED_KEY, {"mistake": str(error)})
+        publish_first(ASKED_KEY, {"mistake": str(error)})
         # Process 0 can't tell while it waits for this one in the middle of a computation.
         with contextlib.suppress(TimeoutError):
-            exchange.wait_for_main(key, patience_ms=exchange.SEE_OFF_MS)
+            wait_for_main(key, patience_ms=SEE_OFF_MS)
         raise
     else:
-        exchange.say(done, {})
-    return exchange.wait_for_main(key, stop=stop)
+        publish(done, {})
+    return wait_for_main(key, stop=stop)

@@ -44,9 +44,6 @@ class _Group:
     """What this process knows of its group."""
 
     joined: bool = False
-    exchanges: int = 0  # numbers what is exchanged; all processes count alike
-    stop_questions: dict[str, int] = dataclasses.field(default_factory=dict)  # by scope
-    stop_at: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 _group = _Group()

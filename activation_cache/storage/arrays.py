@@ -22,7 +22,7 @@ from activation_cache.runtime.errors import UserError
 from activation_cache.storage import bucket as bucket_module
 from activation_cache.storage.bucket import BucketPath
 from activation_cache.storage.bucket_errors import array_error
-from activation_cache.storage.files import Place, disk_errors
+from activation_cache.storage.files import StoragePath, disk_errors
 from activation_cache.storage.row_range import Segment
 
 SHARD_BYTES = 256 * 2**20  # a shard is at most this, unless its bucket is few and wide blocks
@@ -55,7 +55,7 @@ class ArrayLayout:
     Chunks and shards span whole rows: `shape[1:]` is never cut.
     """
 
-    path: Place
+    path: StoragePath
     shape: tuple[int, ...]
     dtype: str
     chunk_rows: int
@@ -79,7 +79,7 @@ class ArrayLayout:
         index = 16 * (self.shard_rows // self.chunk_rows) + 4
         return chunks * (self.chunk_rows * self.row_bytes + 4) + shards * index
 
-    def shard_file(self, row: int) -> Place:
+    def shard_file(self, row: int) -> StoragePath:
         """The file that holds `row`."""
         inner = ["0"] * (len(self.shape) - 1)
         return self.path.joinpath("c", str(row // self.shard_rows), *inner)
@@ -173,7 +173,7 @@ def read_rows(array: ts.TensorStore, layout: ArrayLayout, segments: list[Segment
         return start_read(array, segments).result()
 
 
-def remove_stray_files(folder: Place) -> None:
+def remove_stray_files(folder: StoragePath) -> None:
     """Delete what a killed writer leaves beside finished files: locks and unnamed parts.
 
     In a bucket it leaves none: an upload that was cut off is no object.
@@ -190,7 +190,7 @@ _ERRNO_BY_STATUS = {"RESOURCE_EXHAUSTED": errno.ENOSPC, "PERMISSION_DENIED": err
 
 
 @contextlib.contextmanager
-def array_errors(path: Place, *, doing: str) -> Iterator[None]:
+def array_errors(path: StoragePath, *, doing: str) -> Iterator[None]:
     """Turn TensorStore's errors (a `ValueError` that begins with a status) into words.
 
     Raises:
@@ -219,7 +219,7 @@ def array_errors(path: Place, *, doing: str) -> Iterator[None]:
             raise OSError(number, text) from error
 
 
-def damaged_shard(file: Place | str, found: str, *, missing: bool = False) -> UserError:
+def damaged_shard(file: StoragePath | str, found: str, *, missing: bool = False) -> UserError:
     """What to say of a shard that can't be read as it was written."""
     reason = "is missing or incomplete" if missing else "is damaged"
     return UserError(

@@ -1,8 +1,9 @@
 """Small files and folders, on a disk or in a bucket: atomic writes, one writer per folder, errors
 put in words.
 
-Arrays go through TensorStore (`layout.py`); everything else that is written comes here. A `Place`
-is a `pathlib.Path` or a `BucketPath`, which has the same methods as far as a bucket can.
+Arrays go through TensorStore (`arrays.py`); everything else that is written comes here. A
+`StoragePath` is a `pathlib.Path` or a `BucketPath`, which has the same methods as far as a bucket
+can.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from activation_cache.runtime.errors import UserError
 from activation_cache.storage import bucket
 from activation_cache.storage.bucket import BucketPath
 
-Place = Path | BucketPath
+StoragePath = Path | BucketPath
 AnyPath = str | os.PathLike[str] | BucketPath
 
 _DISK_ERRORS = {
@@ -43,7 +44,7 @@ _DISK_ERRORS = {
 }
 
 
-def place(path: AnyPath) -> Place:
+def storage_path(path: AnyPath) -> StoragePath:
     """The folder or file that a text names: `gs://...` and `s3://...` are in a bucket.
 
     Raises:
@@ -86,13 +87,13 @@ def disk_errors(path: AnyPath, *, doing: str) -> Iterator[None]:
 @overload
 def make_folder(path: Path) -> Path: ...
 @overload
-def make_folder(path: AnyPath) -> Place: ...
-def make_folder(path: AnyPath) -> Place:
+def make_folder(path: AnyPath) -> StoragePath: ...
+def make_folder(path: AnyPath) -> StoragePath:
     """Create a folder and its parents; raises `UserError` where the disk refuses.
 
     A bucket has no folders to create.
     """
-    folder = place(path)
+    folder = storage_path(path)
     if isinstance(folder, Path):
         with disk_errors(folder, doing="create folder"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +107,7 @@ def replacing(path: AnyPath) -> Iterator[Path]:
     A reader sees the old file or the whole new one, never a part; an error leaves the old file.
     The temporary file is beside `path`, or where temporary files go for a `path` in a bucket.
     """
-    target = place(path)
+    target = storage_path(path)
     if isinstance(target, BucketPath):
         with tempfile.TemporaryDirectory(prefix="sae-") as scratch:
             file = Path(scratch, target.name)
@@ -129,7 +130,7 @@ def replacing(path: AnyPath) -> Iterator[Path]:
 
 def write_bytes(path: AnyPath, data: bytes) -> None:
     """Write a whole file atomically: a reader sees the old bytes or the new, never a part."""
-    target = place(path)
+    target = storage_path(path)
     if isinstance(target, BucketPath):
         bucket.write_object(target, data)
         return
@@ -149,7 +150,7 @@ def write_json(path: AnyPath, value: Any) -> None:
 
 def append_line(path: AnyPath, line: str) -> None:
     """Add a line to a small text file; in a bucket the object is written anew with it."""
-    target = place(path)
+    target = storage_path(path)
     if isinstance(target, BucketPath):
         before = target.read_bytes() if target.is_file() else b""
         write_bytes(target, before + line.encode() + b"\n")
@@ -161,14 +162,14 @@ def append_line(path: AnyPath, line: str) -> None:
 def read_json(path: AnyPath) -> Any:
     """Read a JSON file; raises `UserError` naming the file when it isn't JSON."""
     try:
-        return json.loads(place(path).read_bytes())
+        return json.loads(storage_path(path).read_bytes())
     except ValueError as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is not valid JSON ({error}): the file is damaged") from error
 
 
-def file_sizes(folder: Place) -> dict[Place, int]:
+def file_sizes(folder: StoragePath) -> dict[StoragePath, int]:
     """Every file below a folder, at any depth, with its size in bytes; in the order of names."""
     if isinstance(folder, BucketPath):
         sizes = bucket.files_below(folder)
@@ -176,7 +177,7 @@ def file_sizes(folder: Place) -> dict[Place, int]:
     return {file: file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
-def remove_tree(folder: Place) -> None:
+def remove_tree(folder: StoragePath) -> None:
     """Delete a folder with all that is in it; nothing if there is none."""
     if isinstance(folder, BucketPath):
         bucket.delete_below(folder)
@@ -186,7 +187,7 @@ def remove_tree(folder: Place) -> None:
 
 
 @contextlib.contextmanager
-def on_disk(folder: Place, names: tuple[str, ...]) -> Iterator[Path]:
+def on_disk(folder: StoragePath, names: tuple[str, ...]) -> Iterator[Path]:
     """A folder of this machine that has those of a folder's files that are there, for as long as
     the block lasts: the folder itself, or a copy of what is in a bucket.
 
@@ -238,7 +239,7 @@ def folder_lock(path: AnyPath) -> Iterator[None]:
         os.close(handle)
 
 
-def is_locked(folder: Place) -> bool:
+def is_locked(folder: StoragePath) -> bool:
     """Does a process hold this folder (`folder_lock`)?
 
     Asks by taking a shared lock for an instant, which a writer starting in that very instant

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from activation_cache.runtime.errors import UserError
-from activation_cache.storage.files import Place, read_json, write_json
+from activation_cache.storage.files import StoragePath, read_json, write_json
 
 FORMAT_VERSION = 1
 
@@ -18,13 +18,13 @@ FORMAT_VERSION = 1
 Record = TypeVar("Record", bound=BaseModel)
 
 
-def write_record(path: Place, record: BaseModel) -> None:
+def write_record(path: StoragePath, record: BaseModel) -> None:
     """Write a small JSON record with a checksum over the rest of it, atomically."""
     content = record.model_dump(mode="json")
     write_json(path, {**content, "checksum": _checksum(content)})
 
 
-def read_record(path: Place, kind: type[Record]) -> Record:
+def read_record(path: StoragePath, kind: type[Record]) -> Record:
     """Read a record back.
 
     Raises:

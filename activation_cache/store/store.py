@@ -17,7 +17,7 @@ from activation_cache.config import CacheConfig, Dtype, ModelConfig, TextConfig
 from activation_cache.gemma.taps import Tap
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.arrays import ArrayLayout, read_rows, shard_rows
-from activation_cache.storage.files import AnyPath, Place, place, read_json
+from activation_cache.storage.files import AnyPath, StoragePath, read_json, storage_path
 from activation_cache.storage.records import read_record
 from activation_cache.storage.row_range import Segment
 from activation_cache.store.manifest import Manifest, first_difference
@@ -29,7 +29,7 @@ TOKENS_FOLDER = "tokens"
 PROVENANCE = ("sequence", "position")
 
 
-def tap_layout(path: Place, manifest: Manifest, tap: Tap) -> ArrayLayout:
+def tap_layout(path: StoragePath, manifest: Manifest, tap: Tap) -> ArrayLayout:
     """The array of one tap, [N, D]; raises `UserError` when the store hasn't the tap."""
     entry = next((entry for entry in manifest.sites if entry.tap == tap), None)
     if entry is None:
@@ -51,7 +51,7 @@ def tap_layout(path: Place, manifest: Manifest, tap: Tap) -> ArrayLayout:
     )
 
 
-def provenance_layout(path: Place, manifest: Manifest, name: str) -> ArrayLayout:
+def provenance_layout(path: StoragePath, manifest: Manifest, name: str) -> ArrayLayout:
     """One of the arrays that say where rows came from, int32 [N]; a shard per bucket."""
     return ArrayLayout(
         path=path / name,
@@ -87,7 +87,7 @@ class Store:
     same order.
     """
 
-    path: Place
+    path: StoragePath
     manifest: Manifest
     identity: str
 
@@ -180,7 +180,7 @@ def open_store(path: AnyPath) -> Store:
     Raises:
         UserError: there is none, its harvest hasn't finished, or its manifest is damaged.
     """
-    folder = place(path)
+    folder = storage_path(path)
     if not (folder / MANIFEST_FILE).exists():
         begun = (folder / PLAN_FILE).exists()
         raise UserError(

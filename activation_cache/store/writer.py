@@ -20,7 +20,7 @@ from activation_cache.config import Count, NonNegative, PositiveCount, Section
 from activation_cache.gemma.taps import Tap
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.arrays import write_shards
-from activation_cache.storage.files import Place, make_folder
+from activation_cache.storage.files import StoragePath, make_folder
 from activation_cache.storage.records import FORMAT_VERSION, read_record, write_record
 from activation_cache.store.manifest import Manifest
 from activation_cache.store.store import PROVENANCE, provenance_layout, tap_layout
@@ -51,12 +51,12 @@ class Commit(Section):
     sum_of_squares: dict[str, NonNegative]
 
 
-def commit_file(path: Place, bucket: int) -> Place:
+def commit_file(path: StoragePath, bucket: int) -> StoragePath:
     """The record that commits a bucket."""
     return path / "commits" / f"bucket-{bucket:06d}.json"
 
 
-def read_commits(path: Place, manifest: Manifest) -> dict[int, Commit]:
+def read_commits(path: StoragePath, manifest: Manifest) -> dict[int, Commit]:
     """The buckets that are durable; raises `UserError` when a record is damaged."""
     folder = commit_file(path, 0).parent
     names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
@@ -80,7 +80,7 @@ class BucketWriter:
     written is still committed and the body's error is the one raised.
     """
 
-    def __init__(self, path: Place, manifest: Manifest) -> None:
+    def __init__(self, path: StoragePath, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
         make_folder(path / "commits")
         layouts = {e.tap.name: tap_layout(path, manifest, e.tap) for e in manifest.sites}

@@ -21,7 +21,7 @@ from pydantic import Field
 from activation_cache.config import Count, PositiveCount, Section, TextConfig
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.arrays import ArrayLayout, read_rows
-from activation_cache.storage.files import Place
+from activation_cache.storage.files import StoragePath
 from activation_cache.storage.records import read_record
 from activation_cache.storage.row_range import Segment
 
@@ -79,7 +79,7 @@ class TokenSummary(Section):
 class TokenTable:
     """A finished token table."""
 
-    path: Place
+    path: StoragePath
     summary: TokenSummary
 
     @property
@@ -150,7 +150,7 @@ class TokenTable:
         return token_layout(self.path, self.num_sequences, self.sequence_length).open()
 
 
-def open_tokens(path: Place) -> TokenTable:
+def open_tokens(path: StoragePath) -> TokenTable:
     """Open a finished table; raises `UserError` when it is missing or damaged."""
     if not (path / TOKENS_FILE).exists():
         raise UserError(f"{path} has no {TOKENS_FILE}: it is not a finished token table.")
@@ -162,7 +162,7 @@ def usable_tokens(tokens: Int32[np.ndarray, "N S"], special: SpecialIds) -> Bool
     return (tokens != special.bos) & (tokens != special.eos) & (tokens != special.pad)
 
 
-def token_layout(path: Place, sequences: int, length: int) -> ArrayLayout:
+def token_layout(path: StoragePath, sequences: int, length: int) -> ArrayLayout:
     """The array of tokens, int32 [sequences, length]."""
     return ArrayLayout(
         path=path / "tokens",
@@ -173,17 +173,17 @@ def token_layout(path: Place, sequences: int, length: int) -> ArrayLayout:
     )
 
 
-def count_layout(path: Place, sequences: int) -> ArrayLayout:
+def count_layout(path: StoragePath, sequences: int) -> ArrayLayout:
     """The array of usable counts, int32 [sequences]."""
     return _per_sequence(path / "usable", sequences)
 
 
-def subset_layout(path: Place, sequences: int) -> ArrayLayout:
+def subset_layout(path: StoragePath, sequences: int) -> ArrayLayout:
     """The array of subsets, int32 [sequences]; only with `text.subset_field`."""
     return _per_sequence(path / "subset", sequences)
 
 
-def _per_sequence(path: Place, sequences: int) -> ArrayLayout:
+def _per_sequence(path: StoragePath, sequences: int) -> ArrayLayout:
     return ArrayLayout(
         path=path,
         shape=(sequences,),

@@ -18,7 +18,7 @@ from activation_cache.language_model.tokenizer import Tokenizer
 from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.runtime.progress import ProgressMeter
 from activation_cache.storage.arrays import write_shards
-from activation_cache.storage.files import Place, make_folder, remove_tree
+from activation_cache.storage.files import StoragePath, make_folder, remove_tree
 from activation_cache.storage.records import FORMAT_VERSION, write_record
 from activation_cache.text.packing import pack, pack_by_subset, pack_vocabulary
 from activation_cache.text.sources import Document, Source, find_sources
@@ -75,7 +75,7 @@ def prepare_tokens(
     text: TextConfig,
     *,
     tokenizer: Tokenizer,
-    path: Place,
+    path: StoragePath,
     rows: int,
     vocabulary: int | None = None,
     keep: bool = False,
@@ -181,7 +181,7 @@ class _TableBuilder:
     """Writes one table, shard by shard; memory holds a batch of text and one shard."""
 
     def __init__(
-        self, path: Place, recipe: Recipe, tokenizer: Tokenizer, stop: Callable[[], bool]
+        self, path: StoragePath, recipe: Recipe, tokenizer: Tokenizer, stop: Callable[[], bool]
     ) -> None:
         self.path, self.recipe, self.tokenizer, self.stop = path, recipe, tokenizer, stop
         self.length = recipe.text.sequence_length

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from activation_cache.storage.files import place
+from activation_cache.storage.files import storage_path
 from sae_train.config.run import Config
 
 Command = Literal["harvest", "train", "sweep"]
@@ -16,7 +16,7 @@ def local_folder(config: Config, kind: str) -> Path:
     """Where what is submitted is kept on this machine: in the output folder, or, where that is in
     a bucket, in `<kind>/<name>` of the folder the command is given in.
     """
-    output = place(config.output)
+    output = storage_path(config.output)
     if isinstance(output, Path):
         return output / kind
     return Path(kind) / re.sub(r"[^A-Za-z0-9._-]+", "_", config.name)

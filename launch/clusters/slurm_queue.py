@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from activation_cache.runtime.errors import UserError
-from activation_cache.storage.files import place
+from activation_cache.storage.files import storage_path
 from launch.clusters.slurm import Job, TaskState, read_jobs, task_states
 from launch.clusters.slurm_script import script_folder
 from sae_train.config.run import Config
@@ -47,7 +47,7 @@ def queue_view(config: Config) -> QueueView | None:
     others: list[str] = []
     for job in jobs.values():
         if job.stage == "train":
-            runs |= _runs(job, states, alone=place(config.output).name)
+            runs |= _runs(job, states, alone=storage_path(config.output).name)
         else:
             others.append(f"{job.stage}: job {_words(job.number, states)}")
     return QueueView(runs=runs, others="Slurm: " + "; ".join(others) if others else "")

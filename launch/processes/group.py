@@ -13,7 +13,7 @@ from typing import Any
 
 from activation_cache.runtime import exchange, processes
 from activation_cache.runtime.errors import Interrupted, UserError
-from activation_cache.storage.files import Place
+from activation_cache.storage.files import StoragePath
 from launch.config.local import LocalLaunch
 from launch.processes.supervise import SUPERVISOR, starts_group, stop_with_supervisor, supervise
 from sae_train.config.file import resolved_yaml
@@ -35,7 +35,7 @@ def run_stage(
     *,
     devices: int,
     beside: Sequence[Config] = (),
-    target: Place | None = None,
+    target: StoragePath | None = None,
     options: Sequence[str] = (),
     progress: Callable[[], Any] = lambda: None,
     stop: Callable[[], bool] = lambda: False,

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from activation_cache.runtime.errors import UserError
 from activation_cache.runtime.progress import ProgressMeter
-from activation_cache.storage.files import Place, file_sizes
+from activation_cache.storage.files import StoragePath, file_sizes
 from launch.console import print_table
 from launch.show.status import status_table
 from launch.targets import target_config
@@ -31,7 +31,7 @@ _QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 _NORM_TOLERANCE = 1e-6
 
 
-def inspect_path(path: Place, *, verify: bool) -> None:
+def inspect_path(path: StoragePath, *, verify: bool) -> None:
     """Print tables about whatever `path` is.
 
     Args:
@@ -55,7 +55,7 @@ def inspect_path(path: Place, *, verify: bool) -> None:
         inspect_sae(path)
 
 
-def inspect_store(path: Place, *, verify: bool) -> None:
+def inspect_store(path: StoragePath, *, verify: bool) -> None:
     """Print a store's manifest, sizes and the look of its first rows; verify it if asked."""
     from activation_cache.store.store import open_store
 
@@ -133,14 +133,14 @@ def _check_norm(tap: Tap, *, found: float, stated: float) -> None:
         )
 
 
-def inspect_run(path: Place) -> None:
+def inspect_run(path: StoragePath) -> None:
     """Print how far a run or a sweep is, and the SAE of a run that has been released."""
     print_table(status_table(target_config(str(path))))
     if (path / "release").is_dir():
         inspect_sae(path)
 
 
-def inspect_sae(path: Place) -> None:
+def inspect_sae(path: StoragePath) -> None:
     """Print a released SAE's shapes, origin, thresholds and norms."""
     from sae_train.inference.read_formats import load_sae
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage import hub
-from activation_cache.storage.files import Place, file_sizes
+from activation_cache.storage.files import StoragePath, file_sizes
 from launch.console import print_line, print_table
 from sae_train.release.export import CARD
 from sae_train.release.index import INDEX
@@ -26,7 +26,7 @@ def check_repository(name: str) -> None:
         )
 
 
-def publish(release: Place, *, repository: str, dry_run: bool) -> None:
+def publish(release: StoragePath, *, repository: str, dry_run: bool) -> None:
     """Send a release to the Hub; with `dry_run` list its files and touch no network.
 
     Raises:

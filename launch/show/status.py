@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from activation_cache.storage.files import is_locked, place
+from activation_cache.storage.files import is_locked, storage_path
 from launch.clusters.slurm_queue import QueueView, queue_view
 from launch.run_state import needs_evaluation, needs_release
 from launch.sweep.expand import expand
@@ -24,13 +24,13 @@ def status_table(config: Config) -> Table:
     Raises:
         UserError: a run's folder holds damaged files.
     """
-    alone = place(config.output)
+    alone = storage_path(config.output)
     runs = (
         [(alone.name, alone, config)]
         if config.sweep is None
         else [(run.name, run.folder, run.config) for run in expand(config)]
     )
-    busy = ", a process is at work" if is_locked(place(config.output)) else ""
+    busy = ", a process is at work" if is_locked(storage_path(config.output)) else ""
     queue = queue_view(config)
     table = Table(title=f"{config.name} in {config.output}{busy}", title_justify="left")
     if queue is not None and queue.others:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from activation_cache.runtime.errors import UserError
-from activation_cache.storage.files import place
+from activation_cache.storage.files import storage_path
 from launch.sweep.run import Run
 from launch.sweep.suite_cells import is_chosen
 from launch.sweep.suite_runs import suite_runs
@@ -105,7 +105,7 @@ def _short_labels(keys: list[str]) -> dict[str, str]:
 
 
 def _make_run(config: Config, *, name: str, settings: Mapping[str, Any]) -> Run:
-    own = {"name": f"{config.name}-{name}", "output": str(place(config.output) / name)}
+    own = {"name": f"{config.name}-{name}", "output": str(storage_path(config.output) / name)}
     run_config = with_values(
         config.model_copy(update={"sweep": None}),
         {**settings, **own},

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from activation_cache.storage.files import Place, place
+from activation_cache.storage.files import StoragePath, storage_path
 from sae_train.config.run import Config
 
 
@@ -19,6 +19,6 @@ class Run:
     config: Config
 
     @property
-    def folder(self) -> Place:
+    def folder(self) -> StoragePath:
         """Its output folder."""
-        return place(self.config.output)
+        return storage_path(self.config.output)

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from activation_cache.runtime.errors import Interrupted, UserError
-from activation_cache.storage.files import folder_lock, place
+from activation_cache.storage.files import folder_lock, storage_path
 from launch import run_state, stages
 from launch.processes.signals import StopFlag
 from launch.sweep.cohorts import cohort_lines, cohorts_of
@@ -63,7 +63,7 @@ def run_sweep(config: Config, *, stop: StopFlag) -> int:
         for part in _by_store(runs):
             _run_on_one_store(config, part, stop=stop, failures=failures)
         with stop.at_once():
-            report = stages.report(place(config.output))
+            report = stages.report(storage_path(config.output))
     logger.info("report: %s", report)
     return _conclude(runs, failures)
 

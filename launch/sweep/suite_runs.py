@@ -7,7 +7,7 @@ from typing import Any
 
 from activation_cache.language_model.published_sizes import config_for_planning
 from activation_cache.runtime.errors import UserError
-from activation_cache.storage.files import place
+from activation_cache.storage.files import storage_path
 from launch.sweep.suite_cells import Cell, all_cells, cache_of, cells_of
 from sae_train.config.file import with_values
 from sae_train.config.run import Config, L0Penalty
@@ -31,7 +31,7 @@ def suite_runs(config: Config) -> Iterator[tuple[str, Mapping[str, Any], Config]
         name, settings = cell.folder, cell.settings()
         own: dict[str, Any] = {
             "name": f"{config.name}-{name.replace('/', '-')}",
-            "output": str(place(config.output) / name),
+            "output": str(storage_path(config.output) / name),
         }
         if config.sweep is not None and config.sweep.start_from is not None:
             own["sae.start_from"] = config.sweep.start_from.replace("{folder}", name)

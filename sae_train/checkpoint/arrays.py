@@ -28,7 +28,7 @@ from activation_cache.runtime import exchange, processes
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.arrays import ArrayLayout, array_errors, start_read, write_shards
 from activation_cache.storage.bucket import BucketPath
-from activation_cache.storage.files import Place, remove_tree, write_bytes
+from activation_cache.storage.files import StoragePath, remove_tree, write_bytes
 from activation_cache.storage.row_range import Segment
 from sae_train.step.state import TrainState
 
@@ -79,7 +79,7 @@ class BucketCheckpoints:
         """Copy this process's part of a state off its devices and begin to write it."""
         self.wait()
         target = self.folder / str(step)
-        exchange.told_by_main("clear the checkpoint", lambda: self.delete(step))
+        exchange.run_on_main_and_broadcast("clear the checkpoint", lambda: self.delete(step))
         pieces = list(_own_pieces(state, target))
         name = f"saved/{next(_saves)}"
         self._saving = self._pool.submit(self._write, target, pieces, dict(sealed), name)
@@ -138,7 +138,7 @@ def cutting_of(state: TrainState) -> dict[str, Any]:
     return {name: _cut(array) for name, array in _named(state)}
 
 
-def read_state(folder: Place, abstract: TrainState, meta: Mapping[str, Any]) -> TrainState:
+def read_state(folder: StoragePath, abstract: TrainState, meta: Mapping[str, Any]) -> TrainState:
     """The state under a checkpoint's folder, placed as `abstract` says.
 
     All reads are under way at once; each process reads what its devices hold.
@@ -183,7 +183,7 @@ def _halved(rows: int, row_bytes: int, limit: int) -> int:
     return rows
 
 
-def _layout(folder: Place, name: str, cutting: Mapping[str, Any]) -> ArrayLayout:
+def _layout(folder: StoragePath, name: str, cutting: Mapping[str, Any]) -> ArrayLayout:
     return ArrayLayout(
         path=folder / "state" / name,
         shape=tuple(cutting["shape"]),

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from activation_cache.runtime import exchange
 from activation_cache.runtime.errors import StorageError, UserError
 from activation_cache.storage.bucket import BucketPath
-from activation_cache.storage.files import AnyPath, Place, place
+from activation_cache.storage.files import AnyPath, StoragePath, storage_path
 from sae_train.checkpoint.arrays import ARRAYS, META, BucketCheckpoints, cutting_of, read_state
 from sae_train.checkpoint.checksum import DamagedCheckpoint, seal_meta, state_checksums, unseal_meta
 from sae_train.checkpoint.orbax_files import OrbaxCheckpoints
@@ -45,7 +45,7 @@ class Checkpoints:
         self, run_folder: AnyPath, *, keep: int | None = None, read_only: bool = False
     ) -> None:
         """Open them; `read_only` disturbs nobody who may be writing there."""
-        self.folder = (place(run_folder) / FOLDER).absolute()
+        self.folder = (storage_path(run_folder) / FOLDER).absolute()
         self._files: BucketCheckpoints | OrbaxCheckpoints
         if isinstance(self.folder, BucketPath):
             self._files = BucketCheckpoints(self.folder, keep=keep, read_only=read_only)
@@ -165,7 +165,7 @@ class Checkpoints:
             self._files.delete(step)
 
 
-def _read(folder: Place, abstract: TrainState, meta: Mapping[str, Any]) -> TrainState:
+def _read(folder: StoragePath, abstract: TrainState, meta: Mapping[str, Any]) -> TrainState:
     if ARRAYS in meta:
         return read_state(folder, abstract, meta)
     if isinstance(folder, BucketPath):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from activation_cache.runtime.errors import UserError
-from activation_cache.storage.files import Place
+from activation_cache.storage.files import StoragePath
 from sae_train.config.file import differing_fields
 from sae_train.config.run import Config
 
@@ -59,7 +59,7 @@ def numeric_differences(a: Config, b: Config) -> list[str]:
 
 
 def refuse_difference(
-    config: Config, meta: Mapping[str, Any], *, store: str, folder: Place
+    config: Config, meta: Mapping[str, Any], *, store: str, folder: StoragePath
 ) -> None:
     """Raise `UserError` naming the fields in which a checkpoint belongs to another run."""
     earlier = Config.model_validate(meta["config"])

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from activation_cache.runtime.errors import UserError
-from activation_cache.storage.files import AnyPath, place
+from activation_cache.storage.files import AnyPath, storage_path
 from sae_train.checkpoint.checkpoints import FOLDER, Checkpoints
 from sae_train.config.run import Config
 from sae_train.model.sharding import local_mesh
@@ -49,7 +49,7 @@ def load_trained(run_folder: AnyPath, *, step: int | None = None) -> Trained:
         UserError: the folder has no checkpoint, none at `step`, or damaged ones only.
         DamagedCheckpoint: the one at `step` is.
     """
-    folder = place(run_folder)
+    folder = storage_path(run_folder)
     if not (folder / FOLDER).is_dir():
         raise UserError(f"{folder} has no {FOLDER}/: give a run folder that `sae train` wrote")
     with Checkpoints(folder, read_only=True) as checkpoints:

@@ -20,7 +20,7 @@ _BOUNDS = {
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where an error stands: the path as the user wrote it, the type expected there.
 
     `section` is the innermost section on the way and `tag` what chose it (`penalty: l0`) if it is
@@ -38,10 +38,10 @@ def mistakes(error: pydantic.ValidationError) -> list[tuple[Path, str]]:
     """Each mistake once, as (path, message), in the order of the schema."""
     found: dict[tuple[Path, str], bool] = {}
     for detail in error.errors(include_url=False):
-        place = _place(detail["loc"])
-        path, message = _message(detail, place)
+        location = _location(detail["loc"])
+        path, message = _message(detail, location)
         for line in message.splitlines():
-            found[path, line] = place.undecided
+            found[path, line] = location.undecided
     deeper = [path for path, _ in found]
     return [
         (path, message)
@@ -50,7 +50,7 @@ def mistakes(error: pydantic.ValidationError) -> list[tuple[Path, str]]:
     ]
 
 
-def _place(location: tuple[str | int, ...]) -> Place:
+def _location(location: tuple[str | int, ...]) -> Location:
     """Follow pydantic's location through the schema, leaving out its tags for union members."""
     path: Path = ()
     annotation: Any = Config
@@ -63,7 +63,7 @@ def _place(location: tuple[str | int, ...]) -> Place:
             inner = parts[1] if len(parts) > 1 else None
             chosen = [one for one in options if _is_member(one, parts[0], inner)]
             if len(chosen) != 1:
-                return Place(path, annotation, section, undecided=True)
+                return Location(path, annotation, section, undecided=True)
             annotation, tag = chosen[0], parts.pop(0)
             section = annotation
             continue
@@ -75,7 +75,7 @@ def _place(location: tuple[str | int, ...]) -> Place:
         path = (*path, part)
         following = schema.child(annotation, part)
         annotation = following[0] if following else None
-    return Place(path, annotation, section, tag)
+    return Location(path, annotation, section, tag)
 
 
 def _is_member(annotation: Any, tag: str | int, inner: str | int | None) -> bool:
@@ -101,25 +101,25 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _message(detail: Any, place: Place) -> tuple[Path, str]:
+def _message(detail: Any, location: Location) -> tuple[Path, str]:
     kind = detail["type"]
     if kind == "extra_forbidden":
-        return place.path, _unknown_key(str(place.path[-1]), place)
+        return location.path, _unknown_key(str(location.path[-1]), location)
     if kind == "union_tag_invalid":
         name = detail["ctx"]["discriminator"].strip("'")
-        valid = _tags(place.annotation, name)
-        return (*place.path, name), _unknown_choice(detail["input"].get(name), valid)
-    if kind == "literal_error" and not place.undecided:
-        literals = filter(_is_literal, schema.alternatives(place.annotation))
+        valid = _tags(location.annotation, name)
+        return (*location.path, name), _unknown_choice(detail["input"].get(name), valid)
+    if kind == "literal_error" and not location.undecided:
+        literals = filter(_is_literal, schema.alternatives(location.annotation))
         valid = [str(choice) for literal in literals for choice in get_args(literal)]
-        return place.path, _unknown_choice(detail["input"], valid)
-    return place.path, _broken_rule(detail, place)
+        return location.path, _unknown_choice(detail["input"], valid)
+    return location.path, _broken_rule(detail, location)
 
 
-def _broken_rule(detail: Any, place: Place) -> str:
+def _broken_rule(detail: Any, location: Location) -> str:
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
     if kind == "missing":
-        return f"missing; it must be given ({schema.describe(place.annotation)})"
+        return f"missing; it must be given ({schema.describe(location.annotation)})"
     if kind in _BOUNDS:
         bound, words = _BOUNDS[kind]
         return f"{shown(value)} is out of range: it must be {words} {context[bound]:g}"
@@ -129,14 +129,14 @@ def _broken_rule(detail: Any, place: Place) -> str:
         return "must not be empty"
     if kind == "value_error":
         return str(context["error"])
-    return _wrong_type(value, schema.describe(place.annotation))
+    return _wrong_type(value, schema.describe(location.annotation))
 
 
-def _unknown_key(name: str, place: Place) -> str:
-    valid = sorted(place.section.model_fields)
+def _unknown_key(name: str, location: Location) -> str:
+    valid = sorted(location.section.model_fields)
     near = schema.nearest(name, valid)
     hint = f"did you mean '{near}'?" if near else f"the keys here are {', '.join(valid)}"
-    return f"unknown key{f' with {place.tag}' if place.tag else ''}; {hint}"
+    return f"unknown key{f' with {location.tag}' if location.tag else ''}; {hint}"
 
 
 def _unknown_choice(value: Any, valid: list[str]) -> str:

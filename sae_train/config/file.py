@@ -16,7 +16,7 @@ from typing import Any
 import pydantic
 
 from activation_cache.runtime.errors import UserError
-from activation_cache.storage.files import AnyPath, make_folder, place, write_text
+from activation_cache.storage.files import AnyPath, make_folder, storage_path, write_text
 from sae_train.config import errors, schema, strict_yaml
 from sae_train.config.run import Config
 
@@ -74,9 +74,9 @@ def write_config(config: Config, folder: AnyPath) -> None:
 
 def read_run_config(folder: AnyPath) -> Config:
     """The resolved config of an output folder; raises `UserError` if it isn't one."""
-    path = place(folder) / FILE_NAME
+    path = storage_path(folder) / FILE_NAME
     if not path.is_file():
-        what = "has no config.yaml" if place(folder).is_dir() else "does not exist"
+        what = "has no config.yaml" if storage_path(folder).is_dir() else "does not exist"
         raise UserError(
             f"{folder} {what}: it is not the output folder of a run or a sweep. Give the folder "
             "that `output:` names, or the config file itself."
@@ -94,7 +94,7 @@ def differing_fields(a: Config, b: Config) -> list[str]:
 
 def _read_text(path: AnyPath) -> str:
     try:
-        return place(path).read_bytes().decode("utf-8-sig")
+        return storage_path(path).read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such config file{_meant(path)}") from error
     except IsADirectoryError as error:
@@ -107,7 +107,7 @@ def _read_text(path: AnyPath) -> str:
 
 def _meant(path: AnyPath) -> str:
     """A file beside a missing one whose name is nearly its, in words; empty if there is none."""
-    wanted = place(path)
+    wanted = storage_path(path)
     try:
         names = [file.name for file in wanted.parent.iterdir()]
     except OSError:

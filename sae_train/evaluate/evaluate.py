@@ -16,7 +16,7 @@ from activation_cache.config import Dtype, ModelConfig
 from activation_cache.gemma.taps import EMBEDDING
 from activation_cache.language_model.model import LanguageModel
 from activation_cache.runtime import exchange
-from activation_cache.storage.files import AnyPath, place
+from activation_cache.storage.files import AnyPath, storage_path
 from sae_train.config.run import EvaluationConfig
 from sae_train.evaluate.job import Job
 from sae_train.evaluate.jobs import Models, jobs_of
@@ -70,7 +70,7 @@ def evaluate(
     jobs = [
         job
         for folder in folders
-        for job in jobs_of(place(folder), settings=settings, models=models, stop=stop)
+        for job in jobs_of(storage_path(folder), settings=settings, models=models, stop=stop)
     ]
     waiting = []
     for job in jobs:
@@ -127,7 +127,7 @@ def _evaluate(group: list[Job], models: Models, *, stop: Callable[[], bool]) -> 
             evaluation = _evaluation(index, passes)
             write_evaluation(evaluation, group[index].folder, fired_F=first.saes[index].fired_F)
 
-    exchange.told_by_main("evaluation", write_all)
+    exchange.run_on_main_and_broadcast("evaluation", write_all)
 
 
 def _in_bfloat16(job: Job) -> Job:

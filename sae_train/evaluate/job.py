@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int
 
 from activation_cache.config import ModelConfig
 from activation_cache.gemma.taps import Tap
-from activation_cache.storage.files import Place
+from activation_cache.storage.files import StoragePath
 from activation_cache.text.token_table import TokenTable
 from sae_train.config.run import Config, EvaluationConfig
 from sae_train.evaluate.result import FORMAT_VERSION, Evaluation
@@ -33,7 +33,7 @@ class Job:
         compared: measured only to stand beside another precision.
     """
 
-    folder: Place
+    folder: StoragePath
     config: Config
     settings: EvaluationConfig
     step: int

@@ -20,7 +20,7 @@ from activation_cache.language_model.tokenizer import Tokenizer, load_tokenizer
 from activation_cache.mesh import make_mesh
 from activation_cache.runtime import exchange
 from activation_cache.runtime.errors import UserError
-from activation_cache.storage.files import Place, place
+from activation_cache.storage.files import StoragePath, storage_path
 from activation_cache.store.store import open_store
 from activation_cache.text.token_table import TokenTable, open_tokens
 from activation_cache.text.tokenise import prepare_tokens
@@ -95,7 +95,7 @@ def _local_mesh(config: Config, gemma: GemmaConfig) -> Mesh:
 
 
 def jobs_of(
-    folder: Place,
+    folder: StoragePath,
     *,
     settings: EvaluationConfig | None,
     models: Models,
@@ -119,7 +119,7 @@ def jobs_of(
 class _Run:
     """A run and its SAE, which several jobs share."""
 
-    def __init__(self, folder: Place, config: Config, models: Models) -> None:
+    def __init__(self, folder: StoragePath, config: Config, models: Models) -> None:
         self.folder, self.config, self.models = folder, config, models
         found = _found_sae(folder, config)
         self.sae, self.step, self.trained_on = found.sae, found.step, found.trained_on
@@ -245,7 +245,7 @@ class _Run:
         """The text's tokens, made once and kept beside the store."""
         tokenizer = self.models.tokenizer(model)
         digest = hashlib.sha256(f"{text.model_dump_json()} {tokenizer.fingerprint}".encode())
-        path = place(self.config.cache.path).parent / _TOKENS / digest.hexdigest()[:16]
+        path = storage_path(self.config.cache.path).parent / _TOKENS / digest.hexdigest()[:16]
 
         def prepare() -> None:
             rows = sequences * text.sequence_length
@@ -257,7 +257,7 @@ class _Run:
                 stop=lambda: exchange.stop_asked(stop),
             )
 
-        exchange.told_by_main("evaluation tokens", prepare, stop=stop)
+        exchange.run_on_main_and_broadcast("evaluation tokens", prepare, stop=stop)
         return open_tokens(path)
 
 
@@ -292,7 +292,7 @@ class _Found:
     trained_on: str | None = None
 
 
-def _found_sae(folder: Place, config: Config) -> _Found:
+def _found_sae(folder: StoragePath, config: Config) -> _Found:
     """A folder's SAE; one without checkpoints stands for the released SAE it would start from."""
     released = config.sae.start_from
     if released is not None and newest_checkpoint(folder) is None:

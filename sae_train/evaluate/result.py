@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from activation_cache.runtime.errors import UserError
-from activation_cache.storage.files import Place, read_json, replacing, write_json
+from activation_cache.storage.files import StoragePath, read_json, replacing, write_json
 from sae_train.evaluate.sums import LossSums, SaeSums, SiteSums
 from sae_train.runs.folder import EVALUATION, labelled
 
@@ -240,7 +240,7 @@ def _finite(value: float) -> float | None:
 
 
 def write_evaluation(
-    evaluation: Evaluation, folder: Place, *, fired_F: Int[np.ndarray, " F"]
+    evaluation: Evaluation, folder: StoragePath, *, fired_F: Int[np.ndarray, " F"]
 ) -> None:
     """Write firing_counts.npy, then evaluation.json, which names its hash; with a label, both
     under names that have it.
@@ -253,7 +253,7 @@ def write_evaluation(
     write_json(folder / labelled(EVALUATION, evaluation.label), written.to_json())
 
 
-def read_evaluation(folder: Place, label: str | None = None) -> Evaluation | None:
+def read_evaluation(folder: StoragePath, label: str | None = None) -> Evaluation | None:
     """The evaluation of a run's folder; None if there is none or another version wrote it."""
     path = folder / labelled(EVALUATION, label)
     if not path.is_file():
@@ -264,7 +264,7 @@ def read_evaluation(folder: Place, label: str | None = None) -> Evaluation | Non
         return None
 
 
-def read_frequencies(folder: Place, evaluation: Evaluation) -> Float[np.ndarray, " F"]:
+def read_frequencies(folder: StoragePath, evaluation: Evaluation) -> Float[np.ndarray, " F"]:
     """The fraction of tokens each latent fired on.
 
     Raises:
@@ -279,5 +279,5 @@ def read_frequencies(folder: Place, evaluation: Evaluation) -> Float[np.ndarray,
     return np.load(io.BytesIO(path.read_bytes())) / evaluation.tokens
 
 
-def _sha256(path: Place) -> str:
+def _sha256(path: StoragePath) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()

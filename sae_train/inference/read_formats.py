@@ -22,7 +22,7 @@ from numpy.lib.npyio import NpzFile
 
 from activation_cache.config import Site
 from activation_cache.runtime.errors import UserError
-from activation_cache.storage.files import AnyPath, Place, on_disk, place
+from activation_cache.storage.files import AnyPath, StoragePath, on_disk, storage_path
 from sae_train.inference.hook_names import hugging_face_hook, parse_hook, transformer_lens_hook
 from sae_train.inference.hub_address import fetch_sae, is_hub_address
 from sae_train.inference.read_sae_lens import read_sae_lens
@@ -62,7 +62,7 @@ def load_sae(path: AnyPath) -> Sae:
         UserError: nothing readable there, a damaged file, a tensor missing, unknown, mis-shaped
             or not finite, or an architecture that isn't read (a crosscoder, ...).
     """
-    there = place(path)
+    there = storage_path(path)
     if not there.exists() and is_hub_address(str(path)):
         there = fetch_sae(str(path))
     found = _find(there)
@@ -79,7 +79,7 @@ def load_sae(path: AnyPath) -> Sae:
     return sae
 
 
-def _find(path: Place) -> Place:
+def _find(path: StoragePath) -> StoragePath:
     """The weights file that `path` stands for."""
     if path.is_file() and (path.name in _READERS or path.suffix == ".npz"):
         return path

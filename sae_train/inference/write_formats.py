@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from activation_cache.storage.files import Place, make_folder, replacing, write_json
+from activation_cache.storage.files import StoragePath, make_folder, replacing, write_json
 from activation_cache.storage.safetensors_file import write_safetensors
 from sae_train.inference.sae import SKIP, Sae
 
@@ -27,7 +27,7 @@ FORMATS = ("gemma_scope", "gemma_scope_2", "sae_lens")
 _LOG_SPARSITY_EPSILON = 1e-10
 
 
-def write_gemma_scope(sae: Sae, folder: Place) -> list[Place]:
+def write_gemma_scope(sae: Sae, folder: StoragePath) -> list[StoragePath]:
     """Write `params.npz`: float32, capital names, the plain threshold, nothing else.
 
     A transcoder has the same names; one with a skip has no place in this format.
@@ -39,7 +39,7 @@ def write_gemma_scope(sae: Sae, folder: Place) -> list[Place]:
     return [path]
 
 
-def write_gemma_scope_2(sae: Sae, folder: Place) -> list[Place]:
+def write_gemma_scope_2(sae: Sae, folder: StoragePath) -> list[StoragePath]:
     """Write `params.safetensors` with lower-case names, then `config.json`.
 
     A transcoder's skip is `affine_skip_connection`, [in, out].
@@ -69,8 +69,8 @@ def write_gemma_scope_2(sae: Sae, folder: Place) -> list[Place]:
 
 
 def write_sae_lens(
-    sae: Sae, folder: Place, *, frequency_F: Float[np.ndarray, " F"] | None = None
-) -> list[Place]:
+    sae: Sae, folder: StoragePath, *, frequency_F: Float[np.ndarray, " F"] | None = None
+) -> list[StoragePath]:
     """Write an inference SAE of SAELens 6, its sparsity file too where it was measured.
 
     JumpReLU, ReLU ("standard"), Gated and TopK ones and transcoders each as SAELens keeps them.
@@ -141,7 +141,7 @@ def _sae_lens_transcoder(
     return name, tensors, {"d_out": sae.W_dec.shape[1]}
 
 
-def _write_tensors(tensors: Mapping[str, np.ndarray], path: Place) -> None:
+def _write_tensors(tensors: Mapping[str, np.ndarray], path: StoragePath) -> None:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     with replacing(path) as temporary, open(temporary, "wb") as file:
         write_safetensors(file, shapes, tensors.items())

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from activation_cache.runtime.errors import UserError
-from activation_cache.storage.files import Place, make_folder, write_text
+from activation_cache.storage.files import StoragePath, make_folder, write_text
 from sae_train.checkpoint.trained import load_trained
 from sae_train.config.file import FILE_NAME, read_run_config
 from sae_train.config.run import Config
@@ -34,14 +34,14 @@ class Release:
     `config` is the run's.
     """
 
-    folder: Place
-    files: tuple[Place, ...]
+    folder: StoragePath
+    files: tuple[StoragePath, ...]
     sae: Sae
     evaluation: Evaluation | None
     config: Config
 
 
-def export(folder: Place) -> list[Release]:
+def export(folder: StoragePath) -> list[Release]:
     """Write `release/` in a run's folder, or in every trained run of a sweep's folder.
 
     Numbers of an evaluation are quoted only if it is of the exported weights.
@@ -62,7 +62,7 @@ def export(folder: Place) -> list[Release]:
     return [export_run(run) for run in runs]
 
 
-def export_run(folder: Place) -> Release:
+def export_run(folder: StoragePath) -> Release:
     """Write a run's `release/`, its card last; see `export`."""
     trained = load_trained(folder)
     sae = fold(trained)
@@ -74,7 +74,7 @@ def export_run(folder: Place) -> Release:
     target = make_folder(folder / RELEASE)
     card = target / CARD
     card.unlink(missing_ok=True)  # written last: without it a release isn't whole
-    files: list[Place] = []
+    files: list[StoragePath] = []
     if sae.k is None:  # Gemma Scope's formats have no place for a k, the first none for a skip
         if sae.W_skip is None:
             files += write_gemma_scope(sae, target / "gemma_scope")
@@ -90,12 +90,12 @@ def export_run(folder: Place) -> Release:
     return Release(target, (*files, card), sae, evaluation, config)
 
 
-def _config(folder: Place, trained: Config) -> Config:
+def _config(folder: StoragePath, trained: Config) -> Config:
     """The run's config.yaml; where there is none, the config the checkpoint remembers."""
     return read_run_config(folder) if (folder / FILE_NAME).is_file() else trained
 
 
-def _evaluation_of(sae: Sae, folder: Place) -> Evaluation | None:
+def _evaluation_of(sae: Sae, folder: StoragePath) -> Evaluation | None:
     evaluation = read_evaluation(folder)
     if evaluation is None or evaluation.fingerprints.get("sae") == sae.fingerprint:
         return evaluation
@@ -108,7 +108,7 @@ def _evaluation_of(sae: Sae, folder: Place) -> Evaluation | None:
     return None
 
 
-def check_same(sae: Sae, read: Sae, *, path: Place) -> None:
+def check_same(sae: Sae, read: Sae, *, path: StoragePath) -> None:
     """Raise `UserError` when what `path` reads back as isn't what was written to it."""
     if sae.k != read.k:
         raise UserError(f"{path} reads back with k {read.k}, written was {sae.k}: export again")

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from activation_cache.storage.files import (
-    Place,
+    StoragePath,
     make_folder,
     on_disk,
     remove_tree,
@@ -39,7 +39,7 @@ from sae_train.runs.folder import RELEASE
 logger = logging.getLogger(__name__)
 
 
-def export_tree(folder: Place, config: Config, runs: Sequence[Place]) -> Place:
+def export_tree(folder: StoragePath, config: Config, runs: Sequence[StoragePath]) -> StoragePath:
     """Release every run, and gather what they released in `folder`/release.
 
     One SAE is in memory at a time.
@@ -109,7 +109,7 @@ def _cell(config: Config) -> str:
     return f"{site}/layer_{sae.layer}/width_{width_name(sae.width)}{kind}{affine}"
 
 
-def _gather(release: Release, tree: Place, name: str) -> dict[str, int]:
+def _gather(release: Release, tree: StoragePath, name: str) -> dict[str, int]:
     """Link a run's released files into the tree, and read the weights back from there."""
     files: dict[str, int] = {}
     for source in release.files:
@@ -125,7 +125,7 @@ def _gather(release: Release, tree: Place, name: str) -> dict[str, int]:
     return files
 
 
-def _link(source: Place, target: Place) -> None:
+def _link(source: StoragePath, target: StoragePath) -> None:
     """The same file under a second name; a copy where the file system can't."""
     if isinstance(source, Path) and isinstance(target, Path):
         with contextlib.suppress(OSError):

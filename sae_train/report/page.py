@@ -17,7 +17,13 @@ from string import Template
 from typing import Any
 from urllib.parse import quote
 
-from activation_cache.storage.files import AnyPath, Place, make_folder, place, write_text
+from activation_cache.storage.files import (
+    AnyPath,
+    StoragePath,
+    make_folder,
+    storage_path,
+    write_text,
+)
 from sae_train.config.file import FILE_NAME, differing_fields, read_run_config, resolved_yaml
 from sae_train.config.run import Config
 from sae_train.config.sae import ARCHITECTURE_NAMES
@@ -41,13 +47,13 @@ _PRESSURE = ("train.sparsity.", "sae.k")
 _OWN = ("name", "output", "sweep", "cache", "mesh")
 
 
-def write_report(folder: AnyPath) -> Place:
+def write_report(folder: AnyPath) -> StoragePath:
     """Write `<folder>/report/index.html` for a run's or a sweep's folder; returns its path.
 
     Raises:
         UserError: the folder is neither, holds no run yet, or a file in it is damaged.
     """
-    root = place(folder)
+    root = storage_path(folder)
     config = read_run_config(root)
     runs = describe_runs([read_run(path) for path in run_folders(root)])
     page = make_folder(root / "report") / "index.html"
@@ -114,7 +120,7 @@ def _settings(config: Config, keys: Sequence[str]) -> str:
     return ", ".join(words)
 
 
-def _body(config: Config, runs: Sequence[ReportRun], *, page: Place) -> str:
+def _body(config: Config, runs: Sequence[ReportRun], *, page: StoragePath) -> str:
     return "\n".join(
         [
             _header(config, runs),
@@ -236,7 +242,7 @@ _COLUMNS = (
 )
 
 
-def _table(runs: Sequence[ReportRun], *, page: Place) -> str:
+def _table(runs: Sequence[ReportRun], *, page: StoragePath) -> str:
     heads = "".join(f"<th>{words}</th>" for _, words, _ in _COLUMNS)
     rows = "".join(_row(run, page=page) for run in runs)
     return (
@@ -246,7 +252,7 @@ def _table(runs: Sequence[ReportRun], *, page: Place) -> str:
     )
 
 
-def _row(run: ReportRun, *, page: Place) -> str:
+def _row(run: ReportRun, *, page: StoragePath) -> str:
     folder = run.folder
     cells = "".join(f"<td>{_cell(run.measured(name), form)}</td>" for name, _, form in _COLUMNS)
     done = folder.checkpoint_step or 0
@@ -264,7 +270,7 @@ def _cell(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def _links(folder: RunFolder, *, page: Place) -> str:
+def _links(folder: RunFolder, *, page: StoragePath) -> str:
     files = [("config", FILE_NAME), ("metrics", METRICS), ("evaluation", EVALUATION)]
     named = [(words, PurePath(name)) for words, name in files if (folder.path / name).exists()]
     weights = [f for f in folder.release if f.suffix in (".npz", ".safetensors")]
@@ -275,7 +281,7 @@ def _links(folder: RunFolder, *, page: Place) -> str:
     )
 
 
-def _relative(path: Place, page: Place) -> str:
+def _relative(path: StoragePath, page: StoragePath) -> str:
     return quote(PurePath(os.path.relpath(str(path), str(page.parent))).as_posix())
 
 

@@ -14,12 +14,12 @@ from activation_cache.storage.bucket import BucketPath
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import (
     AnyPath,
-    Place,
+    StoragePath,
     append_line,
     file_sizes,
     is_locked,
     make_folder,
-    place,
+    storage_path,
     read_json,
     write_bytes,
     write_json,
@@ -53,7 +53,7 @@ class RunFolder:
         restarts: how often its training was taken up again.
     """
 
-    path: Place
+    path: StoragePath
     config: Config
     metrics: Sequence[dict[str, Any]]
     checkpoint_step: int | None
@@ -82,7 +82,7 @@ class RunFolder:
 
 def read_run(path: AnyPath) -> RunFolder:
     """Read a run's folder; raises `UserError` if it isn't one or a file in it is damaged."""
-    folder = place(path)
+    folder = storage_path(path)
     config = read_run_config(folder)
     if config.sweep is not None:
         raise UserError(f"{folder} is a sweep's folder; its runs are the folders inside")
@@ -106,7 +106,7 @@ def labelled(name: str, label: str | None) -> str:
     return name if label is None else f"{stem}-{label}{dot}{ending}"
 
 
-def _elsewhere(folder: Place) -> dict[str, dict[str, Any]]:
+def _elsewhere(folder: StoragePath) -> dict[str, dict[str, Any]]:
     before, after = labelled(EVALUATION, "*").split("*")
     names = sorted(path.name for path in folder.iterdir())
     return {
@@ -116,13 +116,13 @@ def _elsewhere(folder: Place) -> dict[str, dict[str, Any]]:
     }
 
 
-def run_folders(folder: AnyPath) -> list[Place]:
+def run_folders(folder: AnyPath) -> list[StoragePath]:
     """The runs in a folder: itself if it is one, else the runs of the sweep it is.
 
     Raises:
         UserError: neither a run's folder nor a sweep's, or a sweep without any run yet.
     """
-    root = place(folder)
+    root = storage_path(folder)
     sweep = read_run_config(root).sweep
     if sweep is None:
         return [root]
@@ -133,7 +133,7 @@ def run_folders(folder: AnyPath) -> list[Place]:
     return sorted(inside, key=lambda path: [_natural(part) for part in path.parts])
 
 
-def _runs_below(folder: Place, *, depth: int) -> Iterator[Place]:
+def _runs_below(folder: StoragePath, *, depth: int) -> Iterator[StoragePath]:
     for path in folder.iterdir():
         if _is_store(path) or not path.is_dir():
             continue
@@ -143,12 +143,12 @@ def _runs_below(folder: Place, *, depth: int) -> Iterator[Place]:
             yield from _runs_below(path, depth=depth - 1)
 
 
-def _is_store(path: Place) -> bool:
+def _is_store(path: StoragePath) -> bool:
     """An activation store inside the sweep's folder keeps a config too."""
     return any((path / name).exists() for name in ("manifest.json", "plan.json"))
 
 
-def newest_checkpoint(folder: Place) -> int | None:
+def newest_checkpoint(folder: StoragePath) -> int | None:
     """The step of the newest whole checkpoint: one still being written has another name."""
     checkpoints = folder / CHECKPOINTS
     if not checkpoints.is_dir():
@@ -160,19 +160,19 @@ def newest_checkpoint(folder: Place) -> int | None:
     return None
 
 
-def checkpoint_time(folder: Place, step: int) -> float:
+def checkpoint_time(folder: StoragePath, step: int) -> float:
     """When a checkpoint was finished, in seconds since 1970."""
     path = folder / CHECKPOINTS / str(step)
     return (path / _COMMIT if isinstance(path, BucketPath) else path).stat().st_mtime
 
 
-def release_files(folder: Place) -> tuple[PurePath, ...]:
+def release_files(folder: StoragePath) -> tuple[PurePath, ...]:
     """Every file of a run's release tree, relative to the run's folder."""
     files = (path for path in file_sizes(folder / RELEASE) if path.name[0] != ".")
     return tuple(sorted(PurePath(_relative(path, folder)) for path in files))
 
 
-def _relative(path: Place, folder: Place) -> str:
+def _relative(path: StoragePath, folder: StoragePath) -> str:
     return str(path)[len(str(folder)) + 1 :]
 
 
@@ -183,19 +183,19 @@ def record_failure(folder: AnyPath, *, stage: str, reason: str) -> None:
 
 def clear_failure(folder: AnyPath) -> None:
     """A new attempt starts: forget why the last one failed."""
-    (place(folder) / FAILURE).unlink(missing_ok=True)
+    (storage_path(folder) / FAILURE).unlink(missing_ok=True)
 
 
 def record_start(folder: AnyPath, *, step: int, anew: bool = False) -> None:
     """Training starts at a step: one more line; `anew` forgets the earlier ones."""
     entry = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    path = place(folder) / STARTS
+    path = storage_path(folder) / STARTS
     if anew:
         write_bytes(path, b"")
     append_line(path, json.dumps(entry))
 
 
-def count_starts(folder: Place) -> int:
+def count_starts(folder: StoragePath) -> int:
     """How often training was started in this folder."""
     path = folder / STARTS
     return path.read_bytes().count(b"\n") if path.exists() else 0

@@ -18,7 +18,7 @@ from typing import Any
 
 from activation_cache.storage.bucket import BucketPath
 from activation_cache.runtime.errors import UserError
-from activation_cache.storage.files import AnyPath, disk_errors, place, write_bytes
+from activation_cache.storage.files import AnyPath, disk_errors, storage_path, write_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ _SECONDS_BETWEEN_WRITES = (
 
 def read_metrics(run_folder: AnyPath) -> list[dict[str, Any]]:
     """Every whole line of a run's metrics; a last line cut short by a kill is left out."""
-    path = place(run_folder) / FILE
+    path = storage_path(run_folder) / FILE
     rows: list[dict[str, Any]] = []
     if not path.exists():
         return rows
@@ -51,7 +51,7 @@ class MetricsLog:
     """Adds rows to a run's metrics; a context manager."""
 
     def __init__(self, run_folder: AnyPath, *, from_step: int, tensorboard: bool) -> None:
-        path = place(run_folder) / FILE
+        path = storage_path(run_folder) / FILE
         kept = [row for row in read_metrics(run_folder) if row["step"] <= from_step]
         text = "".join(json.dumps(row) + "\n" for row in kept)
         write_bytes(path, text.encode())
@@ -165,4 +165,4 @@ def _summary_writer(run_folder: AnyPath, from_step: int) -> Any:
             "train.tensorboard needs the package tensorboardX: install the extra "
             "'tensorboard' (pip install 'open-gemma-scope[tensorboard]') or set it to false"
         ) from error
-    return SummaryWriter(str(place(run_folder) / "tensorboard"), purge_step=from_step + 1)
+    return SummaryWriter(str(storage_path(run_folder) / "tensorboard"), purge_step=from_step + 1)

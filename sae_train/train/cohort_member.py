@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from activation_cache.runtime import exchange, processes
-from activation_cache.storage.files import folder_lock, place
+from activation_cache.storage.files import folder_lock, storage_path
 from activation_cache.store.store import Store
 from sae_train.checkpoint.checkpoints import Checkpoints
 from sae_train.checkpoint.same_run import checkpoint_meta, refuse_difference
@@ -46,7 +46,7 @@ class Member:
     def __init__(
         self, config: Config, *, store: Store, mesh: jax.sharding.Mesh, clock: InputClock
     ) -> None:
-        self.config, self.folder = config, place(config.output)
+        self.config, self.folder = config, storage_path(config.output)
         self.done, self.steps = 0, config.train.steps
         self.failure: str | None = None
         self.journal = Journal(config, clock)
@@ -106,7 +106,9 @@ class Member:
             UserError: the folder is in use or holds another run, or its checkpoints are damaged.
         """
         config, folder = self.config, self.folder
-        exchange.told_by_main("lock", lambda: self._stack.enter_context(folder_lock(folder)))
+        exchange.run_on_main_and_broadcast(
+            "lock", lambda: self._stack.enter_context(folder_lock(folder))
+        )
         self._checkpoints = self._stack.enter_context(
             Checkpoints(folder, keep=config.checkpoint.keep)
         )
@@ -124,7 +126,7 @@ class Member:
             self.done, self._state = newest
             if self.at_work:
                 logger.info("%s: going on from the checkpoint at step %d", folder, self.done)
-        exchange.told_by_main("config", lambda: write_config(config, folder))
+        exchange.run_on_main_and_broadcast("config", lambda: write_config(config, folder))
         if not self.at_work:
             logger.info("%s is trained already: %d steps", folder, self.done)
             rows = read_metrics(folder)
@@ -145,8 +147,10 @@ class Member:
 
     def start(self, *, anew: bool) -> None:
         """Open the metrics and write down that training starts."""
-        exchange.told_by_main("metrics", self._open_log)
-        exchange.told_by_main("start", lambda: record_start(self.folder, step=self.done, anew=anew))
+        exchange.run_on_main_and_broadcast("metrics", self._open_log)
+        exchange.run_on_main_and_broadcast(
+            "start", lambda: record_start(self.folder, step=self.done, anew=anew)
+        )
 
     def _open_log(self) -> None:
         train = self.config.train

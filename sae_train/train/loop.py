@@ -22,7 +22,7 @@ import jax
 
 from activation_cache.runtime import exchange
 from activation_cache.runtime.errors import Interrupted, UserError
-from activation_cache.storage.files import Place
+from activation_cache.storage.files import StoragePath
 from activation_cache.store.reader import ActivationReader
 from activation_cache.store.store import Store, open_store
 from sae_train.config.run import Config
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 class TrainResult:
     """How a run ended: optimiser steps done and the last row of its metrics."""
 
-    folder: Place
+    folder: StoragePath
     step: int
     metrics: Mapping[str, Any]
 
@@ -102,7 +102,7 @@ def train_cohort(
             progress = stack.enter_context(CohortProgress(at_work))
             _steps(at_work, readers=readers, mesh=mesh, clock=clock, progress=progress, stop=stop)
     exchange.barrier("trained")
-    exchange.told_by_main("failures", lambda: _tell_failures(members))
+    exchange.run_on_main_and_broadcast("failures", lambda: _tell_failures(members))
     return [TrainResult(one.folder, one.done, one.journal.last_row) for one in members]
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from activation_cache.storage import bucket
 from activation_cache.storage.bucket import BucketPath, files_below
-from activation_cache.storage.files import place
+from activation_cache.storage.files import storage_path
 from sae_train.config.run import Config
 from tests.support.bucket_proxy import Proxy, proxy_before
 from tests.support.processes import free_port
@@ -121,7 +121,7 @@ def object_hashes(folder: str) -> dict[str, str]:
 
 def run_in(server: Server, local: Path, name: str, **options: Any) -> Config:
     """The config of the same run in the server's bucket, and its store there."""
-    store = place(server.folder("store"))
+    store = storage_path(server.folder("store"))
     assert isinstance(store, BucketPath)
     if not (store / "manifest.json").exists():
         for file in sorted((local / "store").rglob("*")):

@@ -11,7 +11,7 @@ import pytest
 
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage import lease
-from activation_cache.storage.files import place
+from activation_cache.storage.files import storage_path
 from sae_train.config.file import write_config
 from sae_train.config.run import Config
 from sae_train.runs.folder import newest_checkpoint
@@ -51,7 +51,7 @@ def test_a_server_that_fails_for_a_while_is_waited_for(
 
     assert train(config, stop=two_bad_spells).step == 40
     assert bucket_server.proxy.refused == before + 8
-    assert_same_run(finished_run / "whole", place(config.output), step=40)
+    assert_same_run(finished_run / "whole", storage_path(config.output), step=40)
 
 
 def test_a_server_that_is_gone_is_told_and_nothing_is_lost(
@@ -73,9 +73,9 @@ def test_a_server_that_is_gone_is_told_and_nothing_is_lost(
     # The lease could not be given back, and this process, its holder, is still there.
     monkeypatch.setattr(lease, "LEASE_SECONDS", 0.5)
     monkeypatch.setattr(lease, "_LOOK_SECONDS", 0.1)
-    assert newest_checkpoint(place(config.output)) in (10, 20)  # 20 may have been on its way
+    assert newest_checkpoint(storage_path(config.output)) in (10, 20)  # 20 may have been on its way
     assert train(config).step == 40
-    assert_same_run(finished_run / "whole", place(config.output), step=40)
+    assert_same_run(finished_run / "whole", storage_path(config.output), step=40)
 
 
 def start_two(folder: Path, *configs: Config) -> Group:
@@ -94,12 +94,12 @@ def test_two_processes_save_together_and_are_killed(
     undisturbed = run_in(bucket_server, finished_run, "two", mesh=MESH)
     group = start_two(tmp_path, on_disk, undisturbed)
     assert group.wait() == [0, 0], "\n".join(group.logs)
-    assert_same_run(Path(on_disk.output), place(undisturbed.output), step=40)
+    assert_same_run(Path(on_disk.output), storage_path(undisturbed.output), step=40)
 
     killed = run_in(bucket_server, finished_run, "killed", mesh=MESH)
     group = start_two(tmp_path / "killed", killed)
     deadline = time.monotonic() + 240
-    while (newest_checkpoint(place(killed.output)) or 0) < 10:
+    while (newest_checkpoint(storage_path(killed.output)) or 0) < 10:
         assert group.alive(), "it ended before it was killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -108,4 +108,4 @@ def test_two_processes_save_together_and_are_killed(
     group.wait()
     group = start_two(tmp_path / "again", killed)
     assert group.wait() == [0, 0], "\n".join(group.logs)
-    assert_same_run(Path(on_disk.output), place(killed.output), step=40)
+    assert_same_run(Path(on_disk.output), storage_path(killed.output), step=40)

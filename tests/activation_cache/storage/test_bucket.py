@@ -16,7 +16,7 @@ from activation_cache.harvest.harvest import harvest
 from activation_cache.runtime.errors import Interrupted, StorageError, UserError
 from activation_cache.storage import bucket, lease
 from activation_cache.storage.bucket import BucketPath, files_below
-from activation_cache.storage.files import folder_lock, is_locked, place, write_text
+from activation_cache.storage.files import folder_lock, is_locked, storage_path, write_text
 from activation_cache.store.store import open_store
 from launch.cli import main
 from sae_train.checkpoint.checkpoints import Checkpoints
@@ -62,8 +62,8 @@ def test_the_whole_pipeline(
     assert run.state == "trained"
     assert run.evaluation is not None
     assert len(run.release) == 7
-    assert not is_locked(place(out))
-    page = (place(out) / "report" / "index.html").read_bytes().decode()
+    assert not is_locked(storage_path(out))
+    page = (storage_path(out) / "report" / "index.html").read_bytes().decode()
     assert 'href="../release/sae_lens/sae_weights.safetensors"' in page
     sae = load_sae(out)
     assert np.array_equal(sae.W_enc, load_sae(f"{out}/release/gemma_scope").W_enc)
@@ -74,7 +74,7 @@ def test_a_harvest_goes_on_in_the_bucket(bucket_server: Server, pipeline: Path):
     config = load_config(pipeline / "config.yaml", [f"cache.path={bucket_server.folder('broken')}"])
     sections = {"model": config.model, "text": config.text, "cache": config.cache}
     with pytest.raises(Interrupted):
-        harvest(**sections, stop=lambda: (place(config.cache.path) / "commits" /
+        harvest(**sections, stop=lambda: (storage_path(config.cache.path) / "commits" /
                                           "bucket-000000.json").exists())  # fmt: skip
     with pytest.raises(UserError, match="has not finished"):
         open_store(config.cache.path)
@@ -90,11 +90,11 @@ def test_a_run_stopped_and_gone_on_with_is_the_one_on_the_disk(
     config = run_in(bucket_server, finished_run, "stopped")
     with pytest.raises(Interrupted):
         train(config, stop=stop_after(25))
-    assert newest_checkpoint(place(config.output)) == 25
+    assert newest_checkpoint(storage_path(config.output)) == 25
     assert train(config).step == 40
     with Checkpoints(config.output) as checkpoints:
         assert checkpoints.steps() == [30, 40]
-    assert_same_run(finished_run / "whole", place(config.output), step=40)
+    assert_same_run(finished_run / "whole", storage_path(config.output), step=40)
     assert read_run(config.output).restarts == 1
 
 
@@ -105,7 +105,7 @@ def test_the_checkpoint_before_is_gone_on_from(
     caplog.set_level(logging.INFO, logger="sae_train")
     config = run_in(bucket_server, finished_run, "damaged")
     train(config)
-    newest = place(config.output) / "checkpoints" / "40"
+    newest = storage_path(config.output) / "checkpoints" / "40"
     assert isinstance(newest, BucketPath)
 
     def half_uploaded() -> None:
@@ -128,7 +128,7 @@ def test_the_checkpoint_before_is_gone_on_from(
         words = "half uploaded" if damage is half_uploaded else "skipping the damaged"
         assert words in caplog.text, damage
         assert "going on from the checkpoint at step 30" in caplog.text, damage
-        assert_same_run(finished_run / "whole", place(config.output), step=40)
+        assert_same_run(finished_run / "whole", storage_path(config.output), step=40)
 
 
 def largest_file(folder: BucketPath) -> BucketPath:
@@ -176,7 +176,7 @@ def test_a_missing_bucket_is_told(bucket_server: Server, pipeline: Path, capsys:
 def test_one_process_holds_a_folder(bucket_server: Server, monkeypatch: pytest.MonkeyPatch):
     for name, seconds in (("LEASE_SECONDS", 30), ("_RENEW_SECONDS", 0.1), ("_LOOK_SECONDS", 0.1)):
         monkeypatch.setattr(lease, name, seconds)
-    folder = place(bucket_server.folder("held"))
+    folder = storage_path(bucket_server.folder("held"))
     with folder_lock(folder):
         assert is_locked(folder)
         with (
@@ -193,7 +193,7 @@ def test_the_lease_of_a_dead_process_is_taken(
     bucket_server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setattr(lease, "_LOOK_SECONDS", 0.1)
-    folder = place(bucket_server.folder("dead"))
+    folder = storage_path(bucket_server.folder("dead"))
     left = {"owner": "x", "host": platform.node(), "boot": lease._boot(), "process": os.getpid(),
             "started": "before", "renewals": 3}  # fmt: skip
     write_text(folder / ".lock", json.dumps(left))
@@ -208,7 +208,7 @@ def test_the_lease_of_a_dead_process_is_taken(
 
 
 def test_who_lost_the_folder_writes_no_more(bucket_server: Server):
-    folder = place(bucket_server.folder("lost"))
+    folder = storage_path(bucket_server.folder("lost"))
     assert isinstance(folder, BucketPath)
     with folder_lock(folder):
         write_text(folder / "before", "ours")
@@ -224,7 +224,7 @@ def test_who_lost_the_folder_writes_no_more(bucket_server: Server):
 
 def test_of_two_that_take_a_lease_one_wins(bucket_server: Server):
     """Conditional writes: whoever writes on what it read earlier is refused."""
-    folder = place(bucket_server.folder("race"))
+    folder = storage_path(bucket_server.folder("race"))
     assert isinstance(folder, BucketPath)
     first, second = lease._Lease(folder), lease._Lease(folder)
     nothing = second._read()
