@@ -26,7 +26,7 @@ import pytest
 import tests.support.typechecker  # noqa: F401 - the check named in pyproject is looked up as an attribute
 
 if TYPE_CHECKING:
-    from tests.support.buckets import Server
+    from tests.support.servers.buckets import Server
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 jax.config.update("jax_num_cpu_devices", 8)
@@ -78,7 +78,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bucket_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
     """A running server of each kind, by its scheme, and the environment set for them."""
-    from tests.support.buckets import servers
+    from tests.support.servers.buckets import servers
 
     with servers(tmp_path_factory.mktemp("servers"), "gs", "s3") as found:
         yield found

@@ -16,8 +16,8 @@ from sae_train.config.file import write_config
 from sae_train.config.run import Config
 from sae_train.runs.folder import newest_checkpoint
 from sae_train.train.loop import train
-from tests.support.buckets import Server, run_in
-from tests.support.processes import Group, start_group
+from tests.support.children.processes import Group, start_group
+from tests.support.servers.buckets import Server, run_in
 from tests.support.training import assert_same_run, make_run, stop_after
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -84,7 +84,7 @@ def start_two(folder: Path, *configs: Config) -> Group:
     for number, config in enumerate(configs):
         write_config(config, folder / f"config-{number}")
         files.append(str(folder / f"config-{number}" / "config.yaml"))
-    return start_group([["-m", "tests.support.train_child", *files]] * 2)
+    return start_group([["-m", "tests.support.children.train_child", *files]] * 2)
 
 
 def test_two_processes_save_together_and_are_killed(

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
+from tests.support.children.processes import child_environment, children
 from tests.support.pipeline import write_pipeline
-from tests.support.processes import child_environment, children
 from tests.support.stores import file_hashes
 from tests.support.training import assert_same_run
 

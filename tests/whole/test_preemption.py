@@ -17,7 +17,14 @@ from sae_train.config.file import write_config
 from sae_train.config.run import Config
 from sae_train.runs.folder import newest_checkpoint
 from sae_train.train.loop import train
-from tests.support.processes import ROOT, Group, child_environment, children, start_group, wait_for
+from tests.support.children.processes import (
+    ROOT,
+    Group,
+    child_environment,
+    children,
+    start_group,
+    wait_for,
+)
 from tests.support.training import assert_same_run, lines_logged, make_run
 
 STEPS = 400

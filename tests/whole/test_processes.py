@@ -12,8 +12,8 @@ from sae_train.config.file import write_config
 from sae_train.config.run import Config
 from sae_train.runs.metrics_file import read_metrics
 from sae_train.train.loop import train
+from tests.support.children.processes import start_group
 from tests.support.paths import ROOT
-from tests.support.processes import start_group
 from tests.support.training import TIMINGS, assert_same_run, final_state, make_run, untimed_metrics
 
 STEPS = 20
@@ -48,7 +48,7 @@ def run_group(folder: Path, configs: list[Config], *, processes: int) -> None:
     (folder / "clock" / "sitecustomize.py").write_text(CLOCK)
     root = str(ROOT)
     group = start_group(
-        [["-m", "tests.support.train_child", *files]] * processes,
+        [["-m", "tests.support.children.train_child", *files]] * processes,
         devices_each=4 // processes,
         of_process={1: {"PYTHONPATH": f"{folder / 'clock'}:{root}"}},
     )

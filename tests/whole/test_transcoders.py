@@ -31,10 +31,10 @@ from sae_train.step.state import init_state
 from sae_train.train.loop import train, train_cohort
 from sae_train.train.train_step import make_train_step
 from sae_train.train.warm_start import starting_params
-from tests.support import reference
 from tests.support.configs import make_config
+from tests.support.oracles import reference
+from tests.support.oracles.rows_off_edges import off_edges
 from tests.support.pipeline import write_pipeline
-from tests.support.rows_off_edges import off_edges
 from tests.support.saes import make_config as make_sae_config
 from tests.support.saes import make_trained, reference_latents, reference_reconstruction
 from tests.support.training import assert_same_run, final_state

@@ -51,7 +51,13 @@ def start(inputs: Path, path: Path, kill: str = "") -> subprocess.Popen[bytes]:
         },
     }
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.support.harvest_child", json.dumps(sections), kill]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.support.children.harvest_child",
+        json.dumps(sections),
+        kill,
+    ]
     return subprocess.Popen(command, cwd=ROOT, env=environment)
 
 

@@ -18,8 +18,8 @@ from activation_cache.gemma.params import parameter_table
 from activation_cache.storage.files import folder_lock
 from activation_cache.storage.safetensors_file import write_safetensors
 from launch.cli import main
+from tests.support.children.processes import Group, child_environment, start_group
 from tests.support.pipeline import write_pipeline
-from tests.support.processes import Group, child_environment, start_group
 from tests.support.stores import file_hashes
 from tests.support.tiny_gemma import tiny_config, tiny_tensors, write_tiny_gemma
 from tests.support.tiny_gguf import write_gguf
@@ -97,7 +97,9 @@ def test_a_process_reads_only_its_part_of_the_weights(tmp_path: Path):
     """Two processes with two devices each, a copy over all four."""
     sizes = {"num_heads": 8, "num_kv_heads": 8, "d_ff": 32, "vocab_size": 408}
     weights = write_tiny_gemma(tmp_path / "gemma", **sizes)
-    group = start_group([["-m", "tests.support.weights_child", str(weights)]] * 2, devices_each=2)
+    group = start_group(
+        [["-m", "tests.support.children.weights_child", str(weights)]] * 2, devices_each=2
+    )
     assert group.wait() == [0, 0], "\n".join(group.logs)
     table = parameter_table(tiny_config(**sizes))
     whole = sum(4 * math.prod(p.shape) for p in table if len(p.shape) == 1)
@@ -219,7 +221,7 @@ def test_the_local_launcher_starts_the_group(folder: Path):
 )
 def test_shared_work_ends_alike_everywhere(case: str, ended: str):
     group = start_group(
-        [["-m", "tests.support.shared_child", case]] * 3,
+        [["-m", "tests.support.children.shared_child", case]] * 3,
         environment={"SAE_HEARTBEAT_SECONDS": "10", "PATH": os.environ["PATH"]},
     )
     assert group.wait(timeout=150) == [0] * 3, "\n".join(group.logs)

@@ -25,8 +25,8 @@ from sae_train.config.file import load_config
 from sae_train.inference.read_formats import load_sae
 from sae_train.runs.folder import newest_checkpoint, read_run
 from sae_train.train.loop import train
-from tests.support.buckets import Server, object_hashes, run_in
 from tests.support.pipeline import write_pipeline
+from tests.support.servers.buckets import Server, object_hashes, run_in
 from tests.support.stores import file_hashes
 from tests.support.training import assert_same_run, make_run, stop_after
 

@@ -15,8 +15,8 @@ from launch.clusters.jobset import render
 from launch.sweep.expand import expand
 from sae_train.config.file import load_config
 from sae_train.config.strict_yaml import parse
-from tests.support.kubernetes_checks import check
 from tests.support.paths import ROOT
+from tests.support.servers.kubernetes_checks import check
 
 EXAMPLES = sorted((ROOT / "configs" / "clusters").glob("*.yaml"))
 PAGE = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")

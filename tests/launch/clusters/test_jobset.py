@@ -27,7 +27,7 @@ from sae_train.config.file import load_config, with_values
 from sae_train.config.run import Config
 from sae_train.config.strict_yaml import parse
 from tests.support.configs import make_config
-from tests.support.kubernetes_checks import check
+from tests.support.servers.kubernetes_checks import check
 
 # Two cohorts: of two runs and of one.
 SWEEP = {

@@ -17,7 +17,7 @@ from launch.clusters.jobset import Manifest, render
 from sae_train.config.run import Config
 from sae_train.runs.folder import newest_checkpoint
 from sae_train.train.loop import train
-from tests.support.processes import child_environment, free_port
+from tests.support.children.processes import child_environment, free_port
 from tests.support.training import assert_same_run, lines_logged, make_run
 
 STEPS = 800  # seconds of work: a signal needs one to be agreed upon

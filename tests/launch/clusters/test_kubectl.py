@@ -17,10 +17,10 @@ from launch.clusters import submit as submit_module
 from sae_train.config.file import resolved_yaml
 from sae_train.config.run import Config
 from tests.launch.clusters.test_jobset import cluster_config
-from tests.support.kubernetes_checks import check
 from tests.support.paths import ROOT
+from tests.support.servers.kubernetes_checks import check
 
-FAKE = ROOT / "tests" / "support" / "fake_kubectl.py"
+FAKE = ROOT / "tests" / "support" / "servers" / "fake_kubectl.py"
 SWEEP = {"sweep.grid": {"train.seed": [0, 1, 2]}}
 
 

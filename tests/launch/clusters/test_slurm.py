@@ -28,7 +28,7 @@ from sae_train.runs.folder import count_starts
 from sae_train.runs.metrics_file import read_metrics
 from sae_train.train.loop import train
 from tests.support.pipeline import ROOT, write_pipeline
-from tests.support.slurm_cluster import Cluster, is_installed, running_cluster
+from tests.support.servers.slurm_cluster import Cluster, is_installed, running_cluster
 from tests.support.stores import file_hashes
 from tests.support.training import assert_same_run, make_run, untimed_metrics
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.slurm_programs import NASTY, make, programs, script
+from tests.support.servers.slurm_programs import NASTY, make, programs, script
 
 
 class Job:

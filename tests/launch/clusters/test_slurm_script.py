@@ -20,7 +20,7 @@ from launch.clusters.slurm_script import render, sbatch_quote, script_folder
 from launch.config.slurm import time_seconds
 from sae_train.config.file import load_config, with_values, write_config
 from sae_train.config.run import Config
-from tests.support.slurm_programs import NASTY, make, programs, script
+from tests.support.servers.slurm_programs import NASTY, make, programs, script
 
 
 def sbatch_lines(text: str) -> list[str]:

@@ -15,8 +15,8 @@ from activation_cache.language_model import model
 from activation_cache.language_model.model import LanguageModel
 from launch.cli import main
 from sae_train.evaluate import jobs
+from tests.support.children.processes import child_environment
 from tests.support.pipeline import write_pipeline
-from tests.support.processes import child_environment
 
 # Three batches for two processes: one has less to do than the other.
 SETTINGS = ["evaluation={sequences: 3, sequences_per_batch: 1}"]

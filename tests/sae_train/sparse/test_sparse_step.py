@@ -24,9 +24,9 @@ from sae_train.step.schedule import scheduled
 from sae_train.step.state import TrainState, init_state
 from sae_train.train.train_step import StepMetrics, make_train_step
 from tests.sae_train.step.test_step import PENALTIES, biased_rows, biased_state, plain_threshold
-from tests.support import reference
 from tests.support.configs import make_config
-from tests.support.rows_off_edges import off_edges
+from tests.support.oracles import reference
+from tests.support.oracles.rows_off_edges import off_edges
 from tests.support.steps_made_once import StepsMadeOnce
 
 B, D, F = 64, 32, 128

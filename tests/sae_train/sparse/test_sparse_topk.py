@@ -27,8 +27,8 @@ from sae_train.step.state import TrainState, init_state
 from sae_train.train.loop import train, train_cohort
 from sae_train.train.train_step import StepMetrics, make_train_step
 from tests.sae_train.sparse.test_sparse_step import assert_same_training, rows_of
-from tests.support import reference_topk
 from tests.support.configs import make_config
+from tests.support.oracles import reference_topk
 from tests.support.plan_shapes import compile_step
 from tests.support.steps_made_once import StepsMadeOnce
 from tests.support.training import TIMINGS, assert_same_run, make_run, stop_after

@@ -19,7 +19,7 @@ from sae_train.model.sharding import make_mesh
 from sae_train.sparse import active_pairs
 from sae_train.sparse.topk_step import Chosen, TopKParts
 from tests.support.configs import make_config
-from tests.support.reference_topk import largest
+from tests.support.oracles.reference_topk import largest
 
 B, F, K, TILE = 16, 64, 3, 8
 MESHES = [(1, 1), (2, 2), (4, 1), (1, 4)]

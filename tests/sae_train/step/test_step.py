@@ -16,9 +16,9 @@ from sae_train.step.dense_jumprelu import DenseStep, cpu_tile
 from sae_train.step.schedule import scheduled
 from sae_train.step.state import TrainState, init_state
 from sae_train.train.train_step import make_train_step
-from tests.support import reference
 from tests.support.configs import make_config
-from tests.support.rows_off_edges import off_edges
+from tests.support.oracles import reference
+from tests.support.oracles.rows_off_edges import off_edges
 
 GOLDEN = {
     # DeepMind's notebook "Implementing and Training JumpReLU SAEs": saved outputs.

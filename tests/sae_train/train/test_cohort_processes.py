@@ -17,7 +17,13 @@ from activation_cache.storage.files import folder_lock
 from sae_train.config.file import write_config
 from sae_train.config.run import Config
 from sae_train.runs.folder import newest_checkpoint
-from tests.support.processes import Group, child_environment, children, start_group, wait_for
+from tests.support.children.processes import (
+    Group,
+    child_environment,
+    children,
+    start_group,
+    wait_for,
+)
 from tests.support.training import assert_same_run, lines_logged, make_run
 
 STEPS = {"a": 120, "b": 75, "c": 120}
@@ -57,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where each member was trained alone, by two processes."""
     folder = tmp_path_factory.mktemp("cohort")
     files = make_files(folder, "alone", *STEPS)
-    group = start_group([["-m", "tests.support.train_child", *files]] * 2)
+    group = start_group([["-m", "tests.support.children.train_child", *files]] * 2)
     assert group.wait() == [0, 0], "\n".join(group.logs)
     return folder
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sae_train.config.file import write_config
-from tests.support.processes import wait_for
+from tests.support.children.processes import wait_for
 from tests.support.training import assert_same_run, lines_logged, make_run
 
 STEPS = 120

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.support import reference
+from tests.support.oracles import reference
 
 # Far more than rounding moves a pre-activation within 200 steps, and few rows are as near.
 DISTANCE = 1e-4

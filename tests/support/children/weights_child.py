@@ -1,4 +1,4 @@
-"""`python -m tests.support.weights_child FOLDER`: load a model cut over all devices of a group.
+"""`python -m tests.support.children.weights_child FOLDER`: load a model on all devices.
 
 Prints the bytes of weights that this process read, and the largest piece.
 """

@@ -1,4 +1,4 @@
-"""`python -m tests.support.harvest_child SECTIONS [KILL]`: a harvest that may kill itself.
+"""`python -m tests.support.children.harvest_child SECTIONS [KILL]`: a harvest that may kill itself.
 
 KILL is `name:n` (before the n-th small file whose name begins with `name` gets its name, say
 `bucket:3`) or `lock` (as soon as TensorStore has begun to write a shard of a new bucket).

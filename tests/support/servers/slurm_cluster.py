@@ -1,9 +1,9 @@
 """A real Slurm on this host for tests: slurmctld, two slurmd and munge, in a folder of its own.
 
-By hand: `python -m tests.support.slurm_cluster FOLDER` starts one, says which SLURM_CONF to export,
-and stops it on Ctrl-C. Debian's packages slurmctld, slurmd, slurm-client and munge are needed, and
-root. Nodes of several names on one host work in Debian's build (`slurmd -N`); the names must
-resolve, so that processes of one job find each other: /etc/hosts gets them as they are started.
+By hand: `python -m tests.support.servers.slurm_cluster FOLDER` starts one, says which SLURM_CONF to
+export, and stops it on Ctrl-C. Debian's packages slurmctld, slurmd, slurm-client and munge are
+needed, and root. Nodes of several names on one host work in Debian's build (`slurmd -N`); the names
+must resolve, so that processes of one job find each other: /etc/hosts gets them at the start.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tests.support.reference import adam
+from tests.support.oracles.reference import adam
 
 
 def largest(values, k, *, over_batch=False):

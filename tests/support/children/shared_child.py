@@ -1,4 +1,4 @@
-"""`python -m tests.support.shared_child CASE`: work shared by processes, without a model.
+"""`python -m tests.support.children.shared_child CASE`: work shared by processes, without a model.
 
 Every process prints how it ended. The cases: `done`; `stopped_waiting`, in which process 1 has done
 its share when it is asked to stop; `stopped_working`, in which it hasn't; `mistaken`, in which

@@ -22,8 +22,8 @@ from activation_cache.storage import bucket
 from activation_cache.storage.bucket import BucketPath, files_below
 from activation_cache.storage.files import storage_path
 from sae_train.config.run import Config
-from tests.support.bucket_proxy import Proxy, proxy_before
-from tests.support.processes import free_port
+from tests.support.children.processes import free_port
+from tests.support.servers.bucket_proxy import Proxy, proxy_before
 from tests.support.training import make_run
 
 BUCKET = "acts"
