@@ -1,10 +1,12 @@
-"""docs/config.md names every key with the default it has."""
+"""The pages name what exists: files, links, modules, make targets; every key with its default."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
+import pytest
 from pydantic.fields import FieldInfo
 
 from activation_cache.config import Section
@@ -16,6 +18,35 @@ from tests.support.paths import ROOT
 
 PAGE = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| `([^`]+)` \| ([^|]+) \|", PAGE, flags=re.MULTILINE)
+
+# The changelog names modules that are gone; its links are checked all the same.
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").rglob("*.yaml")]
+LIVING = [page for page in PAGES if page.name != "CHANGELOG.md"]
+PACKAGES = "activation_cache|sae_train|launch|tests|benchmarks"
+NAMED_PATH = re.compile(rf"(?<![\w/.<])(?:{PACKAGES}|configs|docs|examples)/[\w./*-]*[\w*/]")
+LONE_PYTHON_FILE = re.compile(r"`([\w/]+\.py)`")
+DOTTED_NAME = re.compile(rf"\b(?:{PACKAGES})(?:\.[A-Za-z_]\w*)+")
+LINK = re.compile(r"\]\((?!https?://)([^)#]+)[^)]*\)")
+MAKE_TARGET = re.compile(r"(?:`|^)make ([a-z][a-z-]*)", flags=re.MULTILINE)
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def unresolved_part(dotted: str) -> str | None:
+    """What is left of `package.module.name` when no module or definition answers to it."""
+    parts = dotted.split(".")
+    for count in range(len(parts), 0, -1):
+        folder = ROOT.joinpath(*parts[:count])
+        file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+        if not file.is_file() and not folder.is_dir():
+            continue
+        rest = parts[count : count + 1]
+        code = file.read_text(encoding="utf-8") if file.is_file() else ""
+        defined = not rest or re.search(rf"^(?:def |class )?{rest[0]}\b", code, re.MULTILINE)
+        return None if defined or f'"{rest[0]}"' in code else rest[0]
+    return dotted
 
 
 def field_defaults(key: str) -> list[Any]:
@@ -64,3 +95,30 @@ def test_defaults_are_the_code_s() -> None:
 def test_what_may_change_is_what_resume_allows() -> None:
     tail = PAGE[PAGE.index("## What may change") :]
     assert re.findall(r"`([a-z._]+)`", tail) == list(FREE_FIELDS)
+
+
+@pytest.mark.parametrize("page", LIVING, ids=name_of)
+def test_files_named_on_a_page_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = {*NAMED_PATH.findall(text), *LONE_PYTHON_FILE.findall(text)}
+    assert {path for path in named if not any(ROOT.glob(path))} == set()
+
+
+@pytest.mark.parametrize("page", LIVING, ids=name_of)
+def test_modules_and_names_on_a_page_exist(page: Path) -> None:
+    named = set(DOTTED_NAME.findall(page.read_text(encoding="utf-8")))
+    named -= expected_keys()  # launch.nodes and its like
+    assert {dotted for dotted in named if unresolved_part(dotted)} == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_of_a_page_resolve(page: Path) -> None:
+    links = set(LINK.findall(page.read_text(encoding="utf-8")))
+    assert {link for link in links if not (page.parent / link).exists()} == set()
+
+
+def test_make_targets_on_the_pages_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for page in LIVING:
+        named = set(MAKE_TARGET.findall(page.read_text(encoding="utf-8")))
+        assert named <= targets, name_of(page)
