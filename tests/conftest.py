@@ -9,12 +9,16 @@ import atexit
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# Bytecode is kept, whatever the shell says: without it each process that a test starts compiles the
+# sources of JAX anew, and that is most of its start.
+os.environ["PYTHONDONTWRITEBYTECODE"] = ""
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Commands keep compiled programs in the user's cache folder; those of tests have one of their own.
@@ -28,6 +32,7 @@ import tests.support.typechecker  # noqa: F401 - the check named in pyproject is
 if TYPE_CHECKING:
     from tests.support.servers.buckets import Server
 
+sys.dont_write_bytecode = False
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
