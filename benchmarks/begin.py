@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import Times, prepare, times_of
+from benchmarks.support.measure import Times, prepare, times_of
 from sae_train.config.file import load_config, resolved_yaml
 from tests.support.stores import TAP, make_manifest, write_store
 

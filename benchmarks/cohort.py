@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from activation_cache.store.reader import ActivationReader
-from benchmarks.measure import prepare
+from benchmarks.support.measure import prepare
 from sae_train.config.run import Config
 from sae_train.model.sharding import make_mesh
 from sae_train.step.schedule import scheduled

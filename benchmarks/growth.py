@@ -16,8 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.measure import machine, prepare
 from benchmarks.step import Row, measure
+from benchmarks.support.measure import machine, prepare
 from sae_train.report.svg import HEIGHT, WIDTH, Axis, Chart, Series, render
 
 WIDTHS = (4096, 8192, 16_384, 32_768, 65_536, 131_072, 262_144)

@@ -32,8 +32,8 @@ from activation_cache.gemma.taps import Tap
 from activation_cache.harvest.harvest import harvest
 from activation_cache.language_model.model import load_model
 from activation_cache.language_model.shape import read_gemma_config
-from benchmarks.apart import apart
-from benchmarks.measure import interleaved, prepare
+from benchmarks.support.apart import apart
+from benchmarks.support.measure import interleaved, prepare
 from sae_train.config.file import load_config
 
 logger = logging.getLogger("harvest")

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.measure import interleaved, markdown, prepare, write_results
+from benchmarks.support.measure import interleaved, markdown, prepare, write_results
 from sae_train.config.run import AdamConfig
 from sae_train.model.forward import PRECISION
 from sae_train.sparse import active_pairs, latent_updates, segment_sums

@@ -31,8 +31,8 @@ from jaxtyping import Float
 from activation_cache.gemma.taps import Tap
 from activation_cache.store.reader import ActivationReader
 from activation_cache.store.store import Store, open_store
-from benchmarks.measure import write_results
-from benchmarks.other_trainers import Budget, DictionaryLearning, SaeLens, Trainer
+from benchmarks.support.measure import write_results
+from benchmarks.support.other_trainers import Budget, DictionaryLearning, SaeLens, Trainer
 from sae_train.checkpoint.trained import load_trained
 from sae_train.config.file import load_config, with_values
 from sae_train.config.run import Config

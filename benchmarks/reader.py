@@ -28,7 +28,7 @@ from activation_cache.storage.arrays import bucket_rows
 from activation_cache.store.manifest import Manifest
 from activation_cache.store.reader import ActivationReader
 from activation_cache.store.store import Store
-from benchmarks.measure import interleaved, prepare
+from benchmarks.support.measure import interleaved, prepare
 from sae_train.runs.metrics_file import read_metrics
 from sae_train.train.loop import train
 from tests.support.configs import make_config

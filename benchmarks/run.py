@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import begin, harvest, kernels, reader, step, trainers
-from benchmarks.measure import prepare, write_results
+from benchmarks.support.measure import prepare, write_results
 
 logger = logging.getLogger("bench")
 

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import StepTimes, interleaved, markdown, prepare, write_results
+from benchmarks.support.measure import StepTimes, interleaved, markdown, prepare, write_results
 from sae_train.config.run import Config
 from sae_train.model.forward import PRECISION
 from sae_train.model.sharding import make_mesh

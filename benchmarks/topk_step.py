@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import StepTimes, interleaved, markdown, prepare, write_results
 from benchmarks.step import config_of, products, unit_rows
+from benchmarks.support.measure import StepTimes, interleaved, markdown, prepare, write_results
 from sae_train.config.run import Config
 from sae_train.model.sharding import make_mesh
 from sae_train.step.schedule import scheduled

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.apart import Ways, apart
-from benchmarks.measure import interleaved, prepare
-from benchmarks.other_trainers import Budget, DictionaryLearning, SaeLens
 from benchmarks.step import StepProgram, config_of, products, unit_rows
+from benchmarks.support.apart import Ways, apart
+from benchmarks.support.measure import interleaved, prepare
+from benchmarks.support.other_trainers import Budget, DictionaryLearning, SaeLens
 
 logger = logging.getLogger("trainers")
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from benchmarks.measure import prepare
+from benchmarks.support.measure import prepare
 
 Ways = Mapping[str, Callable[[], Any]]
 
