@@ -98,10 +98,9 @@ def _train_in_group(configs: Sequence[Config], *, fresh: bool, stop: Callable[[]
     folders = [storage_path(config.output) for config in configs]
     if fresh:
         # Here and not there: a group that is started again must not start anew.
-        from activation_cache.store.store import open_store
+        from activation_cache.harvest.matching_store import open_matching_store
 
-        store = open_store(first.cache.path)
-        store.check_matches(model=first.model, text=first.text, cache=first.cache)
+        open_matching_store(model=first.model, text=first.text, cache=first.cache)
         for folder in folders:
             with folder_lock(folder):
                 remove_tree(folder / CHECKPOINTS)

@@ -25,6 +25,7 @@ from activation_cache.gemma.config import GemmaConfig
 from activation_cache.gemma.params import check_model_axis
 from activation_cache.gemma.replicas import place_copies
 from activation_cache.gemma.taps import EMBEDDING, resolve_taps, tap_width
+from activation_cache.harvest.matching_store import open_matching_store
 from activation_cache.harvest.sizes import check_memory, log_sizes, memory_here
 from activation_cache.harvest.worker import SHARED_DISK_SECONDS, Share
 from activation_cache.language_model.checkpoint import weight_fingerprint
@@ -57,7 +58,6 @@ from activation_cache.store.store import (
     PROVENANCE,
     TOKENS_FOLDER,
     Store,
-    open_store,
 )
 from activation_cache.store.writer import BucketWriter, Commit, read_commits
 from activation_cache.text.token_table import TokenSummary, TokenTable
@@ -123,8 +123,7 @@ class _Harvest:
 
     def already_finished(self) -> str:
         """Check that the finished store is the one asked for, and touch nothing; its manifest."""
-        store = open_store(self.path)
-        store.check_matches(model=self.model, text=self.text, cache=self.cache)
+        store = open_matching_store(model=self.model, text=self.text, cache=self.cache)
         self._compare_inputs(store)
         logger.info(
             "the store at %s is finished already: %d rows at %s",

@@ -19,6 +19,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
+from activation_cache.language_model.locate import file_identity
 from activation_cache.runtime.errors import UserError
 
 _SCALARS = {
@@ -108,14 +109,13 @@ def open_gguf(path: Path) -> GgufFile:
     Raises:
         UserError: not a GGUF file, a version other than 2 and 3, or a truncated file.
     """
-    found = path.stat()
-    return _opened(path, found.st_size, found.st_mtime_ns)
+    return _opened(path, file_identity(path))
 
 
 # A vocabulary of 262,144 pieces takes a second to read, and a command asks for it several times.
 @functools.lru_cache(maxsize=2)
-def _opened(path: Path, size: int, modified_ns: int) -> GgufFile:
-    wanted = _INITIAL_HEADER_BYTES
+def _opened(path: Path, identity: tuple[int, ...]) -> GgufFile:
+    size, wanted = path.stat().st_size, _INITIAL_HEADER_BYTES
     while True:
         with open(path, "rb") as file:
             data = file.read(wanted)

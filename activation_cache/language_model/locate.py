@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Iterable
@@ -72,19 +73,33 @@ def read_config_json(folder: Path) -> dict[str, object]:
     return raw
 
 
+def file_identity(file: Path) -> tuple[int, ...]:
+    """Changes when a file is written anew or replaced; empty where there is none."""
+    if not file.is_file():
+        return ()
+    found = file.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def sampled_fingerprint(files: Iterable[tuple[Path, bytes]], *, extra: bytes = b"") -> str:
     """A sha256 that tells checkpoints apart without reading them whole.
 
     It covers `extra`, every file's size and header, and 16 evenly spaced samples of 1 MiB per
     file. A change confined to unsampled bytes goes unnoticed; two trainings of one model differ
-    everywhere.
+    everywhere. While the files stay as they are, a process reads them once.
 
     Args:
         files: (path, header bytes) in a fixed order.
         extra: what else makes the model, such as config.json.
     """
+    return _sampled(tuple((path, file_identity(path), header) for path, header in files), extra)
+
+
+# Every cohort of a sweep asks, and 16 MiB of each file may come over a network.
+@functools.lru_cache(maxsize=8)
+def _sampled(files: tuple[tuple[Path, tuple[int, ...], bytes], ...], extra: bytes) -> str:
     digest = hashlib.sha256(len(extra).to_bytes(8, "little") + extra)
-    for path, header in files:
+    for path, _, header in files:
         size = path.stat().st_size
         digest.update(size.to_bytes(8, "little") + len(header).to_bytes(8, "little") + header)
         last_start = max(size - _SAMPLE_BYTES, 0)

@@ -13,7 +13,7 @@ import tokenizers
 from activation_cache.config import ModelConfig
 from activation_cache.gemma.config import GemmaConfig
 from activation_cache.language_model.gguf_file import GgufFile, open_gguf
-from activation_cache.language_model.locate import is_gguf, locate_weights
+from activation_cache.language_model.locate import file_identity, is_gguf, locate_weights
 from activation_cache.language_model.shape import read_gemma_config
 from activation_cache.language_model.tokenizer_vocabulary import (
     SPACE,
@@ -72,17 +72,9 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
     path = locate_weights(model, with_weights=False)
     config = read_gemma_config(model)
     files = [path] if is_gguf(path) else [path / name for name in _FILES]
-    tokenizer = _loaded(path, tuple(_identity(file) for file in files))
+    tokenizer = _loaded(path, tuple(file_identity(file) for file in files))
     check_matches(tokenizer, config, source=path)
     return tokenizer
-
-
-def _identity(file: Path) -> tuple[int, ...]:
-    """Differs where a file was written anew or replaced; empty where there is none."""
-    if not file.is_file():
-        return ()
-    found = file.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 # A harvest asks for it to tokenise, to convert the weights and to load the model.

@@ -90,10 +90,11 @@ def first_difference(
     model: ModelConfig | None = None,
     text: TextConfig | None = None,
     cache: CacheConfig | None = None,
+    fingerprint: str | None = None,
 ) -> str | None:
     """The first config field that a store was not made with, in words; None if there is none.
 
-    Weights are compared by fingerprint elsewhere: the same model may have another name here.
+    Weights are compared by `fingerprint` and not by name: a folder may have been moved since.
     """
     pairs: list[tuple[str, Any, Any]] = []
     if model is not None:
@@ -120,6 +121,11 @@ def first_difference(
     for name, stored_value, asked_value in pairs:
         if stored_value != asked_value:
             return f"{name}: the store has {stored_value!r}, the config says {asked_value!r}"
+    if fingerprint not in (None, manifest.model.fingerprint):
+        return (
+            f"model.weights: the store was made from {manifest.model.weights} with fingerprint "
+            f"{manifest.model.fingerprint[:16]}, the config's weights have {str(fingerprint)[:16]}"
+        )
     return None
 
 

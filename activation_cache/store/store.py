@@ -134,6 +134,11 @@ class Store:
         segments = [Segment(start, stop - start)]
         return Provenance(*(read_rows(layout.open(), layout, segments) for layout in layouts))
 
+    def names_weights(self, model: ModelConfig) -> bool:
+        """Does the store's manifest name its weights as this section does?"""
+        stored = self.manifest.model
+        return (model.weights, model.revision) == (stored.weights, stored.revision)
+
     def check_matches(
         self,
         *,
@@ -144,29 +149,16 @@ class Store:
     ) -> None:
         """Check that the store was made with these sections of a config.
 
-        Weights may have moved: they are the same if the name is, or else the fingerprint, which
-        is read from the weights where it isn't given.
+        Weights may have moved since the harvest, so their name isn't compared. Where it differs
+        (`names_weights`), pass the fingerprint of the config's weights, or call
+        `harvest.matching_store.open_matching_store`, which does.
 
         Raises:
             UserError: names the first field that differs, and both values.
         """
-        difference = first_difference(self.manifest, model=model, text=text, cache=cache)
-        stored = self.manifest.model
-        if difference is None and (model is not None or fingerprint is not None):
-            renamed = model is not None and (model.weights, model.revision) != (
-                stored.weights,
-                stored.revision,
-            )
-            if fingerprint is None and renamed and model is not None:
-                # Training asks only here, and would wait for readers of weights to be imported.
-                from activation_cache.language_model.checkpoint import weight_fingerprint
-
-                fingerprint = weight_fingerprint(model)
-            if fingerprint not in (None, stored.fingerprint):
-                difference = (
-                    f"model.weights: the store was made from {stored.weights} with fingerprint "
-                    f"{stored.fingerprint[:16]}, the config's weights have {str(fingerprint)[:16]}"
-                )
+        difference = first_difference(
+            self.manifest, model=model, text=text, cache=cache, fingerprint=fingerprint
+        )
         if difference is not None:
             raise UserError(
                 f"the store at {self.path} was made with another config. {difference}. Change the "

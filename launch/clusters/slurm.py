@@ -207,12 +207,11 @@ def _wanted(config: Config, *, runs: Sequence[Run]) -> dict[Stage, str]:
 
 
 def _has_stores(config: Config) -> bool:
-    from activation_cache.store.store import open_store
+    from activation_cache.harvest.matching_store import open_matching_store
 
     try:
         for one in stores(config):
-            store = open_store(one.cache.path)
-            store.check_matches(model=one.model, text=one.text, cache=one.cache)
+            open_matching_store(model=one.model, text=one.text, cache=one.cache)
     except UserError:
         return False  # the job finds out, and tells
     return True

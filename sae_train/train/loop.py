@@ -20,11 +20,12 @@ from typing import Any
 
 import jax
 
+from activation_cache.harvest.matching_store import open_matching_store
 from activation_cache.runtime import exchange
 from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.storage.files import StoragePath
 from activation_cache.store.reader import ActivationReader
-from activation_cache.store.store import Store, open_store
+from activation_cache.store.store import Store
 from sae_train.config.run import Config
 from sae_train.model.sharding import make_mesh, place_batch, rows_here
 from sae_train.train.cohort import check_cohort
@@ -76,8 +77,7 @@ def train_cohort(
     """
     check_cohort(configs)
     first = configs[0]
-    store = open_store(first.cache.path)
-    store.check_matches(model=first.model, text=first.text, cache=first.cache)
+    store = open_matching_store(model=first.model, text=first.text, cache=first.cache)
     mesh, clock = make_mesh(first.mesh), InputClock()
     members = [Member(config, store=store, mesh=mesh, clock=clock) for config in configs]
     with _memory_in_words(len(members)), ExitStack() as stack:

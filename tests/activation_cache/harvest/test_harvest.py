@@ -23,11 +23,13 @@ from activation_cache.gemma.taps import Tap
 from activation_cache.harvest import fill_bucket, worker
 from activation_cache.harvest import harvest as harvest_module
 from activation_cache.harvest.harvest import harvest
+from activation_cache.harvest.matching_store import open_matching_store
 from activation_cache.harvest.sizes import check_memory
-from activation_cache.language_model import tokenizer
+from activation_cache.language_model import locate, tokenizer
 from activation_cache.language_model.model import load_model
 from activation_cache.language_model.tokenizer_vocabulary import Pieces
 from activation_cache.runtime.errors import Interrupted, UserError
+from activation_cache.storage import safetensors_file
 from activation_cache.storage.files import folder_lock
 from activation_cache.store import writer
 from activation_cache.store.order import bucket_order, sequence_order
@@ -228,6 +230,34 @@ def test_a_finished_store_needs_neither_text_nor_weights(
     monkeypatch.setattr(harvest_module, "weight_fingerprint", gone)
     harvest(**sections(gemma, corpus, finished.path))
     assert "cannot be compared: the weights are not on this machine" in caplog.text
+
+
+def test_moved_weights_are_sampled_once_in_a_process(
+    finished: Store, gemma: Path, corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """And not at all under the name in the manifest: a machine that trains need not have them."""
+    moved = tmp_path / "moved"
+    shutil.copytree(gemma, moved)
+    opened: list[str] = []
+
+    def noting(file: Any, *rest: Any, **options: Any) -> Any:
+        if str(file).startswith((str(gemma), str(moved))):
+            opened.append(Path(file).name)
+        return open(file, *rest, **options)
+
+    for module in (safetensors_file, locate):
+        monkeypatch.setattr(module, "open", noting, raising=False)
+    made = sections(gemma, corpus, finished.path)
+    open_matching_store(**made)
+    assert not opened
+    made["model"] = made["model"].model_copy(update={"weights": str(moved)})
+    for _ in range(3):
+        open_matching_store(**made)
+    # The header at each of three visits, the sixteen samples at the first alone.
+    assert opened.count("model.safetensors") == 3 + 1
+    (moved / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="neither model"):
+        open_matching_store(**made)
 
 
 OTHER_CONFIGS = {
