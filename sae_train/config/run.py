@@ -153,8 +153,8 @@ class TrainConfig(Section):
     # What a step's gradients are made from (docs/performance.md): products of whole matrices, pairs
     # of a row and an active latent where there are few, or one of the two by the SAE's shape.
     step: Literal["auto", "dense", "sparse"] = "auto"
-    sparse_capacity: PositiveCount | None = None  # pairs a row; None: see `way.capacity_per_row`
-    kernels: Literal["xla", "pallas"] = "xla"  # what a step by pairs is compiled from
+    sparse_capacity: PositiveCount | None = None  # None: `path_choice.capacity_per_row`
+    kernels: Literal["xla", "pallas"] = "xla"  # what the sparse step is compiled from
     stacked: bool = False  # one compiled program for members of a cohort with the same step
     log_every_steps: PositiveCount = 100
     tensorboard: bool = False
@@ -212,7 +212,7 @@ class Config(Section):
             *(line for tap in self.sae.taps for line in _check_tapped(tap, self.cache.sites)),
             *_check_target(self.train.sparsity, width=self.sae.width),
             *_check_penalty(self.sae, self.train.sparsity),
-            *_check_kernels(self.sae, self.train),
+            *_check_step(self.sae, self.train),
             *_check_divisible("train.batch_size", self.train.batch_size, "data", self.mesh.data),
             *_check_divisible("sae.width", self.sae.width, "model", self.mesh.model),
         ]
@@ -271,14 +271,19 @@ def _check_penalty(sae: SaeConfig, sparsity: Sparsity) -> list[str]:
     ]
 
 
-def _check_kernels(sae: SaeConfig, train: TrainConfig) -> list[str]:
-    by_pairs = sae.architecture not in ("relu", "gated") and train.step == "sparse"
-    if train.kernels == "xla" or by_pairs:
+def _check_step(sae: SaeConfig, train: TrainConfig) -> list[str]:
+    if train.step == "sparse" and sae.architecture != "jumprelu":
+        return [
+            f"train.step sparse is for jumprelu, and sae.architecture is {sae.architecture}: set "
+            "train.step to auto or dense, which train it by products of whole matrices"
+        ]
+    is_sparse_jumprelu = sae.architecture == "jumprelu" and train.step == "sparse"
+    if train.kernels == "xla" or is_sparse_jumprelu:
         return []
     return [
-        f"train.kernels pallas is for steps by pairs, and sae.architecture is {sae.architecture} "
-        f"and train.step {train.step}: set train.kernels to xla, or train.step to sparse with an "
-        "architecture other than relu and gated"
+        f"train.kernels pallas is for the sparse step, and sae.architecture is {sae.architecture} "
+        f"and train.step {train.step}: set train.kernels to xla, or sae.architecture to jumprelu "
+        "and train.step to sparse"
     ]
 
 

@@ -11,7 +11,7 @@ its fullest, at the end of the backward pass:
 The state is donated, so new weights and moments are written over the old ones and cost nothing.
 XLA's TPU compiler was seen to need just this. On a CPU a JumpReLU's step needs far less and other
 architectures' need more, see `_tiled` and `_cpu_temporaries`; a step that may go by pairs keeps
-neither [B, F] nor gradients [F, D], see `_by_pairs` and `_selecting`. docs/plan.md has the
+neither [B, F] nor gradients [F, D], see `_by_pairs`. docs/plan.md has the
 comparisons; tests/sae_train/plan/test_memory.py holds the JumpReLU's on a CPU within 10 %.
 
 Legend: B rows of a batch, D model width, F latents, each as one device holds them.
@@ -31,7 +31,6 @@ from activation_cache.config import Dtype
 from sae_train.config.run import MeshConfig
 from sae_train.config.sae import Architecture
 from sae_train.model.sharding import AXIS_OF_DIM, BATCH_DIMS, LAST_FIRED, Tensor, params_table
-from sae_train.sparse.dead_latents import PARTS
 from sae_train.step.dense_jumprelu import cpu_tile
 from sae_train.step.tiles import tile_of
 
@@ -131,8 +130,7 @@ def step_memory(
     }
     if shape.places is not None:
         items["weights"] += shape.table_bytes([LAST_FIRED]) + WAY_BYTES  # `last_touched` is alike
-        selects = shape.architecture in ("topk", "batch_topk")
-        items |= (_selecting if selects else _by_pairs)(shape, places=shape.places)
+        items |= _by_pairs(shape, places=shape.places)
     elif backend == "cpu":
         items |= _tiled(shape) if shape.architecture == "jumprelu" else _cpu_temporaries(shape)
     else:
@@ -217,28 +215,6 @@ def _by_pairs(shape: Shape, *, places: int) -> dict[str, int]:
     fullest = max(updating, sorting, by_tiles) + _LATENT_BYTES * width
     target = row_bytes if shape.is_transcoder else 0
     return {"gradients": blocks, "activations": fullest - blocks + target}
-
-
-# Of a step that selects, which keeps pre-activations of dead latents for a part of the batch.
-_SELECTING_TILES, _SELECTING_ROWS = 3.5, 4
-
-
-def _selecting(shape: Shape, *, places: int) -> dict[str, int]:
-    """Temporaries of a TopK's or BatchTopK's step by pairs, read off XLA's figures."""
-    width, rows = shape.local(("F",)), shape.local(("B",))
-    tile = tile_of(width)
-    row_bytes = shape.local(("B", "D")) * FLOAT_BYTES
-    blocks = _BLOCK_ROWS * tile * shape.d_model * FLOAT_BYTES
-    pairs = _PLACE_WORDS * FLOAT_BYTES * -(-rows * places // shape.mesh.model) * shape.mesh.data
-    dead = width * max(1, rows // PARTS) * FLOAT_BYTES
-    # Of a part of the latents or of the batch XLA lays tiles where the pass over rows lies later.
-    alone = shape.mesh.data * shape.mesh.model == 1
-    tiles = int(_SELECTING_TILES * rows * tile * FLOAT_BYTES) if alone else 0
-    activations = dead + pairs + tiles + _SELECTING_ROWS * row_bytes + _LATENT_BYTES * width
-    if shape.mesh.data > 1:  # as in `_by_pairs`
-        activations += row_bytes + 2 * row_bytes * shape.mesh.data
-    target = row_bytes if shape.is_transcoder else 0
-    return {"gradients": blocks, "activations": activations + target}
 
 
 def _tiled(shape: Shape) -> dict[str, int]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 from jax.sharding import Mesh
 
 from sae_train.config.run import Config
-from sae_train.step.tiles import tile_of
 
 # Below this width whole products are as fast on a CPU (docs/performance.md).
 SMALLEST_WIDTH = 4096
@@ -17,11 +16,11 @@ _LARGEST_CAPACITY = 2048
 
 
 def may_go_by_pairs(config: Config, *, on_cpu: bool) -> bool:
-    """May steps go by pairs? JumpReLU's, TopK's and BatchTopK's; left open, wide ones' on CPUs.
+    """May steps go by pairs? Those of a JumpReLU; left open, wide ones' on CPUs.
 
     On other devices nothing was measured: many short loops may cost more there than products.
     """
-    if config.sae.architecture in ("relu", "gated") or config.train.step == "dense":
+    if config.sae.architecture != "jumprelu" or config.train.step == "dense":
         return False
     return config.train.step == "sparse" or (on_cpu and config.sae.width >= SMALLEST_WIDTH)
 
@@ -34,15 +33,10 @@ def is_by_pairs(config: Config, mesh: Mesh) -> bool:
 def capacity_per_row(config: Config, *, width: int | None = None) -> int:
     """Pairs a row, in the mean of a batch, that there are places for.
 
-    A selection of k collects about k for each doubling of the tiles gone through (`selection`).
-
     Args:
         width: latents, if not the config's.
     """
     width = width or config.sae.width
     if config.train.sparse_capacity is not None:
         return config.train.sparse_capacity
-    if config.sae.k is None:
-        return max(1, min(_LARGEST_CAPACITY, width // _LATENTS_PER_PAIR))
-    doublings = (width // tile_of(width) - 1).bit_length()
-    return min(width, config.sae.k * (3 + doublings))
+    return max(1, min(_LARGEST_CAPACITY, width // _LATENTS_PER_PAIR))

@@ -1,9 +1,8 @@
 """One optimiser step: loss, gradients, update, metrics; compiled once per shape and mesh.
 
-The loop sees only `TrainStep`, whichever way gradients are come by: a JumpReLU's are explicit, by
-products (`dense_step`) or by pairs (`adaptive_step`), and so are TopK's and BatchTopK's by pairs
-(`topk_step`); all others are autodiff's, of one program over a (data, model) mesh in which the
-compiler places the collectives.
+The loop sees only `TrainStep`, wherever gradients come from: a JumpReLU's are explicit, by products
+(`DenseStep`) or by pairs (`AdaptiveStep`); all others are autodiff's, of one program over a (data,
+model) mesh in which the compiler places the collectives.
 
 Legend: B rows of a batch, D model width, F latents.
 """
@@ -25,7 +24,6 @@ from sae_train.model.architectures import forward
 from sae_train.model.forward import Forward, Params, threshold_of
 from sae_train.model.sharding import BATCH_DIMS, sharding
 from sae_train.sparse.jumprelu_step import AdaptiveStep
-from sae_train.sparse.topk_step import TopKStep
 from sae_train.step.adam import tree_norm, update
 from sae_train.step.dense_jumprelu import DenseStep
 from sae_train.step.path_choice import is_by_pairs
@@ -222,21 +220,13 @@ def _plain_step(
     config: Config, *, input_scale: float, target_scale: float | None, mesh: Mesh
 ) -> TrainStep:
     """The step as it is written, uncompiled."""
-    is_jumprelu, by_pairs = config.sae.architecture == "jumprelu", is_by_pairs(config, mesh)
-    adaptive = AdaptiveStep(config, mesh) if is_jumprelu and by_pairs else None
-    selecting = TopKStep(config, mesh) if by_pairs and not is_jumprelu else None
-    dense = DenseStep(config, mesh) if is_jumprelu else None
+    adaptive = AdaptiveStep(config, mesh) if is_by_pairs(config, mesh) else None
+    dense = DenseStep(config, mesh) if config.sae.architecture == "jumprelu" else None
 
     def step(state: TrainState, batch: Batch, scalars: Scheduled) -> tuple[TrainState, StepMetrics]:
         x_BD, target_BD = _scaled(batch, input_scale=input_scale, target_scale=target_scale)
         sparse, overflows = jnp.zeros((), bool), state.overflows
-        if selecting is not None:
-            dead_F = _is_dead(state.last_fired, step=state.step, train=config.train)
-            stepped, sparse = selecting(
-                state, x_BD, target_BD=target_BD, scalars=scalars, dead_F=dead_F
-            )
-            overflows = overflows + (~sparse).astype(jnp.int32)
-        elif adaptive is not None:
+        if adaptive is not None:
             stepped, sparse, tried = adaptive(state, x_BD, target_BD=target_BD, scalars=scalars)
             overflows = overflows + (tried & ~sparse).astype(jnp.int32)
         elif dense is not None:

@@ -20,7 +20,6 @@ import tempfile
 from pathlib import Path
 
 from tests.mutations.mutation import Mutation
-from tests.mutations.mutations_topk import TOPK
 from tests.support.paths import ROOT
 
 logger = logging.getLogger("mutations")
@@ -185,7 +184,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a step by pairs keeps pre-activations of the whole width",
-        _PAIRS,
+        "sae_train/step/tiles.py",
         "LARGEST_TILE = 1024",
         "LARGEST_TILE = 1 << 20",
         "tests/sae_train/sparse/test_sparse_memory.py::"
@@ -305,7 +304,7 @@ MUTATIONS = (
     ),
     Mutation(
         "kernels are started where no GPU is",
-        f"{_KERNELS}/backend.py",
+        f"{_KERNELS}/mode.py",
         "if platform not in _GPUS and",
         "if platform in _GPUS and",
         f"{_T_KERNELS}::test_kernels_are_refused_where_there_is_no_gpu",
@@ -320,18 +319,10 @@ MUTATIONS = (
     Mutation(
         "kernels are taken for what they are not for",
         "sae_train/config/run.py",
-        'sae.architecture not in ("relu", "gated") and train.step == "sparse"',
+        'sae.architecture == "jumprelu" and train.step == "sparse"',
         'train.step == "sparse"',
         f"{_T_KERNELS}::test_kernels_are_refused_for_what_they_are_not_for",
     ),
-    Mutation(
-        "a TopK's latents that a kernel touched stay as they were",
-        f"{_KERNELS}/backend.py",
-        "update=None if write is None else arguments",
-        "update=None",
-        f"{_T_KERNELS}::test_steps_of_a_topk_touch_latents_in_a_kernel",
-    ),
-    *TOPK,
     Mutation(
         "a kernel's pairs stay in the order in which their tiles came",
         f"{_KERNELS}/select.py",

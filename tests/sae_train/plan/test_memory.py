@@ -75,29 +75,6 @@ def test_the_plan_of_a_step_by_pairs_is_what_xla_allocates(
     assert set(planned.items) == set(step_memory(sizes).items)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "k", "tolerance"),
-    [
-        (shape(16_384, 640, 1, 1), 64, 0.01),
-        (shape(65_536, 2304, 1, 1), 128, 0.01),
-        (shape(65_536, 2304, 1, 4), 64, 0.01),
-        (shape(65_536, 2304, 2, 4), 64, 0.05),
-    ],
-)
-def test_the_plan_of_a_selecting_step_by_pairs_is_what_xla_allocates(
-    sizes: Shape, k: int, tolerance: float
-) -> None:
-    places = 10 * k
-    own = {"sae": {"architecture": "topk", "k": k}, "sparsity": {"penalty": "none"}}
-    compiled = compile_step(sizes, step="sparse", sparse_capacity=places, **own)
-    arguments, total = measured_bytes(compiled)
-    selecting = dataclasses.replace(sizes, architecture="topk", places=places)
-    planned = step_memory(selecting, backend="cpu")
-    known = ("weights", "second moment", "batch")
-    assert sum(planned.items[name] for name in known) == arguments + WAY_BYTES
-    assert planned.step == pytest.approx(total, rel=tolerance)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_arguments_follow_the_store_s_dtype(dtype: Dtype) -> None:
     sizes = shape(512, 64, 2, 2, batch_size=128)

@@ -49,8 +49,8 @@ def test_hours_reads_and_cost() -> None:
         ({}, "sparse", (True, True)),
         ({}, "dense", (False, False)),
         ({"architecture": "relu"}, "auto", (False, False)),
-        ({"architecture": "topk", "k": 64}, "auto", (False, True)),
-        ({"architecture": "batch_topk", "k": 64}, "sparse", (True, True)),
+        ({"architecture": "topk", "k": 64}, "auto", (False, False)),
+        ({"architecture": "batch_topk", "k": 64}, "dense", (False, False)),
     ],
 )
 def test_the_step_a_run_takes_is_said_and_its_memory_counted(

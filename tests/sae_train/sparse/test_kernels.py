@@ -236,25 +236,15 @@ def test_kernels_are_refused_where_there_is_no_gpu():
         make_train_step(config, input_scale=1.0, mesh=make_mesh(config.mesh))
 
 
-@pytest.mark.parametrize(("architecture", "step"), [("jumprelu", "auto"), ("relu", "sparse")])
+@pytest.mark.parametrize(("architecture", "step"), [("jumprelu", "auto"), ("relu", "dense")])
 def test_kernels_are_refused_for_what_they_are_not_for(architecture: str, step: str):
     options = OPTIONS | {"step": step}
     if architecture == "relu":
         options |= {"sae": {"architecture": "relu"}, "sparsity": {"penalty": "l1"}}
     make_config(**options)
-    found = rf"is for steps by pairs, .*{architecture} and train.step {step}: set"
+    found = rf"is for the sparse step, .*{architecture} and train.step {step}: set"
     with pytest.raises(ValueError, match=found):
         make_config(**options, kernels="pallas")
-
-
-def test_steps_of_a_topk_touch_latents_in_a_kernel():
-    sparsity = {"penalty": "none"}
-    options = OPTIONS | {"sae": {"architecture": "topk", "k": 6}, "sparsity": sparsity}
-    by_xla, _ = run(make_config(**options), 4)
-    with without_gpu("interpret"):
-        found, _ = run(make_config(**options, kernels="pallas"), 4)
-    assert int(found.overflows) == 0
-    assert_same_training(found, by_xla)
 
 
 def lowered(function: Any, *arguments: Any) -> str:
