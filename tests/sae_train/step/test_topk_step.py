@@ -15,8 +15,8 @@ from sae_train.model.sharding import make_mesh
 from sae_train.step.schedule import scheduled
 from sae_train.step.state import init_state
 from sae_train.train.train_step import make_train_step
-from tests.support import reference_topk
 from tests.support.configs import make_config
+from tests.support.oracles import reference_topk
 
 B, D, F, K = 64, 32, 128, 2
 EPSILON = 1e-6
