@@ -54,11 +54,11 @@ class _Piece:
 class BucketCheckpoints:
     """The checkpoints under one folder of a bucket, saved in the background."""
 
-    def __init__(self, folder: BucketPath, *, keep: int | None, read_only: bool) -> None:
+    def __init__(self, folder: BucketPath, *, keep: int | None) -> None:
         self.folder, self.keep = folder, keep
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
-        if not read_only and processes.is_main():
+        if processes.is_main():
             self._clear_unfinished()
 
     def close(self) -> None:

@@ -1,10 +1,11 @@
-"""Checkpoints: Orbax, asynchronous, atomic, kept to a policy; and reading a trained SAE back.
+"""The checkpoints of a run: saved in the background, listed, checked and restored.
 
-Layout: `<run>/checkpoints/<step>/{state,meta}`, `state` being the training state of
-`state.TrainState` and `meta` the JSON that says what it belongs to. Orbax writes a checkpoint
-under a temporary name and renames it when it is whole, so one that has its name was complete; in
-a bucket `checkpoint_arrays` writes the meta last, so one that has its meta was complete. What
-happens to it later is found out by checksums: `meta` has one of itself and one of each array.
+Layout: `<run>/checkpoints/<step>/{state,meta}`. `state` holds the arrays of a
+`sae_train.step.state.TrainState`, `meta` the JSON that says which run they belong to. On a disk
+Orbax writes a checkpoint under a temporary name and renames it when it is whole (`orbax_files`). In
+a bucket, which can't rename a folder, the meta is written last (`arrays`). So a checkpoint that can
+be seen was complete when it was written. What happens to it later is found out by checksums
+(`checksum`): the meta holds one of itself and one of each array.
 
 Saved by any number of processes on any mesh, a checkpoint restores on any other.
 """
@@ -16,69 +17,33 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, TypeVar
 
-import orbax.checkpoint as ocp
-
 from activation_cache.runtime import exchange
 from activation_cache.runtime.errors import StorageError, UserError
 from activation_cache.storage.bucket import BucketPath
 from activation_cache.storage.files import AnyPath, StoragePath, storage_path
-from sae_train.checkpoint.arrays import ARRAYS, META, BucketCheckpoints, cutting_of, read_state
+from sae_train.checkpoint import arrays, orbax_files
+from sae_train.checkpoint.arrays import ARRAYS, META, BucketCheckpoints
 from sae_train.checkpoint.checksum import DamagedCheckpoint, seal_meta, state_checksums, unseal_meta
 from sae_train.checkpoint.orbax_files import OrbaxCheckpoints
 from sae_train.checkpoint.same_run import FORMAT_VERSION
+from sae_train.runs.folder import CHECKPOINTS, checkpoint_steps
 from sae_train.step.state import TrainState
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "checkpoints"
-
 Loaded = TypeVar("Loaded")
 
 
-class Checkpoints:
-    """The checkpoints of one run folder; a context manager that waits for writes on leaving.
+class StoredCheckpoints:
+    """The checkpoints of one run folder, for reading: disturbs nobody who writes there."""
 
-    With several processes, all call everything that writes, in the same order.
-    """
-
-    def __init__(
-        self, run_folder: AnyPath, *, keep: int | None = None, read_only: bool = False
-    ) -> None:
-        """Open them; `read_only` disturbs nobody who may be writing there."""
-        self.folder = (storage_path(run_folder) / FOLDER).absolute()
-        self._files: BucketCheckpoints | OrbaxCheckpoints
-        if isinstance(self.folder, BucketPath):
-            self._files = BucketCheckpoints(self.folder, keep=keep, read_only=read_only)
-        else:
-            self._files = OrbaxCheckpoints(self.folder, keep=keep, read_only=read_only)
-
-    def __enter__(self) -> Checkpoints:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            self.wait()
-        finally:
-            self._files.close()
-
-    def wait(self) -> None:
-        """Return when every save has reached the disk under its final name."""
-        self._files.wait()
+    def __init__(self, run_folder: AnyPath) -> None:
+        self.run_folder = storage_path(run_folder)
+        self.folder = (self.run_folder / CHECKPOINTS).absolute()
 
     def steps(self) -> list[int]:
         """Steps that have a whole checkpoint, rising."""
-        return sorted(self._files.steps())
-
-    def save(self, state: TrainState, *, step: int, meta: Mapping[str, Any]) -> None:
-        """Copy the state off the devices and write it in the background."""
-        if isinstance(self.folder, BucketPath):
-            meta = {**meta, ARRAYS: cutting_of(state)}
-        self._files.save(step, state, seal_meta(meta, checksums=state_checksums(state)))
+        return sorted(checkpoint_steps(self.run_folder))
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """The JSON of one checkpoint.
@@ -92,7 +57,7 @@ class Checkpoints:
             meta = unseal_meta(file.read_bytes())
         except FileNotFoundError as error:
             raise DamagedCheckpoint(f"{file} is missing") from error
-        # No damage, which a run passes over and deletes: what is there is whole.
+        # Not a DamagedCheckpoint, which a run skips and deletes: this one is whole.
         if meta["format_version"] != FORMAT_VERSION:
             raise UserError(
                 f"{file} has checkpoint format {meta['format_version']}, and this version of the "
@@ -117,9 +82,9 @@ class Checkpoints:
             state = _read(self.folder / str(step), abstract, meta)
         except (PermissionError, MemoryError, StorageError):
             raise
-        except Exception as error:  # whatever Orbax makes of missing and torn files
+        except Exception as error:  # Orbax has no error of its own for missing and torn files
             problem = f"it can't be read ({_innermost(error)})"
-        # All or none: the checksums of arrays that lie on all processes need all of them.
+        # All processes go on or none does: they compute the checksums together.
         problem = next(filter(None, exchange.gathered("restored", problem)), None)
         if problem is None:
             found = state_checksums(state)
@@ -129,29 +94,24 @@ class Checkpoints:
             raise DamagedCheckpoint(f"{self.folder / str(step)}: {problem}")
         return state
 
-    def newest(
-        self, load: Callable[[int], Loaded], *, drop_damaged: bool = False
-    ) -> tuple[int, Loaded] | None:
-        """What `load` makes of the newest checkpoint that isn't damaged, and its step.
+    def newest(self, load: Callable[[int], Loaded]) -> tuple[int, Loaded] | None:
+        """The step of the newest checkpoint that isn't damaged, and what `load` makes of it.
 
-        Those that `load` finds damaged are told of in a warning and passed over;
-        `drop_damaged` deletes them, so that the same step can be saved again.
+        One that is damaged (`load` raises `DamagedCheckpoint`) is skipped with a warning.
+
+        Returns:
+            None if there is no checkpoint.
 
         Raises:
             UserError: there are checkpoints, and all are damaged.
         """
-        steps = self.steps()
         damaged: list[str] = []
-        for step in reversed(steps):
+        for step in reversed(self.steps()):
             try:
-                loaded = load(step)
+                return step, load(step)
             except DamagedCheckpoint as error:
                 damaged.append(str(error))
                 logger.warning("skipping the damaged checkpoint at step %d: %s", step, error)
-                continue
-            for newer in [other for other in steps if other > step and drop_damaged]:
-                self._files.delete(newer)
-            return step, loaded
         if damaged:
             raise UserError(
                 f"every checkpoint of {self.folder.parent} is damaged: {'; '.join(damaged)}. "
@@ -159,23 +119,75 @@ class Checkpoints:
             )
         return None
 
+
+class Checkpoints(StoredCheckpoints):
+    """The checkpoints of one run folder, for the run that writes them.
+
+    A context manager that waits for the save under way on leaving. With several processes, all call
+    everything that writes, in the same order.
+    """
+
+    def __init__(self, run_folder: AnyPath, *, keep: int | None = None) -> None:
+        """Clear away what a kill left half written; `keep` newest stay (None: all)."""
+        super().__init__(run_folder)
+        self._files: BucketCheckpoints | OrbaxCheckpoints
+        if isinstance(self.folder, BucketPath):
+            self._files = BucketCheckpoints(self.folder, keep=keep)
+        else:
+            self._files = OrbaxCheckpoints(self.folder, keep=keep)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self.wait()
+        finally:
+            self._files.close()
+
+    def wait(self) -> None:
+        """Return when every save has reached the disk under its final name."""
+        self._files.wait()
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, rising: the same in all processes, in the same call."""
+        return sorted(self._files.steps())
+
+    def save(self, state: TrainState, *, step: int, meta: Mapping[str, Any]) -> None:
+        """Copy the state off the devices and write it in the background."""
+        if isinstance(self.folder, BucketPath):
+            meta = {**meta, ARRAYS: arrays.cutting_of(state)}
+        self._files.save(step, state, seal_meta(meta, checksums=state_checksums(state)))
+
+    def newest(self, load: Callable[[int], Loaded]) -> tuple[int, Loaded] | None:
+        """As of `StoredCheckpoints`; deletes the damaged ones, so that they can be saved again."""
+        steps, found = self.steps(), super().newest(load)
+        if found is not None:
+            for step in [one for one in steps if one > found[0]]:
+                self._files.delete(step)
+        return found
+
     def delete_all(self) -> None:
-        """Forget every checkpoint: for a run the user wants to start anew."""
+        """Delete every checkpoint: for a run that the user starts anew."""
         for step in self.steps():
             self._files.delete(step)
 
 
 def _read(folder: StoragePath, abstract: TrainState, meta: Mapping[str, Any]) -> TrainState:
     if ARRAYS in meta:
-        return read_state(folder, abstract, meta)
+        return arrays.read_state(folder, abstract, meta)
     if isinstance(folder, BucketPath):
         raise UserError("it was saved on a disk: copy the run's folder to a disk to read it")
-    arguments = ocp.args.StandardRestore(abstract)
-    return ocp.StandardCheckpointHandler().restore(folder / "state", args=arguments)
+    return orbax_files.read_state(folder, abstract)
 
 
 def _innermost(error: BaseException) -> str:
-    """The words of the error that others were wrapped around."""
+    """The message of the error that the others were raised from, in one line."""
     while inner := (error.exceptions[0] if isinstance(error, ExceptionGroup) else error.__cause__):
         error = inner
     return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -1,10 +1,16 @@
-"""Orbax's checkpoint manager, told where our checkpoints lie and which JSON goes with them."""
+"""Checkpoints on a disk: every call into Orbax, which writes and reads them.
+
+Orbax narrates through absl's logger, a hundred lines a checkpoint, and a process that shows INFO
+would drown in them. While we have a folder open or read from one, what Orbax logs below WARNING is
+dropped; its warnings and errors pass, and at DEBUG (`sae -v`) so does everything.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +20,74 @@ from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import disk_errors, make_folder
 from sae_train.step.state import TrainState
 
+logger = logging.getLogger(__name__)
+
+_ABSL = logging.getLogger("absl")
+_ORBAX_FOLDER = str(Path(ocp.__file__).parent)
+
 
 class OrbaxCheckpoints:
-    """The checkpoints under one folder of a disk."""
+    """The checkpoints under one folder of a disk, saved in the background."""
 
-    def __init__(self, folder: Path, *, keep: int | None, read_only: bool) -> None:
-        self.folder = folder
-        if not read_only:
-            make_folder(folder)
-        self._manager = ocp.CheckpointManager(
-            folder,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                enable_async_checkpointing=True,
-                # A kill in mid-write leaves a folder under a temporary name.
-                cleanup_tmp_directories=True,
-                read_only=read_only,
-                # Several folders may be written at once; processes meet by these words.
-                multiprocessing_options=ocp.options.MultiprocessingOptions(
-                    barrier_sync_key_prefix=hashlib.sha256(str(self.folder).encode()).hexdigest()
-                ),
+    def __init__(self, folder: Path, *, keep: int | None) -> None:
+        """Make the folder and clear away what a kill left half written there.
+
+        Raises:
+            UserError: the folder can't be made.
+        """
+        self.folder = make_folder(folder)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            enable_async_checkpointing=True,
+            # A kill in mid-write leaves a folder under a temporary name.
+            cleanup_tmp_directories=True,
+            # Processes meet under this name; they may write several folders at once.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                barrier_sync_key_prefix=hashlib.sha256(str(folder).encode()).hexdigest()
             ),
-            item_names=("state", "meta"),
         )
+        with ExitStack() as stack:
+            stack.enter_context(_without_narration())  # the background threads' too
+            self._manager = ocp.CheckpointManager(
+                folder, options=options, item_names=("state", "meta")
+            )
+            stack.callback(self._manager.close)
+            self._open = stack.pop_all()
 
     def close(self) -> None:
-        self._manager.close()
+        """End the background threads."""
+        self._open.close()
+
+    def wait(self) -> None:
+        """Return when the save under way has its final name; raises `UserError` if it failed."""
+        with self._save_errors():
+            self._manager.wait_until_finished()
+
+    def steps(self) -> list[int]:
+        """Steps that have a whole checkpoint, or will have when the save under way is over."""
+        return list(self._manager.all_steps())
+
+    def save(self, step: int, state: TrainState, sealed: Mapping[str, Any]) -> None:
+        """Copy the state off the devices and begin to write it, with its sealed meta."""
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(sealed))
+        )
+        with self._save_errors():
+            self._manager.save(step, args=arguments)
+
+    def delete(self, step: int) -> None:
+        """Delete a checkpoint."""
+        self._manager.delete(step)
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Say it in words when the disk refuses, or has gone away under a save."""
+    def _save_errors(self) -> Iterator[None]:
+        """A disk that refuses, or that has gone away under a save, as a `UserError`."""
         try:
             with disk_errors(self.folder, doing="save a checkpoint in"):
                 yield
         except UserError:
             raise
-        except Exception as error:  # whatever Orbax makes of files that vanish
+        except Exception as error:  # Orbax has no error of its own for files that vanish
             if self.folder.exists():
                 raise
             raise UserError(
@@ -58,19 +96,27 @@ class OrbaxCheckpoints:
                 "in there."
             ) from error
 
-    def wait(self) -> None:
-        with self._told():
-            self._manager.wait_until_finished()
 
-    def steps(self) -> list[int]:
-        return list(self._manager.all_steps())
+def read_state(folder: Path, abstract: TrainState) -> TrainState:
+    """The state under one checkpoint's folder, placed as `abstract` says.
 
-    def save(self, step: int, state: TrainState, sealed: Mapping[str, Any]) -> None:
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(sealed))
-        )
-        with self._told():
-            self._manager.save(step, args=arguments)
+    What it raises for missing or torn files is Orbax's affair: any exception.
+    """
+    with _without_narration():
+        arguments = ocp.args.StandardRestore(abstract)
+        return ocp.StandardCheckpointHandler().restore(folder / "state", args=arguments)
 
-    def delete(self, step: int) -> None:
-        self._manager.delete(step)
+
+@contextmanager
+def _without_narration() -> Iterator[None]:
+    """Keep what Orbax's files log below WARNING out of the user's log, unless ours is at DEBUG."""
+
+    def passes(record: logging.LogRecord) -> bool:
+        narrated = record.levelno < logging.WARNING and record.pathname.startswith(_ORBAX_FOLDER)
+        return not narrated or logger.isEnabledFor(logging.DEBUG)
+
+    _ABSL.addFilter(passes)
+    try:
+        yield
+    finally:
+        _ABSL.removeFilter(passes)

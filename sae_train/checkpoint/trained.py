@@ -10,10 +10,11 @@ import numpy as np
 from jaxtyping import Float
 
 from activation_cache.runtime.errors import UserError
-from activation_cache.storage.files import AnyPath, storage_path
-from sae_train.checkpoint.checkpoints import FOLDER, Checkpoints
+from activation_cache.storage.files import AnyPath
+from sae_train.checkpoint.checkpoints import StoredCheckpoints
 from sae_train.config.run import Config
 from sae_train.model.sharding import local_mesh
+from sae_train.runs.folder import CHECKPOINTS
 from sae_train.step.state import TrainState, abstract_state
 
 
@@ -49,24 +50,28 @@ def load_trained(run_folder: AnyPath, *, step: int | None = None) -> Trained:
         UserError: the folder has no checkpoint, none at `step`, or damaged ones only.
         DamagedCheckpoint: the one at `step` is.
     """
-    folder = storage_path(run_folder)
-    if not (folder / FOLDER).is_dir():
-        raise UserError(f"{folder} has no {FOLDER}/: give a run folder that `sae train` wrote")
-    with Checkpoints(folder, read_only=True) as checkpoints:
+    checkpoints = StoredCheckpoints(run_folder)
+    if not checkpoints.folder.is_dir():
+        raise UserError(
+            f"{checkpoints.run_folder} has no {CHECKPOINTS}/: give a run folder that `sae train` "
+            "wrote"
+        )
+    steps = checkpoints.steps()
+    if not steps or (step is not None and step not in steps):
+        wanted = "" if step is None else f" at step {step}"
+        raise UserError(
+            f"{checkpoints.run_folder} has no checkpoint{wanted}; it has {steps or 'none at all'}"
+        )
 
-        def load(at: int) -> tuple[dict[str, Any], Config, TrainState]:
-            meta = checkpoints.read_meta(at)
-            config = Config.model_validate(meta["config"])
-            abstract = abstract_state(config.sae, d_model=meta["d_model"], mesh=local_mesh())
-            return meta, config, checkpoints.restore(abstract, step=at)
+    def load(at: int) -> tuple[dict[str, Any], Config, TrainState]:
+        meta = checkpoints.read_meta(at)
+        config = Config.model_validate(meta["config"])
+        abstract = abstract_state(config.sae, d_model=meta["d_model"], mesh=local_mesh())
+        return meta, config, checkpoints.restore(abstract, step=at)
 
-        steps = checkpoints.steps()
-        if not steps or (step is not None and step not in steps):
-            wanted = "" if step is None else f" at step {step}"
-            raise UserError(f"{folder} has no checkpoint{wanted}; it has {steps or 'none at all'}")
-        newest = checkpoints.newest(load) if step is None else (step, load(step))
-        assert newest is not None
-        chosen, (meta, config, state) = newest
+    newest = checkpoints.newest(load) if step is None else (step, load(step))
+    assert newest is not None
+    chosen, (meta, config, state) = newest
     params = {name: np.array(value) for name, value in state.params.items()}
     if config.sae.architecture == "batch_topk":
         theta = np.float32(state.selection_threshold)

@@ -149,15 +149,19 @@ def _is_store(path: StoragePath) -> bool:
 
 
 def newest_checkpoint(folder: StoragePath) -> int | None:
-    """The step of the newest whole checkpoint: one still being written has another name."""
+    """The step of the newest whole checkpoint; None if there is none."""
+    return next(checkpoint_steps(folder), None)
+
+
+def checkpoint_steps(folder: StoragePath) -> Iterator[int]:
+    """Steps that have a whole checkpoint, falling: one still being written has another name."""
     checkpoints = folder / CHECKPOINTS
     if not checkpoints.is_dir():
-        return None
-    found = (p for p in checkpoints.iterdir() if p.name.isdecimal())
-    for path in sorted(found, key=lambda p: int(p.name), reverse=True):
+        return
+    found = (path for path in checkpoints.iterdir() if path.name.isdecimal())
+    for path in sorted(found, key=lambda path: int(path.name), reverse=True):
         if not isinstance(path, BucketPath) or (path / _COMMIT).is_file():
-            return int(path.name)
-    return None
+            yield int(path.name)
 
 
 def checkpoint_time(folder: StoragePath, step: int) -> float:

@@ -114,7 +114,7 @@ class Member:
         )
         if fresh:
             self.checkpoints.delete_all()
-        newest = self.checkpoints.newest(self._load, drop_damaged=True)
+        newest = self.checkpoints.newest(self._load)
         if newest is None:
             self._state = init_state(
                 config.sae,
