@@ -28,12 +28,14 @@ import jax
 import pytest
 
 import tests.support.typechecker  # noqa: F401 - the check named in pyproject is looked up as an attribute
+from tests.support.compiled_programs import share_compiled_programs
 
 if TYPE_CHECKING:
     from tests.support.servers.buckets import Server
 
 sys.dont_write_bytecode = False
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+share_compiled_programs()
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
