@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/uv pip install --quiet --system-certs --python $(BIN)/python
 
-.PHONY: demo test mutations bench bench-quality check format lint types clean
+.PHONY: demo test rooms mutations bench bench-quality check format lint types clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m launch.demo demo-data
@@ -27,6 +27,10 @@ bench-quality: $(VENV)/bench.stamp
 	$(BIN)/sae harvest configs/small_suite.yaml
 	$(BIN)/python -m benchmarks.quality configs/small_suite.yaml runs/quality \
 	    train.batch_size=512 train.tokens=307_200 train.learning_rate.decay_steps=120
+
+# docs/rooms.svg, from the imports.
+rooms: $(VENV)/test.stamp
+	$(BIN)/python docs/draw_rooms.py
 
 check: format lint types test
 

@@ -24,7 +24,7 @@ PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").
 LIVING = [page for page in PAGES if page.name != "CHANGELOG.md"]
 PACKAGES = "activation_cache|sae_train|launch|tests|benchmarks"
 NAMED_PATH = re.compile(rf"(?<![\w/.<])(?:{PACKAGES}|configs|docs|examples)/[\w./*-]*[\w*/]")
-LONE_PYTHON_FILE = re.compile(r"`([\w/]+\.py)`")
+LONE_PYTHON_FILE = re.compile(r"`(?!__init__)([\w/]+\.py)`")
 DOTTED_NAME = re.compile(rf"\b(?:{PACKAGES})(?:\.[A-Za-z_]\w*)+")
 LINK = re.compile(r"\]\((?!https?://)([^)#]+)[^)]*\)")
 MAKE_TARGET = re.compile(r"(?:`|^)make ([a-z][a-z-]*)", flags=re.MULTILINE)
