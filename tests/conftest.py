@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING, Any
 os.environ["PYTHONDONTWRITEBYTECODE"] = ""
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Commands keep compiled programs in the user's cache folder; those of tests have one of their own.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="open-gemma-scope-tests-")
+# Commands keep compiled programs in the user's cache folder. Those of tests have one of their own;
+# the workers of one run (pytest-xdist) share it.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="open-gemma-scope-tests-")
 
 import jax
 import pytest
@@ -34,7 +36,8 @@ if TYPE_CHECKING:
     from tests.support.servers.buckets import Server
 
 sys.dont_write_bytecode = False
-atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 share_compiled_programs()
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -1,6 +1,6 @@
 """Train the given config files one after the other, as one process of a group.
 
-Those that differ in nothing that is compiled in share their step: twenty restores compile it once.
+Those that differ in nothing that is compiled in share their step: many restores compile it once.
 """
 
 from __future__ import annotations
