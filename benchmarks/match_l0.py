@@ -48,7 +48,7 @@ def l0_of(trained: Trained, store: Store) -> float:
 
 def run(config: Config, *, folder: Path, sparsity: dict[str, Any]) -> str:
     """Train one SAE; returns its row of the table."""
-    values = {"sweep": None, "output": str(folder), "train.sparsity": sparsity}
+    values = {"output": str(folder), "train.sparsity": sparsity}
     own = with_values(config, values, source="benchmark")
     train(own, fresh=True)
     last = read_metrics(folder)[-1]

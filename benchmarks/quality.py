@@ -251,7 +251,6 @@ def at_l0(scores: list[Score], l0: float) -> float | None:
 
 def make_bench(config: Config) -> Bench:
     """Open the store and read what is measured."""
-    config = with_values(config, {"sweep": None}, source="benchmark")
     store = open_store(config.cache.path)
     tap = Tap(config.sae.site, config.sae.layer)
     info, train = store.tap_info(tap), config.train

@@ -10,6 +10,7 @@ from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.storage.files import StoragePath, storage_path
 from launch import stages
 from launch.clusters import submit
+from launch.config.job import Job
 from launch.processes.signals import StopFlag
 from launch.targets import (
     read_target_config,
@@ -19,7 +20,6 @@ from launch.targets import (
     trained_folders,
 )
 from sae_train.config.file import FILE_NAME, read_run_config, write_config
-from sae_train.config.run import Config
 from sae_train.runs.folder import RELEASE, clear_failure
 from sae_train.train.cohort import check_cohort
 
@@ -69,7 +69,7 @@ def train(arguments: argparse.Namespace, stop: StopFlag) -> int:
     return 0
 
 
-def _training_configs(arguments: argparse.Namespace) -> list[Config]:
+def _training_configs(arguments: argparse.Namespace) -> list[Job]:
     """The configs of a `sae train`: words that are no `key=value` are further ones.
 
     Raises:
@@ -92,6 +92,13 @@ def _training_configs(arguments: argparse.Namespace) -> list[Config]:
                 "train one SAE with the config's own values add the override sweep=null"
             )
     check_cohort(configs)
+    for target, config in zip(targets, configs, strict=True):
+        if config.launch != configs[0].launch:
+            raise UserError(
+                f"{targets[0]} and {target} can't train together: their launch sections differ, "
+                "and runs that share their reads run in the same processes. Give both the same "
+                "section, or train them with two commands"
+            )
     return configs
 
 

@@ -10,8 +10,6 @@ from typing import TextIO
 from rich.console import Console
 from rich.table import Table
 
-from activation_cache.storage.files import user_cache
-
 PACKAGES = ("activation_cache", "sae_train", "launch")
 _PLAIN_WIDTH = 140  # columns of a table where there is no terminal to ask
 
@@ -48,12 +46,8 @@ def configure_logging(*, verbosity: int) -> None:
 
 
 def set_environment_defaults() -> None:
-    """Quiet XLA's own log and keep its compiled programs between runs, unless told otherwise.
-
-    Must run before JAX is imported.
-    """
+    """Quiet XLA's own log, unless the user has set its level; before JAX is imported."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(user_cache() / "jax"))
 
 
 def print_table(table: Table) -> None:

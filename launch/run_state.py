@@ -6,8 +6,8 @@ from pathlib import PurePath
 from typing import Any
 
 from activation_cache.storage.files import StoragePath, storage_path
+from launch.config.job import Job
 from sae_train.config.file import read_run_config
-from sae_train.config.run import Config
 from sae_train.runs.folder import (
     EVALUATION,
     RELEASE,
@@ -19,7 +19,7 @@ from sae_train.runs.folder import (
 )
 
 
-def is_trained(config: Config) -> bool:
+def is_trained(config: Job) -> bool:
     """Has the run of this config ended, under settings that give the same weights?"""
     folder = storage_path(config.output)
     if newest_checkpoint(folder) != config.train.steps:

@@ -19,14 +19,15 @@ from activation_cache.storage.files import (
     remove_tree,
     storage_path,
 )
+from launch.config.job import Job
 from launch.config.local import LocalLaunch
 from launch.processes import group
 from launch.processes.allocator import keep_freed_memory
 from launch.processes.compile_cache import keep_programs
 from launch.processes.signals import StopFlag
 from launch.run_state import is_trained
+from sae_train.config.evaluation import EvaluationConfig
 from sae_train.config.file import FILE_NAME, resolved_yaml
-from sae_train.config.run import Config, EvaluationConfig
 from sae_train.runs.folder import (
     CHECKPOINTS,
     FAILURE,
@@ -42,7 +43,7 @@ def _prepare_process() -> None:
     keep_programs()
 
 
-def harvest(config: Config, *, stop: Callable[[], bool]) -> None:
+def harvest(config: Job, *, stop: Callable[[], bool]) -> None:
     """Make the activation store of `config.cache`, or finish one that was begun."""
     _, mesh = config.harvest_mesh
     if group.starts_here(config):
@@ -76,7 +77,7 @@ def _saved(store: StoragePath) -> int:
     return finished_tokens + (sum(1 for _ in commits.iterdir()) if commits.is_dir() else 0)
 
 
-def train(configs: Sequence[Config], *, fresh: bool, stop: Callable[[], bool]) -> None:
+def train(configs: Sequence[Job], *, fresh: bool, stop: Callable[[], bool]) -> None:
     """Train runs side by side (one, or a cohort), each going on from its last checkpoint.
 
     Raises:
@@ -93,7 +94,7 @@ def train(configs: Sequence[Config], *, fresh: bool, stop: Callable[[], bool]) -
     train_cohort(configs, fresh=fresh, stop=stop)
 
 
-def _train_in_group(configs: Sequence[Config], *, fresh: bool, stop: Callable[[], bool]) -> None:
+def _train_in_group(configs: Sequence[Job], *, fresh: bool, stop: Callable[[], bool]) -> None:
     first, *beside = configs
     folders = [storage_path(config.output) for config in configs]
     if fresh:
@@ -114,7 +115,7 @@ def _train_in_group(configs: Sequence[Config], *, fresh: bool, stop: Callable[[]
     )
 
 
-def training_failures(configs: Sequence[Config], error: Exception) -> dict[str, str]:
+def training_failures(configs: Sequence[Job], error: Exception) -> dict[str, str]:
     """After a training that failed: why, by the output of each run that isn't trained.
 
     A run that failed by itself has said so in its folder; of the rest `error` is the reason, and
@@ -140,7 +141,7 @@ def reason_of(error: Exception) -> str:
 def evaluate(
     folders: Sequence[StoragePath],
     *,
-    config: Config,
+    config: Job,
     settings: EvaluationConfig | None = None,
     stop: StopFlag,
 ) -> None:
@@ -189,11 +190,12 @@ def export(folders: Sequence[StoragePath]) -> None:
         run_export(folder)
 
 
-def export_tree(config: Config, folders: Sequence[StoragePath]) -> StoragePath:
+def export_tree(config: Job, folders: Sequence[StoragePath]) -> StoragePath:
     """Release a sweep's runs, and gather them in the tree of a suite; returns its folder."""
     from sae_train.release.tree import export_tree as run_export_tree
 
-    return run_export_tree(storage_path(config.output), config, folders)
+    tree = config.sweep.tree if config.sweep is not None and config.is_suite else None
+    return run_export_tree(storage_path(config.output), config, folders, suite=tree)
 
 
 def report(folder: StoragePath) -> StoragePath:

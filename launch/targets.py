@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import StoragePath, storage_path
-from sae_train.config.file import FILE_NAME, load_config, read_run_config, write_config
-from sae_train.config.run import Config
+from launch.config.job import Job, load_job, read_job
+from sae_train.config.file import FILE_NAME, write_config
 from sae_train.runs.folder import newest_checkpoint, run_folders
 
 logger = logging.getLogger(__name__)
 
 
-def target_config(target: str, overrides: Sequence[str] = ()) -> Config:
+def target_config(target: str, overrides: Sequence[str] = ()) -> Job:
     """The config a command line names: a file, or the resolved one of an output folder.
 
     A sweep is expanded, and so checked, whatever the command.
@@ -30,15 +30,14 @@ def target_config(target: str, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def read_target_config(target: str, overrides: Sequence[str]) -> Config:
-    if storage_path(target).is_dir():
-        read_run_config(target)  # says what kind of folder was expected
-        config = load_config(storage_path(target) / FILE_NAME, overrides)
-        if not any(override.startswith("output=") for override in overrides):
-            config = config.model_copy(update={"output": target})  # it may have been moved
-    else:
-        config = load_config(target, overrides)
-    return config
+def read_target_config(target: str, overrides: Sequence[str]) -> Job:
+    """As `target_config`, but a sweep is not expanded."""
+    if not storage_path(target).is_dir():
+        return load_job(target, overrides)
+    config = read_job(target, overrides)
+    if any(override.startswith("output=") for override in overrides):
+        return config
+    return config.model_copy(update={"output": target})  # the folder may have been moved
 
 
 def target_folder(target: str) -> StoragePath:
@@ -47,7 +46,7 @@ def target_folder(target: str) -> StoragePath:
     return folder if folder.is_dir() else storage_path(target_config(target).output)
 
 
-def trained_folders(config: Config) -> list[StoragePath]:
+def trained_folders(config: Job) -> list[StoragePath]:
     """The runs of a config that have a checkpoint; those without are left out with a warning.
 
     Raises:
@@ -70,7 +69,7 @@ def trained_folders(config: Config) -> list[StoragePath]:
     return trained
 
 
-def released_or_trained(config: Config) -> list[StoragePath]:
+def released_or_trained(config: Job) -> list[StoragePath]:
     """As `trained_folders`; where nothing was trained yet, that of the SAE to start from."""
     folder = storage_path(config.output)
     if (

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 from activation_cache.storage.files import storage_path
-from sae_train.config.run import Config
+from launch.config.job import Job
 
 Command = Literal["harvest", "train", "sweep"]
 
 
-def local_folder(config: Config, kind: str) -> Path:
+def local_folder(config: Job, kind: str) -> Path:
     """Where what is submitted is kept on this machine: in the output folder, or, where that is in
     a bucket, in `<kind>/<name>` of the folder the command is given in.
     """

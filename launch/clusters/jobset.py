@@ -28,12 +28,12 @@ import yaml
 from activation_cache.runtime.errors import UserError
 from launch.clusters.common import Command
 from launch.clusters.jobset_pod import pod_template
+from launch.config.job import Job
 from launch.config.kubernetes import OUR_PREFIX, KubernetesLaunch, TpuNodes
 from launch.config.local import LocalLaunch
 from launch.sweep.cohorts import cohorts_of
 from launch.sweep.expand import expand
 from sae_train.config.file import resolved_yaml
-from sae_train.config.run import Config
 
 Stage = Literal["harvest", "train", "evaluate", "report"]
 
@@ -99,7 +99,7 @@ class Manifest:
         )
 
 
-def render(config: Config, *, command: Command) -> list[Manifest]:
+def render(config: Job, *, command: Command) -> list[Manifest]:
     """The manifests of a command, in the order in which their stages run.
 
     `sweep` gives a harvest, one training per cohort, the evaluation of all runs in one pass of the
@@ -113,7 +113,7 @@ def render(config: Config, *, command: Command) -> list[Manifest]:
     if command == "sweep":
         cohorts = cohorts_of(config, expand(config))
         digits = len(str(len(cohorts)))
-        stages: list[tuple[Stage, str, list[Config]]] = [
+        stages: list[tuple[Stage, str, list[Job]]] = [
             ("harvest", "0-harvest.yaml", [config]),
             *(
                 ("train", f"1-train-{number:0{digits}}.yaml", cohort.configs)
@@ -134,7 +134,7 @@ def render(config: Config, *, command: Command) -> list[Manifest]:
     ]
 
 
-def kubernetes_launch(config: Config) -> KubernetesLaunch:
+def kubernetes_launch(config: Job) -> KubernetesLaunch:
     """The config's launch section, known to be Kubernetes'."""
     assert isinstance(config.launch, KubernetesLaunch), config.launch
     return config.launch
@@ -163,7 +163,7 @@ def dns_name(text: str, *, identity: str, longest: int = _LONGEST_NAME) -> str:
     return f"{words[: longest - 7].rstrip('-')}-{digest}"
 
 
-def _manifest(configs: Sequence[Config], *, stage: Stage, file_name: str, group: str) -> Manifest:
+def _manifest(configs: Sequence[Job], *, stage: Stage, file_name: str, group: str) -> Manifest:
     """The manifest of a stage; of several runs that train together the first lends its name."""
     config, *beside = configs
     launch = kubernetes_launch(config)
@@ -216,7 +216,7 @@ def _manifest(configs: Sequence[Config], *, stage: Stage, file_name: str, group:
     )
 
 
-def _travelling_configs(configs: Sequence[Config], launch: KubernetesLaunch) -> dict[str, str]:
+def _travelling_configs(configs: Sequence[Job], launch: KubernetesLaunch) -> dict[str, str]:
     """The data of the ConfigMap: a key for each config, in their order."""
     there = LocalLaunch(heartbeat_seconds=launch.heartbeat_seconds)
     data = {
@@ -304,7 +304,7 @@ def _pod_failure_rules() -> list[dict[str, Any]]:
     ]
 
 
-def _check_paths(config: Config, launch: KubernetesLaunch) -> None:
+def _check_paths(config: Job, launch: KubernetesLaunch) -> None:
     """What a stage leaves must outlive its pod: in a bucket, or on a volume that isn't scratch."""
     kept = [v.mount for v in launch.volumes if v.kind in ("claim", "host_path") and not v.read_only]
     for key, path in (("cache.path", config.cache.path), ("output", config.output)):
@@ -324,7 +324,7 @@ def _check_paths(config: Config, launch: KubernetesLaunch) -> None:
             )
 
 
-def _check_mesh(config: Config, launch: KubernetesLaunch, *, stage: Stage) -> None:
+def _check_mesh(config: Job, launch: KubernetesLaunch, *, stage: Stage) -> None:
     """Refuse a mesh that would start only to fail, or leave processes without a part."""
     key, mesh = config.harvest_mesh if stage == "harvest" else ("mesh", config.mesh)
     nodes = launch.nodes

@@ -23,8 +23,8 @@ from typing import Literal
 from activation_cache.runtime.errors import Interrupted, UserError
 from launch.clusters.common import Command, local_folder
 from launch.clusters.jobset import Manifest, Stage, kubernetes_launch, render, write_manifests
+from launch.config.job import Job
 from launch.config.kubernetes import OUR_PREFIX, KubernetesLaunch
-from sae_train.config.run import Config
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Found:
     created: str = ""
 
 
-def submit(config: Config, *, command: Command, dry_run: bool, stop: Callable[[], bool]) -> int:
+def submit(config: Job, *, command: Command, dry_run: bool, stop: Callable[[], bool]) -> int:
     """Write a command's manifests and submit them, or, with `dry_run`, print them.
 
     One stage is handed over and left to the cluster; a sweep is followed to its end, for its
@@ -80,7 +80,7 @@ def submit(config: Config, *, command: Command, dry_run: bool, stop: Callable[[]
     return _run_sweep(files, Follower(kubectl, stop=stop), at_once=launch.at_once)
 
 
-def manifest_folder(config: Config) -> Path:
+def manifest_folder(config: Job) -> Path:
     """Where the manifests go on this machine: beside the runs, unless those are in a bucket, and
     unless the config says otherwise.
     """

@@ -23,13 +23,13 @@ from activation_cache.storage.files import make_folder, read_json, write_json, w
 from launch import run_state
 from launch.clusters.common import Command, Stage
 from launch.clusters.slurm_script import Script, render, script_folder
+from launch.config.job import Job
 from launch.config.local import LocalLaunch
 from launch.sweep.cohorts import cohorts_of
 from launch.sweep.expand import expand
 from launch.sweep.run import Run
 from launch.sweep.suite_runs import stores
 from sae_train.config.file import FILE_NAME, write_config
-from sae_train.config.run import Config
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ _ENDED = (
 
 
 @dataclass(frozen=True)
-class Job:
+class SubmittedJob:
     """A submitted job.
 
     Attributes:
@@ -79,7 +79,7 @@ class TaskState:
         return self.state in _ENDED
 
 
-def submit(config: Config, *, command: Command, dry_run: bool) -> int:
+def submit(config: Job, *, command: Command, dry_run: bool) -> int:
     """Write a command's scripts and submit them, or, with `dry_run`, print them; returns 0.
 
     Raises:
@@ -113,7 +113,7 @@ def write_scripts(scripts: Sequence[Script], folder: Path) -> None:
             write_text(folder / name, text)
 
 
-def read_jobs(folder: Path) -> dict[Stage, Job]:
+def read_jobs(folder: Path) -> dict[Stage, SubmittedJob]:
     """The jobs last submitted from a folder of scripts, by stage; none if there are none.
 
     Raises:
@@ -125,7 +125,8 @@ def read_jobs(folder: Path) -> dict[Stage, Job]:
     try:
         entries = read_json(path)["jobs"]
         jobs = [
-            Job(**{**entry, "cohorts": tuple(map(tuple, entry["cohorts"]))}) for entry in entries
+            SubmittedJob(**{**entry, "cohorts": tuple(map(tuple, entry["cohorts"]))})
+            for entry in entries
         ]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
@@ -159,7 +160,9 @@ def task_states(numbers: Sequence[str]) -> dict[str, TaskState]:
     return states
 
 
-def _queued(scripts: Sequence[Script], *, jobs: Mapping[Stage, Job], folder: Path) -> set[Stage]:
+def _queued(
+    scripts: Sequence[Script], *, jobs: Mapping[Stage, SubmittedJob], folder: Path
+) -> set[Stage]:
     """The stages whose job from the same script is in the queue.
 
     Raises:
@@ -184,7 +187,7 @@ def _queued(scripts: Sequence[Script], *, jobs: Mapping[Stage, Job], folder: Pat
     return set(alive)
 
 
-def _wanted(config: Config, *, runs: Sequence[Run]) -> dict[Stage, str]:
+def _wanted(config: Job, *, runs: Sequence[Run]) -> dict[Stage, str]:
     """The stages a sweep needs, and for training the array's indices, those of the cohorts."""
     cohorts = cohorts_of(config, runs)
     missing = [
@@ -206,7 +209,7 @@ def _wanted(config: Config, *, runs: Sequence[Run]) -> dict[Stage, str]:
     return wanted | {"report": ""}
 
 
-def _has_stores(config: Config) -> bool:
+def _has_stores(config: Job) -> bool:
     from activation_cache.harvest.matching_store import open_matching_store
 
     try:
@@ -217,7 +220,7 @@ def _has_stores(config: Config) -> bool:
     return True
 
 
-def _begin_folders(config: Config, runs: Sequence[Run]) -> None:
+def _begin_folders(config: Job, runs: Sequence[Run]) -> None:
     """So that the report and `sae status` know of runs that have not come to anything yet."""
     write_config(config, config.output)
     for run in runs:
@@ -231,11 +234,11 @@ def _submit_all(
     *,
     wanted: Mapping[Stage, str],
     queued: set[Stage],
-    jobs: dict[Stage, Job],
+    jobs: dict[Stage, SubmittedJob],
     folder: Path,
 ) -> None:
     """Submit what is wanted and not queued, each after the one before it."""
-    before: Job | None = None
+    before: SubmittedJob | None = None
     for position, script in enumerate(scripts):
         if script.stage in queued:
             before = jobs[script.stage]
@@ -249,13 +252,13 @@ def _submit_all(
         except UserError as error:
             left = [one.stage for one in scripts[position:] if one.stage in {*wanted} - queued]
             raise UserError(_told(error, jobs, [*scripts[:position]], left)) from error
-        before = Job(script.stage, number, digest=script.digest, cohorts=script.cohorts)
+        before = SubmittedJob(script.stage, number, digest=script.digest, cohorts=script.cohorts)
         jobs[script.stage] = before
         write_json(folder / RECORD, {"jobs": [asdict(job) for job in jobs.values()]})
         logger.info("%s: job %s", script.stage, number)
 
 
-def _order(stage: Stage, before: Job | None) -> list[str]:
+def _order(stage: Stage, before: SubmittedJob | None) -> list[str]:
     """The report, and evaluation, are for what there is; training needs the whole store."""
     if before is None:
         return []
@@ -274,7 +277,10 @@ def _indices(script: Script, indices: str) -> list[str]:
 
 
 def _told(
-    error: UserError, jobs: Mapping[Stage, Job], earlier: Sequence[Script], left: Sequence[Stage]
+    error: UserError,
+    jobs: Mapping[Stage, SubmittedJob],
+    earlier: Sequence[Script],
+    left: Sequence[Stage],
 ) -> str:
     done = [f"{one.stage} (job {jobs[one.stage].number})" for one in earlier if one.stage in jobs]
     if not done:

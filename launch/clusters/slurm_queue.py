@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import storage_path
-from launch.clusters.slurm import Job, TaskState, read_jobs, task_states
+from launch.clusters.slurm import SubmittedJob, TaskState, read_jobs, task_states
 from launch.clusters.slurm_script import script_folder
-from sae_train.config.run import Config
+from launch.config.job import Job
 
 FORGOTTEN = "not in the queue"
 
@@ -31,7 +31,7 @@ class QueueView:
         return self.runs.get(run, "").endswith(" RUNNING")
 
 
-def queue_view(config: Config) -> QueueView | None:
+def queue_view(config: Job) -> QueueView | None:
     """Ask the queue about the jobs recorded in the config's output; None if there are none.
 
     Where Slurm can't be asked, from another machine for instance, that is all that is said.
@@ -53,7 +53,7 @@ def queue_view(config: Config) -> QueueView | None:
     return QueueView(runs=runs, others="Slurm: " + "; ".join(others) if others else "")
 
 
-def _runs(job: Job, states: Mapping[str, TaskState], *, alone: str) -> dict[str, str]:
+def _runs(job: SubmittedJob, states: Mapping[str, TaskState], *, alone: str) -> dict[str, str]:
     if not job.cohorts:
         return {alone: _words(job.number, states)}
     names = {

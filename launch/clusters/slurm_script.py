@@ -25,12 +25,12 @@ from pathlib import Path
 from activation_cache.config import MeshConfig
 from activation_cache.runtime.errors import UserError
 from launch.clusters.common import Command, Stage, local_folder
+from launch.config.job import Job
 from launch.config.local import LocalLaunch
 from launch.config.slurm import SlurmLaunch
 from launch.sweep.cohorts import Cohort, cohorts_of
 from launch.sweep.expand import expand
 from sae_train.config.file import resolved_yaml
-from sae_train.config.run import Config
 
 RUNS = "runs"  # the configs of a sweep's runs, by name
 _LONGEST_PAUSE_SECONDS = 600
@@ -122,18 +122,18 @@ class Script:
         return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 
-def slurm_launch(config: Config) -> SlurmLaunch:
+def slurm_launch(config: Job) -> SlurmLaunch:
     """The config's launch section, known to be Slurm's."""
     assert isinstance(config.launch, SlurmLaunch), config.launch
     return config.launch
 
 
-def script_folder(config: Config) -> Path:
+def script_folder(config: Job) -> Path:
     """Where scripts, logs and job numbers go: beside the runs, unless those are in a bucket."""
     return local_folder(config, "slurm")
 
 
-def render(config: Config, *, command: Command) -> list[Script]:
+def render(config: Job, *, command: Command) -> list[Script]:
     """The scripts of a command, in the order in which their jobs run.
 
     Raises:
@@ -165,13 +165,13 @@ def render(config: Config, *, command: Command) -> list[Script]:
     ]
 
 
-def _harvest_script(config: Config) -> Script:
+def _harvest_script(config: Job) -> Script:
     body = _body(f"run harvest {_shell(_absolute(config, 'sweep.yaml'))}", saved=config.cache.path)
     text = _script(config, stage="harvest", body=body)
     return Script("harvest", {"harvest.sbatch": text, "sweep.yaml": _travelling(config)})
 
 
-def _train_script(config: Config, cohorts: Sequence[Cohort]) -> Script:
+def _train_script(config: Job, cohorts: Sequence[Cohort]) -> Script:
     """An array over the cohorts; names of runs hold no spaces."""
     names = "\n".join(f"    {_shell(' '.join(cohort.names))}" for cohort in cohorts)
     body = (
@@ -193,7 +193,7 @@ def _train_script(config: Config, cohorts: Sequence[Cohort]) -> Script:
     return Script("train", files, cohorts=tuple(cohort.names for cohort in cohorts))
 
 
-def _evaluate_script(config: Config) -> Script:
+def _evaluate_script(config: Job) -> Script:
     """Writing the release is for one process."""
     folder = _shell(_whole(config.output))
     body = (
@@ -206,7 +206,7 @@ def _evaluate_script(config: Config) -> Script:
     return Script("evaluate", {"evaluate.sbatch": text})
 
 
-def _report_script(config: Config) -> Script:
+def _report_script(config: Job) -> Script:
     body = f"progress() {{ :; }}\nrun report {_shell(_whole(config.output))}\n"
     return Script("report", {"report.sbatch": _script(config, stage="report", body=body)})
 
@@ -218,7 +218,7 @@ def _body(command: str, *, saved: str) -> str:
     return f"progress() {{ ls {looks}; }}\n{command}\n"
 
 
-def _script(config: Config, *, stage: Stage, body: str, options: Sequence[str] = ()) -> str:
+def _script(config: Job, *, stage: Stage, body: str, options: Sequence[str] = ()) -> str:
     launch = slurm_launch(config)
     lines = [*_options(config, stage=stage), *options, *_resources(launch, stage=stage)]
     several = stage != "report"
@@ -258,7 +258,7 @@ _TITLES: dict[Stage, str] = {
 }
 
 
-def _options(config: Config, *, stage: Stage) -> list[str]:
+def _options(config: Job, *, stage: Stage) -> list[str]:
     launch = slurm_launch(config)
     sweep = config.sweep is not None
     log = f"{stage}-%A_%a.log" if sweep and stage == "train" else f"{stage}-%j.log"
@@ -293,7 +293,7 @@ def _resources(launch: SlurmLaunch, *, stage: Stage) -> list[str]:
     return lines + launch.sbatch
 
 
-def _travelling(config: Config) -> str:
+def _travelling(config: Job) -> str:
     launch = LocalLaunch(heartbeat_seconds=slurm_launch(config).heartbeat_seconds)
     return resolved_yaml(config.model_copy(update={"launch": launch}))
 
@@ -313,16 +313,16 @@ def _whole(path: str) -> str:
     return path if "://" in path else os.path.abspath(path)
 
 
-def _absolute(config: Config, name: str) -> str:
+def _absolute(config: Job, name: str) -> str:
     return os.path.abspath(script_folder(config) / name)
 
 
-def _mesh_of(config: Config, *, stage: Stage) -> tuple[str, MeshConfig]:
+def _mesh_of(config: Job, *, stage: Stage) -> tuple[str, MeshConfig]:
     """The key and the mesh that a stage's processes make up."""
     return config.harvest_mesh if stage == "harvest" else ("mesh", config.mesh)
 
 
-def _check_mesh(config: Config, *, stage: Stage) -> None:
+def _check_mesh(config: Job, *, stage: Stage) -> None:
     launch, (key, mesh) = slurm_launch(config), _mesh_of(config, stage=stage)
     places = mesh.data * mesh.model
     if places % launch.processes:

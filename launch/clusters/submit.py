@@ -12,12 +12,12 @@ from collections.abc import Callable
 
 from activation_cache.runtime.errors import UserError
 from launch.clusters.common import Command
-from sae_train.config.run import Config
+from launch.config.job import Job
 
 logger = logging.getLogger(__name__)
 
 
-def is_elsewhere(config: Config, *, dry_run: bool) -> bool:
+def is_elsewhere(config: Job, *, dry_run: bool) -> bool:
     """Does another machine run this config's stages?
 
     Raises:
@@ -33,7 +33,7 @@ def is_elsewhere(config: Config, *, dry_run: bool) -> bool:
     return False
 
 
-def submit(config: Config, *, command: Command, dry_run: bool, stop: Callable[[], bool]) -> int:
+def submit(config: Job, *, command: Command, dry_run: bool, stop: Callable[[], bool]) -> int:
     """Render, write and (unless `dry_run`) submit a command; returns the exit status.
 
     Raises:

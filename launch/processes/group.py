@@ -14,27 +14,27 @@ from typing import Any
 from activation_cache.runtime import exchange, processes
 from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.storage.files import StoragePath
+from launch.config.job import Job
 from launch.config.local import LocalLaunch
 from launch.processes.supervise import SUPERVISOR, starts_group, stop_with_supervisor, supervise
 from sae_train.config.file import resolved_yaml
-from sae_train.config.run import Config
 
 WORDS = "SAE_WORDS"  # the file in which a process tells its supervisor why it ended
 
 _EXIT_DONE, _EXIT_BUG, _EXIT_MISTAKE, _EXIT_STOPPED = 0, 1, 2, 75
 
 
-def starts_here(config: Config) -> bool:
+def starts_here(config: Job) -> bool:
     """Is this the process that starts a group for the stages of this config?"""
     return starts_group(config.launch)
 
 
 def run_stage(
     stage: str,
-    config: Config,
+    config: Job,
     *,
     devices: int,
-    beside: Sequence[Config] = (),
+    beside: Sequence[Job] = (),
     target: StoragePath | None = None,
     options: Sequence[str] = (),
     progress: Callable[[], Any] = lambda: None,
@@ -88,7 +88,7 @@ def _verbosity() -> list[str]:
     return ["-v"] if level <= logging.DEBUG else ["-q"] if level >= logging.WARNING else []
 
 
-def join(*configs: Config) -> None:
+def join(*configs: Job) -> None:
     """Join the group this process was started in, if any, and compare notes with the others.
 
     Raises:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from rich.table import Table
 
+from launch.config.job import Job
 from launch.console import print_line, print_table
 from launch.show.units import (
     bytes_text,
@@ -19,7 +20,6 @@ from launch.show.units import (
     seconds_text,
 )
 from launch.sweep.expand import expand
-from sae_train.config.run import Config
 from sae_train.plan.accelerators import ACCELERATORS, Accelerator, accelerator
 from sae_train.plan.plan import Plan, make_plan, plan_record
 from sae_train.plan.verdict import AcceleratorPlan, Assumptions, CohortVerdict, Verdict
@@ -27,14 +27,14 @@ from sae_train.plan.verdict import AcceleratorPlan, Assumptions, CohortVerdict, 
 _FRACTION = "* more than JAX takes of a GPU by itself: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"
 
 
-def show_plan(config: Config, arguments: argparse.Namespace) -> None:
+def show_plan(config: Job, arguments: argparse.Namespace) -> None:
     """Print the plan of `config` under the command line's assumptions.
 
     Raises:
         UserError: an accelerator, share, price or number of devices that can't be, or a model
             whose shape is neither at hand nor known.
     """
-    if config.sweep is not None and config.sweep.cells:
+    if config.is_suite:
         _show_suite(config, arguments)
         return
     members = [(config.name, config)]
@@ -43,6 +43,7 @@ def show_plan(config: Config, arguments: argparse.Namespace) -> None:
     plan = make_plan(
         config,
         runs=members,
+        max_members=config.sweep.cohort.max_members if config.sweep is not None else 1,
         accelerators=_accelerators(arguments),
         assumptions=_assumptions(arguments),
     )
@@ -53,12 +54,15 @@ def show_plan(config: Config, arguments: argparse.Namespace) -> None:
         print_table(table)
 
 
-def _show_suite(config: Config, arguments: argparse.Namespace) -> None:
+def _show_suite(config: Job, arguments: argparse.Namespace) -> None:
     from launch.show.suite_tables import suite_tables
     from sae_train.plan.suite import make_suite_plan, suite_record
 
     plan = make_suite_plan(
-        config, accelerators=_accelerators(arguments), assumptions=_assumptions(arguments)
+        config,
+        runs=[run.config for run in expand(config)],
+        accelerators=_accelerators(arguments),
+        assumptions=_assumptions(arguments),
     )
     if arguments.json:
         print_line(json.dumps(suite_record(plan), indent=2, allow_nan=False))

@@ -9,16 +9,16 @@ from rich.text import Text
 
 from activation_cache.storage.files import is_locked, storage_path
 from launch.clusters.slurm_queue import QueueView, queue_view
+from launch.config.job import Job
 from launch.run_state import needs_evaluation, needs_release
 from launch.sweep.expand import expand
 from sae_train.config.file import FILE_NAME
-from sae_train.config.run import Config
 from sae_train.runs.folder import RunFolder, State, read_run
 
 _STYLES = {"trained": "green", "running": "cyan", "stopped": "yellow", "failed": "red"}
 
 
-def status_table(config: Config) -> Table:
+def status_table(config: Job) -> Table:
     """One row per run, those of a sweep that have not started included.
 
     Raises:

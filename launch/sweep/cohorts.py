@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sae_train.config.run import Config
+from launch.config.job import Job
 from sae_train.train.cohort import group_cohorts
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ class Cohort:
     runs: tuple[Run, ...]
 
     @property
-    def configs(self) -> list[Config]:
+    def configs(self) -> list[Job]:
         """Of its runs, in their order."""
         return [run.config for run in self.runs]
 
@@ -36,7 +36,7 @@ class Cohort:
         return f"{first} and {len(others)} more" if others else first
 
 
-def cohorts_of(config: Config, runs: Sequence[Run]) -> list[Cohort]:
+def cohorts_of(config: Job, runs: Sequence[Run]) -> list[Cohort]:
     """The cohorts of a sweep's runs: the same ones, in the same order, whatever is trained."""
     assert config.sweep is not None
     most = config.sweep.cohort.max_members

@@ -11,11 +11,11 @@ from typing import Any
 
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import storage_path
+from launch.config.job import Job
 from launch.sweep.run import Run
 from launch.sweep.suite_cells import is_chosen
 from launch.sweep.suite_runs import suite_runs
 from sae_train.config.file import with_values
-from sae_train.config.run import Config
 
 _SWEPT_SECTIONS = ("sae", "train", "mesh", "checkpoint", "evaluation")
 
@@ -23,7 +23,7 @@ _SWEPT_SECTIONS = ("sae", "train", "mesh", "checkpoint", "evaluation")
 _LONGEST_NAME = 100  # file systems allow 255 bytes; the rest is room for people's eyes
 
 
-def expand(config: Config) -> list[Run]:
+def expand(config: Job) -> list[Run]:
     """The runs of a sweep: every combination of `grid`, for every position of `zip`; or `cells`.
 
     Each has its own output folder below the sweep's and has passed the config's checks.
@@ -57,7 +57,7 @@ def expand(config: Config) -> list[Run]:
     return runs
 
 
-def _combinations(config: Config) -> list[dict[str, Any]]:
+def _combinations(config: Job) -> list[dict[str, Any]]:
     assert config.sweep is not None
     grid, zipped = config.sweep.grid, config.sweep.zip
     if not grid and not zipped:
@@ -104,7 +104,7 @@ def _short_labels(keys: list[str]) -> dict[str, str]:
     return labels
 
 
-def _make_run(config: Config, *, name: str, settings: Mapping[str, Any]) -> Run:
+def _make_run(config: Job, *, name: str, settings: Mapping[str, Any]) -> Run:
     own = {"name": f"{config.name}-{name}", "output": str(storage_path(config.output) / name)}
     run_config = with_values(
         config.model_copy(update={"sweep": None}),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from activation_cache.storage.files import StoragePath, storage_path
-from sae_train.config.run import Config
+from launch.config.job import Job
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Run:
 
     name: str
     settings: Mapping[str, Any]
-    config: Config
+    config: Job
 
     @property
     def folder(self) -> StoragePath:

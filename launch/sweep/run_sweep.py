@@ -15,13 +15,13 @@ from typing import Any
 from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.storage.files import folder_lock, storage_path
 from launch import run_state, stages
+from launch.config.job import Job
 from launch.processes.signals import StopFlag
 from launch.sweep.cohorts import cohort_lines, cohorts_of
 from launch.sweep.expand import expand
 from launch.sweep.run import Run
 from launch.sweep.table import show_runs
 from sae_train.config.file import FILE_NAME, write_config
-from sae_train.config.run import Config
 from sae_train.runs.folder import clear_failure, record_failure
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class _Failures:
         return reason
 
 
-def run_sweep(config: Config, *, stop: StopFlag) -> int:
+def run_sweep(config: Job, *, stop: StopFlag) -> int:
     """Harvest if needed, then train, evaluate and export each run, and write the report.
 
     A run that fails is told at once and again at the end; the others go on.
@@ -76,9 +76,7 @@ def _by_store(runs: list[Run]) -> list[list[Run]]:
     return list(parts.values())
 
 
-def _run_on_one_store(
-    config: Config, runs: list[Run], *, stop: StopFlag, failures: _Failures
-) -> None:
+def _run_on_one_store(config: Job, runs: list[Run], *, stop: StopFlag, failures: _Failures) -> None:
     """Every stage of the runs that read one store, before the next is harvested."""
     untrained = [run for run in runs if not run_state.is_trained(run.config)]
     if untrained or any(run_state.needs_evaluation(run.folder) for run in runs):
@@ -90,7 +88,7 @@ def _run_on_one_store(
         _evaluate_and_export(trained, stop=stop, failures=failures)
 
 
-def _train_all(config: Config, runs: list[Run], *, stop: StopFlag, failures: _Failures) -> None:
+def _train_all(config: Job, runs: list[Run], *, stop: StopFlag, failures: _Failures) -> None:
     cohorts = cohorts_of(config, runs)
     for cohort, line in zip(cohorts, cohort_lines(cohorts), strict=True):
         trained = [run for run in cohort.runs if run_state.is_trained(run.config)]

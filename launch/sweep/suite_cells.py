@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from activation_cache.config import CacheConfig, Site, SiteConfig
+from activation_cache.config import CacheConfig, MeshConfig, Site, SiteConfig
 from activation_cache.gemma.config import GemmaConfig
-from activation_cache.gemma.taps import Tap, check_tap, tap_width
+from activation_cache.gemma.taps import Tap, check_tap
 from activation_cache.runtime.errors import UserError
+from launch.config.job import Job
 from launch.config.sweep import CellsConfig, Kind, SweepConfig
-from sae_train.config.run import Config, MeshConfig
 from sae_train.release.suite_names import GEMMA_SCOPE_SITES, Tree, released_folder, width_name
 
 # What transcoders read: Gemma Scope's without the norm's gain, Gemma Scope 2's with it.
@@ -142,7 +142,7 @@ def target_l0(shallow: int, deep: int, *, layer: int, num_layers: int) -> int:
     return shallow + (deep - shallow) * min(3 * layer, num_layers) // num_layers
 
 
-def cells_of(config: Config, gemma: GemmaConfig) -> list[Cell]:
+def cells_of(config: Job, gemma: GemmaConfig) -> list[Cell]:
     """Every cell of a suite that `sweep.kinds` and `sweep.only` choose.
 
     Raises:
@@ -160,7 +160,7 @@ def cells_of(config: Config, gemma: GemmaConfig) -> list[Cell]:
     return chosen
 
 
-def all_cells(config: Config, gemma: GemmaConfig) -> list[Cell]:
+def all_cells(config: Job, gemma: GemmaConfig) -> list[Cell]:
     """Every cell of a suite, in the order of the config; raises as `cells_of`."""
     cells: list[Cell] = []
     for number, entry in enumerate(_suite(config).cells):
@@ -181,9 +181,7 @@ def is_chosen(name: str, patterns: Sequence[str] | None) -> bool:
     return patterns is None or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def cache_of(
-    cell: Cell, config: Config, cells: Sequence[Cell], *, gemma: GemmaConfig
-) -> CacheConfig:
+def cache_of(cell: Cell, config: Job, cells: Sequence[Cell], *, gemma: GemmaConfig) -> CacheConfig:
     """The store a cell reads: its taps, and as many rows as its longest run takes.
 
     The embedding's has the whole table, and is always one by itself.
@@ -220,13 +218,13 @@ def _store_name(cell: Cell, stores: str) -> str | None:
     return f"transcoder.{cell.layer}" if cell.kind == "transcoder" else cell.tap.name
 
 
-def _suite(config: Config) -> SweepConfig:
+def _suite(config: Job) -> SweepConfig:
     assert config.sweep is not None
     assert config.sweep.cells
     return config.sweep
 
 
-def _expand(entry: CellsConfig, config: Config, gemma: GemmaConfig) -> Iterator[Cell]:
+def _expand(entry: CellsConfig, config: Job, gemma: GemmaConfig) -> Iterator[Cell]:
     sweep = _suite(config)
     budgets = entry.tokens or config.train.tokens
     if isinstance(budgets, int):
@@ -277,11 +275,6 @@ def _sparsities(
                 "latents can be active than there are; lower the target or leave the width out"
             )
         yield None, target, label
-
-
-def read_width(cell: Cell, gemma: GemmaConfig) -> int:
-    """D of what a cell reads."""
-    return tap_width(gemma, cell.tap.site)
 
 
 def _some(names: Sequence[str]) -> str:

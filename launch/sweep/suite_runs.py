@@ -8,12 +8,13 @@ from typing import Any
 from activation_cache.language_model.published_sizes import config_for_planning
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import storage_path
+from launch.config.job import Job
 from launch.sweep.suite_cells import Cell, all_cells, cache_of, cells_of
 from sae_train.config.file import with_values
-from sae_train.config.run import Config, L0Penalty
+from sae_train.config.run import L0Penalty
 
 
-def suite_runs(config: Config) -> Iterator[tuple[str, Mapping[str, Any], Config]]:
+def suite_runs(config: Job) -> Iterator[tuple[str, Mapping[str, Any], Job]]:
     """Name, settings and config of each run that `sweep.cells` names and `only` and `kinds` choose.
 
     A name is the run's folder below the suite's.
@@ -43,7 +44,7 @@ def suite_runs(config: Config) -> Iterator[tuple[str, Mapping[str, Any], Config]
         yield name, settings, run.model_copy(update={"cache": caches[cell.taps]})
 
 
-def stores(config: Config) -> list[Config]:
+def stores(config: Job) -> list[Job]:
     """A config for each store to harvest: itself, or of a suite the first run that reads each.
 
     A suite's stores are those that the chosen runs read.
@@ -51,15 +52,15 @@ def stores(config: Config) -> list[Config]:
     Raises:
         UserError: as `suite_runs`.
     """
-    if config.sweep is None or not config.sweep.cells:
+    if not config.is_suite:
         return [config]
-    first: dict[str, Config] = {}
+    first: dict[str, Job] = {}
     for _, _, run in suite_runs(config):
         first.setdefault(run.cache.path, run)
     return list(first.values())
 
 
-def _check_penalty(cell: Cell, config: Config) -> None:
+def _check_penalty(cell: Cell, config: Job) -> None:
     penalty = config.train.sparsity
     if isinstance(penalty, L0Penalty) != (cell.target is None):
         what, fitting = (

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from launch.config.job import Job
 from launch.sweep.cohorts import cohorts_of
 from launch.sweep.expand import value_text
 from launch.sweep.run import Run
-from sae_train.config.run import Config
 from sae_train.train.cohort import step_key
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 from launch.sweep.cohorts import Cohort, activations_read
 
 
-def show_runs(config: Config, runs: list[Run]) -> None:
+def show_runs(config: Job, runs: list[Run]) -> None:
     """Print the table of runs, and which of them train together."""
     from launch.console import print_table
 

@@ -24,8 +24,6 @@ FREE_FIELDS = (
     "mesh",
     "checkpoint",
     "evaluation",
-    "launch",
-    "sweep",
     "train.stacked",
     "train.log_every_steps",
     "train.tensorboard",
@@ -42,7 +40,7 @@ def checkpoint_meta(
         "target_scale": target_scale,
         "d_model": d_model,
         "store": store,
-        "config": config.model_dump(mode="json"),
+        "config": config.model_dump(mode="json", include=set(Config.model_fields)),
     }
 
 

@@ -7,8 +7,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import pydantic
 
+from activation_cache.config import Section
 from sae_train.config import schema
-from sae_train.config.run import Config
 from sae_train.config.strict_yaml import Path
 
 _BOUNDS = {
@@ -34,11 +34,15 @@ class Location:
     undecided: bool = False
 
 
-def mistakes(error: pydantic.ValidationError) -> list[tuple[Path, str]]:
-    """Each mistake once, as (path, message), in the order of the schema."""
+def mistakes(error: pydantic.ValidationError, *, root: type[Section]) -> list[tuple[Path, str]]:
+    """Each mistake once, as (path, message), in the order of the schema.
+
+    Args:
+        root: the class that the whole file was checked against.
+    """
     found: dict[tuple[Path, str], bool] = {}
     for detail in error.errors(include_url=False):
-        location = _location(detail["loc"])
+        location = _location(detail["loc"], root)
         path, message = _message(detail, location)
         for line in message.splitlines():
             found[path, line] = location.undecided
@@ -50,10 +54,10 @@ def mistakes(error: pydantic.ValidationError) -> list[tuple[Path, str]]:
     ]
 
 
-def _location(location: tuple[str | int, ...]) -> Location:
+def _location(location: tuple[str | int, ...], root: type[Section]) -> Location:
     """Follow pydantic's location through the schema, leaving out its tags for union members."""
     path: Path = ()
-    annotation: Any = Config
+    annotation: Any = root
     section: Any = None
     tag: str | int | None = None
     parts = list(location)

@@ -2,8 +2,11 @@
 
     config = load_config("configs/demo.yaml", ["train.batch_size=2048"])
 
-Nothing but the file itself is touched here: no device, no other file. Mistakes are gathered and
-told together, each with its line and key path.
+Nothing but the file itself is touched here: no device, no other file. All mistakes are reported
+together, each with its line and key path.
+
+Each reader comes in two: one that gives a run's `Config`, and one for any class that extends it
+(`root`), for the command reads more sections from the same files.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import pydantic
 
@@ -22,11 +25,19 @@ from sae_train.config.run import Config
 
 FILE_NAME = "config.yaml"
 
+Root = TypeVar("Root", bound=Config)
+
 
 def load_config(path: AnyPath, overrides: Sequence[str] = ()) -> Config:
+    """`load_config_as` for the config of a run."""
+    return load_config_as(Config, path, overrides)
+
+
+def load_config_as(root: type[Root], path: AnyPath, overrides: Sequence[str] = ()) -> Root:
     """Read a config file, apply `key=value` overrides from left to right, check it whole.
 
     Args:
+        root: the class of the whole file.
         path: the YAML file.
         overrides: `train.batch_size=2048`; the value is YAML in flow style, the key may name a
             whole section, an entry of a list (`cache.sites.0.layers`) or a sweep's list
@@ -39,31 +50,33 @@ def load_config(path: AnyPath, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(document.value, dict):
         found = "empty" if document.value is None else errors.shown(document.value)
         raise UserError(f"{path}: a config is a mapping of sections; this file is {found}")
-    places: dict[strict_yaml.Path, str] = {
+    origins: dict[strict_yaml.Path, str] = {
         key: f"line {line}" for key, line in document.lines.items()
     }
     values = document.value
     for override in overrides:
-        key_path = _apply_override(values, override)
-        places = {key: place for key, place in places.items() if key[: len(key_path)] != key_path}
-        places[key_path] = f"override {override}"
-    return _validate(values, name=str(path), places=places)
+        key_path = _apply_override(values, override, root=root)
+        origins = {
+            key: origin for key, origin in origins.items() if key[: len(key_path)] != key_path
+        }
+        origins[key_path] = f"override {override}"
+    return _validate(root, values, name=str(path), origins=origins)
 
 
-def with_values(config: Config, values: Mapping[str, Any], *, source: str) -> Config:
-    """The config with dotted keys set to plain values, checked whole again.
+def with_values(config: Root, values: Mapping[str, Any], *, source: str) -> Root:
+    """The config with dotted keys set to plain values, checked whole again; of the same class.
 
     Raises:
         UserError: an unknown key or a value the checks refuse; `source` says where from.
     """
-    data = config.model_dump(mode="python")
+    root, data = type(config), config.model_dump(mode="python")
     for key, value in values.items():
-        _set(data, _key_path(key, source=source), copy.deepcopy(value), source=source)
-    return _validate(data, name=source, places={})
+        _set(data, _key_path(key, root=root, source=source), copy.deepcopy(value), source=source)
+    return _validate(root, data, name=source, origins={})
 
 
 def resolved_yaml(config: Config) -> str:
-    """The config with every default written out; `load_config` reads back an equal one."""
+    """The config with every default written out; `load_config_as` reads back an equal one."""
     return strict_yaml.dump(config.model_dump(mode="python"))
 
 
@@ -73,6 +86,11 @@ def write_config(config: Config, folder: AnyPath) -> None:
 
 
 def read_run_config(folder: AnyPath) -> Config:
+    """`read_run_config_as` for the config of a run."""
+    return read_run_config_as(Config, folder)
+
+
+def read_run_config_as(root: type[Root], folder: AnyPath, overrides: Sequence[str] = ()) -> Root:
     """The resolved config of an output folder; raises `UserError` if it isn't one."""
     path = storage_path(folder) / FILE_NAME
     if not path.is_file():
@@ -81,12 +99,17 @@ def read_run_config(folder: AnyPath) -> Config:
             f"{folder} {what}: it is not the output folder of a run or a sweep. Give the folder "
             "that `output:` names, or the config file itself."
         )
-    return load_config(path)
+    return load_config_as(root, path, overrides)
 
 
 def differing_fields(a: Config, b: Config) -> list[str]:
-    """Dotted keys whose values differ, in the schema's order; a list is compared whole."""
-    left, right = _flatten(a.model_dump(mode="python")), _flatten(b.model_dump(mode="python"))
+    """Dotted keys of a run's config whose values differ, in the schema's order.
+
+    A list is compared whole. What a class that extends `Config` adds is not compared.
+    """
+    left, right = (
+        _flatten(one.model_dump(mode="python", include=set(Config.model_fields))) for one in (a, b)
+    )
     missing = object()
     keys = list(dict.fromkeys([*left, *right]))
     return [key for key in keys if left.get(key, missing) != right.get(key, missing)]
@@ -117,44 +140,50 @@ def _meant(path: AnyPath) -> str:
 
 
 def _validate(
-    values: dict[str, Any], *, name: str, places: Mapping[strict_yaml.Path, str]
-) -> Config:
+    root: type[Root],
+    values: dict[str, Any],
+    *,
+    name: str,
+    origins: Mapping[strict_yaml.Path, str],
+) -> Root:
     try:
-        return Config.model_validate(values)
+        return root.model_validate(values)
     except pydantic.ValidationError as error:
         lines = [
-            ": ".join(part for part in (_where(path, places), message) if part)
-            for path, message in errors.mistakes(error)
+            ": ".join(part for part in (_where(path, origins), message) if part)
+            for path, message in errors.mistakes(error, root=root)
         ]
     if len(lines) == 1:
         raise UserError(f"{name}, {lines[0]}")
     raise UserError(f"{name} has {len(lines)} mistakes:\n  " + "\n  ".join(lines))
 
 
-def _where(path: strict_yaml.Path, places: Mapping[strict_yaml.Path, str]) -> str:
-    """'line 12, train.tokens'; the nearest enclosing key that has a place lends it."""
-    place = next(
-        (places[path[:end]] for end in range(len(path), 0, -1) if path[:end] in places), None
+def _where(path: strict_yaml.Path, origins: Mapping[strict_yaml.Path, str]) -> str:
+    """'line 12, train.tokens'; the nearest enclosing key with an origin lends it."""
+    origin = next(
+        (origins[path[:end]] for end in range(len(path), 0, -1) if path[:end] in origins), None
     )
-    if place and path in places and place.startswith("override"):
-        return place
-    return ", ".join(part for part in (place, strict_yaml.dotted(path)) if part)
+    if origin and path in origins and origin.startswith("override"):
+        return origin
+    return ", ".join(part for part in (origin, strict_yaml.dotted(path)) if part)
 
 
-def _apply_override(values: dict[str, Any], override: str) -> strict_yaml.Path:
+def _apply_override(
+    values: dict[str, Any], override: str, *, root: type[Config]
+) -> strict_yaml.Path:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override '{override}': write it as key=value, e.g. train.batch_size=2048")
-    path = _key_path(key, source=f"override '{override}'")
+    path = _key_path(key, root=root, source=f"override '{override}'")
     value = strict_yaml.parse(text, name=f"override '{override}'").value
     _set(values, path, value, source=f"override '{override}'")
     return path
 
 
-def _key_path(key: str, *, source: str) -> strict_yaml.Path:
+def _key_path(key: str, *, root: type[Config], source: str) -> strict_yaml.Path:
     """Split a dotted key, checking every part against the schema."""
     path: strict_yaml.Path = ()
-    annotations: list[Any] = [Config]
+    annotations: list[Any] = [root]
     parts = key.split(".")
     while parts:
         if any(_is_mapping(one) for annotation in annotations for one in _options(annotation)):
@@ -164,7 +193,7 @@ def _key_path(key: str, *, source: str) -> strict_yaml.Path:
         step: str | int = int(part) if in_list else part
         annotations = [one for each in annotations for one in schema.child(each, step)]
         if not annotations:
-            raise UserError(f"{source}: {_unknown(key)}")
+            raise UserError(f"{source}: {_unknown(key, root=root)}")
         path = (*path, step)
     return path
 
@@ -177,8 +206,8 @@ def _is_mapping(annotation: Any) -> bool:
     return getattr(annotation, "__origin__", None) is dict
 
 
-def _unknown(key: str) -> str:
-    valid = list(schema.dotted_keys())
+def _unknown(key: str, *, root: type[Config]) -> str:
+    valid = list(schema.dotted_keys(root))
     same_end = [name for name in valid if name.rpartition(".")[2] == key.rpartition(".")[2]]
     near = same_end[0] if len(same_end) == 1 else schema.nearest(key, valid)
     hint = f"; did you mean '{near}'?" if near else ""

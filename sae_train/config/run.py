@@ -1,11 +1,13 @@
-"""The whole config: one class per section of the YAML, Gemma Scope's values as defaults.
+"""The config of one run: a class per section of the YAML, with Gemma Scope's values as defaults.
 
 Numbers come from the Gemma Scope paper (arXiv 2408.05147, section 3) unless said otherwise.
-Reading a file, overriding a value and writing the resolved config are in `config_file`.
+`sae_train.config.file` reads a file, overrides a value and writes the resolved config. The same
+YAML may hold two sections more, `sweep` and `launch`: `launch.config.job` adds them.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -26,11 +28,13 @@ from activation_cache.config import (
     TextConfig,
 )
 from activation_cache.gemma.taps import Tap
-from launch.config.job import Launch
-from launch.config.local import LocalLaunch
-from launch.config.sweep import SweepConfig
 from sae_train.config.evaluation import EvaluationConfig
 from sae_train.config.sae import SaeConfig
+
+logger = logging.getLogger(__name__)
+
+# Sections of the same YAML that say how runs are multiplied and where they are started.
+COMMAND_SECTIONS = ("sweep", "launch")
 
 
 class LearningRateConfig(Section):
@@ -186,7 +190,11 @@ class CheckpointConfig(Section):
 
 
 class Config(Section):
-    """One YAML file, resolved."""
+    """One run: what training, evaluation, release and report read.
+
+    Sections in `COMMAND_SECTIONS` are left out, so that one YAML serves everybody: users write
+    them into theirs, and the command writes them into the folders of its runs.
+    """
 
     name: Annotated[str, Field(min_length=1)]
     model: ModelConfig
@@ -198,13 +206,20 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     output: Location
-    sweep: SweepConfig | None = None
-    launch: Launch = LocalLaunch()
 
     @property
     def harvest_mesh(self) -> tuple[str, MeshConfig]:
         """The mesh of the language model while harvesting, after the key that gives it."""
         return ("mesh", self.mesh) if self.cache.mesh is None else ("cache.mesh", self.cache.mesh)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_command_sections(cls, values: Any) -> Any:
+        foreign = [key for key in COMMAND_SECTIONS if key not in cls.model_fields]
+        if not isinstance(values, dict) or not any(key in values for key in foreign):
+            return values
+        logger.debug("a run's config leaves out %s, which are the command's", " and ".join(foreign))
+        return {key: value for key, value in values.items() if key not in foreign}
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

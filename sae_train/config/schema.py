@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from activation_cache.config import Section
-from sae_train.config.run import Config
 
 
 def alternatives(annotation: Any) -> list[Any]:
@@ -76,8 +75,8 @@ def nearest(name: str, valid: list[str]) -> str | None:
     return close[0] if close else None
 
 
-def dotted_keys(annotation: Any = Config, prefix: str = "") -> Iterator[str]:
-    """Every key of the config, sections too, as `train.learning_rate.peak`."""
+def dotted_keys(annotation: Any, prefix: str = "") -> Iterator[str]:
+    """Every key below a value of such a type, sections too, as `train.learning_rate.peak`."""
     seen: set[str] = set()
     for section in sections(annotation):
         for name, field in section.model_fields.items():

@@ -39,13 +39,15 @@ def make_plan(
     config: Config,
     *,
     runs: Sequence[tuple[str, Config]],
+    max_members: int,
     accelerators: Sequence[Accelerator],
     assumptions: Assumptions,
 ) -> Plan:
-    """Reckon a config through.
+    """Compute everything that a config needs.
 
     Args:
         runs: (name, config) of every SAE it trains: itself, or the members of its sweep.
+        max_members: the most runs that train together.
 
     Raises:
         UserError: the model's shape is neither at hand nor known, or has no such layer.
@@ -54,7 +56,7 @@ def make_plan(
     store = store_plan(config.cache, config.text, gemma)
     harvest = harvest_work(config.cache, config.text, gemma, dtype=config.model.dtype)
     run_plans = tuple(plan_run(one, name=name, gemma=gemma) for name, one in runs)
-    cohorts = plan_cohorts(config, runs=[one for _, one in runs], plans=run_plans)
+    cohorts = plan_cohorts([one for _, one in runs], plans=run_plans, max_members=max_members)
     return Plan(
         name=config.name,
         model=config.model.weights,

@@ -114,12 +114,11 @@ def plan_run(config: Config, *, name: str, gemma: GemmaConfig) -> RunPlan:
 
 
 def plan_cohorts(
-    config: Config, *, runs: Sequence[Config], plans: Sequence[RunPlan]
+    runs: Sequence[Config], *, plans: Sequence[RunPlan], max_members: int
 ) -> tuple[CohortPlan, ...]:
-    """The cohorts in which a config's runs train; `plans` are those of `runs`, one for one."""
-    most = config.sweep.cohort.max_members if config.sweep else 1
+    """The cohorts of at most `max_members` in which runs train; `plans[i]` is that of `runs[i]`."""
     found = []
-    for numbers in group_cohorts(list(enumerate(runs)), max_members=most):
+    for numbers in group_cohorts(list(enumerate(runs)), max_members=max_members):
         members = [plans[number] for number in numbers]
         found.append(
             CohortPlan(

@@ -1,4 +1,4 @@
-"""What a suite costs, cells that need the same reckoned once and counted.
+"""What a suite costs: runs that need the same are computed once and counted.
 
 Hours are of one device: devices of a mesh times the hours it runs, so that suites whose meshes
 differ can be summed. All else is as in `plan`; docs/plan.md has both.
@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from activation_cache.config import CacheConfig
+from activation_cache.config import MeshConfig
 from activation_cache.gemma.config import GemmaConfig
+from activation_cache.gemma.taps import check_tap, tap_width
 from activation_cache.language_model.published_sizes import config_for_planning
-from launch.sweep.suite_cells import Cell, all_cells, cache_of, cells_of, read_width
-from sae_train.config.run import Config, MeshConfig
+from sae_train.config.run import Config
 from sae_train.plan.accelerators import Accelerator
 from sae_train.plan.memory import FLOAT_BYTES, Shape, StepMemory, nearest_mesh, step_memory
 from sae_train.plan.verdict import Assumptions, total, usable_bytes
@@ -26,9 +26,10 @@ from sae_train.step.path_choice import capacity_per_row, may_go_by_pairs
 
 @dataclass(frozen=True)
 class CellGroup:
-    """Cells that need the same of everything.
+    """Cells, which is what a suite calls its runs, that need the same of everything.
 
-    `flops` and `weight_bytes` are of all of them: steps of training, and released weights.
+    `kind` is sae, transcoder or embedding. `flops` (of training) and `weight_bytes` (of what is
+    released) are of all of them.
     """
 
     what: str
@@ -107,17 +108,24 @@ class SuitePlan:
 
 
 def make_suite_plan(
-    config: Config, *, accelerators: Sequence[Accelerator], assumptions: Assumptions
+    config: Config,
+    *,
+    runs: Sequence[Config],
+    accelerators: Sequence[Accelerator],
+    assumptions: Assumptions,
 ) -> SuitePlan:
-    """Reckon a suite through.
+    """Compute everything that a suite needs.
+
+    Args:
+        config: of the suite.
+        runs: the suite's runs, each with the store that it reads.
 
     Raises:
-        UserError: as `suite.cells_of`, or the model's shape is neither at hand nor known.
+        UserError: the model's shape is neither at hand nor known, or it has no such layer.
     """
     gemma, source = config_for_planning(config.model)
-    chosen = cells_of(config, gemma)
-    groups = tuple(_groups(chosen, config, gemma))
-    stores = tuple(_store_groups(chosen, config, gemma))
+    groups = tuple(_groups(runs, gemma))
+    stores = tuple(_store_groups(runs, gemma))
     return SuitePlan(
         name=config.name,
         model_from=source,
@@ -130,55 +138,54 @@ def make_suite_plan(
     )
 
 
-def _groups(cells: Sequence[Cell], config: Config, gemma: GemmaConfig) -> list[CellGroup]:
-    alike: dict[tuple[Any, ...], list[Cell]] = {}
-    for cell in cells:
-        key = (cell.kind, cell.site, cell.affine, cell.width, cell.tokens, str(cell.mesh))
-        alike.setdefault(key, []).append(cell)
-    return [_group(members, config, gemma) for members in alike.values()]
+def _groups(runs: Sequence[Config], gemma: GemmaConfig) -> list[CellGroup]:
+    alike: dict[tuple[Any, ...], list[Config]] = {}
+    for run in runs:
+        site = None if _kind(run) == "transcoder" else run.sae.site
+        key = (site, run.sae.affine_skip, run.sae.width, run.train.tokens, str(run.mesh))
+        alike.setdefault(key, []).append(run)
+    return [_group(members, gemma) for members in alike.values()]
 
 
-def _group(members: list[Cell], config: Config, gemma: GemmaConfig) -> CellGroup:
-    cell, batch = members[0], config.train.batch_size
+def _kind(run: Config) -> str:
+    if run.sae.is_transcoder:
+        return "transcoder"
+    return "embedding" if run.sae.site == "embedding" else "sae"
+
+
+def _group(members: list[Config], gemma: GemmaConfig) -> CellGroup:
+    run, kind = members[0], _kind(members[0])
+    check_tap(run.sae.tap, gemma)
     shape = Shape(
-        batch,
-        read_width(cell, gemma),
-        cell.width,
-        cell.mesh,
-        architecture=config.sae.architecture,
-        is_transcoder=cell.kind == "transcoder",
-        has_skip=cell.affine,
-        places=capacity_per_row(config, width=cell.width)
-        if may_go_by_pairs(config, on_cpu=False)
-        else None,
+        run.train.batch_size,
+        tap_width(gemma, run.sae.site),
+        run.sae.width,
+        run.mesh,
+        architecture=run.sae.architecture,
+        is_transcoder=run.sae.is_transcoder,
+        has_skip=run.sae.affine_skip,
+        places=capacity_per_row(run) if may_go_by_pairs(run, on_cpu=False) else None,
     )
-    steps = max(1, cell.tokens // batch)
     weights = 2 * shape.width * shape.d_model + 2 * shape.width + shape.d_model
-    weights += shape.d_model**2 if cell.affine else 0
+    weights += shape.d_model**2 if shape.has_skip else 0
     return CellGroup(
-        what=(cell.site or cell.kind) + (", affine" if cell.affine else ""),
-        kind=cell.kind,
+        what=(run.sae.site if kind == "sae" else kind) + (", affine" if shape.has_skip else ""),
+        kind=kind,
         cells=len(members),
         shape=shape,
-        steps=steps,
-        memory=step_memory(shape, store_dtype=config.cache.dtype),
-        flops=float(len(members)) * steps * step_flops(shape),
+        steps=run.train.steps,
+        memory=step_memory(shape, store_dtype=run.cache.dtype),
+        flops=float(len(members)) * run.train.steps * step_flops(shape),
         weight_bytes=len(members) * weights * FLOAT_BYTES,
     )
 
 
-def _store_groups(cells: Sequence[Cell], config: Config, gemma: GemmaConfig) -> list[StoreGroup]:
-    """The stores that the cells read."""
-    every = all_cells(config, gemma)
-    taps = {cell.taps: cell for cell in cells}
-    caches: dict[str, CacheConfig] = {}
-    for cell in taps.values():
-        cache = cache_of(cell, config, every, gemma=gemma)
-        caches[cache.path] = cache
+def _store_groups(runs: Sequence[Config], gemma: GemmaConfig) -> list[StoreGroup]:
+    """The stores that the runs read."""
     alike: dict[tuple[int, int, int], list[float]] = {}
-    for cache in caches.values():
-        size = store_plan(cache, config.text, gemma)
-        work = harvest_work(cache, config.text, gemma, dtype=config.model.dtype)
+    for run in {run.cache.path: run for run in runs}.values():
+        size = store_plan(run.cache, run.text, gemma)
+        work = harvest_work(run.cache, run.text, gemma, dtype=run.model.dtype)
         key = (len(size.tap_bytes), size.rows, size.total_bytes)
         alike.setdefault(key, []).append(work.flops)
     return [

@@ -32,14 +32,16 @@ from sae_train.config.run import Config
 from sae_train.inference.read_formats import load_sae
 from sae_train.release.export import CARD, WEIGHTS, Release, check_same, export_run
 from sae_train.release.index import INDEX, Entry, index, with_canonical
-from sae_train.release.suite_names import GEMMA_SCOPE_SITES, released_folder, width_name
+from sae_train.release.suite_names import GEMMA_SCOPE_SITES, Tree, released_folder, width_name
 from sae_train.release.tree_card import suite_card
 from sae_train.runs.folder import RELEASE
 
 logger = logging.getLogger(__name__)
 
 
-def export_tree(folder: StoragePath, config: Config, runs: Sequence[StoragePath]) -> StoragePath:
+def export_tree(
+    folder: StoragePath, config: Config, runs: Sequence[StoragePath], *, suite: Tree | None
+) -> StoragePath:
     """Release every run, and gather what they released in `folder`/release.
 
     One SAE is in memory at a time.
@@ -47,6 +49,7 @@ def export_tree(folder: StoragePath, config: Config, runs: Sequence[StoragePath]
     Args:
         config: of the sweep.
         runs: trained runs below `folder`.
+        suite: whose names the runs' folders have; None: no suite's.
 
     Returns:
         The tree.
@@ -63,7 +66,7 @@ def export_tree(folder: StoragePath, config: Config, runs: Sequence[StoragePath]
         release = export_run(run)
         relative = PurePosixPath(str(run)[len(str(folder)) + 1 :].replace(os.sep, "/"))
         cell, name = tree_folder(
-            relative, config, release, taken={entry.folder for entry in entries}
+            relative, release, suite=suite, taken={entry.folder for entry in entries}
         )
         files = _gather(release, tree, name)
         entries.append(_entry(release, cell=cell, folder=name, run=str(relative), files=files))
@@ -75,7 +78,7 @@ def export_tree(folder: StoragePath, config: Config, runs: Sequence[StoragePath]
 
 
 def tree_folder(
-    run: PurePosixPath, config: Config, release: Release, *, taken: set[str]
+    run: PurePosixPath, release: Release, *, suite: Tree | None, taken: set[str]
 ) -> tuple[str, str]:
     """Cell and folder of a run in the tree.
 
@@ -84,9 +87,8 @@ def tree_folder(
     Where two of a cell round to one L0 the later has its seed or a number behind it. What wasn't
     evaluated keeps the run's name.
     """
-    sweep, evaluation = config.sweep, release.evaluation
-    suite = sweep is not None and bool(sweep.cells)
-    if suite and sweep is not None and sweep.tree == "gemma_scope_2":
+    evaluation = release.evaluation
+    if suite == "gemma_scope_2":
         return re.sub(r"_l0_[^_/]+|_seed_\d+$", "", str(run)), str(run)
     cell = str(run.parent) if suite else _cell(release.config)
     if evaluation is None:

@@ -24,7 +24,7 @@ from activation_cache.storage.files import (
     storage_path,
     write_text,
 )
-from sae_train.config.file import FILE_NAME, differing_fields, read_run_config, resolved_yaml
+from sae_train.config.file import FILE_NAME, differing_fields, read_run_config
 from sae_train.config.run import Config
 from sae_train.config.sae import ARCHITECTURE_NAMES
 from sae_train.report.figures import (
@@ -44,7 +44,7 @@ from sae_train.runs.metrics_file import FILE as METRICS
 _PACKAGES = ("open-gemma-scope", "jax", "flax", "orbax-checkpoint", "tensorstore", "numpy")
 # Where sparsity is pressed on: runs that differ here alone form one frontier.
 _PRESSURE = ("train.sparsity.", "sae.k")
-_OWN = ("name", "output", "sweep", "cache", "mesh")
+_OWN = ("name", "output", "cache", "mesh")
 
 
 def write_report(folder: AnyPath) -> StoragePath:
@@ -131,7 +131,7 @@ def _body(config: Config, runs: Sequence[ReportRun], *, page: StoragePath) -> st
             _frequencies(runs),
             _positions(runs),
             published_sections(runs, legend=_legend(runs)),
-            _configuration(config),
+            _configuration(page.parent.parent / FILE_NAME),
             _footer(),
         ]
     )
@@ -326,10 +326,11 @@ def _capital(words: str) -> str:
     return words[0].upper() + words[1:]
 
 
-def _configuration(config: Config) -> str:
+def _configuration(file: StoragePath) -> str:
+    text = file.read_bytes().decode()
     return (
         "<h2>Configuration</h2><details><summary>The resolved config</summary>"
-        f"<pre>{escape(resolved_yaml(config))}</pre></details>"
+        f"<pre>{escape(text)}</pre></details>"
     )
 
 

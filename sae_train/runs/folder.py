@@ -24,8 +24,9 @@ from activation_cache.storage.files import (
     write_bytes,
     write_json,
 )
-from sae_train.config.run import Config
+from sae_train.config import strict_yaml
 from sae_train.config.file import FILE_NAME, read_run_config
+from sae_train.config.run import Config
 from sae_train.runs.metrics_file import read_metrics
 
 CHECKPOINTS = "checkpoints"
@@ -83,15 +84,15 @@ class RunFolder:
 def read_run(path: AnyPath) -> RunFolder:
     """Read a run's folder; raises `UserError` if it isn't one or a file in it is damaged."""
     folder = storage_path(path)
-    config = read_run_config(folder)
-    if config.sweep is not None:
+    config, metrics, step = read_run_config(folder), read_metrics(folder), newest_checkpoint(folder)
+    if step is None and not metrics and sweep_section(folder) is not None:
         raise UserError(f"{folder} is a sweep's folder; its runs are the folders inside")
     evaluation, failure = folder / EVALUATION, folder / FAILURE
     return RunFolder(
         path=folder,
         config=config,
-        metrics=read_metrics(folder),
-        checkpoint_step=newest_checkpoint(folder),
+        metrics=metrics,
+        checkpoint_step=step,
         evaluation=read_json(evaluation) if evaluation.exists() else None,
         release=release_files(folder),
         failure="{reason} (in {stage})".format(**read_json(failure)) if failure.exists() else None,
@@ -123,14 +124,25 @@ def run_folders(folder: AnyPath) -> list[StoragePath]:
         UserError: neither a run's folder nor a sweep's, or a sweep without any run yet.
     """
     root = storage_path(folder)
-    sweep = read_run_config(root).sweep
+    read_run_config(root)  # says what is wrong with a folder that is neither
+    sweep = sweep_section(root)
     if sweep is None:
         return [root]
     # A suite's runs lie as deep as the released suites' folders do.
-    inside = list(_runs_below(root, depth=_SUITE_DEPTH if sweep.cells else 1))
+    inside = list(_runs_below(root, depth=_SUITE_DEPTH if sweep.get("cells") else 1))
     if not inside:
         raise UserError(f"{root} is a sweep without any run yet: start it with `sae sweep`")
     return sorted(inside, key=lambda path: [_natural(part) for part in path.parts])
+
+
+def sweep_section(folder: StoragePath) -> dict[str, Any] | None:
+    """What the config of a sweep's folder says under `sweep`; None for the folder of a run.
+
+    It is plain data here: only the command knows the rules of that section.
+    """
+    path = folder / FILE_NAME
+    section = strict_yaml.parse(path.read_bytes().decode(), name=str(path)).value.get("sweep")
+    return section if isinstance(section, dict) else None
 
 
 def _runs_below(folder: StoragePath, *, depth: int) -> Iterator[StoragePath]:

@@ -19,7 +19,7 @@ Run = TypeVar("Run")
 
 
 def _what_is_read(config: Config) -> dict[str, Any]:
-    """By dotted key, all that a batch on its devices depends on; `launch` says which devices."""
+    """By dotted key, all that a batch on its devices depends on."""
     return {
         "model": config.model.model_dump(mode="json"),
         "text": config.text.model_dump(mode="json"),
@@ -30,7 +30,6 @@ def _what_is_read(config: Config) -> dict[str, Any]:
         "train.batch_size": config.train.batch_size,
         "train.data_seed": config.train.order_seed,
         "mesh": config.mesh.model_dump(mode="json"),
-        "launch": config.launch.model_dump(mode="json"),
     }
 
 

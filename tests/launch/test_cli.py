@@ -17,9 +17,9 @@ import pytest
 from activation_cache.runtime.errors import Interrupted, UserError
 from launch import cli
 from launch.cli import COMMANDS, main
+from launch.config.job import load_job
 from launch.processes.signals import StopFlag, stop_on_signals
 from launch.targets import target_config
-from sae_train.config.file import load_config
 from tests.support.pipeline import ROOT, sae_process, write_pipeline
 
 NAMES = [command.name for command in COMMANDS]
@@ -53,7 +53,7 @@ def test_help_has_an_example_that_parses(
     arguments = cli._parse(words[1:])
     assert arguments.command == command.name
     if words[2].endswith(".yaml"):
-        load_config(ROOT / words[2], arguments.overrides)
+        load_job(ROOT / words[2], arguments.overrides)
 
 
 def test_overview_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from launch.config.job import Job
 from sae_train.config.run import Config
 
 
@@ -65,3 +66,8 @@ def make_config(
         "output": output,
     }
     return Config.model_validate(values)
+
+
+def as_job(config: Config, **sections: Any) -> Job:
+    """The config with the sections `sweep` and `launch`, where given."""
+    return Job.model_validate(config.model_dump() | sections)

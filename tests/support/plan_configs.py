@@ -40,4 +40,10 @@ def scope_config(**changes: Any) -> Config:
 def plan_of(config: Config, name: str = "h200", **given: Any) -> Plan:
     chips = [accelerator(name)]
     runs = [(config.name, config)]
-    return make_plan(config, runs=runs, accelerators=chips, assumptions=Assumptions(**given))
+    return make_plan(
+        config,
+        runs=runs,
+        max_members=1,
+        accelerators=chips,
+        assumptions=Assumptions(**given),
+    )

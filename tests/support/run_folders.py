@@ -7,21 +7,19 @@ import math
 from pathlib import Path
 from typing import Any
 
+from launch.config.job import Job
 from sae_train.config.file import write_config
 from sae_train.config.run import Config, EvaluationConfig
-from tests.support.configs import make_config
+from tests.support.configs import as_job, make_config
 
 STEPS = 400
 
 
-def sweep_config(folder: Path, *, coefficients: list[float], widths: list[int]) -> Config:
+def sweep_config(folder: Path, *, coefficients: list[float], widths: list[int]) -> Job:
     """A sweep over λ and width, written nowhere yet."""
     base = make_config(output=str(folder), batch_size=1024, tokens=1024 * STEPS, width=widths[0])
-    data = base.model_dump() | {
-        "name": "gemma3-270m-l5",
-        "sweep": {"grid": {"train.sparsity.coefficient": coefficients, "sae.width": widths}},
-    }
-    return Config.model_validate(data)
+    grid = {"train.sparsity.coefficient": coefficients, "sae.width": widths}
+    return as_job(base, name="gemma3-270m-l5", sweep={"grid": grid})
 
 
 def write_run(config: Config, *, l0: float, steps: int = STEPS, evaluated: bool = True) -> Path:

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from sae_train.config.file import write_config
-from sae_train.config.run import Config
 from sae_train.runs.folder import newest_checkpoint
 from sae_train.train.loop import train
 from tests.support.children.processes import (
@@ -25,6 +24,7 @@ from tests.support.children.processes import (
     start_group,
     wait_for,
 )
+from tests.support.configs import as_job
 from tests.support.training import assert_same_run, lines_logged, make_run
 
 STEPS = 400
@@ -35,8 +35,7 @@ def make_file(folder: Path, name: str, **options) -> Path:
     """A config file for a run of two processes."""
     config = make_run(folder, steps=STEPS, output=name, mesh=MESH, **options)
     launch = {"processes": 2, "restart_pause_seconds": 0.1, "heartbeat_seconds": 10}
-    config = Config.model_validate(config.model_dump() | {"launch": launch})
-    write_config(config, folder / f"{name}-config")
+    write_config(as_job(config, launch=launch), folder / f"{name}-config")
     return folder / f"{name}-config" / "config.yaml"
 
 

@@ -12,8 +12,8 @@ import pytest
 from activation_cache.gemma.params import check_model_axis
 from activation_cache.language_model.published_sizes import known_config
 from launch.clusters.jobset import render
+from launch.config.job import load_job
 from launch.sweep.expand import expand
-from sae_train.config.file import load_config
 from sae_train.config.strict_yaml import parse
 from tests.support.paths import ROOT
 from tests.support.servers.kubernetes_checks import check
@@ -25,7 +25,7 @@ SECTIONS = re.findall(r"^```yaml\n(launch:\n.*?)^```", PAGE, flags=re.MULTILINE 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])
 def test_examples_load_and_expand(path: Path) -> None:
-    config = load_config(path)
+    config = load_job(path)
     assert len(expand(config)) == 4
     gemma, (_, mesh) = known_config(config.model.weights), config.harvest_mesh
     assert gemma is not None
@@ -42,8 +42,8 @@ def test_examples_load_and_expand(path: Path) -> None:
 @pytest.mark.parametrize("section", SECTIONS)
 def test_sections_on_the_page_are_configs(section: str) -> None:
     launch: dict[str, Any] = parse(section, name="page").value["launch"]
-    example = next(path for path in EXAMPLES if load_config(path).launch.on == launch["on"])
-    assert load_config(example, [f"launch={json.dumps(launch)}"]).launch.on == launch["on"]
+    example = next(path for path in EXAMPLES if load_job(path).launch.on == launch["on"])
+    assert load_job(example, [f"launch={json.dumps(launch)}"]).launch.on == launch["on"]
 
 
 def test_the_page_names_files_that_are_there() -> None:

@@ -22,11 +22,11 @@ from launch import cli
 from launch.clusters.jobset import Manifest, dns_name, render, write_manifests
 from launch.clusters.jobset_pod import WAIT_FOR_HANDLER
 from launch.clusters.kubectl import manifest_folder
+from launch.config.job import Job, load_job
 from launch.sweep.expand import expand
-from sae_train.config.file import load_config, with_values
-from sae_train.config.run import Config
+from sae_train.config.file import with_values
 from sae_train.config.strict_yaml import parse
-from tests.support.configs import make_config
+from tests.support.configs import as_job, make_config
 from tests.support.servers.kubernetes_checks import check
 
 # Two cohorts: of two runs and of one.
@@ -74,7 +74,7 @@ NODES: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
 
 def cluster_config(
     launch: dict[str, Any] | None = None, *, mesh: tuple[int, int] = (2, 8), **values: Any
-) -> Config:
+) -> Job:
     section = {
         "on": "kubernetes",
         "image": "europe-docker.pkg.dev/project/sae/sae:1.0",
@@ -83,7 +83,7 @@ def cluster_config(
         "volumes": [CLAIM],
         **(launch or {}),
     }
-    return with_values(make_config(mesh=mesh), {"launch": section, **values}, source="test")
+    return with_values(as_job(make_config(mesh=mesh), launch=section), values, source="test")
 
 
 def pod_of(manifest: Manifest) -> dict[str, Any]:
@@ -239,7 +239,7 @@ def test_the_config_travels_and_runs_there(tmp_path: Path) -> None:
         for path, one in zip(paths, configs, strict=True):
             file = tmp_path / "config.yaml"
             file.write_text(data[path.rpartition("/")[2]])
-            there = load_config(file)
+            there = load_job(file)
             assert there.launch.on == "local"
             assert there.model_copy(update={"launch": config.launch}) == one
 

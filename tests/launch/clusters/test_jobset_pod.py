@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from launch.clusters.jobset import Manifest, render
-from sae_train.config.run import Config
 from sae_train.runs.folder import newest_checkpoint
 from sae_train.train.loop import train
 from tests.support.children.processes import child_environment, free_port
+from tests.support.configs import as_job
 from tests.support.training import assert_same_run, lines_logged, make_run
 
 STEPS = 800  # seconds of work: a signal needs one to be agreed upon
@@ -95,7 +95,7 @@ class Job:
         return "BackoffLimitExceeded"
 
 
-def pods_config(folder: Path, *, output: str, **options: Any) -> Config:
+def pods_config(folder: Path, *, output: str, **options: Any) -> Job:
     config = make_run(folder, steps=STEPS, output=output, mesh=(2, 1), checkpoint=SAVES, **options)
     section = {
         "on": "kubernetes",
@@ -104,7 +104,7 @@ def pods_config(folder: Path, *, output: str, **options: Any) -> Config:
         "working_dir": str(folder),
         "volumes": [{"kind": "claim", "claim": "data", "mount": str(folder)}],
     }
-    return Config.model_validate(config.model_dump() | {"launch": section})
+    return as_job(config, launch=section)
 
 
 def test_an_evicted_pod_costs_nothing(tmp_path: Path) -> None:

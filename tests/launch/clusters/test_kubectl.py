@@ -14,8 +14,8 @@ from activation_cache.runtime.errors import Interrupted, UserError
 from launch.cli import main
 from launch.clusters import common, kubectl
 from launch.clusters import submit as submit_module
+from launch.config.job import Job
 from sae_train.config.file import resolved_yaml
-from sae_train.config.run import Config
 from tests.launch.clusters.test_jobset import cluster_config
 from tests.support.paths import ROOT
 from tests.support.servers.kubernetes_checks import check
@@ -65,12 +65,12 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     return Cluster(folder)
 
 
-def config_in(folder: Path, launch: dict[str, Any] | None = None, **values: Any) -> Config:
+def config_in(folder: Path, launch: dict[str, Any] | None = None, **values: Any) -> Job:
     section = {"manifests": str(folder / "manifests"), **(launch or {})}
     return cluster_config(section, name="tiny", **values)
 
 
-def submit(config: Config, *, command: common.Command = "sweep", asked: bool = False) -> int:
+def submit(config: Job, *, command: common.Command = "sweep", asked: bool = False) -> int:
     return submit_module.submit(config, command=command, dry_run=False, stop=lambda: asked)
 
 
@@ -204,7 +204,7 @@ def test_a_deleted_jobset_counts_as_failed(
     assert "train tiny was deleted" in caplog.text
 
 
-def write_config(folder: Path, config: Config) -> str:
+def write_config(folder: Path, config: Job) -> str:
     path = folder / "config.yaml"
     path.write_text(resolved_yaml(config))
     return str(path)

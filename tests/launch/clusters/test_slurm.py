@@ -22,11 +22,13 @@ import pytest
 from launch.cli import main
 from launch.clusters import slurm
 from launch.clusters.slurm_script import script_folder
-from sae_train.config.file import load_config, with_values, write_config
+from launch.config.job import Job, load_job
+from sae_train.config.file import with_values, write_config
 from sae_train.config.run import Config
 from sae_train.runs.folder import count_starts
 from sae_train.runs.metrics_file import read_metrics
 from sae_train.train.loop import train
+from tests.support.configs import as_job
 from tests.support.pipeline import ROOT, write_pipeline
 from tests.support.servers.slurm_cluster import Cluster, is_installed, running_cluster
 from tests.support.stores import file_hashes
@@ -78,12 +80,11 @@ def stub_script(folder: Path, *, node: str) -> Path:
     return script_folder(config) / "train.sbatch"
 
 
-def slurm_config(config: Config, **launch: Any) -> Config:
-    values = {"on": "slurm", "restart_pause_seconds": 0, **launch}
-    return with_values(config, {"launch": values}, source="test")
+def slurm_config(config: Config, **launch: Any) -> Job:
+    return as_job(config, launch={"on": "slurm", "restart_pause_seconds": 0, **launch})
 
 
-def submit(config: Config, folder: Path, *, stage: slurm.Stage = "train") -> str:
+def submit(config: Job, folder: Path, *, stage: slurm.Stage = "train") -> str:
     """Give `sae train`, or `sae harvest`; returns the number of its job."""
     write_config(config, folder)
     assert main([stage, str(folder / "config.yaml")]) == 0
@@ -119,7 +120,7 @@ def await_progress(run: Path, *, log: Path) -> None:
     await_(f"progress of {run}", lambda: rows(run) >= goal, log=log)
 
 
-def read_logs(config: Config) -> str:
+def read_logs(config: Job) -> str:
     return "".join(file.read_text() for file in sorted(script_folder(config).glob("*.log")))
 
 
@@ -236,7 +237,7 @@ def test_two_nodes_harvest_one_store(cluster: Cluster, tmp_path: Path) -> None:
     # 250 buckets: the signal takes its time to get there.
     small = ["cache.shuffle_rows=16", "cache.block_rows=16", "cache.sequences_per_batch=1"]
     small.append("cache.tokens=4000")
-    config = load_config(str(write_pipeline(tmp_path)), [*small, "cache.mesh={data: 2}"])
+    config = load_job(str(write_pipeline(tmp_path)), [*small, "cache.mesh={data: 2}"])
     config = slurm_config(config, nodes=2)
     store, log = Path(config.cache.path), script_folder(config)
     job = submit(config, tmp_path / "submitted", stage="harvest")

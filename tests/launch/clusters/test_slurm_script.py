@@ -17,9 +17,9 @@ from activation_cache.runtime.errors import UserError
 from launch.cli import main
 from launch.clusters import slurm
 from launch.clusters.slurm_script import render, sbatch_quote, script_folder
+from launch.config.job import Job, load_job
 from launch.config.slurm import time_seconds
-from sae_train.config.file import load_config, with_values, write_config
-from sae_train.config.run import Config
+from sae_train.config.file import with_values, write_config
 from tests.support.servers.slurm_programs import NASTY, make, programs, script
 
 
@@ -199,7 +199,7 @@ def test_a_dry_run_writes_and_prints_and_submits_nothing(
     target = str(tmp_path / "config.yaml")
     assert main(["sweep", target, "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    for one in render(load_config(target), command="sweep"):
+    for one in render(load_job(target), command="sweep"):
         assert one.text in printed
         for name, text in one.files.items():
             assert (script_folder(config) / name).read_text() == text
@@ -211,7 +211,7 @@ def test_a_dry_run_writes_and_prints_and_submits_nothing(
 PROGRAMS = ("sbatch", "squeue", "scancel", "scontrol", "srun")
 
 
-def refused(config: Config, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+def refused(config: Job, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
     write_config(config, folder)
     assert main(["sweep", str(folder / "config.yaml")]) == 2
     return " ".join(capsys.readouterr().err.split())

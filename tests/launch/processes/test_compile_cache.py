@@ -10,24 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from launch.processes.compile_cache import _processor_key
 from sae_train.checkpoint.trained import load_trained
 from sae_train.config.file import resolved_yaml
 from tests.support.configs import make_config
 from tests.support.pipeline import ROOT
 from tests.support.stores import make_manifest, random_rows, write_store
-
-PROGRAM = """
-import os, sys, jax
-jax.config.update("jax_num_cpu_devices", int(os.environ["CPU_DEVICES"]))
-from launch import stages
-from sae_train.config_file import load_config
-hits = []
-jax.monitoring.register_event_listener(
-    lambda event, **_: hits.append(event) if event.endswith("cache_hits") else None
-)
-stages.train([load_config(sys.argv[1], [])], fresh=True, stop=lambda: False)
-print("hits", len(hits))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +35,22 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "config.yaml"
 
 
-def train(config: Path, **environment: str) -> int:
-    """Train in a process of its own; returns how many programs came from the cache."""
+def train(config: Path, *, devices: int = 1, **environment: str) -> int:
+    """Give `sae train` in a process of its own; returns how many programs it took from a cache."""
     # A test before may have chosen a folder for the processes that it starts.
     inherited = {key: os.environ[key] for key in os.environ if not key.startswith("JAX_COMP")}
     told = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(config)],
-        env=inherited | {"PYTHONPATH": str(ROOT), "CPU_DEVICES": "1"} | environment,
+        [sys.executable, "-m", "launch.cli", "train", str(config), "--fresh"],
+        env=inherited
+        | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(devices)}
+        | {"JAX_DEBUG_LOG_MODULES": "jax._src.compiler"}
+        | environment,
         capture_output=True,
         text=True,
-        check=True,
     )
-    return int(told.stdout.split("hits ")[1])
+    assert told.returncode == 0, told.stderr
+    assert "get_compile_options" in told.stderr, "JAX says what it compiles"
+    return told.stderr.count("Persistent compilation cache hit")
 
 
 def weights(config: Path) -> dict[str, bytes]:
@@ -69,15 +61,18 @@ def weights(config: Path) -> dict[str, bytes]:
 
 def test_a_second_run_compiles_less_and_ends_the_same(config: Path, tmp_path: Path) -> None:
     assert train(config, XDG_CACHE_HOME=str(tmp_path)) == 0
-    assert list((tmp_path / "open-gemma-scope" / "compiled").rglob("jit_step*"))
+    (kept,) = (tmp_path / "open-gemma-scope").iterdir()
+    assert kept.name == "compiled"
+    assert list(kept.glob(f"{_processor_key()}/jit_step*")), "by processor, the quick ones too"
     compiled_here = weights(config)
     assert train(config, XDG_CACHE_HOME=str(tmp_path)) > 0
     assert weights(config) == compiled_here
 
 
-def test_a_folder_of_the_users_own_is_left_to_him(config: Path, tmp_path: Path) -> None:
+def test_a_folder_of_the_users_own_is_used_alone(config: Path, tmp_path: Path) -> None:
     own = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own"), "XDG_CACHE_HOME": str(tmp_path)}
-    train(config, **own)
+    train(config, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0", **own)
+    assert list((tmp_path / "own").glob("jit_step*"))
     assert not (tmp_path / "open-gemma-scope").exists()
 
 
@@ -91,6 +86,6 @@ def test_programs_of_several_cpu_devices_are_compiled_each_time(
     config: Path, tmp_path: Path, chosen: str
 ) -> None:
     """Loaded ones have been seen to hang, and to add up what doesn't belong together."""
-    for _ in range(2):
-        assert train(config, CPU_DEVICES="2", **{chosen: str(tmp_path)}) == 0
+    environment = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", chosen: str(tmp_path)}
+    assert train(config, devices=2, **environment) == 0
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

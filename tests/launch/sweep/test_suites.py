@@ -18,10 +18,11 @@ from activation_cache.language_model.published_sizes import known_config
 from activation_cache.runtime.errors import UserError
 from activation_cache.store.store import open_store
 from launch.cli import main
+from launch.config.job import Job, load_job
 from launch.sweep.expand import expand
 from launch.sweep.suite_cells import Cell, all_cells, cells_of, target_l0
 from launch.sweep.suite_runs import stores
-from sae_train.config.file import load_config, resolved_yaml
+from sae_train.config.file import resolved_yaml
 from sae_train.config.run import Config
 from sae_train.plan.accelerators import accelerator
 from sae_train.plan.plan import make_plan
@@ -43,11 +44,11 @@ def released(name: str) -> list[dict[str, str]]:
 
 
 def suite(path: Path, *overrides: str) -> list[Cell]:
-    config = load_config(path, overrides)
+    config = load_job(path, overrides)
     return cells_of(config, shape_of(config))
 
 
-def shape_of(config: Config) -> Any:
+def shape_of(config: Job) -> Any:
     gemma = known_config(config.model.weights)
     assert gemma is not None
     return gemma
@@ -160,7 +161,7 @@ def write(tmp_path: Path, text: str = SUITE) -> Path:
 
 
 def runs(tmp_path: Path, *overrides: str, text: str = SUITE) -> Iterator[tuple[str, Config]]:
-    for run in expand(load_config(write(tmp_path, text), overrides)):
+    for run in expand(load_job(write(tmp_path, text), overrides)):
         yield run.name, run.config
 
 
@@ -227,13 +228,13 @@ def test_stores_hold_what_their_runs_read(tmp_path: Path, stores: str, expected:
 
 def test_a_store_s_config_stands_by_itself(tmp_path: Path) -> None:
     # It is handed to other processes as a file.
-    suite = load_config(write(tmp_path), ["sweep.stores=per_layer"])
+    suite = load_job(write(tmp_path), ["sweep.stores=per_layer"])
     found = stores(suite)
     assert [one.cache.path for one in found] == ["out/store/layer_3", "out/store/layer_5"]
     for one in found:
         file = tmp_path / "one.yaml"
         file.write_text(resolved_yaml(one), encoding="utf-8")
-        again = load_config(file)
+        again = load_job(file)
         assert again == one
         assert stores(again) == [one]
 
@@ -289,7 +290,7 @@ def test_a_suite_of_a_model_that_lacks_its_layers(capsys: pytest.CaptureFixture[
 
 def test_transcoders_and_embeddings_are_runs_like_the_others() -> None:
     folder = ROOT / "configs"
-    runs = {run.name: run for run in expand(load_config(folder / "gemma_scope" / "2b-pt.yaml"))}
+    runs = {run.name: run for run in expand(load_job(folder / "gemma_scope" / "2b-pt.yaml"))}
     assert len(runs) == 862
     first = runs["transcoders/layer_3/width_16k/coefficient_0.001"].config
     assert [tap.name for tap in first.sae.taps] == ["mlp_in_normalized.3", "mlp_out.3"]
@@ -303,7 +304,7 @@ def test_transcoders_and_embeddings_are_runs_like_the_others() -> None:
     assert table.sae.tap.name == "embedding"
     assert (table.cache.path[-10:], table.cache.tokens) == ("/embedding", 256_000 - 3)
     path = folder / "gemma_scope_2" / "1b-pt.yaml"
-    config = load_config(path, ['sweep.only=["transcoder/layer_7_*", "mlp_out/layer_7_*"]'])
+    config = load_job(path, ['sweep.only=["transcoder/layer_7_*", "mlp_out/layer_7_*"]'])
     second = {run.name: run.config.sae for run in expand(config)}
     skips = [name for name, sae in second.items() if sae.affine_skip]
     assert skips
@@ -312,9 +313,7 @@ def test_transcoders_and_embeddings_are_runs_like_the_others() -> None:
 
 
 def test_all_cells_are_those_of_every_kind() -> None:
-    config = load_config(
-        ROOT / "configs" / "gemma_scope" / "2b-pt.yaml", ["sweep.kinds=[embedding]"]
-    )
+    config = load_job(ROOT / "configs" / "gemma_scope" / "2b-pt.yaml", ["sweep.kinds=[embedding]"])
     gemma = shape_of(config)
     assert len(cells_of(config, gemma)) == 4
     assert len(all_cells(config, gemma)) == 862
@@ -365,8 +364,12 @@ def test_a_suite_harvests_trains_and_reports_store_by_store(
 def test_the_plan_of_a_suite_counts_every_cell() -> None:
     flops, cells = 0.0, 0
     for path in GEMMA_SCOPE:
+        config = load_job(path)
         plan = make_suite_plan(
-            load_config(path), accelerators=[accelerator("h200")], assumptions=Assumptions()
+            config,
+            runs=[run.config for run in expand(config)],
+            accelerators=[accelerator("h200")],
+            assumptions=Assumptions(),
         )
         flops += sum(group.flops for group in plan.groups if group.kind != "embedding")
         cells += plan.cells
@@ -378,11 +381,17 @@ def test_the_plan_of_a_suite_counts_every_cell() -> None:
 def test_the_plan_of_one_cell_is_that_of_its_run(tmp_path: Path) -> None:
     chips, assumptions = [accelerator("h200")], Assumptions(price=2.0)
     only = "sweep.only=['res/layer_3/width_128/*_0.001']"
-    config = load_config(write(tmp_path), [only, "sweep.stores=per_layer"])
-    suite_plan = make_suite_plan(config, accelerators=chips, assumptions=assumptions)
+    config = load_job(write(tmp_path), [only, "sweep.stores=per_layer"])
     (run,) = expand(config)
+    suite_plan = make_suite_plan(
+        config, runs=[run.config], accelerators=chips, assumptions=assumptions
+    )
     plan = make_plan(
-        run.config, runs=[(run.name, run.config)], accelerators=chips, assumptions=assumptions
+        run.config,
+        runs=[(run.name, run.config)],
+        max_members=1,
+        accelerators=chips,
+        assumptions=assumptions,
     )
     (group,), (store,), (chip,) = suite_plan.groups, suite_plan.stores, suite_plan.accelerators
     assert (group.cells, group.steps) == (1, plan.runs[0].steps)

@@ -18,18 +18,18 @@ from hypothesis import strategies as st
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import folder_lock
 from launch.cli import main
+from launch.config.job import Job
 from launch.sweep.expand import expand
-from sae_train.config.file import differing_fields, read_run_config, with_values, write_config
-from sae_train.config.run import Config
-from tests.support.configs import make_config
+from sae_train.config.file import differing_fields, read_run_config, write_config
+from tests.support.configs import as_job, make_config
 from tests.support.pipeline import write_pipeline
 from tests.support.training import final_state
 
 SWEEP = "sweep: {grid: {train.sparsity.coefficient: [1e-3, 1e-2], train.seed: [0]}}\n"
 
 
-def swept(sweep: dict[str, Any], **values: Any) -> Config:
-    return with_values(make_config(output="out", **values), {"sweep": sweep}, source="test")
+def swept(sweep: dict[str, Any], **values: Any) -> Job:
+    return as_job(make_config(output="out", **values), sweep=sweep)
 
 
 def names(sweep: dict[str, Any]) -> list[str]:

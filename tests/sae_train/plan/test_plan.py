@@ -13,15 +13,16 @@ from rich.console import Console
 
 from activation_cache.runtime.errors import UserError
 from launch.cli import main
-from launch.config.sweep import SweepConfig
+from launch.config.job import Job
 from launch.show.plan_tables import tables
 from launch.show.units import bytes_text, flops_text
 from launch.sweep.expand import expand
 from sae_train.config.run import MeshConfig
 from sae_train.plan.accelerators import ACCELERATORS, accelerator
 from sae_train.plan.memory import Shape, cohort_memory, nearest_mesh, step_memory
-from sae_train.plan.plan import make_plan
+from sae_train.plan.plan import Plan, make_plan
 from sae_train.plan.verdict import USABLE_MEMORY, Assumptions
+from tests.support.configs import as_job
 from tests.support.plan_configs import plan_of, scope_config
 
 
@@ -237,18 +238,21 @@ def test_numbers_in_words() -> None:
     assert flops_text(1.5e12) == "1.5 TFLOP"
 
 
-def test_a_cohort_s_memory_is_its_states_and_one_step() -> None:
-    sweep = {"grid": {"sae.width": [16_384, 262_144], "train.sparsity.coefficient": [1e-4, 1e-3]}}
-    config = scope_config(mesh={"data": 1, "model": 2}).model_copy(
-        update={"sweep": SweepConfig.model_validate(sweep)}
-    )
-    runs = [(run.name, run.config) for run in expand(config)]
-    plan = make_plan(
+def plan_of_sweep(config: Job, *chips: str) -> Plan:
+    assert config.sweep is not None
+    return make_plan(
         config,
-        runs=runs,
-        accelerators=[accelerator("v5e"), accelerator("h200")],
+        runs=[(run.name, run.config) for run in expand(config)],
+        max_members=config.sweep.cohort.max_members,
+        accelerators=[accelerator(name) for name in chips],
         assumptions=Assumptions(),
     )
+
+
+def test_a_cohort_s_memory_is_its_states_and_one_step() -> None:
+    sweep = {"grid": {"sae.width": [16_384, 262_144], "train.sparsity.coefficient": [1e-4, 1e-3]}}
+    config = as_job(scope_config(mesh={"data": 1, "model": 2}), sweep=sweep)
+    plan = plan_of_sweep(config, "v5e", "h200")
     (cohort,) = plan.cohorts
     assert cohort.runs == (0, 1, 2, 3)
     narrow, wide = plan.runs[0].memory, plan.runs[2].memory
@@ -269,17 +273,9 @@ def test_a_cohort_s_memory_is_its_states_and_one_step() -> None:
 
 
 def test_how_many_of_a_cohort_fit() -> None:
-    config = scope_config(sae={"width": 1_048_576}, mesh={"model": 4}).model_copy(
-        update={
-            "sweep": SweepConfig(
-                grid={"train.sparsity.coefficient": [0.1 * n for n in range(1, 7)]}
-            )
-        }
-    )
-    runs = [(run.name, run.config) for run in expand(config)]
-    plan = make_plan(
-        config, runs=runs, accelerators=[accelerator("a100")], assumptions=Assumptions()
-    )
+    grid = {"train.sparsity.coefficient": [0.1 * n for n in range(1, 7)]}
+    config = as_job(scope_config(sae={"width": 1_048_576}, mesh={"model": 4}), sweep={"grid": grid})
+    plan = plan_of_sweep(config, "a100")
     (verdict,) = plan.accelerators[0].cohorts
     usable = plan.accelerators[0].usable_bytes
     one = plan.runs[0].memory
@@ -294,15 +290,8 @@ def test_how_many_of_a_cohort_fit() -> None:
 
 
 def test_the_names_of_runs_have_room_beside_their_numbers() -> None:
-    config = scope_config().model_copy(
-        update={"sweep": SweepConfig(grid={"train.sparsity.coefficient": [1e-3, 2e-3]})}
-    )
-    plan = make_plan(
-        config,
-        runs=[(run.name, run.config) for run in expand(config)],
-        accelerators=[accelerator("h200")],
-        assumptions=Assumptions(),
-    )
+    grid = {"train.sparsity.coefficient": [1e-3, 2e-3]}
+    plan = plan_of_sweep(as_job(scope_config(), sweep={"grid": grid}), "h200")
     _, work, memory, *_ = tables(plan)
     for table in (work, memory):
         assert any("coefficient_0.001" in line for line in rendered([table], width=140))

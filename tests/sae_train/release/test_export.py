@@ -14,7 +14,6 @@ from activation_cache.runtime.errors import UserError
 from sae_train import load_sae
 from sae_train.checkpoint.trained import load_trained
 from sae_train.config.file import write_config
-from sae_train.config.run import Config
 from sae_train.evaluate.result import (
     BOS_TREATMENT,
     FORMAT_VERSION,
@@ -29,6 +28,7 @@ from sae_train.inference.fold import fold
 from sae_train.inference.sae import TENSORS, Sae
 from sae_train.release import export as export_module
 from sae_train.release.export import export
+from tests.support.configs import as_job
 from tests.support.saes import make_trained, save_run
 
 F, S = 24, 6
@@ -132,8 +132,7 @@ def test_firing_counts_of_another_evaluation_are_refused(tmp_path):
 
 def test_a_sweep_exports_every_trained_run(tmp_path):
     config = make_trained(F=F).config
-    sweep = config.model_dump() | {"sweep": {"grid": {"train.seed": [0, 1, 2]}}}
-    write_config(Config.model_validate(sweep), tmp_path)
+    write_config(as_job(config, sweep={"grid": {"train.seed": [0, 1, 2]}}), tmp_path)
     for seed in (0, 1):
         save_run(tmp_path / f"seed_{seed}", make_trained(F=F, seed=seed))
     write_config(config, tmp_path / "seed_2")  # begun, no checkpoint yet

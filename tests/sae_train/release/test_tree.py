@@ -18,11 +18,11 @@ import yaml
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage import hub
 from launch.cli import main
+from launch.config.job import Job
 from launch.run_state import needs_release
 from sae_train import load_sae
 from sae_train.checkpoint.trained import load_trained
 from sae_train.config.file import write_config
-from sae_train.config.run import Config
 from sae_train.inference.fold import fold
 from sae_train.release import tree as tree_module
 from sae_train.release.index import with_canonical
@@ -56,7 +56,7 @@ def write_sweep(root: Path, sweep: dict[str, Any]) -> Path:
     config = make_trained(F=F).config.model_dump() | {"name": "small", "output": str(root)}
     if sweep.get("tree") == "gemma_scope_2":
         config["train"] |= {"sparsity": {"penalty": "target_l0", "target": 5}}
-    write_config(Config.model_validate(config | {"sweep": sweep}), root)
+    write_config(Job.model_validate(config | {"sweep": sweep}), root)
     return root
 
 

@@ -115,6 +115,7 @@ SMALL_SUITE = (
 def six_taps(folder: Path) -> list[Config]:
     """Three sites at two layers, three coefficients each."""
     base = sweep_config(folder, coefficients=[1e-3], widths=[2048])
+    base = base.model_copy(update={"sweep": None})
     sites = ("attn_out_prelinear", "mlp_out", "resid_post")
     taps = [{"site": site, "layers": [5, 12]} for site in sites]
     found = []
@@ -123,7 +124,6 @@ def six_taps(folder: Path) -> list[Config]:
             for coefficient in (1e-4, 1e-3, 1e-2):
                 name = f"{site}-{layer}-{coefficient:g}"
                 own = {
-                    "sweep": None,
                     "cache.sites": taps,
                     "sae.site": site,
                     "sae.layer": layer,

@@ -15,7 +15,6 @@ import pytest
 
 from activation_cache.storage.files import folder_lock
 from sae_train.config.file import write_config
-from sae_train.config.run import Config
 from sae_train.runs.folder import newest_checkpoint
 from tests.support.children.processes import (
     Group,
@@ -24,6 +23,7 @@ from tests.support.children.processes import (
     start_group,
     wait_for,
 )
+from tests.support.configs import as_job
 from tests.support.training import assert_same_run, lines_logged, make_run
 
 STEPS = {"a": 120, "b": 75, "c": 120}
@@ -49,8 +49,7 @@ def make_file(folder: Path, place: str, name: str) -> str:
         **MEMBERS.get(name, {}),
     )
     launch = {"processes": 2, "restart_pause_seconds": 0.1, "heartbeat_seconds": 10}
-    config = Config.model_validate(config.model_dump() | {"launch": launch})
-    write_config(config, folder / f"{place}-configs" / name)
+    write_config(as_job(config, launch=launch), folder / f"{place}-configs" / name)
     return str(folder / f"{place}-configs" / name / "config.yaml")
 
 

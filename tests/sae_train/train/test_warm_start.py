@@ -15,11 +15,11 @@ import pytest
 from activation_cache.language_model.published_sizes import known_config
 from activation_cache.runtime.errors import UserError
 from launch.cli import main
+from launch.config.job import load_job
 from launch.sweep.suite_cells import all_cells
 from launch.sweep.suite_runs import suite_runs
 from sae_train import load_sae
 from sae_train.checkpoint.trained import load_trained
-from sae_train.config.file import load_config
 from sae_train.config.run import Config
 from sae_train.inference.fold import fold
 from sae_train.inference.sae import Sae
@@ -158,7 +158,7 @@ NOT_LISTED = {"270m-it": 70, "1b-it": 0, "4b-it": 0, "12b-it": 0, "27b-it": 640}
 
 @pytest.mark.parametrize("path", TUNED, ids=lambda path: path.stem)
 def test_the_tuned_suites_begin_with_the_base_ones(path: Path):
-    config = load_config(path, ["sweep.only=['*/layer_1?_width_16k_l0_small*']"])
+    config = load_job(path, ["sweep.only=['*/layer_1?_width_16k_l0_small*']"])
     base = f"google/gemma-scope-2-{path.stem.replace('-it', '-pt')}"
     chosen = list(suite_runs(config))
     assert chosen
@@ -182,7 +182,7 @@ def test_the_tuned_suites_begin_with_the_base_ones(path: Path):
 )
 def test_bad_templates_are_told(override: str, words: str):
     with pytest.raises(UserError, match=words):
-        load_config(TUNED[0], [override])
+        load_job(TUNED[0], [override])
 
 
 def test_a_suite_trains_on_from_released_saes(tmp_path: Path):

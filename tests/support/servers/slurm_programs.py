@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from launch.clusters.slurm_script import Script, render
-from sae_train.config.file import with_values
-from sae_train.config.run import Config
-from tests.support.configs import make_config
+from launch.config.job import Job
+from tests.support.configs import as_job, make_config
 
 NASTY = 'it\'s a "run" $(touch hacked) `x` %j #1 ; & \u00e9'
 SWEEP = {
@@ -19,12 +18,12 @@ SWEEP = {
 }
 
 
-def make(output: str = "run", *, sweep: bool = True, mesh=(1, 1), **launch: Any) -> Config:
+def make(output: str = "run", *, sweep: bool = True, mesh=(1, 1), **launch: Any) -> Job:
     values = {"launch": {"on": "slurm", **launch}} | ({"sweep": SWEEP} if sweep else {})
-    return with_values(make_config(output=output, mesh=mesh), values, source="test")
+    return as_job(make_config(output=output, mesh=mesh), **values)
 
 
-def script(config: Config, stage: str = "train") -> Script:
+def script(config: Job, stage: str = "train") -> Script:
     command = "sweep" if config.sweep else stage
     return next(one for one in render(config, command=command) if one.stage == stage)
 
