@@ -83,7 +83,8 @@ def cluster_config(
         "volumes": [CLAIM],
         **(launch or {}),
     }
-    return with_values(as_job(make_config(mesh=mesh), launch=section), values, source="test")
+    values = {"launch": section, **values}
+    return with_values(as_job(make_config(mesh=mesh)), values, source="test")
 
 
 def pod_of(manifest: Manifest) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from sae_train.checkpoint.checkpoints import Checkpoints
-from tests.support.processes import child_environment
+from tests.support.children.processes import child_environment
 
 _PROGRAM = """
 import logging, sys

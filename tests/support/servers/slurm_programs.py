@@ -9,6 +9,7 @@ import pytest
 
 from launch.clusters.slurm_script import Script, render
 from launch.config.job import Job
+from sae_train.config.file import with_values
 from tests.support.configs import as_job, make_config
 
 NASTY = 'it\'s a "run" $(touch hacked) `x` %j #1 ; & \u00e9'
@@ -20,7 +21,8 @@ SWEEP = {
 
 def make(output: str = "run", *, sweep: bool = True, mesh=(1, 1), **launch: Any) -> Job:
     values = {"launch": {"on": "slurm", **launch}} | ({"sweep": SWEEP} if sweep else {})
-    return as_job(make_config(output=output, mesh=mesh), **values)
+    job = as_job(make_config(output=output, mesh=mesh))
+    return with_values(job, values, source="test")
 
 
 def script(config: Job, stage: str = "train") -> Script:
