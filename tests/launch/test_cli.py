@@ -30,9 +30,7 @@ def harvested(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a config and its store."""
     folder = tmp_path_factory.mktemp("cli")
     config = write_pipeline(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "jax"))
-        assert main(["harvest", str(config)]) == 0
+    assert main(["harvest", str(config)]) == 0
     return folder
 
 
@@ -189,7 +187,7 @@ def test_stop_signals(harvested: Path, tmp_path: Path, capsys: pytest.CaptureFix
     output = tmp_path / "run"
     budget = ["train.tokens=256_000", "checkpoint.every_steps=2000"]
     command = ["train", str(harvested / "config.yaml"), f"output={output}", *budget]
-    process = sae_process(*command, cache=harvested / "jax")
+    process = sae_process(*command)
     metrics = output / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
@@ -206,7 +204,7 @@ def test_stop_signals(harvested: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert f"stopped │ {saved}/4000" in re.sub(" +", " ", capsys.readouterr().out)
     assert main([*command, "train.tokens=128_000"]) == 2, "another budget is another run"
     assert "train.tokens was 256000 and is now 128000" in capsys.readouterr().err
-    process = sae_process(*command, cache=harvested / "jax")
+    process = sae_process(*command)
     _, log = process.communicate(timeout=120)
     assert process.returncode == 0, log
     assert f"going on from the checkpoint at step {saved}" in log
@@ -216,14 +214,14 @@ def test_stop_signals(harvested: Path, tmp_path: Path, capsys: pytest.CaptureFix
 def test_sigint_during_harvest(harvested: Path, tmp_path: Path) -> None:
     config = str(harvested / "config.yaml")
     command = ["harvest", config, f"cache.path={tmp_path}/store"]
-    process = sae_process(*command, cache=harvested / "jax")
+    process = sae_process(*command)
     deadline = time.monotonic() + 60
     while not (tmp_path / "store").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, log = process.communicate(timeout=60)
     assert process.returncode == 75, log
-    process = sae_process(*command, cache=harvested / "jax")
+    process = sae_process(*command)
     out, log = process.communicate(timeout=60)
     assert process.returncode == 0, log
     for line in log.splitlines():

@@ -48,9 +48,9 @@ def write_pipeline(folder: Path, *, sweep: str = "") -> Path:
     return path
 
 
-def sae_process(*arguments: str, cache: Path) -> subprocess.Popen[str]:
-    """Start the real command in its own process; `cache` is for what JAX compiles."""
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+def sae_process(*arguments: str) -> subprocess.Popen[str]:
+    """Start the real command in its own process."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, "-m", "launch.cli", *arguments],
         stdout=subprocess.PIPE,

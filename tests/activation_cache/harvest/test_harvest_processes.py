@@ -25,12 +25,13 @@ from tests.support.tiny_gemma import tiny_config, tiny_tensors, write_tiny_gemma
 from tests.support.tiny_gguf import write_gguf
 
 BUCKETS = 63  # of 16 rows
+HEARTBEAT = {"SAE_HEARTBEAT_SECONDS": "10"}
 OVERRIDES = ["cache.shuffle_rows=16", "cache.block_rows=16", "cache.sequences_per_batch=2"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config, its inputs, and what JAX compiled; the language model can be cut in four."""
+    """A config and its inputs; the language model can be cut in four."""
     folder = tmp_path_factory.mktemp("harvest")
     write_pipeline(folder)
     write_tiny_gemma(folder / "gemma", num_kv_heads=4)
@@ -47,12 +48,8 @@ def start(folder: Path, processes: int, *arguments: str, devices: int = 4) -> Gr
     return start_group(
         [["-m", "launch.cli", *arguments]] * processes,
         devices_each=devices // processes,
-        environment=environment(folder),
+        environment=HEARTBEAT,
     )
-
-
-def environment(folder: Path) -> dict[str, str]:
-    return {"SAE_HEARTBEAT_SECONDS": "10", "JAX_COMPILATION_CACHE_DIR": str(folder / "jax")}
 
 
 def commits(store: Path) -> int:
@@ -154,7 +151,7 @@ def test_refusals_reach_all_processes_in_words(folder: Path):
     """Another config in one process, a folder in use, a mesh they can't share."""
     arguments = command(folder, "refused", "{data: 2, model: 1}")
     both = [["-m", "launch.cli", *arguments, f"cache.seed={seed}"] for seed in (0, 1)]
-    group = start_group(both, environment=environment(folder))
+    group = start_group(both, environment=HEARTBEAT)
     assert group.wait() == [2, 2], "\n".join(group.logs)
     for log in group.logs:
         assert "process 1 was started with another config than process 0" in log
@@ -192,7 +189,7 @@ def test_the_local_launcher_starts_the_group(folder: Path):
     )  # fmt: skip
     supervisor = subprocess.Popen(
         [sys.executable, "-m", "launch.cli", *arguments],
-        env=child_environment(JAX_COMPILATION_CACHE_DIR=str(folder / "jax")),
+        env=child_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

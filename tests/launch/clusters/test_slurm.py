@@ -47,7 +47,6 @@ def cluster() -> Iterator[Cluster]:
     with running_cluster(folder) as started, pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", started.environment["SLURM_CONF"])
         patch.setenv("PYTHONPATH", str(ROOT))
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "jax"))
         yield started
     shutil.rmtree(folder)
 

@@ -33,7 +33,6 @@ def numbers(value: Any, path: str = "") -> dict[str, Any]:
 def test_two_processes_measure_what_one_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "jax"))
     config, run = str(write_pipeline(tmp_path)), tmp_path / "out"
     assert main(["harvest", config]) == 0
     assert main(["train", config, "cache.mesh={data: 2, model: 4}"]) == 0
@@ -51,7 +50,7 @@ def test_two_processes_measure_what_one_does(
     (run / "evaluation.json").unlink()
     done = subprocess.run(
         [sys.executable, "-m", "launch.cli", "evaluate", config, *SETTINGS, "launch.processes=2"],
-        env=child_environment(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "jax")),
+        env=child_environment(),
         capture_output=True,
         text=True,
         timeout=300,
