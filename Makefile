@@ -4,15 +4,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/uv pip install --quiet --system-certs --python $(BIN)/python
 
-.PHONY: demo test rooms mutations bench bench-quality check format lint types clean
+.PHONY: demo test test-fast rooms mutations bench bench-quality check format lint types clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m launch.demo demo-data
 	$(BIN)/sae sweep configs/demo.yaml
 
-# A worker that dies ends the run: else pytest-xdist waits for its other tests for ever.
+# Three workers on two cores: some tests wait, for processes and clusters, while others compute. A
+# file's tests stay together and slow files come first (tests/conftest.py). A worker that dies ends
+# the run: else pytest-xdist waits for its other tests for ever.
+PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
+	$(PYTEST) -n 3
+
+# For daily work: all but those marked slow.
+test-fast: $(VENV)/test.stamp
+	$(PYTEST) -n 2 -m 'not slow'
 
 # The code broken on purpose, a line at a time: does a test of exactness turn red? docs/exactness.md.
 mutations: $(VENV)/test.stamp

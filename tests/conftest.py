@@ -44,6 +44,11 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow files come first: one that waits for processes overlaps with others that compute."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def logging_unconfigured() -> None:
     """No test hears less because one before it ran a command, with `-q` perhaps, in its process."""

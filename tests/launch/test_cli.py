@@ -22,6 +22,8 @@ from launch.processes.signals import StopFlag, stop_on_signals
 from launch.targets import target_config
 from tests.support.pipeline import ROOT, sae_process, write_pipeline
 
+pytestmark = pytest.mark.slow
+
 NAMES = [command.name for command in COMMANDS]
 
 

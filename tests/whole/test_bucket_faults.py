@@ -20,7 +20,10 @@ from tests.support.children.processes import Group, start_group
 from tests.support.servers.buckets import Server, run_in
 from tests.support.training import assert_same_run, make_run, stop_after
 
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 MESH = (2, 1)
 

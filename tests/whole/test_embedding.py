@@ -29,6 +29,8 @@ from tests.sae_train.evaluate.test_evaluate import BOS, EOS, PAD, D, F, S, their
 from tests.support.saes import make_trained, reference_latents, reference_reconstruction
 from tests.support.tiny_gemma import write_tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY = 403
 
 

@@ -12,11 +12,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from launch.cli import main
 from tests.support.children.processes import child_environment, children
 from tests.support.pipeline import write_pipeline
 from tests.support.stores import file_hashes
 from tests.support.training import assert_same_run
+
+pytestmark = pytest.mark.slow
 
 KILLS = 10
 STEPS = 300

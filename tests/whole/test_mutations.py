@@ -13,6 +13,8 @@ import pytest
 
 from tests.mutations.__main__ import MUTATIONS, ROOT, Mutation
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what)
 def test_a_mutation_finds_its_line(mutation: Mutation):

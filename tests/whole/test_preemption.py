@@ -27,6 +27,8 @@ from tests.support.children.processes import (
 from tests.support.configs import as_job
 from tests.support.training import assert_same_run, lines_logged, make_run
 
+pytestmark = pytest.mark.slow
+
 STEPS = 400
 MESH = (2, 1)
 

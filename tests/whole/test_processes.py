@@ -16,6 +16,8 @@ from tests.support.children.processes import start_group
 from tests.support.paths import ROOT
 from tests.support.training import TIMINGS, assert_same_run, final_state, make_run, untimed_metrics
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
 MESHES = ((4, 1), (2, 2), (1, 4))
 RESTORED = (1, 6, 13, 18)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from sae_train.model.sharding import make_mesh
 from sae_train.step.schedule import scheduled
 from sae_train.step.state import init_state
 from sae_train.train.train_step import make_train_step
 from tests.support.configs import make_config
+
+pytestmark = pytest.mark.slow
 
 D_MODEL, NUM_DIRECTIONS, ACTIVE = 32, 48, 3
 

@@ -39,6 +39,8 @@ from tests.support.saes import make_config as make_sae_config
 from tests.support.saes import make_trained, reference_latents, reference_reconstruction
 from tests.support.training import assert_same_run, final_state
 
+pytestmark = pytest.mark.slow
+
 D, F = 10, 24
 PAIR: dict[str, Any] = {"site": "mlp_in", "target": "mlp_out"}
 L1 = {"penalty": "l1", "coefficient": 0.03, "warmup_steps": 0}

@@ -16,6 +16,8 @@ from activation_cache.gemma.taps import Tap
 from activation_cache.language_model.model import load_model
 from tests.support.tiny_gemma import write_tiny_gemma
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 24  # past the window of 5, and past a query block
 
 

@@ -17,6 +17,8 @@ from tests.support.paths import ROOT
 from tests.support.stores import file_hashes
 from tests.support.tiny_gemma import write_tiny_gemma
 
+pytestmark = pytest.mark.slow
+
 BUCKETS = 19
 
 

@@ -31,6 +31,8 @@ from activation_cache.store.store import Store, open_store
 from tests.support.stores import file_hashes
 from tests.support.tiny_gemma import tiny_config, write_tiny_gemma
 
+pytestmark = pytest.mark.slow
+
 # Sizes that eight devices can share.
 EIGHT = {"num_heads": 8, "num_kv_heads": 8, "d_ff": 32, "vocab_size": 408}
 TAPS = (Tap("resid_post", 3), Tap("attn_out_prelinear", 1), Tap("mlp_out", 2))

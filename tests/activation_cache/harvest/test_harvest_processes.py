@@ -24,6 +24,8 @@ from tests.support.stores import file_hashes
 from tests.support.tiny_gemma import tiny_config, tiny_tensors, write_tiny_gemma
 from tests.support.tiny_gguf import write_gguf
 
+pytestmark = pytest.mark.slow
+
 BUCKETS = 63  # of 16 rows
 HEARTBEAT = {"SAE_HEARTBEAT_SECONDS": "10"}
 OVERRIDES = ["cache.shuffle_rows=16", "cache.block_rows=16", "cache.sequences_per_batch=2"]

@@ -21,6 +21,8 @@ from activation_cache.config import ModelConfig
 from activation_cache.gemma.taps import Tap
 from activation_cache.language_model.model import LanguageModel, load_model
 
+pytestmark = pytest.mark.slow
+
 TEXT = (
     "The State of the Union is a message that the President of the United States gives to "
     "Congress at the beginning of each calendar year on the current condition of the nation."

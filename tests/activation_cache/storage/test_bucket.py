@@ -30,7 +30,10 @@ from tests.support.servers.buckets import Server, object_hashes, run_in
 from tests.support.stores import file_hashes
 from tests.support.training import assert_same_run, make_run, stop_after
 
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from launch.clusters.jobset import Manifest, render
 from sae_train.runs.folder import newest_checkpoint
 from sae_train.train.loop import train
 from tests.support.children.processes import child_environment, free_port
 from tests.support.configs import as_job
 from tests.support.training import assert_same_run, lines_logged, make_run
+
+pytestmark = pytest.mark.slow
 
 STEPS = 800  # seconds of work: a signal needs one to be agreed upon
 SAVES = {"every_steps": 200, "keep": 2}

@@ -34,6 +34,8 @@ from tests.support.servers.slurm_cluster import Cluster, is_installed, running_c
 from tests.support.stores import file_hashes
 from tests.support.training import assert_same_run, make_run, untimed_metrics
 
+pytestmark = pytest.mark.slow
+
 STEPS = 300
 PATIENCE = 240.0  # seconds, for what takes some on a quiet machine
 

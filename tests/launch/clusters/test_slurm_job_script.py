@@ -16,6 +16,8 @@ import pytest
 
 from tests.support.servers.slurm_programs import NASTY, make, programs, script
 
+pytestmark = pytest.mark.slow
+
 
 class Job:
     """A batch script under Slurm's own names, played here: steps are commands of ours."""

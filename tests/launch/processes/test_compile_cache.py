@@ -17,6 +17,8 @@ from tests.support.configs import make_config
 from tests.support.pipeline import ROOT
 from tests.support.stores import make_manifest, random_rows, write_store
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:

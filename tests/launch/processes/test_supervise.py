@@ -17,6 +17,8 @@ from launch.processes import supervise as module
 from launch.processes.supervise import _Output, starts_group, supervise
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 # A process of a group without JAX: what it is to do comes by its number.
 CHILD = """
 import os, signal, sys, time

@@ -17,6 +17,8 @@ from sae_train.evaluate.result import read_evaluation
 from sae_train.runs.folder import run_folders
 from tests.support.pipeline import write_pipeline
 
+pytestmark = pytest.mark.slow
+
 SWEEP = """\
 sweep:
   tree: {tree}

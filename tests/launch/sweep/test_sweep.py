@@ -25,6 +25,8 @@ from tests.support.configs import as_job, make_config
 from tests.support.pipeline import write_pipeline
 from tests.support.training import final_state
 
+pytestmark = pytest.mark.slow
+
 SWEEP = "sweep: {grid: {train.sparsity.coefficient: [1e-3, 1e-2], train.seed: [0]}}\n"
 
 

@@ -37,6 +37,8 @@ from tests.support.saes import (
 )
 from tests.support.tiny_gemma import write_tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 D, HEADS, F, S = 36, 60, 40, 16
 HELD_OUT = 7
 PAD, EOS, BOS = 0, 1, 2

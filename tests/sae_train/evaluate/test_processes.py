@@ -18,6 +18,8 @@ from sae_train.evaluate import jobs
 from tests.support.children.processes import child_environment
 from tests.support.pipeline import write_pipeline
 
+pytestmark = pytest.mark.slow
+
 # Three batches for two processes: one has less to do than the other.
 SETTINGS = ["evaluation={sequences: 3, sequences_per_batch: 1}"]
 

@@ -39,6 +39,8 @@ from tests.support.saes import (
 )
 from tests.support.tiny_gemma import write_tiny_gemma
 
+pytestmark = pytest.mark.slow
+
 D, F, S, HELD_OUT = 20, 40, 16, 24
 PAD, EOS, BOS = 0, 1, 2
 TAP = Tap("resid_post", 2)

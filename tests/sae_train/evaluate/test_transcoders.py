@@ -26,6 +26,8 @@ from tests.sae_train.evaluate.test_evaluate import BOS, EOS, PAD, D, F, their_mo
 from tests.support.saes import make_trained, reference_latents, reference_reconstruction, save_run
 from tests.support.tiny_gemma import write_tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 LAYER = 2
 # Two transcoders of one target, with and without a skip, and an SAE of that target, in one pass.
 RUNS: dict[str, dict[str, Any]] = {

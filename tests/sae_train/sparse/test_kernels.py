@@ -34,6 +34,8 @@ from sae_train.train.train_step import make_train_step
 from tests.sae_train.sparse.test_sparse_step import COMMON, B, D, F, assert_same_training, run
 from tests.support.configs import make_config
 
+pytestmark = pytest.mark.slow
+
 BANDWIDTH = 0.5
 
 

@@ -13,6 +13,8 @@ from sae_train.config.run import MeshConfig
 from sae_train.plan.memory import Shape
 from tests.support.plan_shapes import compile_step
 
+pytestmark = pytest.mark.slow
+
 B, D = 4096, 640
 
 

@@ -19,6 +19,8 @@ from sae_train.train.loop import train
 from tests.sae_train.train.test_train_kill import finish, kill, reached, start
 from tests.support.training import assert_same_run, lines_logged, make_run, stop_after
 
+pytestmark = pytest.mark.slow
+
 STEPS, WIDTH = 300, 64
 
 

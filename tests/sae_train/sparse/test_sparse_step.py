@@ -29,6 +29,8 @@ from tests.support.oracles import reference
 from tests.support.oracles.rows_off_edges import off_edges
 from tests.support.steps_made_once import StepsMadeOnce
 
+pytestmark = pytest.mark.slow
+
 B, D, F = 64, 32, 128
 COMMON: dict[str, Any] = {
     "width": F,

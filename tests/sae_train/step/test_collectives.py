@@ -15,6 +15,8 @@ from sae_train.step.state import abstract_state
 from sae_train.train.train_step import make_train_step
 from tests.support.configs import make_config
 
+pytestmark = pytest.mark.slow
+
 BATCH, D_MODEL, WIDTH = 512, 64, 1024
 L0 = {"coefficient": 0.01}
 COLLECTIVE = re.compile(

@@ -31,6 +31,8 @@ from sae_train.train.progress import label, steps_to_read
 from tests.support.configs import make_config
 from tests.support.training import assert_same_run, make_run, stop_after
 
+pytestmark = pytest.mark.slow
+
 # Three runs that have nothing in common but what they read.
 MEMBERS: dict[str, dict[str, Any]] = {
     "a": {},

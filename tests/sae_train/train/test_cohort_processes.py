@@ -26,6 +26,8 @@ from tests.support.children.processes import (
 from tests.support.configs import as_job
 from tests.support.training import assert_same_run, lines_logged, make_run
 
+pytestmark = pytest.mark.slow
+
 STEPS = {"a": 120, "b": 75, "c": 120}
 MEMBERS: dict[str, dict[str, Any]] = {
     "a": {},

@@ -15,6 +15,8 @@ from sae_train.train import cohort_step
 from sae_train.train.loop import train, train_cohort
 from tests.support.training import TIMINGS, assert_same_run, make_run
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
 COEFFICIENTS = {"sparse": 0.05, "middle": 0.02, "dense": 0.005}
 

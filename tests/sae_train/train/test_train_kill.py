@@ -16,6 +16,8 @@ from sae_train.config.file import write_config
 from tests.support.children.processes import wait_for
 from tests.support.training import assert_same_run, lines_logged, make_run
 
+pytestmark = pytest.mark.slow
+
 STEPS = 120
 
 
