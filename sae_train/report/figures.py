@@ -2,232 +2,198 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
-from sae_train.report.svg import Axis, Bars, Chart, Series, compact
-from sae_train.runs.folder import RunFolder
-
-# Dense to sparse: blue to red, each legible on white and on near-black.
-_PALETTE = (
-    (66, 99, 214),
-    (26, 147, 178),
-    (35, 160, 110),
-    (151, 160, 40),
-    (222, 140, 40),
-    (205, 70, 70),
+from sae_train.report.charts import (
+    Axis,
+    Charts,
+    Trace,
+    curve,
+    hover_text,
+    joined,
+    mark,
 )
-_MOST_POINTS = 400  # per training curve: more than the pixels it is drawn on
-_MOST_LABELLED = 3  # families of a frontier whose every mark has room for words
+from sae_train.report.described_runs import ReportRun, families_of
+
+Numbers = Mapping[str, Any]  # of one evaluation
+_Point = TypeVar("_Point")
+
+L0_AXIS = Axis("L0 (active latents per token)", log=True)
+FREQUENCY_AXIS = Axis("log₁₀ of the fraction of tokens")
+_MOST_POINTS = 400  # of a curve: more than the pixels it is drawn on
+_POINTS_OF_PAGE = 40_000  # of all curves, so that a suite's page stays under 3 MB
+_CURVES_PER_RUN = 9
+_MOST_LABELLED = 8  # marks of a frontier that have room for words
 
 
-@dataclass(frozen=True)
-class ReportRun:
-    """A run as the report shows it.
-
-    Attributes:
-        label: what tells it from the others, short.
-        family: runs of one family differ only in how strongly sparsity is pressed; the frontier
-            joins them with a line.
-        pressure: how strongly it is pressed, what tells it from its family.
-    """
-
-    folder: RunFolder
-    label: str
-    family: str
-    pressure: str
-    color: str
-
-    @property
-    def key(self) -> str:
-        """What the page's script calls the run by: its config's name."""
-        return self.folder.config.name
-
-    def measured(self, name: str) -> float | None:
-        """A number of evaluation.json."""
-        value = (self.folder.evaluation or {}).get(name)
-        return float(value) if isinstance(value, int | float) else None
-
-    def trained(self, name: str) -> float | None:
-        """A number of the last row of metrics.jsonl."""
-        value = self.folder.metrics[-1].get(name) if self.folder.metrics else None
-        return float(value) if isinstance(value, int | float) else None
+def numbers_hover(run: str, numbers: Numbers, *, also: Mapping[str, str] | None = None) -> str:
+    """What a pointer over a run's mark shows: the run, L0, FVU, delta loss, and `also`."""
+    shown = {"L0": ("l0", ".1f"), "FVU": ("fvu", ".4g"), "delta loss": ("delta_loss", ".4g")}
+    found = {
+        words: "–" if numbers.get(key) is None else format(numbers[key], form)
+        for words, (key, form) in shown.items()
+    }
+    return hover_text(run, {**found, **(also or {})})
 
 
-_Point = tuple[float, float, ReportRun]  # L0, a metric, whose they are
-
-
-def palette(count: int) -> list[str]:
-    """`count` colours spread over the palette, as #rrggbb."""
-    colors = []
-    for index in range(count):
-        at = index / max(count - 1, 1) * (len(_PALETTE) - 1)
-        lower = min(int(at), len(_PALETTE) - 2)
-        part = at - lower
-        mixed = (
-            round(a + (b - a) * part)
-            for a, b in zip(_PALETTE[lower], _PALETTE[lower + 1], strict=True)
-        )
-        colors.append("#" + "".join(f"{channel:02x}" for channel in mixed))
-    return colors
-
-
-def frontier_chart(runs: Sequence[ReportRun], *, metric: str, label: str) -> Chart:
-    """`metric` of evaluation.json against L0, families joined, runs labelled.
-
-    Many families are named once each, and what tells their runs apart is left to the tooltips.
-    """
-    families: dict[str, list[_Point]] = {}
-    for run in runs:
-        l0, value = run.measured("l0"), run.measured(metric)
-        if l0 is not None and value is not None:
-            families.setdefault(run.family, []).append((l0, value, run))
-    crowded = len(families) > _MOST_LABELLED
-    lines, marks = [], []
-    for family, members in families.items():
-        members.sort(key=lambda member: member[0])
-        middle = members[len(members) // 2][2].color if len(families) > 1 else "var(--muted)"
-        l0s, values = [m[0] for m in members], [m[1] for m in members]
-        lines.append(Series(x=l0s, y=values, color=middle, name=family if crowded else ""))
-        marks += _frontier_marks(members, label=label, labelled=not crowded)
-    every = [y for line in lines for y in line.y]
+def frontier(
+    charts: Charts, runs: Sequence[ReportRun], *, heading: str, metric: str, label: str
+) -> str:
+    """`metric` of evaluation.json against L0, the runs of a family joined by a line."""
+    families = {
+        name: sorted(points, key=lambda point: point[0])
+        for name, members in families_of(runs).items()
+        if (points := _frontier_points(members, metric))
+    }
+    values = [value for points in families.values() for _, value, _ in points]
     # Sites that differ much in what they cost.
-    log = crowded and min(every) > 0 and max(every) > 20 * min(every)
-    low = 0.0 if not log and all(y >= 0 for y in every) else None
-    return Chart(
-        title=f"{label} against L0",
-        x=Axis("L0 (active latents per token)", log=True),
-        y=Axis(label, log=log, low=low),
-        series=[*lines, *marks],
+    log = len(families) > 3 and min(values) > 0 and max(values) > 20 * min(values)
+    labelled = len(families) == 1 and len(values) <= _MOST_LABELLED
+    lines, marks = [], []
+    for points in families.values():
+        middle = points[len(points) // 2][2].color if len(families) > 1 else ""
+        lines.append(joined([run for *_, run in points], [p[:2] for p in points], middle))
+        for l0, value, run in points:
+            more = {} if metric in ("fvu", "delta_loss") else {label: f"{value:.4g}"}
+            marks.append(
+                mark(
+                    run,
+                    (l0, value),
+                    hover=numbers_hover(run.label, run.folder.evaluation or {}, also=more),
+                    label=(run.pressure or run.label) if labelled else "",
+                    # The frontier falls from left to right.
+                    beside="bottom left" if (l0, value) == points[-1][:2] else "top right",
+                )
+            )
+    positive = all(value >= 0 for value in values)
+    y = Axis(label, log=log, zero=not log and positive)
+    return charts.figure(heading, [*lines, *marks], x=L0_AXIS, y=y)
+
+
+def _frontier_points(
+    runs: Sequence[ReportRun], metric: str
+) -> list[tuple[float, float, ReportRun]]:
+    found = [(run.measured("l0"), run.measured(metric), run) for run in runs]
+    return [(l0, y, run) for l0, y, run in found if l0 is not None and y is not None]
+
+
+def training_figures(charts: Charts, runs: Sequence[ReportRun]) -> str:
+    """Loss, FVU, L0, dead fraction, threshold and learning rate against tokens, every run."""
+    return "".join(
+        [
+            _training(charts, runs, metric="loss", label="training loss"),
+            _training(charts, runs, metric="fvu", label="FVU", zero=True),
+            _training(charts, runs, metric="l0", label="L0", log=True),
+            _training(
+                charts, runs, metric="dead_fraction", label="dead latents (fraction)", zero=True
+            ),
+            _training(charts, runs, metric="threshold_mean", label="mean threshold"),
+            _training(charts, runs, metric="learning_rate", label="learning rate", zero=True),
+        ]
     )
 
 
-def _frontier_marks(members: Sequence[_Point], *, label: str, labelled: bool) -> list[Series]:
-    """A mark for each run of a family, which is named at its sparse end."""
-    marks = []
-    for index, (l0, value, run) in enumerate(members):
-        words = run.label if index == 0 else run.pressure or run.label
-        marks.append(
-            Series(
-                x=[l0],
-                y=[value],
-                color=run.color,
-                key=run.key,
-                marks=True,
-                titles=[f"{run.label}: L0 {l0:.1f}, {label} {value:.4g}"],
-                labels=[words] if labelled else [],
-            )
-        )
-    return marks
-
-
-def training_charts(runs: Sequence[ReportRun]) -> list[Chart]:
-    """Loss, FVU, L0, dead fraction and mean threshold against tokens, every run."""
-    return [
-        _curves(runs, metric="loss", label="training loss"),
-        _curves(runs, metric="fvu", label="FVU", zero=True),
-        _curves(runs, metric="l0", label="L0", log=True),
-        _curves(runs, metric="dead_fraction", label="dead latents (fraction)", zero=True),
-        _curves(runs, metric="threshold_mean", label="mean threshold"),
-        _curves(runs, metric="learning_rate", label="learning rate", zero=True),
-    ]
-
-
-def _curves(
-    runs: Sequence[ReportRun], *, metric: str, label: str, log: bool = False, zero: bool = False
-) -> Chart:
-    series = []
+def _training(
+    charts: Charts,
+    runs: Sequence[ReportRun],
+    *,
+    metric: str,
+    label: str,
+    log: bool = False,
+    zero: bool = False,
+) -> str:
+    curves: list[tuple[ReportRun, list[tuple[float, float]]]] = []
     for run in runs:
         rows = [row for row in run.folder.metrics if row.get(metric) is not None]
-        stride = math.ceil(len(rows) / _MOST_POINTS)
-        rows = rows[:: stride or 1] + (rows[-1:] if stride > 1 else [])
-        if rows:
-            series.append(
-                Series(
-                    x=[row["tokens"] for row in rows],
-                    y=[row[metric] for row in rows],
-                    color=run.color,
-                    key=run.key,
-                )
-            )
-    values = [y for one in series for y in one.y if math.isfinite(y) and y > 0]
+        points = [(row["tokens"], row[metric]) for row in _thinned(rows, len(runs))]
+        curves.append((run, points))
+    values = [y for _, points in curves for _, y in points if math.isfinite(y) and y > 0]
     log = log or (not zero and bool(values) and max(values) > 20 * min(values))
-    return Chart(
-        title=f"{label} against tokens",
-        x=Axis("tokens", low=0.0, tight=True),
-        y=Axis(label, log=log, low=0.0 if zero else None),
-        series=series,
+    hover = f"%{{x:.3~s}} tokens<br>{label} %{{y:.4~g}}"
+    return charts.figure(
+        _capital(label),
+        [curve(run, points, hover=hover) for run, points in curves if points],
+        x=Axis("tokens", zero=True, ticks="~s"),
+        y=Axis(label, log=log, zero=zero),
     )
 
 
-def histogram_chart(run: ReportRun) -> Chart | None:
-    """How many latents fire how often, on a log axis; None without an evaluation."""
-    histogram = (run.folder.evaluation or {}).get("frequency_histogram")
-    if not histogram:
-        return None
-    return Chart(
-        title=f"Firing frequencies of {run.label}",
-        x=Axis("log10 of the fraction of tokens", tight=True),
-        y=Axis("latents", low=0.0),
-        bars=[
-            Bars(
-                edges=histogram["log10_edges"],
-                heights=histogram["counts"],
-                color=run.color,
-                key=run.key,
-            )
-        ],
-    )
+def _thinned(points: Sequence[_Point], runs: int) -> Sequence[_Point]:
+    """Evenly chosen points, the last among them, as many as the page can carry."""
+    most = max(min(_MOST_POINTS, _POINTS_OF_PAGE // (runs * _CURVES_PER_RUN)), 2)
+    stride = math.ceil(len(points) / most)
+    return [*points[:-1:stride], points[-1]] if stride > 1 else points
 
 
-def position_charts(runs: Sequence[ReportRun]) -> list[Chart]:
-    """L0, FVU and delta loss against the position in the sequence."""
-    return [
-        _by_position(runs, metric="l0", label="L0"),
-        _by_position(runs, metric="fvu", label="FVU"),
-        _by_position(runs, metric="delta_loss", label="delta loss (nats)"),
-    ]
+def frequency_figures(charts: Charts, runs: Sequence[ReportRun]) -> str:
+    """How many latents fire how often, on a log axis; one figure for each family."""
+    figures = ""
+    for family, members in families_of(runs).items():
+        traces = [histogram(run) for run in members if has_histogram(run)]
+        if traces:
+            heading = family or "Latents by firing frequency"
+            y = Axis("latents", zero=True)
+            figures += charts.figure(heading, traces, x=FREQUENCY_AXIS, y=y)
+    return figures
 
 
-def _by_position(runs: Sequence[ReportRun], *, metric: str, label: str) -> Chart:
-    series = []
-    for run in runs:
-        curves = (run.folder.evaluation or {}).get("by_position") or {}
-        pairs = [
-            (x, y)
-            for x, y in zip(curves.get("position", []), curves.get(metric, []), strict=False)
-            if y is not None
-        ]
-        if pairs:
-            series.append(
-                Series(
-                    x=[x for x, _ in pairs], y=[y for _, y in pairs], color=run.color, key=run.key
-                )
-            )
-    return Chart(
-        title=f"{label} by position",
-        x=Axis("position in the sequence", tight=True),
-        y=Axis(label),
-        series=series,
-    )
+def has_histogram(run: ReportRun) -> bool:
+    """Whether the run's evaluation counted firing frequencies."""
+    return bool((run.folder.evaluation or {}).get("frequency_histogram"))
+
+
+def histogram(run: ReportRun, *, of: int | None = None) -> Trace:
+    """The run's counts of latents by log10 frequency, in steps; as a share `of` a number."""
+    found = (run.folder.evaluation or {})["frequency_histogram"]
+    middles = [(low + high) / 2 for low, high in itertools.pairwise(found["log10_edges"])]
+    counts = found["counts"] if of is None else [count / of for count in found["counts"]]
+    shown = "%{y} latents" if of is None else "%{y:.2%} of all latents"
+    alive = run.measured("alive_fraction")
+    if alive is not None:
+        shown += f"<br>{alive:.1%} fired at least once"
+    points = list(zip(middles, counts, strict=True))
+    return curve(run, points, hover=f"10^%{{x:.2f}} of tokens<br>{shown}", steps=True)
+
+
+def position_figures(charts: Charts, runs: Sequence[ReportRun]) -> str:
+    """L0, FVU and delta loss against the position in the sequence, where they were measured."""
+    metrics = (("l0", "L0"), ("fvu", "FVU"), ("delta_loss", "delta loss (nats)"))
+    figures = ""
+    for metric, label in metrics:
+        traces = []
+        for run in runs:
+            found = (run.folder.evaluation or {}).get("by_position") or {}
+            pairs = zip(found.get("position", []), found.get(metric, []), strict=False)
+            points = _thinned([(x, y) for x, y in pairs if y is not None], len(runs))
+            if points:
+                hover = f"position %{{x}}<br>{label} %{{y:.4~g}}"
+                traces.append(curve(run, points, hover=hover))
+        if traces:
+            x = Axis("position in the sequence")
+            figures += charts.figure(_capital(label), traces, x=x, y=Axis(label))
+    return figures
+
+
+def _capital(words: str) -> str:
+    return words[0].upper() + words[1:]
 
 
 def tiles(runs: Sequence[ReportRun]) -> list[tuple[str, str]]:
     """The few numbers at the top: (number, words)."""
     evaluated = [run for run in runs if run.measured("l0") is not None]
     trained = sum(run.folder.state == "trained" for run in runs)
-    found = [(f"{trained} of {len(runs)}" if len(runs) > 1 else f"{trained}", _runs_words(runs))]
+    several = len(runs) > 1
+    found = [
+        (f"{trained} of {len(runs)}", "runs trained") if several else (f"{trained}", "run trained")
+    ]
     found += _range(evaluated, "l0", "L0", lambda value: f"{value:.3g}")
     found += _range(evaluated, "fvu", "FVU", lambda value: f"{value:.3f}")
     found += _range(evaluated, "delta_loss", "delta loss, nats", lambda value: f"{value:.3f}")
     tokens = max((run.trained("tokens") or 0 for run in runs), default=0)
     return [*found, (compact(tokens), "training tokens a run")]
-
-
-def _runs_words(runs: Sequence[ReportRun]) -> str:
-    return "runs trained" if len(runs) > 1 else "run trained"
 
 
 def _range(
@@ -239,3 +205,12 @@ def _range(
         return []
     low, high = text(min(values)), text(max(values))
     return [(low if low == high else f"{low}–{high}", words)]
+
+
+def compact(value: float) -> str:
+    """1200000 -> '1.2M', 0.25 -> '0.25', 12.0 -> '12'."""
+    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= limit:
+            unit = 1e3 if suffix == "k" else limit
+            return f"{value / unit:.4g}{suffix}"
+    return f"{value:.4g}"

@@ -9,12 +9,11 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from html import escape
 from importlib import metadata, resources
 from pathlib import PurePath
 from string import Template
-from typing import Any
 from urllib.parse import quote
 
 from activation_cache.storage.files import (
@@ -24,27 +23,32 @@ from activation_cache.storage.files import (
     storage_path,
     write_text,
 )
-from sae_train.config.file import FILE_NAME, differing_fields, read_run_config
+from sae_train.config.file import FILE_NAME, read_run_config
 from sae_train.config.run import Config
 from sae_train.config.sae import ARCHITECTURE_NAMES
+from sae_train.report.charts import Charts, packed_library
+from sae_train.report.described_runs import SYMBOLS, ReportRun, describe_runs, families_of
 from sae_train.report.figures import (
-    ReportRun,
-    frontier_chart,
-    histogram_chart,
-    palette,
-    position_charts,
+    compact,
+    frequency_figures,
+    frontier,
+    position_figures,
     tiles,
-    training_charts,
+    training_figures,
 )
-from sae_train.report.paper_figures import published_sections
-from sae_train.report.svg import compact, figure
+from sae_train.report.paper_figures import LEGEND, published_sections, section
 from sae_train.runs.folder import EVALUATION, RunFolder, read_run, run_folders
 from sae_train.runs.metrics_file import FILE as METRICS
 
-_PACKAGES = ("open-gemma-scope", "jax", "flax", "orbax-checkpoint", "tensorstore", "numpy")
-# Where sparsity is pressed on: runs that differ here alone form one frontier.
-_PRESSURE = ("train.sparsity.", "sae.k")
-_OWN = ("name", "output", "cache", "mesh")
+_PACKAGES = (
+    "open-gemma-scope",
+    "jax",
+    "flax",
+    "orbax-checkpoint",
+    "tensorstore",
+    "numpy",
+    "plotly",
+)
 
 
 def write_report(folder: AnyPath) -> StoragePath:
@@ -58,81 +62,26 @@ def write_report(folder: AnyPath) -> StoragePath:
     runs = describe_runs([read_run(path) for path in run_folders(root)])
     page = make_folder(root / "report") / "index.html"
     template = resources.files("sae_train.report").joinpath("page.html").read_text(encoding="utf-8")
-    body = _body(config, runs, page=page)
-    write_text(page, Template(template).substitute(title=escape(config.name), body=body))
+    charts = Charts()
+    parts = {"title": escape(config.name), "body": _body(config, runs, charts=charts, page=page)}
+    parts |= {"charts": charts.packed(), "plotly": packed_library()}
+    write_text(page, Template(template).substitute(parts))
     return page
 
 
-def describe_runs(folders: Sequence[RunFolder]) -> list[ReportRun]:
-    """Give each run a label, a family and a colour; families together, from dense to sparse."""
-    differing = _differing([run.config for run in folders])
-    if "sae.architecture" in differing:  # each goes with a penalty of its own
-        differing = [key for key in differing if key != "train.sparsity.penalty"]
-    pressure = [key for key in differing if key.startswith(_PRESSURE)]
-    rest = [key for key in differing if key not in pressure]
-    differing = rest + pressure
-    families = list(dict.fromkeys(_settings(run.config, rest) for run in folders))
-    ordered = sorted(
-        folders,
-        key=lambda run: (families.index(_settings(run.config, rest)), _sparsity_order(run)),
-    )
-    return [
-        ReportRun(
-            folder=run,
-            label=_settings(run.config, differing) or run.config.name,
-            family=_settings(run.config, rest),
-            pressure=_settings(run.config, pressure),
-            color=color,
-        )
-        for run, color in zip(ordered, palette(len(ordered)), strict=True)
-    ]
-
-
-def _sparsity_order(run: RunFolder) -> tuple[float, str]:
-    measured = (run.evaluation or {}).get("l0")
-    if measured is None and run.metrics:
-        measured = run.metrics[-1].get("l0")
-    return (-measured if measured is not None else 0.0, run.name)
-
-
-def _differing(configs: Sequence[Config]) -> list[str]:
-    keys: dict[str, None] = {}
-    for config in configs[1:]:
-        keys.update(dict.fromkeys(differing_fields(configs[0], config)))
-    return [key for key in keys if key.partition(".")[0] not in _OWN]
-
-
-def _settings(config: Config, keys: Sequence[str]) -> str:
-    names = [key.rpartition(".")[2] for key in keys]
-    words = []
-    for key, name in zip(keys, names, strict=True):
-        value: Any = config
-        for part in key.split("."):
-            value = getattr(value, part) if part in type(value).model_fields else None
-        if name == "layer" and "sae.site" in keys:
-            continue  # said with the site
-        if key == "sae.site":
-            words.append(config.sae.tap.name)
-        elif value is not None:
-            short = {"coefficient": "λ", "target": "target"}.get(name, name)
-            shown = f"{value:g}" if isinstance(value, float) else str(value)
-            words.append(f"{short}\u00a0{shown}")
-    return ", ".join(words)
-
-
-def _body(config: Config, runs: Sequence[ReportRun], *, page: StoragePath) -> str:
+def _body(config: Config, runs: Sequence[ReportRun], *, charts: Charts, page: StoragePath) -> str:
     return "\n".join(
         [
             _header(config, runs),
             _problems(runs),
-            _frontier(runs),
+            _frontier(charts, runs),
             _table(runs, page=page),
-            _training(runs),
-            _frequencies(runs),
-            _positions(runs),
-            published_sections(runs, legend=_legend(runs)),
+            _training(charts, runs),
+            _frequencies(charts, runs),
+            _positions(charts, runs),
+            published_sections(charts, runs),
             _configuration(page.parent.parent / FILE_NAME),
-            _footer(),
+            _footer(runs),
         ]
     )
 
@@ -184,24 +133,42 @@ def _problems(runs: Sequence[ReportRun]) -> str:
 
 
 def _legend(runs: Sequence[ReportRun]) -> str:
+    """Buttons that switch runs on and off in every chart, a line for each family."""
     if len(runs) < 2:
-        return ""
-    items = "".join(
-        f'<li><button type="button" aria-pressed="false" data-pick="{escape(run.key)}">'
-        f'<i style="background:{run.color}"></i>{escape(run.label)}</button></li>'
-        for run in runs
+        return LEGEND
+    families = families_of(runs)
+    lines = ""
+    for family, members in families.items():
+        name, labels = "", [run.label for run in members]
+        if len(families) > 1 and len(members) > 1:
+            name = f'<button type="button" data-family>{escape(family)}</button>'
+            labels = [run.pressure or run.label for run in members]
+        buttons = "".join(
+            f'<button type="button" aria-pressed="true" data-run="{escape(run.key)}">'
+            f'<i style="color:{run.color}">{SYMBOLS[run.symbol]}</i>'
+            f"{escape(label)}</button>"
+            for run, label in zip(members, labels, strict=True)
+        )
+        lines += f"<li>{name}{buttons}</li>"
+    words = "runs; a click switches one off and on, a double click leaves it alone"
+    return f'<ul class="legend" aria-label="{words}">{lines}</ul>'
+
+
+def _frontier(charts: Charts, runs: Sequence[ReportRun]) -> str:
+    delta = frontier(
+        charts,
+        runs,
+        heading="Delta loss against L0",
+        metric="delta_loss",
+        label="delta loss (nats)",
     )
-    return f'<ul class="legend" aria-label="runs; choose one to single it out">{items}</ul>'
-
-
-def _frontier(runs: Sequence[ReportRun]) -> str:
-    delta = frontier_chart(runs, metric="delta_loss", label="delta loss (nats)")
-    fvu = frontier_chart(runs, metric="fvu", label="FVU")
+    fvu = frontier(
+        charts, runs, heading="Unexplained variance against L0", metric="fvu", label="FVU"
+    )
     return (
         "<h2>Sparsity and fidelity</h2>"
         f'<p class="note">{_loss_words(runs)} Lower left is better.</p>'
-        f'<div class="charts wide">{figure(delta, heading="Delta loss against L0")}'
-        f"{figure(fvu, heading='Unexplained variance against L0')}</div>{_legend(runs)}"
+        f'<div class="charts wide">{delta}{fvu}</div>{_legend(runs)}'
     )
 
 
@@ -285,45 +252,24 @@ def _relative(path: StoragePath, page: StoragePath) -> str:
     return quote(PurePath(os.path.relpath(str(path), str(page.parent))).as_posix())
 
 
-def _training(runs: Sequence[ReportRun]) -> str:
-    charts = training_charts(runs)
-    figures = "".join(figure(chart, heading=_capital(chart.y.label)) for chart in charts)
-    return (
-        '<h2>Training</h2><p class="note">Over the training batches, logged as they went; the loss '
-        "is the reconstruction's squared error on scaled inputs plus the sparsity penalty.</p>"
-        f'<div class="charts">{figures}</div>{_legend(runs)}'
+def _training(charts: Charts, runs: Sequence[ReportRun]) -> str:
+    note = (
+        "Over the training batches, logged as they went; the loss is the reconstruction's squared "
+        "error on scaled inputs plus the sparsity penalty."
     )
+    return section("Training", note, training_figures(charts, runs))
 
 
-def _frequencies(runs: Sequence[ReportRun]) -> str:
-    figures = ""
-    for run in runs:
-        chart = histogram_chart(run)
-        if chart is not None:
-            alive = run.measured("alive_fraction")
-            words = "" if alive is None else f"{alive:.1%} of latents fired at least once."
-            figures += figure(chart, heading=run.label, caption=words)
-    if not figures:
-        return ""
-    return (
-        '<h2>Firing frequencies</h2><p class="note">How often each latent is active on held-out '
-        f'tokens; latents that never fired are left out.</p><div class="charts">{figures}</div>'
+def _frequencies(charts: Charts, runs: Sequence[ReportRun]) -> str:
+    note = (
+        "How often each latent is active on held-out tokens; latents that never fired are left out."
     )
+    return section("Firing frequencies", note, frequency_figures(charts, runs))
 
 
-def _positions(runs: Sequence[ReportRun]) -> str:
-    charts = [chart for chart in position_charts(runs) if chart.series]
-    if not charts:
-        return ""
-    figures = "".join(figure(chart, heading=_capital(chart.y.label)) for chart in charts)
-    return (
-        '<h2>By position in the sequence</h2><p class="note">Held-out averages at each position; '
-        f'BOS stands at position 0.</p><div class="charts">{figures}</div>{_legend(runs)}'
-    )
-
-
-def _capital(words: str) -> str:
-    return words[0].upper() + words[1:]
+def _positions(charts: Charts, runs: Sequence[ReportRun]) -> str:
+    note = "Held-out averages at each position; BOS stands at position 0."
+    return section("By position in the sequence", note, position_figures(charts, runs))
 
 
 def _configuration(file: StoragePath) -> str:
@@ -334,12 +280,21 @@ def _configuration(file: StoragePath) -> str:
     )
 
 
-def _footer() -> str:
+def _footer(runs: Sequence[ReportRun]) -> str:
     found = [f"Python {platform.python_version()}"]
     for package in _PACKAGES:
         try:
             found.append(f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
             continue
-    written = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    return f"<footer>Written {written} with {escape(', '.join(found))}.</footer>"
+    newest = datetime.fromtimestamp(max(map(_last_change, runs)), UTC)
+    return (
+        f"<footer>The runs as of {newest:%Y-%m-%d %H:%M %Z}, read with "
+        f"{escape(', '.join(found))}.</footer>"
+    )
+
+
+def _last_change(run: ReportRun) -> float:
+    """When the newest of a run's files was written, in seconds since 1970."""
+    files = (run.folder.path / name for name in (FILE_NAME, METRICS, EVALUATION))
+    return max(file.stat().st_mtime for file in files if file.exists())

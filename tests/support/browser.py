@@ -1,13 +1,21 @@
-"""A page in headless Chromium: its picture, and what a script finds in it."""
+"""A page in headless Chromium, over its DevTools protocol: what it asks for, shows and answers.
+
+https://chromedevtools.github.io/devtools-protocol/
+"""
 
 from __future__ import annotations
 
+import base64
+import json
 import os
-import re
 import shutil
 import subprocess
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 
@@ -21,9 +29,9 @@ _FLAGS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
-    "--allow-file-access-from-files",
-    "--virtual-time-budget=5000",
+    "--remote-debugging-pipe",
 ]
+_PATIENCE = 60.0  # seconds
 
 
 def chromium() -> str:
@@ -37,36 +45,153 @@ def chromium() -> str:
     pytest.skip("needs chromium (apt-get install chromium)")
 
 
-def _run(page: Path, *flags: str) -> str:
+@contextmanager
+def open_browser() -> Iterator[Browser]:
+    """A browser with one tab; it ends with the block."""
+    to_browser, from_browser = os.pipe(), os.pipe()
     with tempfile.TemporaryDirectory() as profile:
-        done = subprocess.run(
-            [chromium(), *_FLAGS, f"--user-data-dir={profile}", *flags, page.as_uri()],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=True,
+        # It reads commands on file descriptor 3 and writes answers on 4.
+        command = f'exec "$@" 3<&{to_browser[0]} 4>&{from_browser[1]}'
+        flags = [*_FLAGS, f"--user-data-dir={profile}", "about:blank"]
+        process = subprocess.Popen(
+            ["bash", "-c", command, "bash", chromium(), *flags],
+            pass_fds=(to_browser[0], from_browser[1]),
+            stderr=subprocess.DEVNULL,
         )
-    return done.stdout
+        os.close(to_browser[0])
+        os.close(from_browser[1])
+        try:
+            yield Browser(to_browser[1], from_browser[0])
+        finally:
+            process.kill()
+            process.wait()
+            os.close(to_browser[1])
+            os.close(from_browser[0])
 
 
-def screenshot(page: Path, to: Path, *, width: int, height: int) -> bytes:
-    """A PNG of the page in a window of this size."""
-    _run(page, f"--screenshot={to}", f"--window-size={width},{height}")
-    return to.read_bytes()
+class Browser:
+    """One tab of a running browser.
 
-
-def measure(page: Path, script: str, *, width: int, workplace: Path) -> str:
-    """What `script`, an expression over the page's `document`, is at a window `width` wide.
-
-    The page stands in a frame, for a headless window is never narrower than 500 px.
+    Attributes:
+        requests: the addresses of everything that pages asked for.
+        complaints: errors of pages' scripts.
     """
-    frame = workplace / "frame.html"
-    frame.write_text(
-        f'<iframe src="{page.as_uri()}" style="width:{width}px;height:900px;border:0"></iframe>'
-        "<script>onload = () => { const document_ = frames[0].document;"
-        f"document.title = 'found:' + ((document) => {script})(document_) }}</script>"
-    )
-    dumped = _run(frame, "--dump-dom", "--window-size=1400,1000")
-    found = re.search(r"<title>found:(.*?)</title>", dumped)
-    assert found, dumped[:2000]
-    return found[1]
+
+    def __init__(self, to_browser: int, from_browser: int) -> None:
+        self.requests: list[str] = []
+        self.complaints: list[str] = []
+        self._to, self._from = to_browser, from_browser
+        self._received = b""
+        self._number = 0
+        self._loads = 0
+        self._session: str | None = None
+        tabs = self._call("Target.getTargets")["targetInfos"]
+        tab = next(tab["targetId"] for tab in tabs if tab["type"] == "page")
+        attached = self._call("Target.attachToTarget", targetId=tab, flatten=True)
+        self._session = attached["sessionId"]
+        for domain in ("Page", "Network", "Runtime"):
+            self._call(f"{domain}.enable")
+
+    def show(
+        self,
+        page: Path,
+        *,
+        width: int,
+        height: int = 900,
+        scheme: Literal["light", "dark"] = "light",
+        until: str = "true",
+    ) -> None:
+        """Open a page in a window of this size and wait until a script finds it ready."""
+        self._call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
+        self.prefer(scheme)
+        loads = self._loads
+        self._call("Page.navigate", url=page.as_uri())
+        while self._loads == loads:
+            self._next()
+        self.wait(until)
+
+    def prefer(self, scheme: Literal["light", "dark"]) -> None:
+        """Tell pages that the reader prefers light or dark."""
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        self._call("Emulation.setEmulatedMedia", features=[feature])
+
+    def wait(self, condition: str) -> None:
+        """Until a script's expression is true."""
+        end = time.monotonic() + _PATIENCE
+        while not self.evaluate(f"Boolean({condition})"):
+            assert time.monotonic() < end, f"never true: {condition}; {self.complaints}"
+            time.sleep(0.02)
+
+    def evaluate(self, expression: str) -> Any:
+        """The value of a script's expression, as JSON carries it."""
+        done = self._call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in done, done["exceptionDetails"]
+        return done["result"].get("value")
+
+    def point_at(self, selector: str, *, click: bool = False) -> None:
+        """Move the pointer to the middle of an element; with `click`, press there."""
+        x, y = self._within(selector, 0.5, 0.5)
+        self._mouse("mouseMoved", x, y)
+        if click:
+            self._mouse("mousePressed", x, y)
+            self._mouse("mouseReleased", x, y)
+
+    def drag(self, selector: str, start: tuple[float, float], end: tuple[float, float]) -> None:
+        """Press, move and let go; both points are shares of an element's width and height."""
+        self._mouse("mousePressed", *self._within(selector, *start))
+        self._mouse("mouseMoved", *self._within(selector, *end))
+        self._mouse("mouseReleased", *self._within(selector, *end))
+
+    def _within(self, selector: str, across: float, down: float) -> tuple[float, float]:
+        self.evaluate(f"document.querySelector({selector!r}).scrollIntoView({{block: 'center'}})")
+        left, top, width, height = self.evaluate(
+            "(box => [box.x, box.y, box.width, box.height])"
+            f"(document.querySelector({selector!r}).getBoundingClientRect())"
+        )
+        return left + across * width, top + down * height
+
+    def _mouse(self, kind: str, x: float, y: float) -> None:
+        button = {"button": "left", "buttons": 1, "clickCount": 1}
+        self._call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **button)
+
+    def picture(self, *, whole: bool = False) -> bytes:
+        """A PNG of what is in the window, or of the whole page."""
+        found = self._call("Page.captureScreenshot", captureBeyondViewport=whole)
+        return base64.b64decode(found["data"])
+
+    def paper(self) -> bytes:
+        """The page as a PDF."""
+        return base64.b64decode(self._call("Page.printToPDF", printBackground=True)["data"])
+
+    def _call(self, method: str, **parameters: Any) -> Any:
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": parameters}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._to, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._next()
+            if answer.get("id") == self._number:
+                assert "error" not in answer, answer["error"]
+                return answer["result"]
+
+    def _next(self) -> dict[str, Any]:
+        while b"\0" not in self._received:
+            more = os.read(self._from, 1 << 20)
+            assert more, "the browser is gone"
+            self._received += more
+        message, _, self._received = self._received.partition(b"\0")
+        event: dict[str, Any] = json.loads(message)
+        if event.get("method") == "Network.requestWillBeSent":
+            self.requests.append(event["params"]["request"]["url"])
+        elif event.get("method") == "Page.loadEventFired":
+            self._loads += 1
+        elif event.get("method") == "Runtime.exceptionThrown":
+            self.complaints.append(str(event["params"]["exceptionDetails"]))
+        return event

