@@ -17,14 +17,12 @@ from typing import Any
 from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.runtime.processes import launched_index
 from activation_cache.runtime.version import package_version
-from launch import commands
+from launch import commands, exit_codes
 from launch.console import configure_logging, set_environment_defaults
 from launch.processes import group
 from launch.processes.signals import StopFlag, stop_on_signals
 
 logger = logging.getLogger(__name__)
-
-EXIT_DONE, EXIT_BUG, EXIT_MISTAKE, EXIT_STOPPED = 0, 1, 2, 75
 
 _TARGET = "a config file, or a folder that holds a resolved config.yaml"
 _DRY_RUN = (
@@ -171,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parse(sys.argv[1:] if argv is None else argv)
     except SystemExit as finished:  # argparse: 0 after --help, 2 after a wrong command line
-        return finished.code if isinstance(finished.code, int) else EXIT_MISTAKE
+        return finished.code if isinstance(finished.code, int) else exit_codes.MISTAKE
     set_environment_defaults()
     try:
         # Of several processes the first speaks, and the others where something is wrong.
@@ -181,10 +179,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = arguments.handler(arguments, stop)
     except UserError as error:
         group.tell(arguments.command, str(error))
-        code = EXIT_MISTAKE
+        code = exit_codes.MISTAKE
     except Interrupted as stopped:
         group.tell(arguments.command, str(stopped), remedy=". The same command goes on.")
-        code = EXIT_STOPPED
+        code = exit_codes.STOPPED
     except Exception:
         group.end_broken()
         raise

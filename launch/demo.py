@@ -16,6 +16,7 @@ from types import ModuleType
 
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import disk_errors, make_folder, write_bytes
+from launch import exit_codes
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +67,8 @@ def main(argv: list[str] | None = None) -> int:
         lay_out(parser.parse_args(argv).folder)
     except UserError as error:
         logger.error("%s", error)
-        return 2
-    return 0
+        return exit_codes.MISTAKE
+    return exit_codes.DONE
 
 
 if __name__ == "__main__":

@@ -21,12 +21,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from activation_cache.runtime.errors import UserError
-from launch.clusters.common import Command
+from launch import exit_codes
+from launch.clusters.common import Command, Stage
 from launch.clusters.jobset_pod import pod_template
 from launch.config.job import Job
 from launch.config.kubernetes import OUR_PREFIX, KubernetesLaunch, TpuNodes
@@ -35,10 +36,7 @@ from launch.sweep.cohorts import cohorts_of
 from launch.sweep.expand import expand
 from sae_train.config.file import resolved_yaml
 
-Stage = Literal["harvest", "train", "evaluate", "report"]
-
 REPLICATED_JOB = "node"  # pods are <JobSet>-node-0-<index>
-_EXIT_MISTAKE, _EXIT_STOPPED = 2, 75
 _LONGEST_LABEL = 63
 # A pod's full name, <JobSet>-node-0-<index>-<5 letters>, has to be a DNS label too.
 _LONGEST_NAME = _LONGEST_LABEL - len(f"-{REPLICATED_JOB}-0-9999-abcde")
@@ -298,8 +296,8 @@ def _job_set_spec(
 def _pod_failure_rules() -> list[dict[str, Any]]:
     """The first rule that matches counts; a pod that none matches fails the Job."""
     return [
-        {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [_EXIT_MISTAKE]}},
-        {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [_EXIT_STOPPED]}},
+        {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [exit_codes.MISTAKE]}},
+        {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [exit_codes.STOPPED]}},
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
     ]
 

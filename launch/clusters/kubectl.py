@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Literal
 
 from activation_cache.runtime.errors import Interrupted, UserError
-from launch.clusters.common import Command, local_folder
-from launch.clusters.jobset import Manifest, Stage, kubernetes_launch, render, write_manifests
+from launch.clusters.common import Command, Stage, local_folder
+from launch.clusters.jobset import Manifest, kubernetes_launch, render, write_manifests
 from launch.config.job import Job
 from launch.config.kubernetes import OUR_PREFIX, KubernetesLaunch
 
@@ -72,6 +72,7 @@ def submit(config: Job, *, command: Command, dry_run: bool, stop: Callable[[], b
         sys.stdout.write("".join(manifest.text for manifest in manifests))
         return 0
     kubectl = Kubectl(launch)
+    kubectl.check(files)
     if command != "sweep":
         [(manifest, file)] = files
         kubectl.submit(manifest, file)
@@ -157,6 +158,17 @@ class Kubectl:
             digest=found["metadata"].get("annotations", {}).get(f"{OUR_PREFIX}digest"),
             created=found["metadata"].get("creationTimestamp", ""),
         )
+
+    def check(self, files: Sequence[tuple[Manifest, Path]]) -> None:
+        """Ask the server whether it takes the manifests that aren't there yet; nothing changes.
+
+        Raises:
+            UserError: it doesn't, in its own words; nothing has been submitted.
+        """
+        new = [file for manifest, file in files if self.look(manifest).state == "absent"]
+        if new:
+            named = [word for file in new for word in ("-f", os.fspath(file))]
+            self.run("apply", "--dry-run=server", *named)
 
     def submit(self, manifest: Manifest, file: Path, *, after: str = "") -> None:
         """Apply a manifest unless its JobSet is at work or done.

@@ -1,7 +1,8 @@
 """`launch: {on: kubernetes}`: what a manifest needs that the rest of the config doesn't say.
 
-Every text that ends up in a manifest is held here to the form Kubernetes allows, so that a
-mistake is told by its key before anything is submitted. Secrets are named, never given.
+Checked here is what nobody else can: secrets are named and never given, and names that the
+manifests set themselves are free. Kubernetes' own rules are left to its server, which is asked
+before anything is submitted (`launch.clusters.kubectl`).
 """
 
 from __future__ import annotations
@@ -21,37 +22,13 @@ _OUR_ENVIRONMENT = ("SAE_", "JOB_COMPLETION_INDEX")
 _SECRET_NAME = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY(_ID)?)$", re.I)
 
 
-def _matching(pattern: str, words: str, *, longest: int = 253) -> AfterValidator:
-    """A check that the whole text has a form; `words` say which one."""
-    compiled = re.compile(pattern)
-
-    def check(text: str) -> str:
-        if not compiled.fullmatch(text):
-            raise ValueError(f"{text!r} is not {words}")
-        if len(text) > longest:
-            raise ValueError(f"{text!r} has {len(text)} characters; at most {longest} are allowed")
-        return text
-
-    return AfterValidator(check)
-
-
 def _environment_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise ValueError(f"{name!r} is not the name of an environment variable")
     if name.startswith(_OUR_ENVIRONMENT):
         raise ValueError(f"{name} is set by the manifests themselves: choose another name")
     return name
 
 
 def _label_name(name: str) -> str:
-    prefix, slash, rest = name.rpartition("/")
-    subdomain = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
-    bad_prefix = slash and (len(prefix) > 253 or not re.fullmatch(subdomain, prefix))
-    if bad_prefix or not re.fullmatch(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?", rest):
-        raise ValueError(
-            f"{name!r} is not a Kubernetes label's name: at most 63 letters, digits, '-', '_' and "
-            "'.', after a domain and '/' if it has one, as in cloud.google.com/gke-spot"
-        )
     if name.startswith(OUR_PREFIX):
         raise ValueError(f"{name}: {OUR_PREFIX} is the prefix of our own labels")
     return name
@@ -67,9 +44,9 @@ def _no_secret(environment: dict[str, str]) -> dict[str, str]:
     return environment
 
 
-def _mount_point(path: str) -> str:
-    if not path.startswith("/") or ":" in path or ".." in path.split("/") or path.strip("/") == "":
-        raise ValueError(f"{path!r} is not an absolute path below / without '..' and ':'")
+def _absolute(path: str) -> str:
+    if not path.startswith("/") or path.strip("/") == "":
+        raise ValueError(f"{path!r} is not an absolute path below /")
     return posixpath.normpath(path)
 
 
@@ -79,50 +56,17 @@ def _as_quantity(value: Any) -> Any:
     return str(value) if is_number else value
 
 
-ObjectName = Annotated[
-    str,
-    _matching(
-        r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*",
-        "a Kubernetes object's name: lower-case letters, digits, '-' and '.'",
-    ),
-]
-Namespace = Annotated[
-    str,
-    _matching(
-        r"[a-z0-9]([-a-z0-9]*[a-z0-9])?",
-        "a namespace: lower-case letters, digits and '-'",
-        longest=63,
-    ),
-]
-LabelName = Annotated[str, AfterValidator(_label_name)]
-LabelValue = Annotated[
-    str,
-    _matching(
-        r"([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?",
-        "a label's value: letters, digits, '-', '_' and '.'",
-        longest=63,
-    ),
-]
-EnvironmentName = Annotated[str, AfterValidator(_environment_name)]
-SecretKeyName = Annotated[str, _matching(r"[-._a-zA-Z0-9]+", "a key of a Secret")]
-Quantity = Annotated[
-    str,
-    BeforeValidator(_as_quantity),
-    _matching(
-        r"(?=.*[1-9])[0-9]+(\.[0-9]+)?(m|k|[MGTPE]|[KMGTPE]i)?",
-        "a Kubernetes quantity above 0, such as 8, 500m or 64Gi",
-        longest=32,
-    ),
-]
-MountPoint = Annotated[str, AfterValidator(_mount_point)]
-Image = Annotated[
-    str,
-    _matching(r"[A-Za-z0-9][A-Za-z0-9._:/@-]*", "the name of a container image", longest=512),
-]
-Topology = Annotated[
-    str, _matching(r"[1-9][0-9]*(x[1-9][0-9]*){1,2}", "a TPU topology such as 2x4 or 4x4x8")
-]
-ContextName = Annotated[str, _matching(r"[A-Za-z0-9][^\s]*", "the name of a kubectl context")]
+def _topology(text: str) -> str:
+    if not re.fullmatch(r"[1-9][0-9]*(x[1-9][0-9]*){1,2}", text):
+        raise ValueError(f"{text!r} is not a TPU topology such as 2x4 or 4x4x8")
+    return text
+
+
+Name = Annotated[str, Field(min_length=1)]
+LabelName = Annotated[Name, AfterValidator(_label_name)]
+EnvironmentName = Annotated[Name, AfterValidator(_environment_name)]
+Quantity = Annotated[Name, BeforeValidator(_as_quantity)]
+FolderPath = Annotated[str, AfterValidator(_absolute)]
 
 
 class TpuNodes(Section):
@@ -132,8 +76,8 @@ class TpuNodes(Section):
     """
 
     kind: Literal["tpu"]
-    accelerator: LabelValue
-    topology: Topology
+    accelerator: Name
+    topology: Annotated[str, AfterValidator(_topology)]
     per_node: PositiveCount = 4
 
     @model_validator(mode="after")
@@ -161,7 +105,7 @@ class GpuNodes(Section):
     """Nodes with NVIDIA GPUs: one process on each node drives all GPUs asked for there."""
 
     kind: Literal["gpu"]
-    accelerator: LabelValue | None = None  # of the node label cloud.google.com/gke-accelerator
+    accelerator: Name | None = None  # of the node label cloud.google.com/gke-accelerator
     per_node: PositiveCount = 8
     count: PositiveCount = 1
 
@@ -187,8 +131,8 @@ class ClaimVolume(Section):
     """A PersistentVolumeClaim that exists; for several nodes it must be ReadWriteMany."""
 
     kind: Literal["claim"]
-    mount: MountPoint
-    claim: ObjectName
+    mount: FolderPath
+    claim: Name
     read_only: bool = False
 
 
@@ -196,8 +140,8 @@ class HostPathVolume(Section):
     """A folder of the nodes themselves, such as a mounted network file system."""
 
     kind: Literal["host_path"]
-    mount: MountPoint
-    path: MountPoint
+    mount: FolderPath
+    path: FolderPath
     read_only: bool = False
 
 
@@ -205,7 +149,7 @@ class EmptyVolume(Section):
     """Scratch space that goes with the pod; `memory` keeps it in RAM (/dev/shm)."""
 
     kind: Literal["empty"]
-    mount: MountPoint
+    mount: FolderPath
     size: Quantity | None = None
     memory: bool = False
 
@@ -214,22 +158,22 @@ class SecretVolume(Section):
     """A Secret's keys as files, for instance a service account's key."""
 
     kind: Literal["secret"]
-    mount: MountPoint
-    secret: ObjectName
+    mount: FolderPath
+    secret: Name
 
 
 class SecretKey(Section):
     """One key of a Secret that exists in the namespace."""
 
-    secret: ObjectName
-    key: SecretKeyName
+    secret: Name
+    key: Name
 
 
 class Toleration(Section):
     """A node taint the pods put up with; without `value` whatever its value."""
 
     taint: LabelName
-    value: LabelValue | None = None
+    value: str | None = None
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
 
 
@@ -243,33 +187,33 @@ class KubernetesLaunch(Section):
     """A Kubernetes cluster with the JobSet controller: GKE TPU slices, GPU nodes, or neither."""
 
     on: Literal["kubernetes"]
-    image: Image
+    image: Name
     nodes: Nodes
-    context: ContextName | None = None  # null: kubectl's current one
-    namespace: Namespace | None = None
+    context: Name | None = None  # null: kubectl's current one
+    namespace: Name | None = None
     at_once: PositiveCount | None = None  # runs of a sweep; null: all
-    restarts: Count = 10  # over a stage's whole life, for the JobSet controller never starts anew
+    restarts: Count = 10  # over a stage's whole life: the JobSet controller never resets its count
     heartbeat_seconds: Annotated[PositiveCount, Field(ge=5)] = 60
     grace_seconds: PositiveCount = 120  # from SIGTERM to SIGKILL: what a save may take
-    working_dir: MountPoint | None = None  # relative paths of the config are below it
+    working_dir: FolderPath | None = None  # relative paths of the config are below it
     volumes: list[Volume] = Field(default_factory=list)
     cpu: Quantity | None = None
     memory: Quantity | None = None
     ephemeral_storage: Quantity | None = None
     report_memory: Quantity = "16Gi"  # of the pod without accelerators that exports and reports
-    node_selector: dict[LabelName, LabelValue] = Field(default_factory=dict)
+    node_selector: dict[LabelName, str] = Field(default_factory=dict)
     tolerations: list[Toleration] = Field(default_factory=list)
-    labels: dict[LabelName, LabelValue] = Field(default_factory=dict)
+    labels: dict[LabelName, str] = Field(default_factory=dict)
     annotations: dict[LabelName, str] = Field(default_factory=dict)
-    priority_class: ObjectName | None = None
-    service_account: ObjectName | None = None
-    image_pull_secrets: list[ObjectName] = Field(default_factory=list)
+    priority_class: Name | None = None
+    service_account: Name | None = None
+    image_pull_secrets: list[Name] = Field(default_factory=list)
     env: Annotated[dict[EnvironmentName, str], AfterValidator(_no_secret)] = Field(
         default_factory=dict
     )
     secrets: dict[EnvironmentName, SecretKey] = Field(default_factory=dict)
-    env_from_secrets: list[ObjectName] = Field(default_factory=list)
-    manifests: Annotated[str, Field(min_length=1)] | None = None  # null: <output>/kubernetes
+    env_from_secrets: list[Name] = Field(default_factory=list)
+    manifests: Name | None = None  # null: <output>/kubernetes
 
     @model_validator(mode="after")
     def _coherent(self) -> KubernetesLaunch:

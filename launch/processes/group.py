@@ -14,14 +14,13 @@ from typing import Any
 from activation_cache.runtime import exchange, processes
 from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.storage.files import StoragePath
+from launch import exit_codes
 from launch.config.job import Job
 from launch.config.local import LocalLaunch
 from launch.processes.supervise import SUPERVISOR, starts_group, stop_with_supervisor, supervise
 from sae_train.config.file import resolved_yaml
 
 WORDS = "SAE_WORDS"  # the file in which a process tells its supervisor why it ended
-
-_EXIT_DONE, _EXIT_BUG, _EXIT_MISTAKE, _EXIT_STOPPED = 0, 1, 2, 75
 
 
 def starts_here(config: Job) -> bool:
@@ -72,11 +71,11 @@ def run_stage(
             stop=stop,
         )
         reason = words.read_text(encoding="utf-8") if words.exists() else ""
-    if code == _EXIT_MISTAKE:
+    if code == exit_codes.MISTAKE:
         raise UserError(reason or f"a process of `sae {stage}` refused its command line")
-    if code == _EXIT_STOPPED:
+    if code == exit_codes.STOPPED:
         raise Interrupted(reason or f"`sae {stage}` was stopped by a signal; what is saved stays")
-    if code != _EXIT_DONE:
+    if code != exit_codes.DONE:
         raise RuntimeError(
             f"`sae {stage}` lost processes again and again (the last with status {code}); its "
             "last words are above. What is saved stays: the same command goes on"
@@ -122,7 +121,7 @@ def end(code: int) -> int:
     the farewells that would wait for the others: they notice, and end too.
     """
     if processes.process_count() > 1:
-        if code not in (_EXIT_DONE, _EXIT_STOPPED):
+        if code not in (exit_codes.DONE, exit_codes.STOPPED):
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
@@ -134,4 +133,4 @@ def end_broken() -> None:
     """After an exception nobody expected: in a group, show it and end at once; else nothing."""
     if processes.process_count() > 1:
         traceback.print_exc()
-        end(_EXIT_BUG)
+        end(exit_codes.BUG)

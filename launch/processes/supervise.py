@@ -25,11 +25,11 @@ from typing import IO, Any
 
 from activation_cache.runtime import processes as processes_module
 from activation_cache.runtime.errors import UserError
+from launch import exit_codes
 from launch.config.local import LocalLaunch
 
 logger = logging.getLogger(__name__)
 
-EXIT_DONE, EXIT_MISTAKE, EXIT_STOPPED = 0, 2, 75
 SUPERVISOR = "SAE_SUPERVISOR"  # the process to stop with: id of the one that started this one
 
 _POLL_SECONDS = 0.1
@@ -103,7 +103,7 @@ def supervise(
     failures, before = 0, progress()
     while True:
         code = _run_once(command, environments, output=output, stop=stop)
-        if code in (EXIT_DONE, EXIT_MISTAKE, EXIT_STOPPED):
+        if code in (exit_codes.DONE, exit_codes.MISTAKE, exit_codes.STOPPED):
             return code
         after = progress()
         failures = 1 if after != before else failures + 1
@@ -124,7 +124,7 @@ def supervise(
             launch.restarts,
         )
         if _paused(pause, stop=stop):
-            return EXIT_STOPPED
+            return exit_codes.STOPPED
 
 
 def _paused(seconds: float, *, stop: Callable[[], bool]) -> bool:
@@ -192,7 +192,8 @@ def _run_once(
                 told = True
                 for process in processes:
                     process.send_signal(signal.SIGTERM)
-            lost = next((p for p in processes if p.poll() not in (None, 0, EXIT_STOPPED)), None)
+            well = (None, exit_codes.DONE, exit_codes.STOPPED)
+            lost = next((one for one in processes if one.poll() not in well), None)
             if lost is not None:
                 break
             time.sleep(_POLL_SECONDS)
@@ -203,12 +204,12 @@ def _run_once(
 def _judge(codes: Sequence[int | None], *, stopping: bool) -> int:
     """One exit status for all; None stands for a process that was still at work."""
     ended = [code for code in codes if code is not None]
-    if EXIT_MISTAKE in ended:
-        return EXIT_MISTAKE
+    if exit_codes.MISTAKE in ended:
+        return exit_codes.MISTAKE
     bad = [
         (index, code)
         for index, code in enumerate(codes)
-        if code is not None and code not in (EXIT_DONE, EXIT_STOPPED)
+        if code is not None and code not in (exit_codes.DONE, exit_codes.STOPPED)
     ]
     if bad and not stopping:
         # One that a signal ended is the cause; one that found its peer gone is not.
@@ -217,7 +218,7 @@ def _judge(codes: Sequence[int | None], *, stopping: bool) -> int:
         logger.warning("process %d was lost (%s): ending the others", index, how)
         return 128 - code if code < 0 else code
     # Stopped, and what a process lost meanwhile had in hand is done again by the next start.
-    return EXIT_STOPPED if bad or EXIT_STOPPED in ended else EXIT_DONE
+    return exit_codes.STOPPED if bad or exit_codes.STOPPED in ended else exit_codes.DONE
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from activation_cache.runtime import processes
 from activation_cache.runtime.errors import UserError
-from launch import cli
+from launch import cli, exit_codes
 from launch.clusters.jobset import Manifest, dns_name, render, write_manifests
 from launch.clusters.jobset_pod import WAIT_FOR_HANDLER
 from launch.clusters.kubectl import manifest_folder
@@ -140,7 +140,7 @@ def test_exit_statuses_and_restarts() -> None:
         for rule in job["podFailurePolicy"]["rules"]
         for code in rule.get("onExitCodes", {"values": ["disruption"]})["values"]
     }
-    assert actions == {cli.EXIT_MISTAKE: "FailJob", cli.EXIT_STOPPED: "Ignore"} | {
+    assert actions == {exit_codes.MISTAKE: "FailJob", exit_codes.STOPPED: "Ignore"} | {
         "disruption": "Ignore"
     }
     assert job["backoffLimit"] == 0, "any other end of one pod ends the Job: all start again"
@@ -280,19 +280,9 @@ REFUSED = [
     ({"env": {"HF_TOKEN": "hf_abc"}}, "HF_TOKEN looks like a secret"),
     ({"env": {"AWS_SECRET_ACCESS_KEY": "x"}}, "looks like a secret"),
     ({"env": {"SAE_PROCESS_ID": "1"}}, "set by the manifests themselves"),
-    ({"env": {"A B": "1"}}, "not the name of an environment variable"),
     ({"env": {"A": "1"}, "secrets": {"A": {"secret": "s", "key": "k"}}}, "not both"),
-    ({"image": "a b"}, "'a b' is not the name of a container image"),
-    ({"image": "x\nkind: Pod"}, "is not the name of a container image"),
-    ({"namespace": "Interp"}, "'Interp' is not a namespace"),
-    ({"namespace": "a" * 64}, "has 64 characters; at most 63"),
-    ({"context": "--kubeconfig=/etc/x"}, "is not the name of a kubectl context"),
-    ({"labels": {"a b": "c"}}, "'a b' is not a Kubernetes label's name"),
-    ({"labels": {"a": "c d"}}, "'c d' is not a label's value"),
     ({"labels": {"open-gemma-scope/stage": "x"}}, "the prefix of our own labels"),
-    ({"node_selector": {"/x": "y"}}, "'/x' is not a Kubernetes label's name"),
-    ({"cpu": 0}, "'0' is not a Kubernetes quantity above 0"),
-    ({"memory": "64 GB"}, "'64 GB' is not a Kubernetes quantity"),
+    ({"image": ""}, "launch.image: must not be empty"),
     ({"nodes": {**TPU_SLICE, "topology": "4x"}}, "'4x' is not a TPU topology"),
     ({"nodes": {**TPU_SLICE, "per_node": 3}}, "topology 4x4 has 16 chips"),
     ({"nodes": {"kind": "gp"}}, "'gp' is not one of tpu, gpu, cpu; did you mean 'gpu'?"),
@@ -300,9 +290,6 @@ REFUSED = [
     ({"volumes": [CLAIM, CLAIM]}, "mounts two things at /data"),
     ({"volumes": [{**CLAIM, "mount": "/etc/open-gemma-scope/"}]}, "mounts two things at /etc"),
     ({"volumes": [{**CLAIM, "mount": "data"}]}, "'data' is not an absolute path"),
-    ({"volumes": [{**CLAIM, "mount": "/a/../etc"}]}, "is not an absolute path"),
-    ({"volumes": [{**CLAIM, "claim": "a/b"}]}, "'a/b' is not a Kubernetes object's name"),
-    ({"service_account": "a_b"}, "'a_b' is not a Kubernetes object's name"),
     ({"grace_seconds": 0}, "at least 1"),
     ({"at_once": 0}, "at least 1"),
     ({"procesess": 3}, "unknown key with kubernetes"),

@@ -32,17 +32,20 @@ class Cluster:
         self.read = 0  # lines of the log
         self.set_plan()
 
-    def set_plan(self, *, failing: str = "") -> None:
-        (self.folder / "plan.json").write_text(json.dumps({"failing": failing}))
+    def set_plan(self, *, failing: str = "", refused: str = "") -> None:
+        """Which JobSets will fail, and a word that the server takes in no manifest."""
+        plan = {"failing": failing, "refused": refused}
+        (self.folder / "plan.json").write_text(json.dumps(plan))
 
     def log(self) -> list[list[str]]:
         log = self.folder / "log.jsonl"
         lines = log.read_text().splitlines() if log.exists() else []
         news, self.read = lines[self.read :], len(lines)
-        return [json.loads(line) for line in news]
+        found = [json.loads(line) for line in news]
+        return [words for words in found if "--dry-run=server" not in words]
 
     def applied(self) -> list[str]:
-        """The files applied since the last question, and what was deleted."""
+        """The files applied since the last question, and `delete` for each deletion."""
         return [
             Path(words[-1]).name if "apply" in words else "delete"
             for words in self.log()
@@ -84,7 +87,9 @@ def test_a_sweep_is_submitted_in_order(cluster: Cluster, tmp_path: Path) -> None
     assert {one["status"]["conditions"][1]["type"] for one in ends.values()} == {"Completed"}
     harvest_seen = [n for n, words in enumerate(log) if "get" in words and "harvest" in words[2]]
     first_training = next(n for n, words in enumerate(log) if "1-train-1.yaml" in words[-1])
-    assert len([n for n in harvest_seen if n < first_training]) == 4, "absent, at work twice, done"
+    assert len([n for n in harvest_seen if n < first_training]) == 5, (
+        "absent twice, at work twice, done"
+    )
 
 
 def names(cluster: Cluster) -> list[tuple[str, Path]]:
@@ -151,7 +156,7 @@ def test_one_stage_is_handed_over(
 ) -> None:
     caplog.set_level("INFO")
     assert submit(config_in(tmp_path), command="harvest") == 0
-    assert [words[0] for words in cluster.log()] == ["get", "apply"]
+    assert [words[0] for words in cluster.log()] == ["get", "get", "apply"]
     assert "kubectl logs -l jobset.sigs.k8s.io/jobset-name=harvest-tiny-" in caplog.text
 
 
@@ -181,6 +186,16 @@ def test_a_refusal_is_told_in_kubectl_s_words(cluster: Cluster, tmp_path: Path) 
     (cluster.folder / "down").write_text("1")
     with pytest.raises(UserError, match=r"kubectl get jobset .* failed: Unable to connect"):
         submit(config_in(tmp_path), command="train")
+
+
+def test_nothing_is_submitted_where_the_server_refuses_one(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    cluster.set_plan(refused="5 cores")
+    config = config_in(tmp_path, {"cpu": "5 cores"}, **SWEEP)
+    with pytest.raises(UserError, match=r"apply --dry-run=server .* denied the request"):
+        submit(config)
+    assert cluster.applied() == []
 
 
 def test_a_signal_ends_the_following_only(cluster: Cluster, tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_every_run_is_checked_before_anything_starts(sweep: dict[str, Any], word
 
 def test_without_a_sweep_section() -> None:
     with pytest.raises(UserError, match="has no `sweep:` section"):
-        expand(make_config())
+        expand(as_job(make_config()))
 
 
 @pytest.fixture(scope="module")

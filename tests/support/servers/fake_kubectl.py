@@ -28,6 +28,8 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write("Unable to connect to the server: net/http: TLS handshake timeout\n")
         return 1
     if arguments[0] == "apply":
+        if arguments[1] == "--dry-run=server":
+            return refuse(arguments[3::2], refused=plan.get("refused", ""))
         return apply(Path(arguments[2]))
     file = CLUSTER / f"{arguments[2]}.json"
     if arguments[:2] == ["delete", "jobset"]:
@@ -37,6 +39,13 @@ def main(arguments: list[str]) -> int:
         advance(job_set, failing=plan["failing"])
         file.write_text(json.dumps(job_set))
         sys.stdout.write(json.dumps(job_set))
+    return 0
+
+
+def refuse(files: list[str], *, refused: str) -> int:
+    if refused and any(refused in Path(file).read_text() for file in files):
+        sys.stderr.write(f'admission webhook denied the request: invalid value "{refused}"\n')
+        return 1
     return 0
 
 
