@@ -10,8 +10,7 @@ import pytest
 from pydantic.fields import FieldInfo
 
 from activation_cache.config import Section
-from sae_train.checkpoint.same_run import FREE_FIELDS
-from sae_train.config.run import Config
+from launch.config.job import Job
 from sae_train.config.schema import alternatives, child, dotted_keys, sections
 from sae_train.config.strict_yaml import parse
 from tests.support.paths import ROOT
@@ -52,7 +51,7 @@ def unresolved_part(dotted: str) -> str | None:
 def field_defaults(key: str) -> list[Any]:
     """The defaults as the page should give them: sections of a union may share a key's name."""
     *parents, last = [int(part) if part.isdecimal() else part for part in key.split(".")]
-    annotations: list[Any] = [Config]
+    annotations: list[Any] = [Job]
     for part in parents:
         annotations = [one for each in annotations for one in child(each, part)]
     owners = [one for each in annotations for one in sections(each) if last in one.model_fields]
@@ -66,7 +65,7 @@ def _shown(field: FieldInfo) -> Any:
     return "section" if isinstance(value, Section) else value
 
 
-def expected_keys(annotation: Any = Config, prefix: str = "") -> set[str]:
+def expected_keys(annotation: Any = Job, prefix: str = "") -> set[str]:
     """Every key; entries of lists of sections as `.0.`, values of named sections as `.NAME.`."""
     keys = set(dotted_keys(annotation, prefix)) if not prefix else set()
     for section in sections(annotation):
@@ -94,7 +93,8 @@ def test_defaults_are_the_code_s() -> None:
 
 def test_what_may_change_is_what_resume_allows() -> None:
     tail = PAGE[PAGE.index("## What may change") :]
-    assert re.findall(r"`([a-z._]+)`", tail) == list(FREE_FIELDS)
+    # A run's config doesn't have the last two: they say where it is started, and with which others.
+    assert re.findall(r"`([a-z._]+)`", tail) == [*FREE_FIELDS, "launch", "sweep"]
 
 
 @pytest.mark.parametrize("page", LIVING, ids=name_of)
