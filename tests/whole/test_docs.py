@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from activation_cache.config import Section
 from launch.config.job import Job
+from sae_train.checkpoint.same_run import FREE_FIELDS
 from sae_train.config.schema import alternatives, child, dotted_keys, sections
 from sae_train.config.strict_yaml import parse
 from tests.support.paths import ROOT
