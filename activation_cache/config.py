@@ -1,4 +1,4 @@
-"""The sections of the YAML that activation harvesting owns: `model`, `text` and `cache`.
+"""The sections of the YAML that this package owns: `model`, `text`, `cache` and `mesh`.
 
 Every section forbids unknown keys and silent casts. Defaults are Gemma Scope's (arXiv
 2408.05147, section 3) wherever it states a value.
@@ -17,8 +17,8 @@ from pydantic import (
     field_validator,
 )
 
+from activation_cache.runtime.addresses import is_url, parse_address
 from activation_cache.runtime.errors import UserError
-from activation_cache.storage.files import storage_path
 
 Site = Literal[
     "resid_post", "mlp_out", "attn_out_prelinear", "mlp_in", "mlp_in_normalized", "embedding"
@@ -46,16 +46,17 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-def _writable_place(text: str) -> str:
-    """A folder, or a URL of a bucket: what can't be either is told before anything is read."""
-    try:
-        storage_path(text)
-    except UserError as error:
-        raise ValueError(str(error)) from error
+def _folder_or_bucket(text: str) -> str:
+    """A folder, or a URL of a bucket: what can be neither is refused before anything is read."""
+    if is_url(text):
+        try:
+            parse_address(text)
+        except UserError as error:
+            raise ValueError(str(error)) from error
     return text
 
 
-Location = Annotated[str, Field(min_length=1), AfterValidator(_writable_place)]
+Location = Annotated[str, Field(min_length=1), AfterValidator(_folder_or_bucket)]
 
 
 class ModelConfig(Section):
@@ -91,14 +92,14 @@ class SiteConfig(Section):
 
 
 class MeshConfig(Section):
-    """Devices per mesh axis: what comes in rows is split over `data`, weights over `model`."""
+    """Devices per mesh axis: batches are split over `data`, weights over `model`."""
 
     data: PositiveCount = 1
     model: PositiveCount = 1
 
 
 class CacheConfig(Section):
-    """The activation store: where it is, what is tapped, how many rows, how they are shuffled."""
+    """The activation store: its folder, what is tapped, how many rows, how they are shuffled."""
 
     path: Location
     sites: Annotated[list[SiteConfig], Field(min_length=1)]
@@ -106,6 +107,6 @@ class CacheConfig(Section):
     dtype: Dtype = "float32"
     shuffle_rows: PositiveCount = 1_000_000  # rows per shuffle bucket
     block_rows: PositiveCount = 256  # rows per chunk: the unit the reader permutes
-    sequences_per_batch: PositiveCount = 8  # per forward pass of one copy of the model
+    sequences_per_batch: PositiveCount = 8  # per forward pass of one replica of the model
     seed: Count = 0
     mesh: MeshConfig | None = None  # of the language model; None: the section `mesh`

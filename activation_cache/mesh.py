@@ -12,12 +12,14 @@ from jax.sharding import Mesh
 from activation_cache.config import MeshConfig
 from activation_cache.runtime.errors import UserError
 
+AXES = ("data", "model")
+
 
 def devices_of_processes(config: MeshConfig) -> list[list[Any]]:
-    """The devices a mesh uses: of every process the first few, equally many.
+    """The devices of a mesh, by process: the first few of each, equally many.
 
     Raises:
-        UserError: fewer devices than the mesh has places, or processes without a part in it.
+        UserError: JAX sees fewer devices than the mesh needs, or they can't be shared equally.
     """
     needed, found = config.data * config.model, jax.device_count()
     if needed > found:
@@ -39,10 +41,11 @@ def devices_of_processes(config: MeshConfig) -> list[list[Any]]:
     return [group[:each] for group in groups]
 
 
-AXES = ("data", "model")
+def make_mesh(devices: Sequence[Any], *, data: int = 1) -> Mesh:
+    """A mesh over these devices with `data` of them along its first axis, the rest along `model`.
 
-
-def make_mesh(devices: Sequence[Any]) -> Mesh:
-    """The mesh of one copy of a model, cut over these devices."""
+    Neighbours in `devices` are neighbours along `model`. Shardings are left to the compiler
+    (`AxisType.Auto`).
+    """
     kinds = (jax.sharding.AxisType.Auto,) * 2
-    return Mesh(np.asarray(devices).reshape(1, -1), AXES, axis_types=kinds)
+    return Mesh(np.asarray(devices).reshape(data, -1), AXES, axis_types=kinds)

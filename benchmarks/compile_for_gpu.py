@@ -28,8 +28,9 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from activation_cache.mesh import AXES
 from benchmarks.step import config_of
-from sae_train.model.sharding import AXES, BATCH_DIMS, sharding
+from sae_train.model.sharding import BATCH_DIMS, sharding
 from sae_train.step.schedule import scheduled
 from sae_train.step.state import abstract_state
 from sae_train.train.train_step import make_train_step

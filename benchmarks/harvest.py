@@ -27,7 +27,7 @@ import torch
 import transformers
 
 from activation_cache.config import Dtype, MeshConfig, ModelConfig
-from activation_cache.gemma.forward import PRECISION
+from activation_cache.gemma.attention import PRECISION
 from activation_cache.gemma.taps import Tap
 from activation_cache.harvest.harvest import harvest
 from activation_cache.language_model.model import load_model

@@ -25,8 +25,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from activation_cache.mesh import AXES
 from sae_train.config.run import MeshConfig
-from sae_train.model.sharding import AXES
 from sae_train.plan.memory import Backend, Shape, step_memory
 from tests.support.plan_shapes import compile_step, measured_bytes
 

@@ -104,9 +104,9 @@ def bucket_server(
     bucket_servers: dict[str, Server], request: pytest.FixtureRequest
 ) -> Iterator[Server]:
     """One of them after the other; it fails no more when the test is over."""
-    from activation_cache.storage import bucket
+    from activation_cache.storage import bucket_client
 
     found = bucket_servers[request.param]
     yield found
     found.proxy.fail = lambda method, path: None
-    bucket._known_buckets.clear()
+    bucket_client._known_buckets.clear()

@@ -1,4 +1,4 @@
-"""The architecture: config, parameters, the forward pass and its taps.
+"""The Gemma architecture: its config, parameters, forward pass, taps, and replicas on a mesh.
 
-Arrays in, arrays out: it reads no file.
+Arrays in, arrays out: the room reads no file. It imports `runtime`, `config` and `mesh`.
 """

@@ -1,4 +1,4 @@
-"""The shape of a Gemma 2 or Gemma 3 text model, read from what its checkpoint says of itself.
+"""The sizes and switches of a Gemma 2 or Gemma 3 text model, read from its checkpoint.
 
 Defaults are those of the two families in `transformers` 5 (`Gemma2Config`, `Gemma3TextConfig`):
 published `config.json` files leave out whatever equals them.

@@ -7,8 +7,8 @@ norms of queries and keys before RoPE. In bfloat16 the scores, RoPE and the acti
 are computed in float32 and rounded once, where `transformers` rounds after each operation.
 
 Shapes: B sequences, S positions, D model width, V vocabulary, H query heads, G key-value heads,
-R = H / G, E head dim, T keys. Projections are [in, out], so that products read `x @ W` (on a CPU
-as fast as [out, in]); the embedding stays [V, D], as it is looked up by row.
+E head dim, C predictions of a chunk. Projections are [in, out], so that products read `x @ W` (on
+a CPU as fast as [out, in]); the embedding stays [V, D], as it is looked up by row.
 """
 
 from __future__ import annotations
@@ -19,33 +19,27 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from activation_cache.config import Site
+from activation_cache.gemma.attention import PRECISION, attend, rope, soft_cap
 from activation_cache.gemma.config import GemmaConfig
 from activation_cache.gemma.params import on_all, on_model_axis
 from activation_cache.gemma.scores import Score
 from activation_cache.gemma.taps import Splice, Tap
 
-# Without it GPUs multiply float32 in TF32 and TPUs in bfloat16; bfloat16 inputs ignore it.
-PRECISION = jax.lax.Precision.HIGHEST
-
 # Logits of this many elements are alive at once in `Gemma.scores` (float32: 256 MiB).
 MAX_LOGIT_ELEMENTS = 2**26
-
-MIN_QUERY_BLOCK = 256
-MAX_QUERY_BLOCKS = 8
 
 Visit = Callable[[Site, Array], Array]
 
 
 @struct.dataclass
 class GemmaOutput:
-    """What a forward gives: the tapped activations, and logits if they were asked for."""
+    """The result of a forward: the tapped activations, and logits if they were asked for."""
 
     taps: dict[Tap, Float[Array, "B S D"]]
     logits: Float[Array, "B S V"] | None
@@ -78,8 +72,8 @@ def _weight(module: nn.Module, name: str, shape: tuple[int, int]) -> Array:
 def _product(x: Array, weight: Array) -> Array:
     """x @ weight, accumulated in float32 and rounded once.
 
-    Saying so explicitly costs nothing elsewhere and is what lets XLA use a CPU's bfloat16 matrix
-    units: 4 times faster where there are any.
+    Naming the dtype lets XLA use a CPU's bfloat16 matrix units (4 times faster where there are any)
+    and costs nothing on other devices.
     """
     wide = jnp.dot(x, weight, precision=PRECISION, preferred_element_type=jnp.float32)
     return wide.astype(x.dtype)
@@ -88,10 +82,10 @@ def _product(x: Array, weight: Array) -> Array:
 def _sum_of_products(x: Array, weight: Array, mesh: Mesh | None) -> Array:
     """x @ weight where x's columns and the weight's rows are cut over mesh axis `model`.
 
-    The devices' partial sums are added in the order of the devices: each device is sent a share of
-    the rows of all of them, adds, and the sums are sent to all. As many bytes move as in an
-    all-reduce, or fewer, but its order of additions is nobody's promise: it changes with the
-    transport, and so with how many processes the devices are in.
+    The partial sums are added in the order of the devices: each device receives its share of the
+    rows from all of them, adds, and sends the sums to all. An all-reduce moves no fewer bytes, and
+    its order of additions is not specified: it changes with the transport, and so with the number
+    of processes.
     """
     size = 1 if mesh is None else mesh.shape["model"]
     if mesh is None or size == 1:
@@ -107,33 +101,6 @@ def _sum_of_products(x: Array, weight: Array, mesh: Mesh | None) -> Array:
     total = functools.reduce(jnp.add, [parts[device] for device in range(size)])
     total = put(total.astype(x.dtype), on_all(mesh))
     return total[:num_rows].reshape(*x.shape[:-1], -1)
-
-
-def _soft_cap(x: Array, cap: float | None) -> Array:
-    return x if cap is None else cap * jnp.tanh(x / cap)
-
-
-def rope(x_BSHE: Float[Array, "B S H E"], *, base: float, factor: float) -> Float[Array, "B S H E"]:
-    """Rotate pairs (i, i + E/2) by position / factor * base^(-2i/E)."""
-    cos, sin = _rotations(x_BSHE.shape[1], x_BSHE.shape[-1], base, factor)
-    first, second = jnp.split(x_BSHE.astype(jnp.float32), 2, axis=-1)
-    rotated = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate(rotated, axis=-1).astype(x_BSHE.dtype)
-
-
-@functools.lru_cache(maxsize=8)
-def _rotations(
-    num_positions: int, head_dim: int, base: float, factor: float
-) -> tuple[Float[np.ndarray, "1 S 1 half"], Float[np.ndarray, "1 S 1 half"]]:
-    """Cosines and sines for `rope`, float32 throughout as in `transformers`.
-
-    Constants of the program: left to XLA, a CPU computes them anew for each sequence and head, at
-    several times the cost of all the rest of `rope`.
-    """
-    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequency = np.float32(1.0) / np.float32(base) ** exponent / np.float32(factor)
-    angle = np.arange(num_positions, dtype=np.float32)[:, None] * frequency[None, :]
-    return np.cos(angle)[None, :, None, :], np.sin(angle)[None, :, None, :]
 
 
 class Attention(nn.Module):
@@ -172,74 +139,6 @@ class Attention(nn.Module):
         out_BSD = visit("attn_out_prelinear", out_BSD)
         weight = _weight(self, "W_O", (c.num_heads * c.head_dim, c.d_model))
         return _sum_of_products(out_BSD, weight, self.mesh)
-
-
-def attend(
-    q_BSHE: Float[Array, "B S H E"],
-    k_BSGE: Float[Array, "B S G E"],
-    v_BSGE: Float[Array, "B S G E"],
-    *,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-) -> Float[Array, "B S H E"]:
-    """Causal grouped-query attention; scores, cap and softmax in float32.
-
-    Queries go in blocks, each against the keys it may see: what the mask would hide outside a
-    block's reach is not computed, and a block's scores fit a CPU's cache (3 to 4 times faster
-    than all at once for 1,024 positions). At most `MAX_QUERY_BLOCKS`, to bound the compile time.
-
-    Args:
-        window: keys with 0 <= query - key < window are seen; None sees all earlier keys.
-    """
-    batch, length, num_heads, head_dim = q_BSHE.shape
-    groups = k_BSGE.shape[2]
-    q_BGRSE = q_BSHE.reshape(batch, length, groups, num_heads // groups, head_dim)
-    q_BGRSE = q_BGRSE.transpose(0, 2, 3, 1, 4)
-    k_BGSE, v_BGSE = k_BSGE.transpose(0, 2, 1, 3), v_BSGE.transpose(0, 2, 1, 3)
-    block = max(MIN_QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS))
-    out = []
-    for start in range(0, length, block):
-        stop = min(start + block, length)
-        first_key = 0 if window is None else max(0, start - window + 1)
-        keys = slice(first_key, stop)
-        distance = jnp.arange(start, stop)[:, None] - jnp.arange(first_key, stop)[None, :]
-        visible = (distance >= 0) & (distance < (window or length))
-        out.append(
-            _attend_block(
-                q_BGRSE[:, :, :, start:stop],
-                k_BGSE[:, :, keys],
-                v_BGSE[:, :, keys],
-                visible=visible,
-                scale=scale,
-                softcap=softcap,
-            )
-        )
-    return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(q_BSHE.shape)
-
-
-def _attend_block(
-    q_BGRSE: Float[Array, "B G R S E"],
-    k_BGTE: Float[Array, "B G T E"],
-    v_BGTE: Float[Array, "B G T E"],
-    *,
-    visible: Bool[Array, "S T"],
-    scale: float,
-    softcap: float | None,
-) -> Float[Array, "B G R S E"]:
-    """R query heads of each group against T keys; the softmax's division comes last."""
-    batch, groups, repeats, length, head_dim = q_BGRSE.shape
-    dot = functools.partial(jnp.einsum, precision=PRECISION, preferred_element_type=jnp.float32)
-    # One matrix product per group: the heads that share keys stand one below the other.
-    q_BGQE = q_BGRSE.reshape(batch, groups, repeats * length, head_dim)
-    scores = _soft_cap(dot("bgqe,bgte->bgqt", q_BGQE, k_BGTE) * scale, softcap)
-    scores = scores.reshape(batch, groups, repeats, length, -1)
-    scores = jnp.where(visible[None, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights.reshape(batch, groups, repeats * length, -1).astype(v_BGTE.dtype)
-    out = dot("bgqt,bgte->bgqe", weights, v_BGTE).reshape(q_BGRSE.shape)
-    return (out / total).astype(q_BGRSE.dtype)
 
 
 class MLP(nn.Module):
@@ -282,8 +181,8 @@ class Gemma(nn.Module):
     """The language model: tokens to taps, logits or scores of its predictions.
 
     Layers past the last one needed are not computed. Parameters: `embedding` [V, D],
-    `layers_0` ..., `final_norm`; `gemma_params.py` lists them all, and how they are cut over `mesh`
-    if there is one. With `recompute` a gradient keeps of each layer its input alone.
+    `layers_0` ..., `final_norm`; `params.py` lists them all, and how they are cut over `mesh` if
+    there is one. With `recompute` a gradient keeps each layer's input and computes the rest again.
     """
 
     config: GemmaConfig
@@ -310,10 +209,10 @@ class Gemma(nn.Module):
 
         Args:
             tokens: ids, each sequence starting with BOS; positions count from 0.
-            taps: what to hand out. A tap that is also spliced gives what was replaced.
-            splice: a replacement made inside this forward.
-            logits: whether to go on to the logits; without them the forward stops after the
-                deepest tap.
+            taps: the activations to return. At a tap that is also spliced, those before it.
+            splice: activations to replace inside this forward.
+            logits: whether to compute logits; without them the forward stops after the deepest
+                tap.
         """
         num_layers = self.config.num_layers
         if not logits:
@@ -327,7 +226,7 @@ class Gemma(nn.Module):
     def scores(
         self, tokens: Int[Array, "B S"], *, score: Score, splice: Splice | None = None
     ) -> Float[Array, "B S-1"]:
-        """`score` of every prediction, float32: entry s is that of token s + 1.
+        """`score` of every prediction, float32; entry s is that of token s + 1.
 
         The vocabulary projection runs over chunks of positions, so logits of at most
         `MAX_LOGIT_ELEMENTS` elements exist at a time; a gradient computes them again.
@@ -399,4 +298,4 @@ def _project(
         precision=PRECISION,
         preferred_element_type=jnp.float32,
     )
-    return _soft_cap(logits, softcap)
+    return soft_cap(logits, softcap)

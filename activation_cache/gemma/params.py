@@ -1,7 +1,7 @@
-"""One table of Gemma's parameters: where each sits in our tree, its shape, its checkpoint names.
+"""One table of Gemma's parameters: their paths in our tree, shapes, and names in checkpoints.
 
-Reading, checking, converting and placing checkpoints all derive from it: `path` is the key path in
-the pytree that `gemma.Gemma` reads, `dims` say over what a tensor is cut on a mesh.
+Reading, checking, converting and sharding checkpoints all derive from it: `path` is the key path in
+the pytree that `forward.Gemma` reads, `dims` decide how a tensor is cut on a mesh.
 
 Dims: V vocabulary, D model width, H query heads x head dim, G key-value heads x head dim, F the
 MLP's width, E head dim. `axis` is a mesh axis.
@@ -120,7 +120,7 @@ def check_model_axis(config: GemmaConfig, size: int) -> None:
     cut where that comes out even, and otherwise kept whole on every device.
 
     Raises:
-        UserError: the heads or the MLP's width can't be cut so.
+        UserError: the heads or the MLP's width aren't a multiple of `size`.
     """
     parts = {"query heads": config.num_heads, "MLP width": config.d_ff}
     if all(count % size == 0 for count in parts.values()):
@@ -135,7 +135,7 @@ def check_model_axis(config: GemmaConfig, size: int) -> None:
 
 
 def placement(parameter: Parameter, config: GemmaConfig, mesh: Mesh) -> NamedSharding:
-    """Where a parameter of our tree lies: cut over `model`, as `check_model_axis` says."""
+    """The sharding of a parameter of our tree: cut over `model` as `check_model_axis` says."""
     size = mesh.shape[_MODEL]
     units = {"V": config.vocab_size, "H": config.num_heads, "F": config.d_ff}
     units["G"] = config.num_kv_heads
@@ -145,11 +145,11 @@ def placement(parameter: Parameter, config: GemmaConfig, mesh: Mesh) -> NamedSha
 
 
 def on_all(mesh: Mesh) -> NamedSharding:
-    """The whole of an array on every device: tokens, and the residual stream."""
+    """A whole array on every device: tokens, and the residual stream."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def on_model_axis(mesh: Mesh, *, dim: int, ndim: int) -> NamedSharding:
-    """An array of which one dim is cut over `model`."""
+    """An array with one dim cut over `model`."""
     spec = [None] * ndim
     return NamedSharding(mesh, PartitionSpec(*spec[:dim], _MODEL, *spec[dim + 1 :]))

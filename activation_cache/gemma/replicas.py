@@ -1,11 +1,12 @@
-"""Where the copies of the language model lie, and which processes compute together.
+"""The replicas of the language model on a mesh, and which processes compute together.
 
-A copy takes `model` devices: each place of mesh axis `data` has one. Copies know nothing of each
-other: the program a copy runs, and so the bits of what it computes, depends on how many sequences
-it is given and over how many devices it is cut, and not on how many copies or processes there are.
+There is one replica for each index of mesh axis `data`, cut over the devices of axis `model`.
+Replicas don't communicate. The program that a replica runs, and so the bits of its result, depends
+on the number of sequences it is given and of devices it is cut over; the number of replicas and
+processes makes no difference.
 
-A team is the processes that hold one copy together, or a single process that holds one or several
-copies whole. Teams compute different things and wait for each other only at the end.
+A team is the processes that hold one replica together, or a single process that holds one or more
+whole replicas. Teams compute different buckets and wait for each other only at the end.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Placement:
     """A process's part of the mesh.
 
     Attributes:
-        meshes: one for each copy that has devices of this process.
+        meshes: one for each replica that has devices of this process.
         team: the number of this process's team, out of `num_teams`.
         member: the number of this process in its team, out of `num_members`; the members of a team
             call everything that computes in the same order.
@@ -38,12 +39,12 @@ class Placement:
     num_members: int
 
 
-def place_copies(config: MeshConfig) -> Placement:
+def place_replicas(config: MeshConfig) -> Placement:
     """This process's part of a mesh.
 
     Raises:
-        UserError: fewer devices than the mesh has places, or a copy that would lie in parts of
-            several processes.
+        UserError: JAX sees fewer devices than the mesh needs, or a replica would take a part of
+            the devices of several processes.
     """
     groups = devices_of_processes(config)
     index, each, size = jax.process_index(), len(groups[0]), config.model
@@ -55,8 +56,8 @@ def place_copies(config: MeshConfig) -> Placement:
     if size % each:
         raise UserError(
             f"mesh axis 'model' (size {size}) takes {size} of the {each} devices that each of "
-            f"{len(groups)} processes has, so that a copy of the language model would lie in parts "
-            f"of processes: make mesh.model a multiple or a divisor of {each}"
+            f"{len(groups)} processes has, so that a replica of the language model would take a "
+            f"part of a process's devices: make mesh.model a multiple or a divisor of {each}"
         )
     team, member = divmod(index, members)
     devices = [d for group in groups[team * members : (team + 1) * members] for d in group]

@@ -1,4 +1,4 @@
-"""What is asked of a language model's prediction: its loss, or how far it favoured what came.
+"""Scores of a language model's predictions: the loss, or the target token's mean-centred logit.
 
 Legend: C predictions of a chunk, V vocabulary.
 """
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Of logits [C, V] and the tokens [C] that came: one number each.
+# From logits [C, V] and target tokens [C] to one score per prediction, [C].
 Score = Callable[[Array, Array], Array]
 
 
@@ -21,7 +21,7 @@ def cross_entropy(logits_CV: Float[Array, "C V"], token_C: Int[Array, " C"]) -> 
 
 
 def centred_logit(logits_CV: Float[Array, "C V"], token_C: Int[Array, " C"]) -> Float[Array, " C"]:
-    """The logit of the token that came, less the mean logit."""
+    """The target token's logit minus the mean of all logits."""
     return _picked(logits_CV, token_C) - logits_CV.mean(axis=-1)
 
 

@@ -1,4 +1,4 @@
-"""Where activations are read from the model, and where something is put in their place.
+"""Taps, where activations are read from the model, and splices, which replace them.
 
 The sites are Gemma Scope's (arXiv 2408.05147, section 3.1 and appendix B) and Gemma Scope 2's;
 layers count from 0:
@@ -9,7 +9,7 @@ layers count from 0:
   post-attention RMSNorm, width heads x head_dim.
 - `mlp_in`: what the MLP reads, after the pre-MLP RMSNorm, width D: Gemma Scope 2's transcoders'.
 - `mlp_in_normalized`: the same before the norm's gain, E|x|² = D: Gemma Scope's transcoders'.
-- `embedding`: the rows of the embedding table, unscaled, width D; as a layer it counts as 0.
+- `embedding`: the rows of the embedding table, unscaled, width D; its layer is 0.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ __all__ = ["EMBEDDING", "Splice", "Tap", "check_tap", "resolve_taps", "tap_width
 
 @dataclass(frozen=True)
 class Splice:
-    """Puts `replace(activations, arguments)` in the place of the activations at `tap`.
+    """Replaces the activations at `tap` by `replace(activations, arguments)`.
 
-    With `reads`, an earlier tap of the same layer, `replace(activations, arguments, read=...)` is
-    given what this forward has there too: a transcoder reads the one and replaces the other.
+    With `reads`, an earlier tap of the same layer, the call is `replace(activations, arguments,
+    read=...)`, where `read` is this forward's activations there: a transcoder reads the one tap and
+    replaces the other.
 
-    `replace` must be one function for many calls (a module-level function, not a fresh lambda):
-    the compiled forward is kept per `(tap, replace)`. What changes from call to call, such as an
-    SAE's weights, goes into `arguments`, a pytree that is traced and never baked in.
+    `replace` must be the same function in many calls (a module-level function, not a new lambda),
+    since the compiled forward is kept for each `(tap, replace)`. What changes from call to call,
+    such as an SAE's weights, goes into `arguments`, a pytree that is traced.
     """
 
     tap: Tap
-    replace: Callable[..., Any]  # gives [B, S, D]; typed so, for this file loads no JAX
+    replace: Callable[..., Any]  # returns [B, S, D]; not typed with Array, as that loads JAX
     arguments: Any = None
     reads: Tap | None = None
 

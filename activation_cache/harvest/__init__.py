@@ -1,4 +1,4 @@
-"""Forward passes into a store: how work is shared out, and how a bucket of rows is filled.
+"""Forward passes into a store: what is checked first, who computes what, how a bucket is filled.
 
 The last room of the package: it may import all others.
 """

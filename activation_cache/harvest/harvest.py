@@ -1,12 +1,12 @@
-"""`sae harvest`: the model reads the tokens, and the activations of all taps become a store.
+"""`sae harvest`: the model reads the tokens, and its activations at all taps become a store.
 
-What is checked comes first and is cheap; then the text is tokenised; then the plan is written,
-which ties the folder to this config; then buckets are computed while the ones before them are
-written. The manifest, written last, makes it a store.
+Cheap checks come first. Then the text is tokenised. Then the plan is written, which ties the folder
+to this config. Then buckets are computed, each while the one before is written. The manifest,
+written last, makes the folder a store.
 
-Of several processes the first does all but the buckets, and tells the others. The buckets are
-shared out among the teams (`copies.py`), each written and committed by one process; who it was
-can't be told from the bytes, so that a harvest goes on with any number of processes.
+Of several processes the first does everything but the buckets, and publishes the results. The teams
+(`gemma.replicas`) share the buckets; each is written and committed by one process. The bytes don't
+depend on which process that is, so that a harvest can go on with any number of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 from activation_cache.config import CacheConfig, MeshConfig, ModelConfig, TextConfig
 from activation_cache.gemma.config import GemmaConfig
 from activation_cache.gemma.params import check_model_axis
-from activation_cache.gemma.replicas import place_copies
+from activation_cache.gemma.replicas import place_replicas
 from activation_cache.gemma.taps import EMBEDDING, resolve_taps, tap_width
 from activation_cache.harvest.matching_store import open_matching_store
 from activation_cache.harvest.sizes import check_memory, log_sizes, memory_here
@@ -78,16 +78,16 @@ def harvest(
     """Make the activation store at `cache.path`, or go on with one that was begun.
 
     A finished store of this config is left as it is. Processes that have joined
-    (`distributed.join`) share the work. Rows depend on `cache.sequences_per_batch` and the size of
-    mesh axis `model` and on no other number of devices or processes.
+    (`processes.join`) share the work. Rows depend on `cache.sequences_per_batch` and the size of
+    mesh axis `model`, and on no other number of devices or processes.
 
     Args:
         mesh: of the language model; None is `cache.mesh`, or else one device.
         stop: asked before each forward pass.
 
     Raises:
-        UserError: anything the user can mend, such as a store of another config in the folder,
-            too little text, or a full disk. What was committed before stays.
+        UserError: a mistake that the user can mend, such as a store of another config in the
+            folder, too little text, or a full disk. What was committed before stays.
         Interrupted: `stop` turned true; every finished bucket is committed.
     """
     mesh = mesh or cache.mesh or MeshConfig()
@@ -95,16 +95,16 @@ def harvest(
     with contextlib.ExitStack() as held:
 
         def begin() -> bool:
-            # A finished store is only read, so it may be shared, on a read-only disk.
+            # A finished store is only read, and may be on a read-only disk that many share.
             if not job.is_finished():
-                place_copies(mesh)  # the mistakes that all processes would make are told by one
+                place_replicas(mesh)  # raises in one process what it would raise in all
                 held.enter_context(folder_lock(job.path))
             return job.is_finished()
 
         if not exchange.run_on_main_and_broadcast("store", begin):
             return job.run(resolved_config_yaml)
-    told = exchange.run_on_main_and_broadcast("finished store", job.already_finished)
-    return Manifest.model_validate_json(told)
+    manifest = exchange.run_on_main_and_broadcast("finished store", job.already_finished)
+    return Manifest.model_validate_json(manifest)
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class _Harvest:
         return (self.path / MANIFEST_FILE).exists()
 
     def already_finished(self) -> str:
-        """Check that the finished store is the one asked for, and touch nothing; its manifest."""
+        """Check that the finished store is the one asked for; returns its manifest as JSON."""
         store = open_matching_store(model=self.model, text=self.text, cache=self.cache)
         self._compare_inputs(store)
         logger.info(
@@ -134,15 +134,21 @@ class _Harvest:
         return store.manifest.model_dump_json()
 
     def run(self, resolved_config_yaml: str | None) -> Manifest:
-        """Plan, compute what isn't committed, finish. The first process holds the folder."""
-        placement = place_copies(self.mesh)
+        """Plan, compute what isn't committed, finish. The first process holds the folder's lock."""
+        placement = place_replicas(self.mesh)
         prepare = functools.partial(self._prepare, resolved_config_yaml)
-        told = exchange.run_on_main_and_broadcast("plan", prepare, stop=self.stop)
-        plan = Manifest.model_validate_json(told["plan"])
-        summary = TokenSummary.model_validate_json(told["tokens"])
+        prepared = exchange.run_on_main_and_broadcast("plan", prepare, stop=self.stop)
+        plan = Manifest.model_validate_json(prepared["plan"])
+        summary = TokenSummary.model_validate_json(prepared["tokens"])
         table = TokenTable(self.path / TOKENS_FOLDER, summary)
         share = Share(
-            self.path, self.model, plan, table, told["missing"], told["committed"], placement
+            path=self.path,
+            model=self.model,
+            plan=plan,
+            table=table,
+            missing=prepared["missing"],
+            committed=prepared["committed"],
+            placement=placement,
         )
         machines = [(name, size) for name, size in exchange.gathered("memory", memory_here())]
         exchange.run_on_main_and_broadcast("enough memory", lambda: check_memory(plan, machines))
@@ -158,12 +164,12 @@ class _Harvest:
         return Manifest.model_validate_json(finished)
 
     def _prepare(self, resolved_config_yaml: str | None) -> dict[str, Any]:
-        """Check, tokenise and plan, in the first process; what it tells the others."""
+        """Check, tokenise and plan, in the first process; returns what the others need."""
         remove_stray_files(self.path)
         begun = self._begun()
         gemma = read_gemma_config(self.model)
         check_model_axis(gemma, self.mesh.model)
-        # A wrong layer is told before an hour of tokenising.
+        # Before the text is tokenised, which may take hours: a wrong layer is an error.
         taps = resolve_taps(self.cache.sites, gemma)
         tokenizer = load_tokenizer(self.model)
         table = prepare_tokens(
@@ -186,7 +192,7 @@ class _Harvest:
         if committed:
             logger.info("going on: %d of %d rows are committed", committed, plan.rows)
         log_sizes(self.path, plan, rows_left=plan.rows - committed)
-        BucketWriter(self.path, plan)  # the arrays are there before anybody else opens them
+        BucketWriter(self.path, plan)  # creates the arrays before other processes open them
         return {
             "plan": plan.model_dump_json(),
             "tokens": table.summary.model_dump_json(),
@@ -195,7 +201,7 @@ class _Harvest:
         }
 
     def _begun(self) -> Manifest | None:
-        """The plan of a harvest with committed rows; one without any binds nobody.
+        """The plan of a harvest with committed rows; one without any is discarded.
 
         Raises:
             UserError: it was begun with another config.
@@ -251,7 +257,7 @@ class _Harvest:
             write_text(self.path / "config.yaml", resolved_config_yaml)
 
     def _go_on(self, begun: Manifest, plan: Manifest) -> Manifest:
-        """The plan to go on with: the one begun, if it is this one but for the weights' name."""
+        """The plan that was begun, if it differs from this one only in the weights' name."""
         name = {"weights": begun.model.weights, "revision": begun.model.revision}
         plan = plan.model_copy(update={"model": plan.model.model_copy(update=name)})
         for field in Manifest.model_fields:
@@ -261,7 +267,7 @@ class _Harvest:
         return begun
 
     def _discard(self, plan: Manifest) -> None:
-        """Remove what a harvest without a committed bucket left; tokens are kept."""
+        """Remove what a harvest without a committed bucket has left; tokens are kept."""
         for name in (*(entry.tap.name for entry in plan.sites), *PROVENANCE):
             remove_tree(self.path / name)
         (self.path / PLAN_FILE).unlink()
@@ -273,7 +279,7 @@ class _Harvest:
         )
 
     def _finish(self, plan: Manifest) -> Manifest:
-        """Write the manifest: from here on it is a store."""
+        """Write the manifest, which makes the folder a store."""
         commits = self._all_commits(plan)
         sites = []
         for entry in plan.sites:
@@ -286,7 +292,7 @@ class _Harvest:
         return manifest
 
     def _all_commits(self, plan: Manifest) -> dict[int, Commit]:
-        """The records of all buckets, those that other machines wrote among them."""
+        """The records of all buckets; those of other machines may take a while to appear."""
         until = time.monotonic() + SHARED_DISK_SECONDS
         while len(commits := read_commits(self.path, plan)) < plan.num_buckets:
             if processes.process_count() == 1 or time.monotonic() > until:
@@ -295,17 +301,17 @@ class _Harvest:
         return commits
 
     def _compare_inputs(self, store: Store) -> None:
-        """Compare weights and text with what the store was made of, where they are still here."""
+        """Compare weights and text with those the store was made from, if they are still here."""
         try:
             fingerprint = weight_fingerprint(self.model)
             recipe = describe_text(self.text, like=store.tokens.summary)
         except UserError as error:
-            logger.warning("what the finished store was made of cannot be compared: %s", error)
+            logger.warning("the inputs of the finished store cannot be compared: %s", error)
             return
         store.check_matches(fingerprint=fingerprint)
         difference = recipe.difference(store.tokens.summary)
         if difference is not None:
             raise UserError(
-                f"the store at {self.path} was made of other text. {difference}. Go back to what "
-                "it was, or choose another cache.path (nothing was changed)."
+                f"the store at {self.path} was made from other text. {difference}. Restore that "
+                "text, or choose another cache.path (nothing was changed)."
             )

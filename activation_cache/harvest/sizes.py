@@ -1,4 +1,4 @@
-"""What a harvest takes of memory and disk, said and checked before it begins."""
+"""The memory and disk that a harvest needs, logged and checked before it starts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def bucket_bytes(plan: Manifest) -> int:
-    """Bytes of one bucket of a store, all taps."""
+    """Bytes of one bucket of a store, all taps and the provenance together."""
     itemsize = ts.dtype(plan.dtype).numpy_dtype.itemsize
     row_bytes = itemsize * sum(entry.width for entry in plan.sites) + 8  # 8: provenance
     return len(plan.bucket_span(0)) * row_bytes
@@ -38,7 +38,7 @@ def check_memory(plan: Manifest, machines: Sequence[tuple[str, int]]) -> None:
         machines: for every process its machine's name and memory.
 
     Raises:
-        UserError: they don't.
+        UserError: on some machine they don't fit.
     """
     for name, present in dict(machines).items():
         processes = [machine for machine, _ in machines].count(name)
@@ -55,7 +55,7 @@ def check_memory(plan: Manifest, machines: Sequence[tuple[str, int]]) -> None:
 
 
 def log_sizes(path: StoragePath, plan: Manifest, *, rows_left: int) -> None:
-    """Say what memory and disk the harvest takes; warn when the disk looks too small."""
+    """Log the memory and disk that a harvest needs; warn if the disk looks too small."""
     per_bucket = bucket_bytes(plan)
     to_write = per_bucket * rows_left // len(plan.bucket_span(0))
     logger.info(

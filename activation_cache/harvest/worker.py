@@ -12,7 +12,7 @@ from activation_cache.config import ModelConfig
 from activation_cache.gemma.replicas import Placement
 from activation_cache.gemma.taps import EMBEDDING
 from activation_cache.harvest.fill_bucket import BucketFiller
-from activation_cache.language_model.model import conversion_folder, load_copies
+from activation_cache.language_model.model import conversion_folder, load_replicas
 from activation_cache.runtime import exchange, processes
 from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.runtime.progress import ProgressMeter
@@ -25,16 +25,16 @@ from activation_cache.text.token_table import TokenTable
 
 logger = logging.getLogger(__name__)
 
-SHARED_DISK_SECONDS = 120.0  # for so long a network file system may hide what others wrote
+SHARED_DISK_SECONDS = 120.0  # a network file system may hide other machines' files so long
 
 
 @dataclass(frozen=True)
 class Share:
-    """What a process knows before it computes.
+    """What a process needs to know to compute its share.
 
     Attributes:
         missing: the buckets without a record, the same list in all processes.
-        committed: rows of the others.
+        committed: number of rows in the other buckets.
     """
 
     path: StoragePath
@@ -47,36 +47,36 @@ class Share:
 
     @property
     def of_embedding(self) -> bool:
-        """Is it the embedding's rows that are harvested? Then no other weight is read."""
+        """Are the embedding's rows harvested? Then no other weight is read."""
         return [entry.tap for entry in self.plan.sites] == [EMBEDDING]
 
     @property
     def converted(self) -> Path:
-        """Where a converted copy of the weights is kept."""
+        """The folder of converted weights."""
         return conversion_folder(self.path)
 
     def compute(self, *, stop: Callable[[], bool]) -> None:
-        """Compute this team's part of the missing buckets, and commit this process's part.
+        """Compute this team's share of the missing buckets, and commit this process's share.
 
         Raises:
             UserError: weights or a folder that aren't those of the first process, or what
                 `BucketWriter` raises.
-            Interrupted: somebody was asked to stop.
+            Interrupted: a process was asked to stop.
         """
-        place = self.placement
+        placement = self.placement
         self._check_folder()
-        own = self.missing[place.team :: place.num_teams]
+        own = self.missing[placement.team :: placement.num_teams]
         if not own:
-            self._tell_idle()
+            self._warn_idle()
             return
-        copies = load_copies(
+        replicas = load_replicas(
             self.model,
             converted=None if self.of_embedding else self.converted,
-            meshes=place.meshes,
+            meshes=placement.meshes,
             embedding_only=self.of_embedding,
         )
-        self._check_weights(copies[0].fingerprint)
-        filler = BucketFiller(self.plan, self.table, copies)
+        self._check_weights(replicas[0].fingerprint)
+        filler = BucketFiller(self.plan, self.table, replicas)
         total, scale = self.plan.rows, len(self.missing) / len(own)
         with (
             ProgressMeter("harvest", total=total, unit="tokens", initial=self.committed) as meter,
@@ -87,10 +87,10 @@ class Share:
 
                 def on_batch(rows: int, before: int = finished) -> None:
                     self._stop_if_asked(stop)
-                    # The others are taken to be as far as this process.
+                    # It assumes that the other processes are as far as this one.
                     meter.update(min(total, self.committed + int(scale * (before + rows))))
 
-                if turn % place.num_members == place.member:
+                if turn % placement.num_members == placement.member:
                     mistakes += self._submitted(writer, filler.fill(bucket, on_batch=on_batch))
                 else:
                     filler.help_fill(bucket, on_batch=on_batch)
@@ -99,9 +99,10 @@ class Share:
                 raise mistakes[0]
 
     def _submitted(self, writer: BucketWriter, bucket: Bucket) -> list[UserError]:
-        """Hand a bucket over; the mistake of the one before, where this process can't go alone.
+        """Submit a bucket; an error in writing the one before is raised, or returned in a list.
 
-        A team computes in step: all of it stops at one batch, and process 0 then says why.
+        A process that computes alone raises it. A team computes in step, so that its members must
+        all stop at the same batch: there the error is published, and returned.
         """
         try:
             writer.submit(bucket)
@@ -127,7 +128,11 @@ class Share:
             )
 
     def _check_folder(self) -> None:
-        """Is the folder the one that the first process prepared?"""
+        """Check that the folder is the one that the first process prepared.
+
+        Raises:
+            UserError: process 0's plan doesn't appear there.
+        """
         until = time.monotonic() + SHARED_DISK_SECONDS
         while not (self.path / PLAN_FILE).exists():
             if time.monotonic() > until:
@@ -138,7 +143,7 @@ class Share:
                 )
             time.sleep(0.5)
         found = read_record(self.path / PLAN_FILE, Manifest)
-        assert found == self.plan, "somebody else writes to this folder"
+        assert found == self.plan, "another harvest writes to this folder"
 
     def _check_weights(self, fingerprint: str) -> None:
         wanted = self.plan.model.fingerprint
@@ -149,7 +154,7 @@ class Share:
                 f"({wanted[:16]}): give every machine the same."
             )
 
-    def _tell_idle(self) -> None:
+    def _warn_idle(self) -> None:
         if self.missing:
             logger.warning(
                 "process %d has nothing to do: %d buckets are left for %d processes or groups of "

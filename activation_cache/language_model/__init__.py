@@ -1,4 +1,5 @@
-"""A released model on this machine: where it lies, its checkpoint, its tokenizer.
+"""A released Gemma on this machine: found, checked, loaded and run, with its tokenizer.
 
-It turns files of others (safetensors, GGUF, tokenizer.json) into `gemma`'s parameters.
+The room turns other people's files (safetensors, GGUF, tokenizer.json) into the parameters that
+`gemma` computes with. It imports `gemma` and the rooms before it.
 """

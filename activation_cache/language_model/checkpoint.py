@@ -40,7 +40,7 @@ Params = dict[str, Any]
 
 @runtime_checkable
 class Checkpoint(Protocol):
-    """A model on disk whose tensors have been checked: reading one can't miss."""
+    """A model on disk, with the presence and shape of every tensor checked."""
 
     @property
     def path(self) -> Path:
@@ -54,7 +54,7 @@ class Checkpoint(Protocol):
         """The sampled sha256 of its files (`sampled_fingerprint`)."""
 
     def read(self, parameter: Parameter, index: Index = ()) -> np.ndarray:
-        """Values in the checkpoint's layout, or a part; norm gains as w, never 1 + w."""
+        """A tensor or a part of it, in the checkpoint's layout; norm gains are w, never 1 + w."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class FolderCheckpoint:
     path: Path
     config: GemmaConfig
     files: tuple[SafetensorsFile, ...]
-    tensors: Mapping[str, tuple[SafetensorsFile, str]]  # name without prefix -> where
+    tensors: Mapping[str, tuple[SafetensorsFile, str]]  # by name without prefix: file, full name
 
     def fingerprint(self) -> str:
         """See `Checkpoint.fingerprint`; config.json is part of it."""
@@ -132,8 +132,8 @@ def open_folder_checkpoint(folder: Path) -> FolderCheckpoint:
     where = {name: (file, name) for file in files for name in file.entries}
     prefix = _text_prefix(list(where), folder=folder)
     tensors = {
-        name.removeprefix(prefix): place
-        for name, place in where.items()
+        name.removeprefix(prefix): entry
+        for name, entry in where.items()
         # Old checkpoints carry RoPE's frequencies, which follow from the config.
         if name.startswith(prefix) and not name.endswith(("lm_head.weight", "inv_freq"))
     }
@@ -212,16 +212,16 @@ def _some(items: list[str]) -> str:
 def load_parameters(
     checkpoint: Checkpoint, *, dtype: DTypeLike, meshes: Sequence[Mesh], only: str | None = None
 ) -> list[Params]:
-    """Read all parameters into the tree that `gemma.Gemma` takes, one copy for each mesh.
+    """Read all parameters into the tree that `gemma.forward.Gemma` takes, a replica for each mesh.
 
-    Of each tensor this process reads the parts that its devices hold, each part once, and has one
-    part in its memory at a time.
+    This process reads the parts of each tensor that its devices hold, each part once, and keeps one
+    part in memory at a time.
 
     Args:
-        dtype: of the embedding and the projections; norm gains stay float32, which costs
-            nothing and is what they are used in.
-        meshes: of distinct devices, those of other processes among them.
-        only: the one part at the top of the tree that is wanted.
+        dtype: of the embedding and the projections; norm gains stay float32, in which they are
+            used.
+        meshes: of distinct devices, which may belong to other processes.
+        only: the key at the top of the tree to read; None reads all.
     """
     trees: list[Params] = [{} for _ in meshes]
     for parameter in parameter_table(checkpoint.config):
@@ -249,12 +249,12 @@ def _load_parameter(
             bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
             holders.setdefault(bounds, []).append((number, device))
     pieces: list[list[jax.Array]] = [[] for _ in meshes]
-    for bounds, places in holders.items():
+    for bounds, slots in holders.items():
         part = tuple(slice(start, stop) for start, stop in bounds)
         values = checkpoint.read(parameter, part[::-1] if parameter.is_projection else part)
         values = values.T if parameter.is_projection else values
         values = np.ascontiguousarray(values, jnp.float32 if parameter.is_norm else dtype)
-        for number, device in places:
+        for number, device in slots:
             pieces[number].append(jax.device_put(values, device))
     return [
         jax.make_array_from_single_device_arrays(shape, one, held)

@@ -1,8 +1,8 @@
 """A GGUF file converted once to a Hugging Face folder.
 
-Dequantising takes a while and a float32 copy loads in a second, so the copy is kept:
-`<folder>/<first 16 digits of the fingerprint>/` with config.json, model.safetensors (float32),
-tokenizer.json and source.json. It is built beside its place and renamed when whole.
+Dequantising takes long and float32 files load in a second, so the result is kept in
+`<folder>/<first 16 digits of the fingerprint>/`: config.json, model.safetensors (float32),
+tokenizer.json and source.json. The folder is written under another name and renamed when complete.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _convert(
                 os.fsync(file.fileno())
             _write_tokenizer(temporary, tokenizer)
             write_json(temporary / SOURCE, _description(fingerprint))
-            _put_in_place(temporary, target)
+            _rename_unless_there(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -105,10 +105,10 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     write_json(folder / "tokenizer_config.json", named)
 
 
-def _put_in_place(temporary: Path, target: Path) -> None:
+def _rename_unless_there(temporary: Path, target: Path) -> None:
     try:
         os.rename(temporary, target)
     except OSError:
-        # Another process converted the same file meanwhile; its copy is as good.
+        # Another process converted the same file meanwhile; its result is the same.
         if not target.is_dir():
             raise

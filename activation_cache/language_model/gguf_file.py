@@ -34,7 +34,7 @@ _ROWS_AT_A_TIME = 8192
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where one tensor lies; `shape` in NumPy's order ([out, in] for a projection)."""
+    """One tensor's entry in the header; `shape` in NumPy's order ([out, in] for a projection)."""
 
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
@@ -104,7 +104,7 @@ class _Cursor:
 
 
 def open_gguf(path: Path) -> GgufFile:
-    """Read and check a file's header; of one that hasn't changed since, what was read before.
+    """Read and check a file's header; a process reads it once while the file stays as it is.
 
     Raises:
         UserError: not a GGUF file, a version other than 2 and 3, or a truncated file.
@@ -112,7 +112,7 @@ def open_gguf(path: Path) -> GgufFile:
     return _opened(path, file_identity(path))
 
 
-# A vocabulary of 262,144 pieces takes a second to read, and a command asks for it several times.
+# A vocabulary of 262,144 pieces takes a second to read, and a command needs it several times.
 @functools.lru_cache(maxsize=2)
 def _opened(path: Path, identity: tuple[int, ...]) -> GgufFile:
     size, wanted = path.stat().st_size, _INITIAL_HEADER_BYTES

@@ -82,7 +82,7 @@ def file_identity(file: Path) -> tuple[int, ...]:
 
 
 def sampled_fingerprint(files: Iterable[tuple[Path, bytes]], *, extra: bytes = b"") -> str:
-    """A sha256 that tells checkpoints apart without reading them whole.
+    """A sha256 by which checkpoints are told apart without reading them whole.
 
     It covers `extra`, every file's size and header, and 16 evenly spaced samples of 1 MiB per
     file. A change confined to unsampled bytes goes unnoticed; two trainings of one model differ
@@ -95,7 +95,7 @@ def sampled_fingerprint(files: Iterable[tuple[Path, bytes]], *, extra: bytes = b
     return _sampled(tuple((path, file_identity(path), header) for path, header in files), extra)
 
 
-# Every cohort of a sweep asks, and 16 MiB of each file may come over a network.
+# Each cohort of a sweep needs it, and 16 MiB of each file may come over a network.
 @functools.lru_cache(maxsize=8)
 def _sampled(files: tuple[tuple[Path, tuple[int, ...], bytes], ...], extra: bytes) -> str:
     digest = hashlib.sha256(len(extra).to_bytes(8, "little") + extra)

@@ -38,8 +38,8 @@ class LanguageModel:
     """A Gemma with its weights and tokenizer.
 
     Attributes:
-        params: the tree that `gemma_params.parameter_table` describes, on the devices of `mesh`.
-        fingerprint: of the weights as they came (`weight_source.sampled_fingerprint`).
+        params: the tree that `gemma.params.parameter_table` describes, on the devices of `mesh`.
+        fingerprint: of the released files (`locate.sampled_fingerprint`).
         dtype: the forward computes in it.
         source: `model.weights` of the config.
     """
@@ -88,10 +88,10 @@ class LanguageModel:
     def gradient(
         self, tokens: Int[Array | np.ndarray, "B S"], tap: Tap, counted: Bool[np.ndarray, "B S-1"]
     ) -> Float[Array, "B S D"]:
-        """How the mean-centred logits of the tokens that came change with the activations at `tap`.
+        """The gradient of the target tokens' mean-centred logits with respect to a tap, float32.
 
-        The gradient of their sum over the `counted` predictions, at the model's own activations,
-        float32: a position's holds its own prediction and all later ones, which attend to it.
+        The logits are summed over the `counted` predictions. The gradient at a position comes from
+        its own prediction and from all later ones, which attend to it.
 
         Raises:
             UserError: a layer the model doesn't have.
@@ -111,7 +111,7 @@ class LanguageModel:
 
 @functools.cache
 def _activations_on(mesh: Mesh) -> Callable[..., dict[Tap, Array]]:
-    """The forward to the deepest tap, compiled for a mesh: the same program for any of its size."""
+    """The forward to the deepest tap, compiled for a mesh: one program for all of its size."""
 
     def activations(
         config: GemmaConfig, taps: tuple[Tap, ...], params: Params, tokens: Array
@@ -166,17 +166,17 @@ def _add(acts_BSD: Array, added_BSD: Array) -> Array:
 
 
 def conversion_folder(store: AnyPath) -> Path:
-    """Where GGUF conversions are kept: `weights/` beside the activation store.
+    """The folder of GGUF conversions: `weights/` beside the activation store.
 
-    They are mapped into memory, so of a store in a bucket they stay on this machine, in the
-    user's cache folder.
+    They are mapped into memory. If the store is in a bucket, they are kept in the user's cache
+    folder on this machine.
     """
     folder = storage_path(store)
     return (folder.parent if isinstance(folder, Path) else user_cache()) / "weights"
 
 
 def convert_once(model: ModelConfig, *, folder: Path) -> None:
-    """Convert a GGUF file that isn't converted yet, so that several processes then find it done.
+    """Convert a GGUF file unless that is done, before several processes load it.
 
     Raises:
         UserError: as `load_model`.
@@ -194,27 +194,27 @@ def load_model(
     Args:
         model: what to load, and the dtype to compute in.
         converted: folder under which a GGUF file's float32 copy is kept and found again; None
-            dequantises anew each time.
+            dequantises each time.
         mesh: over whose axis `model` the weights are cut; None is one device of this process.
 
     Raises:
-        UserError: missing, truncated or wrong weights, or a tokenizer that doesn't match; a model
-            that can't be cut so.
+        UserError: missing, truncated or wrong weights, a tokenizer that doesn't match, or a model
+            that can't be cut over the mesh.
     """
     meshes = [mesh or make_mesh(jax.local_devices()[:1])]
-    return load_copies(model, converted=converted, meshes=meshes)[0]
+    return load_replicas(model, converted=converted, meshes=meshes)[0]
 
 
-def load_copies(
+def load_replicas(
     model: ModelConfig,
     *,
     converted: Path | None = None,
     meshes: Sequence[Mesh],
     embedding_only: bool = False,
 ) -> list[LanguageModel]:
-    """Load a copy of the model for each mesh, reading each weight once; see `load_model`.
+    """Load a replica of the model for each mesh, reading each weight once; see `load_model`.
 
-    With `embedding_only` the copies give the activations of that site and nothing else.
+    With `embedding_only` the replicas compute the activations of that site and nothing else.
     """
     checkpoint: Checkpoint = open_checkpoint(model)
     for mesh in meshes:
@@ -223,7 +223,7 @@ def load_copies(
     tokenizer = load_tokenizer(model)
     if converted is not None and isinstance(checkpoint, GgufCheckpoint):
         checkpoint = converted_checkpoint(checkpoint, tokenizer, folder=converted)
-    copies = load_parameters(
+    replicas = load_parameters(
         checkpoint,
         dtype=jnp.dtype(model.dtype),
         meshes=meshes,
@@ -239,5 +239,5 @@ def load_copies(
             source=model.weights,
             mesh=mesh,
         )
-        for mesh, params in zip(meshes, copies, strict=True)
+        for mesh, params in zip(meshes, replicas, strict=True)
     ]

@@ -1,19 +1,15 @@
-"""The name by which the field calls a model, from whatever a config calls it."""
+"""The name under which a model is known, from `model.weights` of a config."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 def model_name(weights: str) -> str:
-    """What to call the model behind `model.weights`.
+    """The name of the model that `model.weights` names.
 
-    A Hub id stays as it is, but for Gemma 2, which SAELens and TransformerLens name without the
-    organisation; a folder or a file gives its own name without the ending.
+    It is the Hub id; for Gemma 2 without the organisation, as SAELens and TransformerLens have it.
+    For a folder or a file it is their own name without the ending.
     """
     path = Path(weights)
     if path.suffix == ".gguf" or path.is_absolute() or path.exists() or len(path.parts) != 2:

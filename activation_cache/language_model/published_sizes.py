@@ -1,6 +1,6 @@
-"""The sizes of the published Gemma 2 and Gemma 3 models, for when no checkpoint is at hand.
+"""The sizes of the published Gemma 2 and Gemma 3 models, for a plan without a checkpoint.
 
-Only what a plan needs is promised: a checkpoint's own config.json always comes first. Sources:
+A checkpoint's own config.json always comes first. Sources:
 the `config.json` of each Hub repository; Gemma 2 also in the Gemma 2 report (arXiv 2408.00118,
 table 1), Gemma 3 also in DeepMind's `gemma` package (gm.nn.Gemma3_*).
 """

@@ -30,7 +30,8 @@ def read_gemma_config(model: ModelConfig) -> GemmaConfig:
 
 
 def gguf_config(file: GgufFile) -> GemmaConfig:
-    # The embedding may be cut to the tokenizer's size: its rows are the vocabulary.
+    """The model's shape in a GGUF file; raises `UserError` for another architecture."""
+    # The vocabulary is the embedding's rows: a converter may cut those to the tokenizer's size.
     embedding = file.tensors.get(EMBEDDING_GGUF)
     vocab_size = embedding.shape[0] if embedding else 1
     return config_from_gguf(file.metadata, vocab_size=vocab_size, source=str(file.path))

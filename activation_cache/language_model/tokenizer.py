@@ -1,4 +1,4 @@
-"""The model's own tokenizer: tokenizer.json or tokenizer.model beside the weights, or in a GGUF."""
+"""The model's own tokenizer, from tokenizer.json, tokenizer.model or a GGUF file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Text to ids, and the ids that are not text."""
+    """A tokenizer, and the ids of its special tokens."""
 
     backend: tokenizers.Tokenizer
     bos_id: int
@@ -77,7 +77,7 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
     return tokenizer
 
 
-# A harvest asks for it to tokenise, to convert the weights and to load the model.
+# A harvest needs it to tokenise, to convert the weights and to load the model.
 @functools.lru_cache(maxsize=2)
 def _loaded(path: Path, identity: tuple[tuple[int, ...], ...]) -> Tokenizer:
     return tokenizer_from_gguf(open_gguf(path)) if is_gguf(path) else _from_folder(path)

@@ -2,7 +2,7 @@
 
 Gemma's tokenizer was trained with SentencePiece: pieces with scores, merged greedily by score,
 unknown characters as bytes. A GGUF file and a `tokenizer.model` both hold exactly the pieces,
-scores and types; the merge list that `tokenizers` wants is worked out from them.
+scores and types, from which the merge list of `tokenizers` is computed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What any process needs: errors for users, progress, versions, and exchange with its siblings.
+"""What any process needs: errors for users, progress, versions, and messages between processes.
 
-It imports no other room.
+It knows nothing of models or files, and imports no other room.
 """

@@ -1,4 +1,4 @@
-"""The errors a user can cause, and the one a signal causes; everything else is a bug."""
+"""The errors that a user can mend, and the one that a signal causes; all others are bugs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class UserError(ValueError):
 
 
 class StorageError(UserError):
-    """Object storage refuses or doesn't answer: it says nothing about what is stored there."""
+    """Object storage refuses or doesn't answer; what is stored there may be in order."""
 
 
 class Interrupted(Exception):
-    """A signal asked the work to stop and all that was finished has been saved (exit 75)."""
+    """A signal asked the work to stop, and everything finished has been saved (exit 75)."""

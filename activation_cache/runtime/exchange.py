@@ -1,7 +1,8 @@
-"""What the processes of a group tell each other: barriers, values, shared work, when to stop.
+"""Messages between the processes of a group: barriers, values, shared work, when to stop.
 
-JAX's coordination service, in process 0, carries the messages. Whatever involves several processes
-must be called by all of them in the same order; in a single process all of it returns at once.
+JAX's coordination service, in process 0, carries them (`coordination`). Every function here that
+waits for other processes must be called by all of them in the same order. In a single process all
+of them return at once.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from activation_cache.runtime.coordination import client
 from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.runtime.processes import is_main, process_count, process_index
 
@@ -24,14 +26,14 @@ _WAIT_MS = 24 * 3600 * 1000  # a wait for another process ends when that process
 SEE_OFF_MS = 30 * 1000
 POLL_MS = 500
 _STOP_KEY = "sae/stop_at"
-ASKED_KEY = "sae/asked"  # set once, by the first process that is asked to stop or can't go on
-_STOP_NOTICE = 4  # calls: twice what two processes can be apart
+ASKED_KEY = "sae/asked"  # set once, by the first process that must stop or has failed
+_STOP_NOTICE = 4  # calls of `agree_to_stop`: twice as many as two processes can be apart
 Value = TypeVar("Value")
 
 
 @dataclasses.dataclass
 class _State:
-    """What this process has exchanged so far; all processes count alike."""
+    """Counters that make keys unique; they are the same in all processes of a group."""
 
     exchanges: int = 0
     stop_questions: dict[str, int] = dataclasses.field(default_factory=dict)  # by scope
@@ -42,23 +44,23 @@ _state = _State()
 
 
 def barrier(name: str) -> None:
-    """Return when all processes are here."""
+    """Return when all processes have called this."""
     if process_count() > 1:
         number = next_exchange()
-        _client().wait_at_barrier(f"sae/{number}/{name}", _WAIT_MS)
+        client().wait_at_barrier(f"sae/{number}/{name}", _WAIT_MS)
 
 
 def run_on_main_and_broadcast(
     name: str, work: Callable[[], Value], *, stop: Callable[[], bool] | None = None
 ) -> Value:
-    """Do `work` in process 0 alone; all processes return its result, which JSON can carry.
+    """Do `work` in process 0 alone; all processes return its result, which JSON must carry.
 
     Args:
-        stop: for work that takes long and asks `stop_asked` now and then: asked in the processes
-            that wait, so that a signal to one of them reaches process 0.
+        stop: for long work that calls `stop_asked` from time to time. The waiting processes call
+            it too, so that a signal to one of them reaches process 0.
 
     Raises:
-        UserError: `work` did; raised in every process, in the same words.
+        UserError: `work` raised it; raised in every process, with the same message.
         Interrupted: the same.
     """
     if process_count() == 1:
@@ -82,42 +84,48 @@ def run_on_main_and_broadcast(
 def wait_for_main(
     key: str, *, stop: Callable[[], bool] | None = None, patience_ms: int = _WAIT_MS
 ) -> Any:
-    """The result that process 0 tells, or the exception."""
-    told, waited = None, 0
-    while told is None:
+    """The result that process 0 publishes under a key.
+
+    Raises:
+        UserError: process 0 published a mistake.
+        Interrupted: process 0 was asked to stop.
+        TimeoutError: it published nothing in `patience_ms`.
+    """
+    published, waited = None, 0
+    while published is None:
         if waited >= patience_ms:
-            raise TimeoutError(f"no word from process 0 in {patience_ms} ms: {key}")
-        told = poll(key, wait_ms=POLL_MS)
+            raise TimeoutError(f"process 0 published nothing in {patience_ms} ms: {key}")
+        published = poll(key, wait_ms=POLL_MS)
         waited += POLL_MS
         if stop is not None:
             stop_asked(stop)
-    if "mistake" in told:
+    if "mistake" in published:
         _see_off(key)
-        raise UserError(told["mistake"])
-    if "stopped" in told:
-        raise Interrupted(told["stopped"])
-    return told["result"]
+        raise UserError(published["mistake"])
+    if "stopped" in published:
+        raise Interrupted(published["stopped"])
+    return published["result"]
 
 
-def publish(key: str, words: dict[str, Any]) -> None:
-    """Tell everybody, under a key that is used once."""
-    _client().key_value_set(key, json.dumps(words))
+def publish(key: str, message: dict[str, Any]) -> None:
+    """Send a message to all processes, under a key that is used once."""
+    client().key_value_set(key, json.dumps(message))
 
 
-def publish_first(key: str, words: dict[str, Any]) -> None:
-    """Tell everybody, unless somebody was first: then their words stay."""
+def publish_first(key: str, message: dict[str, Any]) -> None:
+    """`publish`, unless another process has already published under this key."""
     with contextlib.suppress(Exception):
-        publish(key, words)
+        publish(key, message)
 
 
 def poll(key: str, *, wait_ms: int = 0) -> dict[str, Any] | None:
-    """What was said under a key, if it is within this time."""
+    """The message published under a key; None if there is none after `wait_ms`."""
     import jax
 
     try:
         if wait_ms:
-            return json.loads(_client().blocking_key_value_get(key, wait_ms))
-        return json.loads(_client().key_value_try_get(key))
+            return json.loads(client().blocking_key_value_get(key, wait_ms))
+        return json.loads(client().key_value_try_get(key))
     except jax.errors.JaxRuntimeError as error:
         if str(error).startswith(("DEADLINE_EXCEEDED", "NOT_FOUND")):
             return None
@@ -125,33 +133,33 @@ def poll(key: str, *, wait_ms: int = 0) -> dict[str, Any] | None:
 
 
 def gathered(name: str, value: Any) -> list[Any]:
-    """What every process gave, in the order of their numbers; small values that JSON can carry."""
+    """The values of all processes, in the order of their numbers; JSON must carry them."""
     if process_count() == 1:
         return [value]
     return gathered_under(f"{next_exchange()}/{name}", value)
 
 
 def gathered_under(name: str, value: Any) -> list[Any]:
-    """`gathered`, from any thread: `name` is one that no other exchange has."""
+    """`gathered`, from any thread; `name` must be one that no other exchange uses."""
     if process_count() == 1:
         return [value]
     folder = f"sae/{name}"
-    _client().key_value_set(f"{folder}/{process_index()}", json.dumps(value))
+    client().key_value_set(f"{folder}/{process_index()}", json.dumps(value))
     return [
-        json.loads(_client().blocking_key_value_get(f"{folder}/{index}", _WAIT_MS))
+        json.loads(client().blocking_key_value_get(f"{folder}/{index}", _WAIT_MS))
         for index in range(process_count())
     ]
 
 
 def same_everywhere(label: str, value: str) -> None:
-    """Check that all processes were started alike.
+    """Check that all processes were started with the same config or code.
 
     Args:
         label: what is compared, as in "was started with another {label}".
-        value: a text with a line for each thing that can differ.
+        value: a text with one line for each setting that can differ.
 
     Raises:
-        UserError: in every process, naming the first line that differs and where.
+        UserError: in every process, naming the first line that differs and the process.
     """
     values = gathered(label, value)
     for index, other in enumerate(values):
@@ -166,9 +174,9 @@ def same_everywhere(label: str, value: str) -> None:
 
 
 def _see_off(key: str) -> None:
-    """Before all end with the same mistake: the words pass through process 0, which goes last."""
+    """When all processes end with one mistake, let process 0, which carries it, end last."""
     with contextlib.suppress(Exception):
-        _client().wait_at_barrier(f"{key}/seen", SEE_OFF_MS)
+        client().wait_at_barrier(f"{key}/seen", SEE_OFF_MS)
     if is_main():
         time.sleep(1.0)
 
@@ -179,7 +187,7 @@ def _first_difference(a: str, b: str) -> tuple[str, str]:
 
 
 def sums_of_all(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Every array summed over the processes, in their order, so that all get the same bits.
+    """Every array summed over the processes, in their order, so that all compute the same bits.
 
     Names, shapes and dtypes must be the same everywhere.
     """
@@ -190,7 +198,7 @@ def sums_of_all(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
     summed = {}
     for name, array in arrays.items():
-        # As bytes: JAX would make 32-bit numbers of 64-bit ones.
+        # As bytes, since JAX would turn 64-bit numbers into 32-bit ones.
         flat = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)
         rows = np.asarray(multihost_utils.process_allgather(flat))
         parts = [np.frombuffer(row.tobytes(), array.dtype).reshape(array.shape) for row in rows]
@@ -199,7 +207,7 @@ def sums_of_all(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def stop_asked(stop: Callable[[], bool]) -> bool:
-    """Has any process been asked to stop, or found a mistake? Any may ask, at any time."""
+    """Has any process been asked to stop, or failed? Any process may call this at any time."""
     if process_count() == 1:
         return stop()
     if stop():
@@ -211,32 +219,26 @@ def stop_asked(stop: Callable[[], bool]) -> bool:
 def agree_to_stop(stop: Callable[[], bool], *, scope: str = "all") -> bool:
     """Should the processes of a scope stop now? The same answer in all, at the same call.
 
-    All of them call it equally often, and with work between the calls that keeps any two of them
-    within two calls of each other. The first whose `stop` says yes names a call that none can have
-    reached yet; everybody learns of it on the way there.
+    All of them call it equally often, with work between the calls that keeps any two of them within
+    two calls of each other. The first whose `stop` says yes publishes the number of a call that no
+    process can have reached yet, and the others read it before they reach it.
     """
     if process_count() == 1:
         return stop()
     question = _state.stop_questions[scope] = _state.stop_questions.get(scope, 0) + 1
     key = f"{_STOP_KEY}/{scope}"
     if scope not in _state.stop_at and stop():
-        # Somebody else may have been first: then theirs counts.
+        # If another process was first, its number counts.
         publish_first(key, {"question": question + _STOP_NOTICE})
-    if scope not in _state.stop_at and (said := poll(key)):
-        _state.stop_at[scope] = said["question"]
+    if scope not in _state.stop_at and (agreed := poll(key)):
+        _state.stop_at[scope] = agreed["question"]
     return scope in _state.stop_at and question >= _state.stop_at[scope]
 
 
 def next_exchange() -> int:
-    """A number for the key of what is exchanged next: the same in all processes."""
+    """A number for the key of the next exchange, the same in all processes."""
     _state.exchanges += 1
     return _state.exchanges
-
-
-def _client() -> Any:
-    from jax._src import distributed  # the only way to the coordination service's words
-
-    return distributed.global_state.client
 
 
 def shared(
@@ -246,18 +248,18 @@ def shared(
     finish: Callable[[], Value],
     stop: Callable[[], bool],
 ) -> Value:
-    """Have every process do its share, `work`; when all have, process 0 does `finish`.
+    """Have every process do its share, `work`; when all have, process 0 calls `finish`.
 
-    The shares may be of any length and the processes at any place in them: no step is common to
-    them. `work` asks `stop_asked` often, and raises `Interrupted` when that says yes.
+    The shares may be of any length, and have no step in common. `work` calls `stop_asked` often,
+    and raises `Interrupted` when that says yes.
 
     Returns:
-        What `finish` gave, everywhere.
+        What `finish` returned, in every process.
 
     Raises:
-        Interrupted: a process was asked to stop before all had done their share. Either all raise
-            it or none.
-        UserError: a process found a mistake, or `finish` did; raised in every process.
+        Interrupted: a process was asked to stop before all had done their share. Either all
+            processes raise it or none.
+        UserError: `work` or `finish` raised it in one process; raised in every process.
     """
     if process_count() == 1:
         work()
@@ -287,15 +289,15 @@ def shared(
 
 
 def _share(done: str, name: str, work: Callable[[], None], *, stop: Callable[[], bool]) -> Any:
-    """The part of `shared` of the processes that aren't process 0, which has the last word."""
+    """`shared` in the processes other than process 0, whose outcome is everybody's."""
     key = f"sae/{next_exchange()}/{name}"
     try:
         work()
     except Interrupted:
-        pass  # process 0 is asked to stop as well, and tells everybody
+        pass  # process 0 stops as well, and publishes that
     except UserError as error:
         publish_first(ASKED_KEY, {"mistake": str(error)})
-        # Process 0 can't tell while it waits for this one in the middle of a computation.
+        # Process 0 can't publish while it waits for this one inside a computation.
         with contextlib.suppress(TimeoutError):
             wait_for_main(key, patience_ms=SEE_OFF_MS)
         raise

@@ -1,11 +1,8 @@
-"""Processes that work as one: joining them, agreeing, and telling the others.
+"""Processes that work as one: how a process joins its group, and its number there.
 
-The only file that knows of processes. Everything below works unchanged, and costs nothing, in a
-command that runs as a single process. JAX's distributed runtime does the work: its coordination
-service (in process 0) carries the words that are exchanged here, notices processes that are lost,
-and agrees on the step at which all stop.
-
-Whatever involves several processes must be called by all of them in the same order.
+JAX's distributed runtime connects the processes; its coordination service, in process 0, notices
+when one is lost. In a command that runs as a single process, `join` does nothing and JAX is not
+loaded.
 """
 
 from __future__ import annotations
@@ -19,21 +16,18 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from activation_cache.runtime.errors import UserError
 
-if TYPE_CHECKING:
-    pass
-
 logger = logging.getLogger(__name__)
 
-# Set for every process of a group by whatever starts it: our launcher, a Kubernetes manifest.
+# Whatever starts a group sets these for each process: our launcher, a Kubernetes manifest.
 COORDINATOR = "SAE_COORDINATOR"  # host:port of process 0
 NUM_PROCESSES = "SAE_NUM_PROCESSES"
 PROCESS_ID = "SAE_PROCESS_ID"
 HEARTBEAT = "SAE_HEARTBEAT_SECONDS"
-AUTO_JOIN = "SAE_AUTO_JOIN"  # 1: let JAX find the group where nothing here tells that there is one
+AUTO_JOIN = "SAE_AUTO_JOIN"  # 1: let JAX find a group that no other variable shows
 
 _HEARTBEAT_SECONDS = 60
 _JOIN_SECONDS = 300  # machines of one job start minutes apart
@@ -41,7 +35,7 @@ _JOIN_SECONDS = 300  # machines of one job start minutes apart
 
 @dataclasses.dataclass
 class _Group:
-    """What this process knows of its group."""
+    """Whether this process has joined a group."""
 
     joined: bool = False
 
@@ -52,8 +46,8 @@ _group = _Group()
 def join() -> None:
     """Join the group of processes this one was started in, if it was started in one.
 
-    Called once per command, before any device is used. A group is named by the variables above,
-    or found by JAX on Slurm (in a step of several tasks) and on TPU slices of several hosts.
+    Called once per command, before any device is used. The variables above name a group; on Slurm
+    (in a step of several tasks) and on TPU slices of several hosts JAX finds it.
 
     Raises:
         UserError: a variable is missing or wrong.
@@ -61,7 +55,7 @@ def join() -> None:
     if _group.joined or not _started_in_a_group():
         return
     heartbeat = _integer(HEARTBEAT, minimum=5, default=_HEARTBEAT_SECONDS)
-    # A process is given up after `heartbeat_timeout_seconds`; the news takes a moment more.
+    # JAX counts a process as lost after `heartbeat_timeout_seconds`, and then tells the others.
     timings: dict[str, Any] = {
         "heartbeat_timeout_seconds": max(3, heartbeat - 5),
         "initialization_timeout": _JOIN_SECONDS,
@@ -90,10 +84,10 @@ def _initialize(timings: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _own_signal_handlers() -> Iterator[None]:
-    """Put back the signal handlers that JAX's runtime replaces with its own as it joins.
+    """Restore the signal handlers that JAX's runtime replaces as it joins.
 
-    Its own notice of a SIGTERM reaches the others up to seconds later; `agree_to_stop` doesn't use
-    it.
+    Its own notice of a SIGTERM reaches other processes up to seconds later; `agree_to_stop` does
+    without it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -106,7 +100,7 @@ def _own_signal_handlers() -> Iterator[None]:
 
 
 def leave() -> None:
-    """Leave the group after work that all have finished; waits for the others."""
+    """Leave the group once all work is done; waits for the other processes."""
     if _group.joined:
         import jax
 
@@ -120,7 +114,7 @@ def _started_in_a_group() -> bool:
         return _integer(NUM_PROCESSES, minimum=1) > 1
     if environment.get(AUTO_JOIN) == "1":
         return True
-    # A batch script has SLURM_PROCID too; only a step that srun started has its nodes.
+    # A batch script has SLURM_PROCID too; only in a step of srun is the list of nodes set.
     slurm_step = "SLURM_PROCID" in environment and "SLURM_STEP_NODELIST" in environment
     if slurm_step and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return True
@@ -128,7 +122,7 @@ def _started_in_a_group() -> bool:
 
 
 def launched_index() -> int:
-    """This process's number as far as the environment tells it, without JAX; 0 if alone."""
+    """This process's number by the environment alone, without JAX; 0 for a single process."""
     if not _started_in_a_group():
         return 0
     names = (PROCESS_ID, "SLURM_PROCID", "TPU_WORKER_ID")
@@ -159,7 +153,7 @@ def process_index() -> int:
 
 
 def process_count() -> int:
-    """How many processes work together."""
+    """The number of processes in the group; 1 if none was joined."""
     if not _group.joined:
         return 1
     import jax
@@ -168,12 +162,12 @@ def process_count() -> int:
 
 
 def is_main() -> bool:
-    """Is this process 0, the one that writes what only one may write?"""
+    """Is this process 0, which writes the files that only one process may write?"""
     return process_index() == 0
 
 
 def code_version(*packages: Any) -> str:
-    """A line for each package with a hash of its source files, and one with JAX's version."""
+    """One line with JAX's version, and one for each package with a hash of its source files."""
     import jax
 
     lines = [f"jax {jax.__version__}"]

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a line now and then in a log."""
+"""Progress of long work: a bar on a terminal, a line every 15 s in a log."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def _duration(seconds: int | float) -> str:
 class ProgressMeter:
     """Counts `unit`s towards `total`, showing rate and time left.
 
-    On a terminal a rich bar; elsewhere a log line every `LOG_INTERVAL_SECONDS`. `initial` is
-    what an earlier run had done: it counts for the bar and not for the rate. `total` is None
-    where nobody knows it (a stream).
+    On a terminal it draws a bar; elsewhere it logs a line every `LOG_INTERVAL_SECONDS`. `initial`
+    is what an earlier run has done, which counts for the bar and not for the rate. `total` is None
+    if it isn't known, as with a stream of text.
     """
 
     def __init__(self, label: str, *, total: int | None, unit: str, initial: int = 0) -> None:
@@ -75,7 +75,7 @@ class ProgressMeter:
 
     @property
     def rate(self) -> float:
-        """Units per second since this process began."""
+        """Units per second since this meter was made."""
         return (self.done - self.initial) / max(time.monotonic() - self.start, 1e-9)
 
     def update(self, done: int, *, note: str = "") -> None:

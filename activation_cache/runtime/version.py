@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 def package_version() -> str:
-    """This package's version, `unknown` where it runs without being installed."""
+    """This package's version; `unknown` if it runs without being installed."""
     try:
         return version("open-gemma-scope")
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Arrays on disk: the one place that speaks TensorStore and knows how rows are cut into files.
+"""Arrays on a disk or in a bucket: how rows are cut into files, and TensorStore to write and read.
 
 Every array is zarr3 with the sharding codec: a file (shard) holds many chunks, each followed by
 its crc32c, and an index with a crc32c of its own. A whole shard is written in one transaction, so
@@ -19,21 +19,21 @@ import numpy as np
 import tensorstore as ts
 
 from activation_cache.runtime.errors import UserError
-from activation_cache.storage import bucket as bucket_module
-from activation_cache.storage.bucket import BucketPath
+from activation_cache.storage.bucket import BucketPath, guard
+from activation_cache.storage.bucket_client import key_value_spec
 from activation_cache.storage.bucket_errors import array_error
 from activation_cache.storage.files import StoragePath, disk_errors
 from activation_cache.storage.row_range import Segment
 
-SHARD_BYTES = 256 * 2**20  # a shard is at most this, unless its bucket is few and wide blocks
+SHARD_BYTES = 256 * 2**20  # no shard is larger, unless its bucket is few and wide blocks
 
 
 def bucket_rows(*, shuffle_rows: int, block_rows: int) -> int:
     """Rows in a shuffle bucket: `shuffle_rows` rounded up so that it cuts into equal shards.
 
-    The number of blocks is rounded up to six significant bits (at most 3 % more), so it can be
-    halved until a shard is small enough. It depends on nothing else: adding a site to a store
-    doesn't move the rows of the others.
+    The number of blocks is rounded up to six significant bits (at most 3 % more), so that it can
+    be halved until a shard is small enough. It depends on nothing else, so that adding a site to a
+    store doesn't move the rows of the others.
     """
     blocks = -(-shuffle_rows // block_rows)
     unit = 2 ** max(0, blocks.bit_length() - 6)
@@ -41,7 +41,7 @@ def bucket_rows(*, shuffle_rows: int, block_rows: int) -> int:
 
 
 def shard_rows(*, bucket: int, block_rows: int, row_bytes: int) -> int:
-    """Rows in a shard: the bucket halved into whole blocks until a shard is `SHARD_BYTES`."""
+    """Rows in a shard: the bucket, halved into whole blocks until it is at most `SHARD_BYTES`."""
     rows = bucket
     while rows * row_bytes > SHARD_BYTES and rows % (2 * block_rows) == 0:
         rows //= 2
@@ -50,7 +50,7 @@ def shard_rows(*, bucket: int, block_rows: int, row_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class ArrayLayout:
-    """One array: where it is, its shape, and how rows are cut into chunks and shards.
+    """One array: its path, its shape, and how rows are cut into chunks and shards.
 
     Chunks and shards span whole rows: `shape[1:]` is never cut.
     """
@@ -105,7 +105,7 @@ class ArrayLayout:
 
     def _key_value_spec(self) -> dict[str, Any]:
         if isinstance(self.path, BucketPath):
-            return bucket_module.key_value_spec(self.path)
+            return key_value_spec(self.path)
         return {"driver": "file", "path": f"{self.path}/"}
 
     def open(
@@ -116,7 +116,7 @@ class ArrayLayout:
         A chunk that isn't there is an error and not zeros, and chunks of zeros are written.
 
         Args:
-            assume: neither read nor write its metadata, which are as this layout says.
+            assume: neither read nor write its metadata, and take them to be this layout's.
 
         Raises:
             UserError: missing, damaged, or made with another shape or dtype.
@@ -139,15 +139,15 @@ def write_shards(
 ) -> None:
     """Write `rows` at `start`, one transaction per shard: each becomes visible whole.
 
-    `start` must begin a shard. Returns when the shards are durable. Holds about two copies of
-    one shard beside `rows`.
+    `start` must be the first row of a shard. Returns when the shards are durable. Takes about
+    twice the memory of one shard beside `rows`.
 
     Raises:
-        UserError: the disk is full, read-only, or not ours.
+        UserError: the disk or the bucket refuses, or another process has taken the folder.
     """
     assert start % layout.shard_rows == 0, (start, layout.shard_rows)
     if isinstance(layout.path, BucketPath):
-        bucket_module.guard(layout.path)
+        guard(layout.path)
     with array_errors(layout.path, doing="write"):
         for first in range(0, len(rows), layout.shard_rows):
             part = rows[first : first + layout.shard_rows]
@@ -158,13 +158,13 @@ def write_shards(
 
 
 def start_read(array: ts.TensorStore, segments: list[Segment]) -> ts.Future:
-    """Begin reading runs of rows, concurrently, into one new array [sum of counts, ...]."""
+    """Begin reading segments, concurrently, into one new array [sum of their counts, ...]."""
     views = [array[s.start : s.start + s.count].translate_to[0] for s in segments]
     return ts.concat(views, axis=0).read()
 
 
 def read_rows(array: ts.TensorStore, layout: ArrayLayout, segments: list[Segment]) -> np.ndarray:
-    """Read runs of rows, one after the other in the result.
+    """Read segments; the result has them one after the other.
 
     Raises:
         UserError: a chunk is missing or fails its checksum; names the file.
@@ -174,9 +174,9 @@ def read_rows(array: ts.TensorStore, layout: ArrayLayout, segments: list[Segment
 
 
 def remove_stray_files(folder: StoragePath) -> None:
-    """Delete what a killed writer leaves beside finished files: locks and unnamed parts.
+    """Delete what a killed writer leaves beside finished files: locks and temporary files.
 
-    In a bucket it leaves none: an upload that was cut off is no object.
+    In a bucket it leaves none: an upload that was cut off makes no object.
     """
     if isinstance(folder, BucketPath):
         return
@@ -191,11 +191,11 @@ _ERRNO_BY_STATUS = {"RESOURCE_EXHAUSTED": errno.ENOSPC, "PERMISSION_DENIED": err
 
 @contextlib.contextmanager
 def array_errors(path: StoragePath, *, doing: str) -> Iterator[None]:
-    """Turn TensorStore's errors (a `ValueError` that begins with a status) into words.
+    """Turn TensorStore's errors (a `ValueError` that begins with a status) into a `UserError`.
 
     Raises:
-        UserError: the disk refused, or what is on it is damaged; names the file. Anything else
-            is a bug of ours and passes through.
+        UserError: the disk or the bucket refused, or a shard is damaged; names the file. Other
+            errors are bugs and pass through.
     """
     try:
         yield
@@ -220,7 +220,7 @@ def array_errors(path: StoragePath, *, doing: str) -> Iterator[None]:
 
 
 def damaged_shard(file: StoragePath | str, found: str, *, missing: bool = False) -> UserError:
-    """What to say of a shard that can't be read as it was written."""
+    """The error for a shard that isn't there or isn't as it was written."""
     reason = "is missing or incomplete" if missing else "is damaged"
     return UserError(
         f"{file} {reason}: every chunk must be there and match its checksum and its description "

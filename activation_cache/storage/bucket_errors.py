@@ -1,6 +1,6 @@
-"""What goes wrong with a bucket: what passes and what doesn't, and the words for it.
+"""Errors of object storage: transient and permanent ones, and their messages.
 
-`url` is gs://bucket/key or s3://bucket/key.
+In every function `url` is gs://bucket/key or s3://bucket/key.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from activation_cache.runtime.errors import StorageError, UserError
 PATIENCE = "SAE_STORAGE_SECONDS"
 _PATIENCE_SECONDS = 120.0
 _INTACT = "What was finished before is intact: give the same command again"
-_PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "INTERNAL", "UNKNOWN",
+_TRANSIENT = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "INTERNAL", "UNKNOWN",
             "RESOURCE_EXHAUSTED", "CANCELLED")  # fmt: skip
 _CREDENTIALS = {
     "gs": "Google's application default credentials (GOOGLE_APPLICATION_CREDENTIALS, "
@@ -22,7 +22,7 @@ _CREDENTIALS = {
 
 
 def patience() -> float:
-    """Seconds for which a request that fails in passing is tried again."""
+    """Seconds for which transient errors are retried; raises `UserError` for a bad setting."""
     text = os.environ.get(PATIENCE, str(_PATIENCE_SECONDS))
     try:
         seconds = float(text)
@@ -35,16 +35,16 @@ def patience() -> float:
 
 
 def denied(url: str, *, doing: str, reason: str) -> StorageError:
-    """The words for credentials that are missing, wrong or not enough."""
+    """The error for credentials that are missing, wrong or lack a permission."""
     return StorageError(
         f"cannot {doing} {url}: the server refuses the credentials ({reason}). They come from "
-        f"{_CREDENTIALS[_scheme(url)]}: see that they are those of an account that may list, "
+        f"{_CREDENTIALS[_scheme(url)]}: check that they belong to an account that may list, "
         f"read, write and delete in {_bucket(url)}. {_INTACT}."
     )
 
 
 def no_bucket(url: str, *, doing: str) -> StorageError:
-    """The words for a bucket that isn't there."""
+    """The error for a bucket that doesn't exist."""
     return StorageError(
         f"cannot {doing} {url}: there is no bucket {_bucket(url)} at "
         f"{_endpoint(url)}. Create it, or correct its name."
@@ -52,7 +52,7 @@ def no_bucket(url: str, *, doing: str) -> StorageError:
 
 
 def no_answer(url: str, *, doing: str, reason: str) -> StorageError:
-    """The words for a server that didn't do it in all the time it was given."""
+    """The error for a server whose transient errors lasted too long."""
     return StorageError(
         f"cannot {doing} {url}: {_endpoint(url)} failed again and again for "
         f"{patience():g} s ({reason}). {_INTACT} when the storage answers, or wait longer with "
@@ -61,13 +61,13 @@ def no_answer(url: str, *, doing: str, reason: str) -> StorageError:
 
 
 def array_error(url: str, text: str, *, doing: str) -> StorageError | None:
-    """TensorStore's words, which begin with a status, as ours; None where they say a bug."""
+    """TensorStore's message, which begins with a status, as ours; None if it tells of a bug."""
     status, reason = text.partition(":")[0], text.partition(" [")[0][:300]
     if status in ("PERMISSION_DENIED", "UNAUTHENTICATED"):
         return denied(url, doing=doing, reason=reason)
     if status == "NOT_FOUND":
         return no_bucket(url, doing=doing)
-    if status in _PASSING:
+    if status in _TRANSIENT:
         return no_answer(url, doing=doing, reason=reason)
     return None
 
@@ -87,13 +87,13 @@ def _endpoint(url: str) -> str:
     return next(chosen, {"gs": "Google Cloud Storage", "s3": "Amazon S3"}[scheme])
 
 
-def words_of(error: BaseException) -> str:
-    """An error's first line, or its kind where it says nothing."""
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def refuses_credentials(error: Exception) -> bool:
-    """Was the request refused for who asked?"""
+    """Did the server, or the library before it, refuse the credentials?"""
     names = {kind.__name__ for kind in type(error).__mro__}
     known = {"PermissionError", "NoCredentialsError", "PartialCredentialsError", "RefreshError",
              "DefaultCredentialsError", "ProfileNotFound", "CredentialRetrievalError"}  # fmt: skip
@@ -101,7 +101,7 @@ def refuses_credentials(error: Exception) -> bool:
     return bool(names & known) or forbidden or _status(error) in (401, 403)
 
 
-def passes(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """May the same request succeed a moment later?"""
     status = _status(error)
     if status is not None:
@@ -113,7 +113,7 @@ def passes(error: Exception) -> bool:
 
 
 def _status(error: BaseException | None) -> int | None:
-    """The HTTP status behind an error of gcsfs, of s3fs or of what they are built on."""
+    """The HTTP status in an error of gcsfs or s3fs, or in an error that caused it."""
     while error is not None:
         response = getattr(error, "response", None)
         found = getattr(error, "code", None) or getattr(error, "status", None)

@@ -1,9 +1,9 @@
 """Blocks of a store on a disk of this machine, read straight into a batch.
 
-What TensorStore reads passes through buffers of its own before it reaches a batch; here the kernel
-copies each block to where it belongs in the batch, and the checksum is taken there. Measured on two
-cores (docs/performance.md), that is what lets the reader keep up with the disk. Buckets, and
-machines without a compiled crc32c, are read with TensorStore.
+TensorStore reads into buffers of its own and copies from there. Here the kernel copies each block
+to its position in the batch, and the checksum is computed there. Only so does the reader keep up
+with a disk on two cores (docs/performance.md). Buckets, and machines without a compiled crc32c, are
+read with TensorStore.
 
 A shard, by zarr3's sharding codec (docs/store.md): chunks, each its rows in little-endian and their
 crc32c; then for each chunk its offset and its size as two uint64, and the crc32c of these.
@@ -31,13 +31,13 @@ from activation_cache.storage.row_range import Segment
 
 _THREADS = 16  # enough to hide the latency of a network disk
 _CHECKSUM_BYTES = 4
-_PIECE_BYTES = 2**18  # summed in 30 microseconds, and still in the processor's cache by then
+_PIECE_BYTES = 2**18  # its checksum takes 30 microseconds, and it stays in the processor's cache
 _ENTRY_BYTES = 16  # offset and size
 _ABSENT = np.iinfo(np.uint64).max
 
 
 def reads_blocks(layout: ArrayLayout) -> bool:
-    """Can this array be read here: files of this machine, and fast checksums?"""
+    """Can `BlockReads` read this array: files of this machine, and fast checksums?"""
     return (
         isinstance(layout.path, Path)
         and hasattr(os, "posix_fadvise")
@@ -48,22 +48,22 @@ def reads_blocks(layout: ArrayLayout) -> bool:
 
 @dataclass(frozen=True)
 class PendingRows:
-    """Rows that are being read; what a TensorStore future can do, as far as it is needed."""
+    """Rows that are being read; offers what the reader needs of a TensorStore future."""
 
     rows_BD: Float[np.ndarray, "B D"]
     reads: list[Future[None]]
 
     def done(self) -> bool:
-        """Are all there?"""
+        """Have all reads ended?"""
         return all(read.done() for read in self.reads)
 
     def cancel(self) -> None:
-        """Don't begin what hasn't begun."""
+        """Drop the reads that haven't begun."""
         for read in self.reads:
             read.cancel()
 
     def result(self) -> Float[np.ndarray, "B D"]:
-        """The rows, once all are there.
+        """The rows, once all are read.
 
         Raises:
             UserError: a shard is missing or damaged; names the file.
@@ -74,7 +74,7 @@ class PendingRows:
 
 
 class BlockReads:
-    """Reads of one array, by threads of its own that close with it."""
+    """Reads of one array, by threads of its own that end with `close`."""
 
     def __init__(self, layout: ArrayLayout) -> None:
         assert reads_blocks(layout), layout.path
@@ -85,11 +85,11 @@ class BlockReads:
         self._lock = threading.Lock()
 
     def close(self) -> None:
-        """End the threads; what hasn't begun isn't read."""
+        """End the threads; reads that haven't begun are dropped."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def start(self, segments: list[Segment]) -> PendingRows:
-        """Begin reading runs of rows, none of which crosses a chunk, into one new array."""
+        """Begin reading segments, none of which crosses a chunk, into one new array."""
         count = sum(segment.count for segment in segments)
         rows_BD = np.empty((count, *self._layout.shape[1:]), self._dtype)
         reads, first = [], 0
@@ -114,7 +114,7 @@ class BlockReads:
             part[:] = chunk_rows[skipped : skipped + segment.count]
 
     def _read_chunk(self, shard: Path, chunk: int, target: np.ndarray) -> None:
-        """One chunk's bytes into `target`, held to their checksum."""
+        """Read one chunk's bytes into `target` and check their checksum."""
         try:
             file = os.open(shard, os.O_RDONLY)
         except FileNotFoundError as error:
@@ -134,7 +134,7 @@ class BlockReads:
             raise damaged_shard(shard, f"the checksum of chunk {number} doesn't match its rows")
 
     def _index(self, file: int, shard: Path) -> np.ndarray:
-        """Offset and size of each chunk, from the end of the shard; read once."""
+        """Offset and size of each chunk, [chunks, 2], from the end of the shard; read once."""
         with self._lock:
             if shard in self._indexes:
                 return self._indexes[shard]
@@ -154,11 +154,11 @@ class BlockReads:
 
 
 def _read_summed(file: int, target: np.ndarray, offset: int, *, shard: Path) -> int:
-    """Fill `target` from an offset on; the crc32c of what was read.
+    """Fill `target` from an offset on; returns the crc32c of what was read.
 
-    Piece by piece, because google_crc32c keeps the interpreter's lock while it sums, and the
-    training loop waits for that lock. The kernel is told of the whole at once: small reads of
-    one place after the other leave a disk half idle.
+    It reads piece by piece, because google_crc32c holds the interpreter's lock, for which the
+    training loop waits. The kernel is told of the whole range first: small reads one after the
+    other would leave a disk half idle.
     """
     os.posix_fadvise(file, offset, target.nbytes + _CHECKSUM_BYTES, os.POSIX_FADV_WILLNEED)
     checksum = 0

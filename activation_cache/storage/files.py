@@ -1,9 +1,7 @@
-"""Small files and folders, on a disk or in a bucket: atomic writes, one writer per folder, errors
-put in words.
+"""Small files and folders, on a disk or in a bucket: atomic writes, locks, messages for errors.
 
-Arrays go through TensorStore (`arrays.py`); everything else that is written comes here. A
-`StoragePath` is a `pathlib.Path` or a `BucketPath`, which has the same methods as far as a bucket
-can.
+Arrays go through TensorStore (`arrays.py`), every other write through here. A `StoragePath` is a
+`pathlib.Path` or a `BucketPath`, which has the same methods as far as buckets allow.
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ import errno
 import fcntl
 import json
 import os
-import re
 import shutil
 import tempfile
 import uuid
@@ -21,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, overload
 
+from activation_cache.runtime.addresses import is_url
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage import bucket
 from activation_cache.storage.bucket import BucketPath
@@ -29,7 +27,7 @@ StoragePath = Path | BucketPath
 AnyPath = str | os.PathLike[str] | BucketPath
 
 _DISK_ERRORS = {
-    errno.ENOENT: "a folder on the way to it is gone",
+    errno.ENOENT: "a folder above it is gone",
     errno.ESTALE: "the file system it is on has gone away",
     errno.ENOTCONN: "the file system it is on has gone away",
     errno.ENODEV: "the disk it is on has gone away",
@@ -53,19 +51,20 @@ def storage_path(path: AnyPath) -> StoragePath:
     if isinstance(path, BucketPath):
         return path
     text = os.fspath(path)
-    if re.match(r"[A-Za-z0-9+.-]+://", text) or re.match(r"(gs|s3):", text):
-        return BucketPath.parse(text)
-    return Path(text)
+    return BucketPath.parse(text) if is_url(text) else Path(text)
 
 
 def user_cache() -> Path:
-    """The folder of this machine for what can be made again: `~/.cache/open-gemma-scope`."""
+    """This machine's folder for files that can be made again: `~/.cache/open-gemma-scope`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "open-gemma-scope"
 
 
 @contextlib.contextmanager
 def disk_errors(path: AnyPath, *, doing: str) -> Iterator[None]:
-    """Turn the disk errors a user can mend into a `UserError` naming `path`.
+    """Turn the disk errors that a user can mend into a `UserError` naming `path`.
+
+    Args:
+        doing: a verb for the message, as in "cannot write /data/x".
 
     Raises:
         UserError: for a full or failing disk, one that has gone away, a used-up quota, a missing
@@ -102,10 +101,11 @@ def make_folder(path: AnyPath) -> StoragePath:
 
 @contextlib.contextmanager
 def replacing(path: AnyPath) -> Iterator[Path]:
-    """Give a temporary file to write; when the block ends it takes `path`'s place.
+    """Write a file atomically: the block writes the path it is given, which then replaces `path`.
 
     A reader sees the old file or the whole new one, never a part; an error leaves the old file.
-    The temporary file is beside `path`, or where temporary files go for a `path` in a bucket.
+    The temporary file is in the same folder, or in the machine's folder for temporary files if
+    `path` is in a bucket.
     """
     target = storage_path(path)
     if isinstance(target, BucketPath):
@@ -149,7 +149,7 @@ def write_json(path: AnyPath, value: Any) -> None:
 
 
 def append_line(path: AnyPath, line: str) -> None:
-    """Add a line to a small text file; in a bucket the object is written anew with it."""
+    """Add a line to a small text file; in a bucket the whole object is written again."""
     target = storage_path(path)
     if isinstance(target, BucketPath):
         before = target.read_bytes() if target.is_file() else b""
@@ -188,10 +188,10 @@ def remove_tree(folder: StoragePath) -> None:
 
 @contextlib.contextmanager
 def on_disk(folder: StoragePath, names: tuple[str, ...]) -> Iterator[Path]:
-    """A folder of this machine that has those of a folder's files that are there, for as long as
-    the block lasts: the folder itself, or a copy of what is in a bucket.
+    """A folder on this machine with a folder's files of these names, while the block lasts.
 
-    The copy's path ends like the original's.
+    It is `folder` itself, or a copy of those objects in a bucket that exist. The copy's path ends
+    like the original's.
     """
     if isinstance(folder, Path):
         yield folder
@@ -208,18 +208,17 @@ def on_disk(folder: StoragePath, names: tuple[str, ...]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def folder_lock(path: AnyPath) -> Iterator[None]:
-    """Hold `path` for this process alone; the kernel lets go when the process dies.
+    """Hold `path` for this process alone; the kernel releases it when the process dies.
 
-    In a bucket there is no kernel: `lease.held` says what protects there.
+    In a bucket a lease takes the lock's part (`lease.held`).
 
     Raises:
         UserError: another process holds the folder, or it can't be written.
     """
     folder = make_folder(path)
     if isinstance(folder, BucketPath):
-        from activation_cache.storage import (
-            lease,  # it needs TensorStore, which takes a while to load
-        )
+        # Imported here because it loads TensorStore, which takes a while.
+        from activation_cache.storage import lease
 
         with lease.held(folder):
             yield
@@ -242,9 +241,9 @@ def folder_lock(path: AnyPath) -> Iterator[None]:
 def is_locked(folder: StoragePath) -> bool:
     """Does a process hold this folder (`folder_lock`)?
 
-    Asks by taking a shared lock for an instant, which a writer starting in that very instant
-    would take for another process: it says so and can be started again. In a bucket the answer is
-    as old as the last renewal of the lease.
+    It takes a shared lock for an instant. A writer that starts in that instant finds the folder in
+    use, says so and can be started again. In a bucket the answer is as old as the last renewal of
+    the lease.
     """
     if isinstance(folder, BucketPath):
         from activation_cache.storage import lease

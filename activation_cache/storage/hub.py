@@ -1,4 +1,4 @@
-"""Repositories of the Hugging Face Hub: fetched once and kept in its local cache, or sent to."""
+"""The Hugging Face Hub: repositories are fetched into its local cache, and uploaded to."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from activation_cache.runtime.errors import UserError
 
 
 def fetch(repository: str, *, revision: str | None, patterns: Sequence[str], named_by: str) -> Path:
-    """The local folder with what matches `patterns`; without a network, what it kept.
+    """The local folder with the files that match `patterns`; without a network, from the cache.
 
     Args:
-        named_by: what in the config or command named the repository, for messages.
+        named_by: the config key or the argument that named the repository, for messages.
 
     Raises:
-        UserError: huggingface_hub isn't installed, or the Hub gives nothing and nothing is kept.
+        UserError: huggingface_hub isn't installed, or neither the Hub nor the cache has it.
     """
     try:
         from huggingface_hub import errors, snapshot_download
@@ -37,12 +37,12 @@ def fetch(repository: str, *, revision: str | None, patterns: Sequence[str], nam
 
 
 def upload(folder: Path, *, repository: str, last: Sequence[str]) -> str:
-    """Send a folder to a repository of the Hub, which is made, private, if it isn't there.
+    """Upload a folder to a repository of the Hub, which is created, private, if there is none.
 
-    What a broken upload has sent is found again by the next.
+    The next upload finds again what a broken one has sent.
 
     Args:
-        last: names of files at its root that are sent when all else is there.
+        last: names of files at its root that are sent when all others are there.
 
     Returns:
         The repository's address.

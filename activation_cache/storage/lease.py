@@ -1,12 +1,14 @@
 """One writer per folder of a bucket: a lease, an object that its holder keeps renewing.
 
-On a disk the kernel lets go of a dead process's lock; a bucket has no kernel. The holder writes
-`.lock` every few seconds; a lease that hasn't changed for `LEASE_SECONDS` belongs to nobody, and
-so does one of a process of this machine that is gone. It is taken and renewed with conditional
-writes (the object must still be the one that was read), which Google Cloud Storage and Amazon S3
-keep: of two processes one wins, and a holder that was cut off for so long that another took over
-learns of it before its next write there (`bucket.guard`). On a server that ignores conditions the
-last of two that begin in the same instant wins, and the other ends at its next renewal.
+On a disk the kernel releases a dead process's lock; a bucket has no kernel. The holder writes
+`.lock` every few seconds. A lease that hasn't changed for `LEASE_SECONDS` is free, and so is one
+whose holder was a process of this machine that has ended.
+
+A lease is taken and renewed with conditional writes: the server writes only if the object is still
+the one that was read. Google Cloud Storage and Amazon S3 offer that, so that of two processes one
+wins. A holder that was cut off until another took over learns of it before its next write
+(`bucket.guard`). On a server that ignores conditions, of two that begin in the same instant the
+last wins, and the other stops at its next renewal.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from typing import Any
 import tensorstore as ts
 
 from activation_cache.runtime.errors import UserError
-from activation_cache.storage.bucket import BucketPath, key_value_spec, request, set_guard
+from activation_cache.storage.bucket import BucketPath, set_guard
+from activation_cache.storage.bucket_client import key_value_spec
 from activation_cache.storage.bucket_errors import array_error
 
 logger = logging.getLogger(__name__)
@@ -42,10 +45,10 @@ _LOOK_SECONDS = 1.0
 def held(folder: BucketPath) -> Iterator[None]:
     """Hold a folder for this process alone, for as long as the block lasts.
 
-    Waits up to `LEASE_SECONDS` where the last holder may be dead.
+    Where the last holder may be dead it waits up to `LEASE_SECONDS` for a renewal.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, or the bucket can't be used.
     """
     lease = _Lease(folder)
     lease.take()
@@ -62,7 +65,7 @@ def held(folder: BucketPath) -> Iterator[None]:
 
 
 def is_held(folder: BucketPath) -> bool:
-    """Has a process renewed its lease of this folder lately? By this machine's clock."""
+    """Was the lease of this folder renewed in the last `LEASE_SECONDS`, by this machine's clock?"""
     try:
         changed = (folder / FILE).stat().st_mtime
     except FileNotFoundError:
@@ -72,35 +75,46 @@ def is_held(folder: BucketPath) -> bool:
 
 @dataclass
 class _Lease:
-    """The lease of one folder, wanted or held."""
+    """The lease of one folder, which this process wants or holds.
+
+    Attributes:
+        owner: a random name, so that two leases of one process differ too.
+        renewed: when it was last written, by the monotonic clock.
+        lost: why it is no longer ours; empty while it is.
+        lock: of the renewals, which come from a thread and from `check`.
+    """
 
     folder: BucketPath
     owner: str = field(default_factory=lambda: uuid.uuid4().hex)
     renewals: int = 0
-    renewed: float = 0.0  # by the monotonic clock
+    renewed: float = 0.0
     lost: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
     done: threading.Event = field(default_factory=threading.Event)
 
     def take(self) -> None:
-        """Take the lease, waiting for one that may have been left behind to run out."""
+        """Take the lease; one that may have been left behind is given time to run out.
+
+        Raises:
+            UserError: another process renewed it meanwhile.
+        """
         watched, since = b"", time.monotonic()
         while True:
             found = self._read()
             if not found.value or _is_dead(found.value):
                 if self._write(found):
                     return
-                continue  # somebody else was faster
+                continue  # another process was faster
             if found.value != watched and watched:
                 break  # it was renewed while we watched
             if not watched:
                 watched = found.value
                 logger.info(
-                    "%s is or was held by %s: waiting until that is renewed or runs out, at most "
-                    "%.0f s", self.folder, _holder(watched), LEASE_SECONDS,
+                    "%s is or was held by %s: waiting until its lease is renewed or runs out, at "
+                    "most %.0f s", self.folder, _holder(watched), LEASE_SECONDS,
                 )  # fmt: skip
             if time.monotonic() - since > LEASE_SECONDS:
-                logger.warning("%s: %s is gone, taking over", self.folder, _holder(watched))
+                logger.warning("%s: %s is gone, taking its lease", self.folder, _holder(watched))
                 if self._write(found):
                     return
                 break
@@ -111,7 +125,7 @@ class _Lease:
         )
 
     def keep(self) -> None:
-        """Renew until done; a renewal that fails in passing is tried again at the next."""
+        """Renew until done; after a renewal that failed, the next one is tried as usual."""
         while not self.done.wait(_RENEW_SECONDS) and not self.lost:
             try:
                 self._renew()
@@ -119,14 +133,14 @@ class _Lease:
                 logger.warning("the lease of %s could not be renewed: %s", self.folder, error)
 
     def check(self) -> None:
-        """Raises `UserError` once another process has the folder; called before each write."""
+        """Raises `UserError` once another process holds the folder; called before each write."""
         if time.monotonic() - self.renewed > LEASE_SECONDS / 2:
-            self._renew()  # cut off or suspended meanwhile: somebody may have waited for that
+            self._renew()  # cut off or suspended for so long, another may have taken it
         if self.lost:
             raise UserError(
-                f"{self.folder} is no longer this process's: {self.lost}, as it had not been "
-                f"renewed for {LEASE_SECONDS:.0f} s. Nothing more was written. When the other "
-                "process has ended, the same command goes on."
+                f"{self.folder} is no longer this process's: {self.lost}, as the lease had not "
+                f"been renewed for {LEASE_SECONDS:.0f} s. Nothing more was written. When the other "
+                "process has ended, give the same command again."
             )
 
     def _renew(self) -> None:
@@ -144,17 +158,17 @@ class _Lease:
 
     def give_back(self) -> None:
         """Delete the object, if it is still ours."""
-        with contextlib.suppress(UserError):  # it runs out by itself
+        with contextlib.suppress(UserError):  # it runs out without this
             found = self._read()
             if self._is_ours(found):
                 (self.folder / FILE).unlink(missing_ok=True)
 
     def _read(self) -> Any:
-        """The object as TensorStore reads it, with its generation; no value if there is none."""
+        """What TensorStore reads: the object's generation and its value, empty if there is none."""
         return self._ask(lambda store: store.read(FILE).result(), doing="read the lease of")
 
     def _write(self, before: Any) -> bool:
-        """Write our lease in place of the one that was read; False if it was another by then."""
+        """Write our lease over the one that was read; False if that had changed by then."""
         self.renewals += 1
         content = {
             "owner": self.owner,
@@ -165,7 +179,7 @@ class _Lease:
             "renewals": self.renewals,
         }
         data = json.dumps(content).encode()
-        # Of an object that isn't there too; but an emulator may number nothing.
+        # A missing object has a generation too; an emulator may give none, all zeros.
         condition = before.stamp.generation if before.stamp.generation.strip(b"\0") else None
         written = self._ask(
             lambda store: store.write(FILE, data, if_equal=condition).result(),
@@ -173,18 +187,16 @@ class _Lease:
         )
         if not written.generation:
             return False
-        found = self._read()  # where conditions are ignored the last writer wins
+        found = self._read()  # where a server ignores conditions, the last writer wins
         if found.value != data:
             return False
         self.renewed = time.monotonic()
         return True
 
     def _ask(self, call: Any, *, doing: str) -> Any:
-        def asked() -> Any:
-            return call(ts.KvStore.open(key_value_spec(self.folder)).result())
-
+        """Make a request of TensorStore, which retries what is transient."""
         try:
-            return request(self.folder, asked, doing=doing)
+            return call(ts.KvStore.open(key_value_spec(self.folder)).result())
         except ValueError as error:
             if isinstance(error, UserError):
                 raise
@@ -200,17 +212,17 @@ def _holder(value: bytes) -> str:
 
 
 def _is_dead(value: bytes) -> bool:
-    """Was it written by a process of this machine, as it runs now, that has ended?"""
+    """Was it written by a process of this machine, since it was started, that has ended?"""
     try:
         content = json.loads(value)
         here = (content["host"], content["boot"]) == (platform.node(), _boot())
         return here and content["started"] != _started(content["process"])
     except (ValueError, KeyError, TypeError):
-        return True  # no lease of ours: nobody renews it
+        return True  # not a lease: nobody renews it
 
 
 def _boot() -> str:
-    """What tells this start of this machine's (or container's) processes from another."""
+    """Names this start of this machine or container: process numbers mean nothing in another."""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -218,7 +230,7 @@ def _boot() -> str:
 
 
 def _started(process: int) -> str | None:
-    """When a process began, in the kernel's ticks; None if there is none of that number."""
+    """When a process began, in the kernel's ticks; None if no process has that number."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
     return None

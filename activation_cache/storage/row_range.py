@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Segment:
-    """`count` consecutive rows of the store, from row `start`; never crosses a block."""
+    """`count` consecutive rows of the store from row `start`, all in one block."""
 
     start: int
     count: int

@@ -1,9 +1,11 @@
 """The safetensors format: checked headers, tensors as views of the file, streaming.
 
 A file is an 8-byte little-endian header length, a JSON header giving each tensor's dtype, shape
-and byte range, then the bytes. Read here and not through the `safetensors` package because the
-header is wanted alone (fingerprints, checks before anything is loaded), bfloat16 as a NumPy view
-of the mapped file, and writing without the whole model in memory.
+and byte range, then the bytes. The `safetensors` package (0.8) is the tests' oracle and is not used
+here, for three reasons. It copies what it reads: a bfloat16 tensor of 302 MB took it 0.5 s and
+288 MiB, where a view of the mapped file takes neither. It hands out no raw header, which the
+fingerprint covers, and names a Git LFS pointer "header too large". And it writes from whole models
+in memory: a converted 27B is 108 GB.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ _DTYPES: dict[str, np.dtype] = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies. `dtype` is the format's own word ("BF16")."""
+    """One tensor's entry in the header. `dtype` is the format's own name, such as "BF16"."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -47,7 +49,7 @@ class SafetensorsFile:
     header_bytes: bytes
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """A read-only view of one tensor, or of a part of it.
+        """A read-only view of one tensor, or of the part that `index` selects.
 
         Raises:
             UserError: a dtype other than F64, F32, F16 and BF16.

@@ -1,4 +1,6 @@
-"""The store of activations and `batch(step)`: manifest, order, reader, writer.
+"""The activation store and `batch(step)`: manifest, order, reader, writer.
 
-Order is a pure function of integers, so that resuming needs the step alone.
+The room owns the store's format and the order of its rows, a pure function of integers, so that
+resuming needs the step alone. It imports `text`, `gemma.taps` and the rooms before them; models and
+weights it knows by their fingerprint.
 """

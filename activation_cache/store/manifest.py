@@ -1,8 +1,8 @@
-"""What a store says of itself: the manifest, and how it is compared with a config.
+"""The manifest of a store, and how it is compared with a config.
 
 The manifest is planned before the first row is harvested (`plan.json`) and written under its own
-name when the last one is durable: a folder with a `manifest.json` is finished. It holds no time
-and no path of the store itself, so the same harvest in two places gives the same bytes.
+name when the last row is durable: a folder with a `manifest.json` is finished. It holds no time and
+no path of the store, so that the same harvest into two folders gives the same bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from activation_cache.gemma.taps import Tap
 
 
 class ModelEntry(Section):
-    """The language model: where it came from, its fingerprint, the dtype it computed in."""
+    """The language model: its name, its fingerprint, the dtype it computed in."""
 
     weights: str
     revision: str | None
@@ -35,7 +35,7 @@ class ModelEntry(Section):
 
 
 class SiteEntry(Section):
-    """One tap; `mean_squared_norm` is of the rows as stored, None until all are."""
+    """One tap; `mean_squared_norm` is that of the stored rows, None until all are written."""
 
     site: Site
     layer: Count
@@ -44,12 +44,12 @@ class SiteEntry(Section):
 
     @property
     def tap(self) -> Tap:
-        """The tap this entry is about."""
+        """The tap of this entry."""
         return Tap(self.site, self.layer)
 
 
 class ShufflingEntry(Section):
-    """What fixes the order of rows; `bucket_rows` is `shuffle_rows` rounded up."""
+    """What the order of rows depends on; `bucket_rows` is `shuffle_rows` rounded up."""
 
     algorithm: str
     seed: Count
@@ -59,7 +59,7 @@ class ShufflingEntry(Section):
 
 
 class Manifest(Section):
-    """All that a store's rows depend on."""
+    """Everything that a store's rows depend on."""
 
     format_version: int
     model: ModelEntry

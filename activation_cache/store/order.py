@@ -2,16 +2,16 @@
 
 Three shuffles are needed: sequences before they are harvested, rows inside a bucket before they
 are written, and blocks before they are read. Each is a `Permutation`: a keyed bijection of
-`range(size)` that maps any one index on its own. So a row's place is known without walking to it
-(resuming needs the step number alone) and nothing the size of the store is ever in memory.
+`range(size)` that maps each index by itself. A row's position is thus known without walking to it
+(resuming needs the step number alone), and nothing of the store's size is ever in memory.
 
 The permutation is a balanced Feistel network over the smallest domain of 2^(2h) >= size, with
 cycle walking: a value outside `range(size)` is put through the network again until it falls
 inside (Black & Rogaway, "Ciphers with arbitrary finite domains", 2002). The round function is the
 finaliser of splitmix64 (Steele, Lea & Flood, "Fast splittable pseudorandom number generators",
-2014). `numpy.random` is avoided on purpose: its streams may change between versions, and what is
-on disk would then be read in another order. docs/store.md has the algorithm in words; a change
-of a single bit here is a new `ALGORITHM`.
+2014). `numpy.random` is avoided: its streams may change between versions, and a store would then be
+read in another order. docs/store.md specifies the algorithm; any change to it needs a new
+`ALGORITHM`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ROUNDS = 8
 # The first word after the seed in every key: one stream per purpose.
 SEQUENCES, BUCKET, BLOCKS = 1, 2, 3
 
-_STRETCH = 1024  # places of an epoch whose blocks are worked out together
+_STRETCH = 1024  # positions of an epoch whose blocks are computed together
 
 
 def mix(x: UInt64[np.ndarray, " N"]) -> UInt64[np.ndarray, " N"]:
@@ -100,21 +100,21 @@ class Permutation:
 
 
 def sequence_order(*, sequences: int, seed: int) -> Permutation:
-    """Place in the harvest -> sequence: the order in which sequences are harvested."""
+    """Position in the harvest -> sequence: the order in which sequences are harvested."""
     return Permutation(sequences, derive_key(seed, SEQUENCES))
 
 
 def bucket_order(*, rows: int, seed: int, bucket: int) -> Permutation:
-    """Row of a bucket as harvested -> its place in the bucket as written."""
+    """Row of a bucket as harvested -> its position in the bucket as written."""
     return Permutation(rows, derive_key(seed, BUCKET, bucket))
 
 
 @dataclass(frozen=True)
 class BlockOrder:
-    """The endless stream of rows a reader sees: per epoch, all blocks in a fresh order.
+    """The endless stream of rows that a reader returns: in each epoch all blocks in a new order.
 
-    Epoch e walks the blocks in the permutation keyed by (seed, e), each block's rows in stored
-    order. Every row comes exactly once an epoch, the rows of a last short block included.
+    Epoch e takes the blocks in the permutation keyed by (seed, e), and the rows of each block in
+    stored order. Every row comes exactly once an epoch, those of a short last block included.
     """
 
     rows: int
@@ -127,7 +127,7 @@ class BlockOrder:
         return -(-self.rows // self.block_rows)
 
     def segments(self, start: int, stop: int) -> list[Segment]:
-        """Rows `[start, stop)` of the stream, as runs of consecutive stored rows, in order."""
+        """Rows `[start, stop)` of the stream as segments of stored rows, in order."""
         found: list[Segment] = []
         while start < stop:
             epoch, offset = divmod(start, self.rows)
@@ -141,28 +141,28 @@ class BlockOrder:
         missing = self.num_blocks * self.block_rows - self.rows
         short_stop = (short + 1) * self.block_rows - missing
 
-        def place(row: int) -> int:
+        def position(row: int) -> int:
             return (row if row < short_stop else row + missing) // self.block_rows
 
-        places = np.arange(place(start), place(stop - 1) + 1)
-        begins = places * self.block_rows - np.where(places > short, missing, 0)
-        sizes = np.where(places == short, self.block_rows - missing, self.block_rows)
+        positions = np.arange(position(start), position(stop - 1) + 1)
+        begins = positions * self.block_rows - np.where(positions > short, missing, 0)
+        sizes = np.where(positions == short, self.block_rows - missing, self.block_rows)
         first = np.maximum(start - begins, 0)
         counts = np.minimum(stop - begins, sizes) - first
-        starts = _blocks_at(self, epoch, places) * self.block_rows + first
+        starts = _blocks_at(self, epoch, positions) * self.block_rows + first
         return [Segment(int(s), int(c)) for s, c in zip(starts, counts, strict=True)]
 
 
 def _blocks_at(
-    blocks: BlockOrder, epoch: int, places: Int64[np.ndarray, " N"]
+    blocks: BlockOrder, epoch: int, positions: Int64[np.ndarray, " N"]
 ) -> Int64[np.ndarray, " N"]:
-    """The blocks at consecutive places of an epoch's order."""
-    first, last = int(places[0]) // _STRETCH, int(places[-1]) // _STRETCH
+    """The blocks at consecutive positions of an epoch's order."""
+    first, last = int(positions[0]) // _STRETCH, int(positions[-1]) // _STRETCH
     known = [_stretch(blocks, epoch, number) for number in range(first, last + 1)]
-    return np.concatenate(known)[places - first * _STRETCH]
+    return np.concatenate(known)[positions - first * _STRETCH]
 
 
-# Kept, because the permutation's many small steps cost a millisecond for one block or a thousand.
+# Cached: the permutation takes a millisecond, for one block as for a thousand.
 @functools.lru_cache(maxsize=16)
 def _stretch(blocks: BlockOrder, epoch: int, number: int) -> Int64[np.ndarray, " N"]:
     order, _ = _epoch_order(blocks, epoch)
@@ -172,9 +172,9 @@ def _stretch(blocks: BlockOrder, epoch: int, number: int) -> Int64[np.ndarray, "
 
 @functools.lru_cache(maxsize=16)
 def _epoch_order(blocks: BlockOrder, epoch: int) -> tuple[Permutation, int]:
-    """The permutation of an epoch's blocks, and the place of the last, short block in it.
+    """The permutation of an epoch's blocks, and the position of the short last block in it.
 
-    Everything after that place begins earlier by the rows that the short block lacks.
+    Every block after that position begins earlier by the rows that the short block lacks.
     """
     order = Permutation(blocks.num_blocks, derive_key(blocks.seed, BLOCKS, epoch))
     return order, int(order.inverse(np.array([blocks.num_blocks - 1]))[0])

@@ -1,10 +1,11 @@
 """`batch(step)`: rows of one tap in training order, read ahead while the caller computes.
 
-A batch is a pure function of (store, tap, batch size, seed, step): there is no iterator state to
-save, and any step can be asked for at any time. Reading ahead changes when bytes are read and
-never which. One thread works out which blocks the batches ahead need; all of those are read
-concurrently, in other threads (`block_reads`; of a bucket TensorStore's). Who asks for a batch
-only takes it from the queue and puts the next one on. Legend: B batch, D width.
+A batch is a pure function of (store, tap, batch size, seed, step). There is no iterator state to
+save, and any step can be read at any time. Reading ahead changes when bytes are read, never which.
+
+One thread computes which blocks the batches ahead need. Those are read concurrently in other
+threads: those of `direct_reads`, or TensorStore's for a store in a bucket. `batch` takes the oldest
+batch from a queue and appends the next one to it. Legend: B batch, D width.
 """
 
 from __future__ import annotations
@@ -34,42 +35,42 @@ _CONCURRENT_FILE_READS = 32  # enough to hide the latency of a network disk
 
 
 def batches_ahead(batch_bytes: int) -> int:
-    """How many batches to read ahead: what `READ_AHEAD_BYTES` holds, from 4 to 16.
+    """How many batches to read ahead: as many as fit `READ_AHEAD_BYTES`, from 4 to 16.
 
-    Deep enough that a disk which stalls for as long as several steps take isn't waited for.
+    So many that training doesn't wait for a disk that stalls for a few steps.
     """
     return max(FEWEST_AHEAD, min(MOST_AHEAD, READ_AHEAD_BYTES // batch_bytes))
 
 
 @dataclass(frozen=True)
 class _Ahead:
-    """A batch that is being read ahead: worked out in another thread, then read in others."""
+    """A batch that is being read ahead: planned in one thread, then read in others."""
 
     begun: Future[ts.Future | PendingRows]
 
     def done(self) -> bool:
-        """Are its rows there, or the reason why they aren't?"""
+        """Has its reading ended, well or in an error?"""
         return self.begun.done() and (
             self.begun.exception() is not None or self.begun.result().done()
         )
 
     def cancel(self) -> None:
-        """Don't begin what hasn't begun."""
+        """Drop what hasn't begun."""
         if not self.begun.cancel() and self.begun.exception() is None:
             self.begun.result().cancel()
 
     def result(self) -> Float[np.ndarray, "B D"]:
-        """Its rows, once all are there."""
+        """Its rows, once all are read."""
         return self.begun.result().result()
 
 
 class ActivationReader:
     """Batches of one tap of a store, read ahead from `start_step`.
 
-    Memory (`memory_bytes`, said in the log) holds `read_ahead` batches and the one last handed
-    out, as much again for blocks between disk and batch, and a small cache where blocks straddle
-    batches. Each batch is a new array that the reader never touches again, so a device may keep
-    reading it.
+    Its memory (`memory_bytes`, which the log gives) is that of `read_ahead` batches and the last
+    one returned, twice as TensorStore has buffers too, and of a small cache if blocks straddle
+    batches. Each batch is a new array that the reader never touches again, so that a device may
+    still read from it.
     """
 
     def __init__(
@@ -86,12 +87,12 @@ class ActivationReader:
         """Open the array and start reading.
 
         Args:
-            read_ahead: batches, None for as many as `batches_ahead` says.
-            rows: the part of each batch that is wanted, and all that is read; None for the whole.
-                With several processes, each reads what its devices need.
+            read_ahead: number of batches; None is that of `batches_ahead`.
+            rows: the part of each batch to read; None is the whole. Each of several processes
+                reads the part that its devices need.
 
         Raises:
-            UserError: the store hasn't the tap, or the array is missing or damaged.
+            UserError: the store doesn't have the tap, or the array is missing or damaged.
         """
         assert batch_size >= 1, batch_size
         assert read_ahead is None or read_ahead >= 1, read_ahead
@@ -107,7 +108,7 @@ class ActivationReader:
         batch_bytes = len(wanted) * self._layout.row_bytes
         self.read_ahead = read_ahead or batches_ahead(batch_bytes)
         # A block that straddles batches is needed by each of them: keep it for the next.
-        aligned = all(place % block_rows == 0 for place in (batch_size, wanted.start, wanted.stop))
+        aligned = all(row % block_rows == 0 for row in (batch_size, wanted.start, wanted.stop))
         cache_bytes = 0 if aligned else 2 * (batch_bytes + block_bytes)
         self.memory_bytes = 2 * (self.read_ahead + 1) * batch_bytes + cache_bytes
         context = ts.Context(
@@ -116,9 +117,9 @@ class ActivationReader:
                 "file_io_concurrency": {"limit": _CONCURRENT_FILE_READS},
             }
         )
-        self._array = self._layout.open(context=context)  # to be told of a wrong description
+        self._array = self._layout.open(context=context)  # raises for a wrong description
         self._blocks = BlockReads(self._layout) if reads_blocks(self._layout) else None
-        # Handing out a batch's blocks takes long enough for a step of a fast device to wait.
+        # In a thread of its own: planning a batch takes as long as a step of a fast device.
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="plan")
         self._queue: deque[_Ahead] = deque()
         self._first = start_step  # the step at the head of the queue
@@ -147,13 +148,13 @@ class ActivationReader:
             self._blocks.close()
 
     def batch(self, step: int) -> Float[np.ndarray, "B D"]:
-        """Rows `[step * B, (step + 1) * B)` of the stream, or the wanted part of them.
+        """Rows `[step * B, (step + 1) * B)` of the stream, or the part `rows` of them.
 
         In the store's dtype.
 
-        Steps in order come from memory, and the time spent here is the time waited for the
-        disk. Any other step empties the queue and begins to read ahead from there. What went
-        wrong while reading ahead is told when its batch is asked for.
+        The next step comes from memory, and the time spent here is the time waited for the disk.
+        Any other step empties the queue and starts reading ahead from there. An error in reading
+        ahead is raised when its batch is asked for.
 
         Raises:
             UserError: a shard is damaged or missing; names the file.

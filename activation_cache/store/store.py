@@ -1,7 +1,6 @@
-"""A finished activation store: opening it, asking what is in it, reading rows by number.
+"""A finished activation store: opening it, what it holds, reading rows by number.
 
-Training reads through `ActivationReader`; this is the plain access below it. Legend: N rows, D
-width of a tap.
+Training reads through `reader.ActivationReader`. Legend: N rows, D width of a tap.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from activation_cache.store.manifest import Manifest, first_difference
 from activation_cache.text.token_table import TokenTable, open_tokens
 
 MANIFEST_FILE = "manifest.json"
-PLAN_FILE = "plan.json"  # the manifest of a harvest in progress, without its norms
+PLAN_FILE = "plan.json"  # the manifest of a harvest that isn't finished, without norms
 TOKENS_FOLDER = "tokens"
 PROVENANCE = ("sequence", "position")
 
 
 def tap_layout(path: StoragePath, manifest: Manifest, tap: Tap) -> ArrayLayout:
-    """The array of one tap, [N, D]; raises `UserError` when the store hasn't the tap."""
+    """The array of one tap, [N, D]; raises `UserError` if the store doesn't have the tap."""
     entry = next((entry for entry in manifest.sites if entry.tap == tap), None)
     if entry is None:
         names = ", ".join(entry.tap.name for entry in manifest.sites)
@@ -52,7 +51,7 @@ def tap_layout(path: StoragePath, manifest: Manifest, tap: Tap) -> ArrayLayout:
 
 
 def provenance_layout(path: StoragePath, manifest: Manifest, name: str) -> ArrayLayout:
-    """One of the arrays that say where rows came from, int32 [N]; a shard per bucket."""
+    """One of the two arrays of `Provenance`, int32 [N]; a shard per bucket."""
     return ArrayLayout(
         path=path / name,
         shape=(manifest.rows,),
@@ -64,7 +63,7 @@ def provenance_layout(path: StoragePath, manifest: Manifest, name: str) -> Array
 
 @dataclass(frozen=True)
 class TapInfo:
-    """What a store knows of one tap: width D, mean of |x|^2 over its rows, dtype of the rows."""
+    """One tap of a store: width D, mean of |x|² over its rows, dtype of the rows."""
 
     width: int
     mean_squared_norm: float
@@ -83,8 +82,8 @@ class Provenance:
 class Store:
     """A finished store; made by `open_store`.
 
-    `identity` is the checksum in its manifest: stores with the same one hold the same rows in the
-    same order.
+    `identity` is the checksum in its manifest: stores with the same identity hold the same rows in
+    the same order.
     """
 
     path: StoragePath
@@ -93,38 +92,38 @@ class Store:
 
     @property
     def rows(self) -> int:
-        """N, the rows of every tap."""
+        """N, the number of rows of each tap."""
         return self.manifest.rows
 
     @property
     def taps(self) -> tuple[Tap, ...]:
-        """What was harvested."""
+        """The taps it has."""
         return tuple(entry.tap for entry in self.manifest.sites)
 
     @cached_property
     def tokens(self) -> TokenTable:
-        """The token table, held-out sequences included; raises `UserError` when damaged."""
+        """The token table, held-out sequences included; raises `UserError` if it is damaged."""
         table = open_tokens(self.path / TOKENS_FOLDER)
         if table.summary.token_hash != self.manifest.token_hash:
             raise UserError(
                 f"{table.path} has token hash {table.summary.token_hash} and the store was made "
-                f"of {self.manifest.token_hash}: restore the folder from a copy."
+                f"from {self.manifest.token_hash}: restore the folder from a copy."
             )
         return table
 
     def layout(self, tap: Tap) -> ArrayLayout:
-        """Shape and cutting of a tap's array; raises `UserError` when the store hasn't it."""
+        """A tap's array; raises `UserError` if the store doesn't have the tap."""
         return tap_layout(self.path, self.manifest, tap)
 
     def tap_info(self, tap: Tap) -> TapInfo:
-        """Width, mean squared norm and dtype; raises `UserError` when the store hasn't the tap."""
+        """What the store knows of a tap; raises `UserError` if it doesn't have the tap."""
         layout = self.layout(tap)
         entry = next(entry for entry in self.manifest.sites if entry.tap == tap)
         assert entry.mean_squared_norm is not None
         return TapInfo(layout.shape[1], entry.mean_squared_norm, self.manifest.dtype)
 
     def read(self, tap: Tap, *, start: int, stop: int) -> Float[np.ndarray, "N D"]:
-        """Rows `[start, stop)` as stored; raises `UserError` naming a damaged file."""
+        """Rows `[start, stop)` in stored order; raises `UserError` naming a damaged file."""
         layout = self.layout(tap)
         return read_rows(layout.open(), layout, [Segment(start, stop - start)])
 
@@ -181,7 +180,7 @@ def open_store(path: AnyPath) -> Store:
             + ". Run `sae harvest` with this config first."
         )
     manifest = read_record(folder / MANIFEST_FILE, Manifest)
-    # As it was written: hashed anew, the manifest of an older version would have the defaults of
-    # fields added since, and runs trained on the store would take it for another.
+    # The checksum as it was written. Computed again, that of an older manifest would cover the
+    # defaults of fields added since, and runs trained on the store would take it for another.
     identity = read_json(folder / MANIFEST_FILE)["checksum"]
     return Store(folder, manifest, identity)

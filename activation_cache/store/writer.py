@@ -1,8 +1,8 @@
-"""Buckets to disk, in the background: one bucket is written while the next is filled.
+"""Writes shuffle buckets in the background: one is written while the next is filled.
 
 A bucket is committed in two phases. First its shards are written, each in one transaction; then a
-record in `commits/` names the bucket. A bucket without a record doesn't exist and is made again,
-over the same names and with the same bytes.
+record in `commits/` names the bucket. A bucket without a record doesn't count and is made again,
+under the same names and with the same bytes.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ logger = logging.getLogger(__name__)
 
 BUCKETS_IN_MEMORY = 2  # one being filled, one being written
 _CONCURRENT_RECORDS = 16
-_SUM_ROWS = 4096  # rows squared at once: bounds the float64 copy
+_SUM_ROWS = 4096  # rows squared at once, to bound the float64 copy of them
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """The rows of one bucket in the order they are stored. Legend: N rows, D width."""
+    """The rows of one bucket in stored order. Legend: N rows, D width."""
 
     number: int
     activations: dict[Tap, Float[np.ndarray, "N _"]]
@@ -43,7 +43,7 @@ class Bucket:
 
 
 class Commit(Section):
-    """`commits/bucket-000000.json`: this bucket is durable; what it adds to the norms."""
+    """`commits/bucket-000000.json`: a bucket is durable, and its share of the norms."""
 
     format_version: int
     bucket: Count
@@ -57,12 +57,12 @@ def commit_file(path: StoragePath, bucket: int) -> StoragePath:
 
 
 def read_commits(path: StoragePath, manifest: Manifest) -> dict[int, Commit]:
-    """The buckets that are durable; raises `UserError` when a record is damaged."""
+    """The records of durable buckets, by number; raises `UserError` if one is damaged."""
     folder = commit_file(path, 0).parent
     names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
     files = {bucket: commit_file(path, bucket) for bucket in range(manifest.num_buckets)}
     present = {bucket: file for bucket, file in files.items() if file.name in names}
-    with ThreadPoolExecutor(_CONCURRENT_RECORDS) as pool:  # a bucket answers slowly, but many
+    with ThreadPoolExecutor(_CONCURRENT_RECORDS) as pool:  # a bucket's latency, not its rate
         records = pool.map(lambda file: read_record(file, Commit), present.values())
         return dict(zip(present, records, strict=True))
 
@@ -76,8 +76,8 @@ def sum_of_squares(rows: Float[np.ndarray, "N D"]) -> float:
 class BucketWriter:
     """Writes buckets of one store, one at a time, in a thread.
 
-    As a context it ends when the last bucket is committed; if the body failed, the bucket being
-    written is still committed and the body's error is the one raised.
+    As a context manager it ends when the last bucket is committed. If the body fails, the bucket
+    being written is still committed, and the body's error is raised.
     """
 
     def __init__(self, path: StoragePath, manifest: Manifest) -> None:
@@ -109,10 +109,10 @@ class BucketWriter:
             self._pool.shutdown()
 
     def submit(self, bucket: Bucket) -> None:
-        """Have a bucket written; waits until the one before is committed.
+        """Have a bucket written, after waiting until the one before is committed.
 
         Raises:
-            UserError: that one could not be written, or is not finite.
+            UserError: the one before could not be written, or is not finite.
         """
         self._wait()
         self._pending = self._pool.submit(self._write, bucket)

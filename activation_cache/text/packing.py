@@ -1,8 +1,8 @@
 """Documents to sequences of one length.
 
 Each document is followed by EOS; the stream of all documents is cut into pieces of `length - 1`,
-each with BOS in front; the last is filled up with padding. Where documents have subsets, those of
-each subset are a stream of their own, so that every sequence belongs to one subset.
+each with BOS in front; the last one is padded. If documents have subsets, each subset is a stream
+of its own, so that every sequence belongs to one subset.
 
 Legend: S sequence length, N sequences.
 """
@@ -21,9 +21,10 @@ from activation_cache.text.token_table import SpecialIds
 def pack(
     batches: Iterable[Sequence[Sequence[int]]], *, length: int, special: SpecialIds
 ) -> Iterator[Int32[np.ndarray, "N S"]]:
-    """Cut documents (lists of token ids, in batches) into sequences, as the module says.
+    """Cut documents (lists of token ids, in batches) into sequences.
 
-    Yields what each batch completes, so memory holds one batch and less than one sequence.
+    After each batch it yields the sequences that are complete, so that memory holds one batch and
+    less than one sequence.
     """
     stream = _Stream(length, special)
     for documents in batches:
@@ -36,10 +37,10 @@ def pack(
 def pack_by_subset(
     batches: Iterable[Sequence[tuple[int, Sequence[int]]]], *, length: int, special: SpecialIds
 ) -> Iterator[tuple[Int32[np.ndarray, "N S"], Int32[np.ndarray, " N"]]]:
-    """As `pack`, of documents that have the number of their subset before them.
+    """`pack` for documents that come as (number of their subset, token ids).
 
-    Sequences come in the order in which documents complete them, whatever the batches; what is
-    left of each subset comes last, in the order in which they first came.
+    Sequences come in the order in which documents complete them, whatever the batches. The rest of
+    each subset comes last, in the order in which the subsets were first met.
 
     Yields:
         Sequences, and the subset of each.
@@ -61,7 +62,7 @@ def pack_by_subset(
 
 
 def pack_vocabulary(size: int, *, length: int, special: SpecialIds) -> Int32[np.ndarray, "N S"]:
-    """Every id of a vocabulary once, in rising order, but for the special ones."""
+    """Every id of a vocabulary once, in rising order, without the special ones."""
     apart = np.array([special.bos, special.eos, special.pad])
     stream = _Stream(length, special)
     stream.parts = [np.setdiff1d(np.arange(size), apart).astype(np.int32)]
@@ -71,7 +72,7 @@ def pack_vocabulary(size: int, *, length: int, special: SpecialIds) -> Int32[np.
 
 @dataclass
 class _Stream:
-    """Documents one behind the other; holds what is not yet cut."""
+    """Documents one after the other; holds the tokens that aren't cut into sequences yet."""
 
     length: int
     special: SpecialIds
@@ -83,7 +84,7 @@ class _Stream:
         self.size += len(self.parts[-1])
 
     def take(self) -> Int32[np.ndarray, "N S"]:
-        """Every whole sequence there is."""
+        """Remove and return every complete sequence."""
         body = self.length - 1
         stream = np.concatenate([np.empty(0, np.int32), *self.parts])
         whole = len(stream) // body * body
@@ -91,7 +92,7 @@ class _Stream:
         return self._with_bos(stream[:whole].reshape(-1, body))
 
     def end(self) -> Int32[np.ndarray, "N S"]:
-        """What is left, filled up with padding; nothing if nothing is."""
+        """The rest as one padded sequence; none if there is no rest."""
         if not self.size:
             return np.empty((0, self.length), np.int32)
         rest = self.length - 1 - self.size

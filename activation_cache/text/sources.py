@@ -1,8 +1,7 @@
 """Sources of text: files named by globs, and Hugging Face datasets, as one stream of documents.
 
-The order is fixed: sources as listed, the files of a glob sorted by name, rows as stored. Bad
-text is an error that names the place, not a silent gap: what is skipped today is a corpus that
-nobody can name tomorrow.
+The order is fixed: sources as listed, the files of a glob sorted by name, rows as stored. Bad text
+is an error that names the file and line. Skipping it would leave a corpus that nobody can describe.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ _HUB = "hf://"
 
 @dataclass(frozen=True)
 class Document:
-    """One text; `position` is how far into its source it ends (bytes of a file, rows of a set).
+    """One text; `position` is where it ends in its source (bytes of a file, rows of a dataset).
 
-    `subset` is what `text.subset_field` says of it, None without one.
+    `subset` is the value of `text.subset_field`, None without that setting.
     """
 
     text: str
@@ -44,7 +43,7 @@ class Document:
 
 @dataclass(frozen=True)
 class _Fields:
-    """Where a row keeps its text, and where the name of its subset; dots lead into rows within."""
+    """The fields of a row that hold its text and its subset; dots lead into nested rows."""
 
     text: str
     subset: str | None
@@ -76,7 +75,7 @@ class _Fields:
 
 @dataclass(frozen=True)
 class Source:
-    """One file or one Hub dataset: what it is, and how to walk its documents.
+    """One file or one Hub dataset, and how to read its documents.
 
     `size` is in bytes, None for a dataset of the Hub, which is streamed and may be endless.
     """
@@ -87,11 +86,11 @@ class Source:
 
     @property
     def streamed(self) -> bool:
-        """Whether this comes over the network and should only be read as far as needed."""
+        """Whether it comes over the network and should be read only as far as needed."""
         return self.size is None
 
     def content_hash(self) -> str | None:
-        """Hash of a file's content, to notice that it has changed; None for a stream."""
+        """Hash of a file's content, by which a change is noticed; None for a stream."""
         return None if self.streamed else sampled_hash(Path(self.name))
 
 

@@ -1,10 +1,9 @@
-"""The stored table of tokens: what a text became, every sequence readable by its index.
+"""The stored table of tokens: the sequences that a text was cut into, read by their index.
 
 On disk (docs/store.md): `tokens` int32 [sequences, S], `usable` int32 [sequences] (the usable
 tokens of each), with `text.subset_field` also `subset` int32 [sequences], and `tokens.json`,
-written last. A usable token is one that makes a row of an
-activation store: neither BOS, EOS nor padding (Gemma Scope, section 3.1). Legend: S sequence
-length, N sequences.
+written last. A usable token makes a row of an activation store: it is neither BOS, EOS nor padding
+(Gemma Scope, section 3.1). Legend: S sequence length, N sequences.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from activation_cache.storage.records import read_record
 from activation_cache.storage.row_range import Segment
 
 TOKENS_FILE = "tokens.json"
-_CHUNK_BYTES = 2**16  # sequences are read one by one in random order: a chunk is read for each
+_CHUNK_BYTES = 2**16  # small: sequences are read in random order, a whole chunk for each
 _SHARD_CHUNKS = 1024
 _CHUNK_COUNTS = 1024
 
@@ -51,14 +50,14 @@ class SourceEntry(Section):
 
 
 class TokenSummary(Section):
-    """`tokens.json`: what the table was made of, what is in it."""
+    """`tokens.json`: what the table was made from, and what it holds."""
 
     format_version: int
     text: TextConfig
     sources: list[SourceEntry]
     tokenizer_hash: str
-    rows_wanted: PositiveCount | None  # where a stream was left off; None without streams
-    vocabulary: PositiveCount | None = None  # ids, where these stand for text to be harvested
+    rows_wanted: PositiveCount | None  # at which reading a stream ended; None without streams
+    vocabulary: PositiveCount | None = None  # number of ids, if they are harvested, not text
     special_ids: SpecialIds
     token_hash: str
     documents: Count
@@ -122,7 +121,7 @@ class TokenTable:
         return read_rows(layout.open(), layout, [Segment(0, self.num_sequences)])
 
     def subset_of(self, sequences: Sequence[int]) -> Int32[np.ndarray, " N"]:
-        """The subset of any sequences, as places in `summary.subsets`; 0 where there are none."""
+        """The subset of any sequences, as indices into `summary.subsets`; 0 if there are none."""
         if not self.summary.subsets:
             return np.zeros(len(sequences), np.int32)
         layout = subset_layout(self.path, self.num_sequences)

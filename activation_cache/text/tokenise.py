@@ -1,7 +1,7 @@
-"""Documents to tokens: tokenise, pack, and store once as a `TokenTable`.
+"""From documents to tokens: tokenised, packed and stored once as a `TokenTable`.
 
-How documents become sequences is in `packing`. Text that spells out a special token is tokenised
-to it, and is as unusable as the real one. Legend: S sequence length, N sequences.
+`packing` says how documents become sequences. Text that spells out a special token is tokenised to
+that token, which is then not usable. Legend: S sequence length, N sequences.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from activation_cache.text.token_table import (
 
 logger = logging.getLogger(__name__)
 
-_BATCH_CHARACTERS = 2_000_000  # text tokenised at once: the tokenizer's threads share it
+_BATCH_CHARACTERS = 2_000_000  # tokenised at once, by all of the tokenizer's threads
 _BATCH_DOCUMENTS = 1024
 _MOST_SUBSETS = 1000  # each keeps the start of a sequence in memory, and leaves one half empty
 
@@ -48,8 +48,8 @@ class Recipe(Section):
     text: TextConfig
     sources: list[SourceEntry]
     tokenizer_hash: str
-    rows_wanted: int | None  # where streams are left off; None where all are files
-    vocabulary: int | None = None  # ids, where these come before the text, which is all held out
+    rows_wanted: int | None  # at which reading streams ends; None if all sources are files
+    vocabulary: int | None = None  # number of ids, which come before text that is all held out
 
     def difference(self, stored: TokenSummary) -> str | None:
         """The first field in which a stored table differs, in words; None if there is none."""
@@ -81,17 +81,20 @@ def prepare_tokens(
     keep: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> TokenTable:
-    """Make the token table at `path`, or take the one that is there if nothing has changed.
+    """Make the token table at `path`, or open the one that is there if nothing has changed.
 
-    Files are read to their end. A stream of the Hub is read until `rows` usable tokens and the
-    held-out sequences are together. With a `vocabulary` of so many ids the sequences to harvest
-    are those, each once, and text is read for the held-out ones alone. `keep` says that a harvest
-    depends on the table there: then it is never replaced.
+    Files are read to their end. A stream of the Hub is read until there are `rows` usable tokens
+    and the held-out sequences.
+
+    Args:
+        vocabulary: a number of ids to harvest, each once, instead of text; text is then read for
+            the held-out sequences alone.
+        keep: a harvest depends on the table that is there, so it is never replaced.
 
     Raises:
         UserError: bad text; too few sequences; a disk error; or, with `keep`, a table of other
             text, naming the field that differs.
-        Interrupted: `stop` turned true; the table is begun anew next time.
+        Interrupted: `stop` turned true; next time the table is begun again.
     """
     sources = find_sources(text)
     recipe = _recipe(
@@ -115,7 +118,7 @@ def prepare_tokens(
 
 
 def describe_text(text: TextConfig, *, like: TokenSummary) -> Recipe:
-    """The recipe `text` makes today, with the tokenizer and rows of a stored table.
+    """The recipe of `text` as its files are now, with the tokenizer and rows of a stored table.
 
     Raises:
         UserError: a source can't be found or read.
@@ -148,7 +151,7 @@ def _recipe(
 
 
 def _regroup(parts: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
-    """The same rows in arrays of exactly `rows`, the last one perhaps shorter."""
+    """The same rows in arrays of `rows` rows each; the last may be shorter."""
     waiting: list[np.ndarray] = []
     for part in parts:
         waiting.append(part)
@@ -161,7 +164,7 @@ def _regroup(parts: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
 
 
 def _batches(sources: list[Source]) -> Iterator[tuple[list[Document], int]]:
-    """Documents in batches fit for the tokenizer, with the position reached in all sources."""
+    """Documents in batches for the tokenizer, with the position reached over all sources."""
     documents: list[Document] = []
     characters = position = before = 0
     for source in sources:
@@ -194,14 +197,14 @@ class _TableBuilder:
         self.digest = hashlib.sha256()
 
     def run(self, sources: list[Source]) -> TokenSummary:
-        """Build the table; `tokens.json` makes it a table and is written last."""
+        """Build the table; `tokens.json`, written last, makes it a finished one."""
         remove_tree(self.path)
         make_folder(self.path)
         written = 0
         shard_rows = token_layout(self.path, 0, self.length).shard_rows
         for rows in _regroup(self._counted(self._packed(sources)), shard_rows):
             layout = token_layout(self.path, written + len(rows), self.length)
-            # How many there will be is known at the end: the array is described then.
+            # The array is described at the end, when the number of sequences is known.
             write_shards(layout.open(assume=True), layout, start=written, rows=rows)
             written += len(rows)
         self._require_sequences(written)
@@ -222,7 +225,7 @@ class _TableBuilder:
         return summary
 
     def _packed(self, sources: list[Source]) -> Iterator[np.ndarray]:
-        """Sequences; where documents have subsets, those of each are remembered."""
+        """Sequences; the subset of each is noted if documents have subsets."""
         encoded = self._encoded(sources)
         if self.recipe.vocabulary is not None:
             yield from self._vocabulary_and_text(encoded)
@@ -274,7 +277,7 @@ class _TableBuilder:
         with ProgressMeter("tokenising", total=total, unit=unit) as meter:
             for documents, position in _batches(sources):
                 if self.stop():
-                    raise Interrupted("stopped while tokenising: it begins anew next time")
+                    raise Interrupted("stopped while tokenising: next time it begins again")
                 encoded = self.tokenizer.encode_batch([one.text for one in documents])
                 self.documents += len(encoded)
                 self.tokens += sum(map(len, encoded))

@@ -14,6 +14,7 @@ from activation_cache.runtime.progress import ProgressMeter
 from activation_cache.storage.files import StoragePath, file_sizes
 from launch.console import print_table
 from launch.show.status import status_table
+from launch.show.units import bytes_text
 from launch.targets import target_config
 from sae_train.config.file import FILE_NAME
 
@@ -74,7 +75,7 @@ def inspect_store(path: StoragePath, *, verify: bool) -> None:
                 "text": ", ".join(manifest.text.source),
                 "buckets": f"{manifest.num_buckets} of {manifest.shuffling.bucket_rows:,} rows",
                 "blocks": f"{manifest.shuffling.block_rows} rows",
-                "size": _bytes(sum(file_sizes(path).values())),
+                "size": bytes_text(sum(file_sizes(path).values())),
             },
         )
     )
@@ -182,11 +183,3 @@ def _facts(title: str, facts: Mapping[str, str]) -> Table:
     for name, value in facts.items():
         table.add_row(name, value)
     return table
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} TiB"

@@ -8,7 +8,7 @@ Dims: B rows of a batch, D model width, F latents. `axis` is a mesh axis, `dim` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from activation_cache import mesh as device_mesh
 from activation_cache.config import MeshConfig
-from activation_cache.mesh import devices_of_processes
 from sae_train.config.sae import Architecture, SaeConfig
 
-AXES = ("data", "model")
 AXIS_OF_DIM: dict[str, str | None] = {
     "B": "data",
     "F": "model",
@@ -115,17 +114,13 @@ def make_mesh(config: MeshConfig) -> Mesh:
     Raises:
         UserError: fewer devices than the mesh has places, or processes without a part in it.
     """
-    return _mesh(devices_of_processes(config), shape=(config.data, config.model))
+    devices = device_mesh.devices_of_processes(config)
+    return device_mesh.make_mesh(devices, data=config.data)
 
 
 def local_mesh() -> Mesh:
     """One device of this process alone."""
-    return _mesh(jax.local_devices()[:1], shape=(1, 1))
-
-
-def _mesh(devices: Sequence[Any], *, shape: tuple[int, int]) -> Mesh:
-    kinds = (jax.sharding.AxisType.Auto,) * 2
-    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=kinds)
+    return device_mesh.make_mesh(jax.local_devices()[:1])
 
 
 def rows_here(mesh: Mesh, *, batch_size: int) -> slice:

@@ -81,34 +81,35 @@ def test_a_server_that_is_gone_is_told_and_nothing_is_lost(
     assert_same_run(finished_run / "whole", storage_path(config.output), step=40)
 
 
-def start_two(folder: Path, *configs: Config) -> Group:
-    """Two processes that train these configs, one after the other, on two devices."""
-    files = []
-    for number, config in enumerate(configs):
-        write_config(config, folder / f"config-{number}")
-        files.append(str(folder / f"config-{number}" / "config.yaml"))
-    return start_group([["-m", "tests.support.children.train_child", *files]] * 2)
+def start_two(folder: Path, config: Config) -> Group:
+    """Two processes that train a config on two devices."""
+    write_config(config, folder)
+    file = str(folder / "config.yaml")
+    return start_group([["-m", "tests.support.children.train_child", file]] * 2)
+
+
+@pytest.fixture(scope="module")
+def two_on_disk(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of two processes, on a disk and undisturbed."""
+    config = make_run(finished_run, output="two", mesh=MESH)
+    group = start_two(tmp_path_factory.mktemp("two"), config)
+    assert group.wait() == [0, 0], "\n".join(group.logs)
+    return Path(config.output)
 
 
 def test_two_processes_save_together_and_are_killed(
-    bucket_server: Server, finished_run: Path, tmp_path: Path
+    bucket_server: Server, finished_run: Path, two_on_disk: Path, tmp_path: Path
 ):
-    on_disk = make_run(finished_run, output=f"two-{bucket_server.scheme}", mesh=MESH)
-    undisturbed = run_in(bucket_server, finished_run, "two", mesh=MESH)
-    group = start_two(tmp_path, on_disk, undisturbed)
-    assert group.wait() == [0, 0], "\n".join(group.logs)
-    assert_same_run(Path(on_disk.output), storage_path(undisturbed.output), step=40)
-
-    killed = run_in(bucket_server, finished_run, "killed", mesh=MESH)
-    group = start_two(tmp_path / "killed", killed)
+    config = run_in(bucket_server, finished_run, "killed", mesh=MESH)
+    group = start_two(tmp_path / "killed", config)
     deadline = time.monotonic() + 240
-    while (newest_checkpoint(storage_path(killed.output)) or 0) < 10:
+    while (newest_checkpoint(storage_path(config.output)) or 0) < 10:
         assert group.alive(), "it ended before it was killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)
     for process in group.processes:
         os.kill(process.pid, signal.SIGKILL)
     group.wait()
-    group = start_two(tmp_path / "again", killed)
+    group = start_two(tmp_path / "again", config)
     assert group.wait() == [0, 0], "\n".join(group.logs)
-    assert_same_run(Path(on_disk.output), storage_path(killed.output), step=40)
+    assert_same_run(two_on_disk, storage_path(config.output), step=40)

@@ -200,11 +200,13 @@ def test_what_cannot_be_harvested_is_told(folder: Path):
 
 
 def test_no_other_weight_is_read(folder: Path):
-    from activation_cache.language_model.model import load_copies
+    from activation_cache.language_model.model import load_replicas
     from activation_cache.mesh import make_mesh
 
     config = embedding_config(folder)
-    [alone] = load_copies(config.model, meshes=[make_mesh(jax.devices()[:1])], embedding_only=True)
+    [alone] = load_replicas(
+        config.model, meshes=[make_mesh(jax.devices()[:1])], embedding_only=True
+    )
     assert list(alone.params) == ["embedding"]
     tokens = np.arange(8, dtype=np.int32).reshape(1, 8)
     acts = alone.activations(tokens, [EMBEDDING])[EMBEDDING]

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from activation_cache.config import ModelConfig
+from activation_cache.gemma import attention
 from activation_cache.gemma import forward as gemma_module
 from activation_cache.gemma.forward import Gemma
 from activation_cache.gemma.taps import Splice, Tap
@@ -83,7 +84,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
 @pytest.fixture(autouse=True)
 def _small_query_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three blocks of queries for 23 positions, as 1,024 positions make four."""
-    monkeypatch.setattr(gemma_module, "MIN_QUERY_BLOCK", 9)
+    monkeypatch.setattr(attention, "MIN_QUERY_BLOCK", 9)
 
 
 @dataclass
@@ -200,6 +201,7 @@ def test_logits_and_every_tap(pair: Pair) -> None:
     _assert_close(output.logits, theirs[None])
 
 
+@pytest.mark.parametrize("pair", ["gemma2", "gemma3"], indirect=True)  # with a cap and without
 def test_losses_in_chunks_of_positions(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     # 44 rows, 7 at a time: the last chunk is padded. (`test_splice` has all rows in one chunk.)
     monkeypatch.setattr(gemma_module, "MAX_LOGIT_ELEMENTS", 7 * COMMON["vocab_size"])
@@ -212,8 +214,19 @@ def _halve_and_shift(acts: jax.Array, shift: jax.Array) -> jax.Array:
     return acts * 0.5 + shift[None, None, :]
 
 
-@pytest.mark.parametrize("site", ["resid_post", "mlp_out", "attn_out_prelinear", "mlp_in"])
+@pytest.mark.parametrize(
+    ("pair", "site"),
+    [
+        ("gemma2", "resid_post"),
+        ("gemma2", "mlp_out"),
+        ("gemma2", "mlp_in"),
+        ("gemma3", "attn_out_prelinear"),
+        ("gemma3_multimodal", "resid_post"),
+    ],
+    indirect=["pair"],
+)
 def test_splice(pair: Pair, site: Any) -> None:
+    """Every site once: a splice is the same code in every family."""
     tap = Tap(site, 2)
     width = 60 if site == "attn_out_prelinear" else 36
     for seed in (0, 1):  # other arguments, same compiled forward
@@ -229,7 +242,9 @@ def _add_what_was_read(acts: jax.Array, gain: jax.Array, *, read: jax.Array) -> 
     return 0.3 * acts + gain * read
 
 
-@pytest.mark.parametrize("site", ["mlp_in", "mlp_in_normalized"])
+@pytest.mark.parametrize(
+    ("pair", "site"), [("gemma2", "mlp_in"), ("gemma3", "mlp_in_normalized")], indirect=["pair"]
+)
 def test_a_splice_sees_an_earlier_tap(pair: Pair, site: Any) -> None:
     read: dict[str, torch.Tensor] = {}
 
@@ -310,9 +325,9 @@ def test_query_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, window: in
     )
 
     def attended() -> jax.Array:
-        return gemma_module.attend(q, k, v, scale=0.3, softcap=5.0, window=window)
+        return attention.attend(q, k, v, scale=0.3, softcap=5.0, window=window)
 
-    monkeypatch.setattr(gemma_module, "MIN_QUERY_BLOCK", 700)
+    monkeypatch.setattr(attention, "MIN_QUERY_BLOCK", 700)
     whole = attended()
-    monkeypatch.setattr(gemma_module, "MIN_QUERY_BLOCK", 256)
+    monkeypatch.setattr(attention, "MIN_QUERY_BLOCK", 256)
     np.testing.assert_allclose(attended(), whole, atol=1e-6)

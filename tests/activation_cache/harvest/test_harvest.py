@@ -324,7 +324,7 @@ def test_before_the_first_commit_the_config_may_change(finished: Store, gemma, c
 def test_too_few_tokens_is_said_before_the_model_is_loaded(
     gemma, corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(worker, "load_copies", None)
+    monkeypatch.setattr(worker, "load_replicas", None)
     with pytest.raises(UserError, match=r"asks for 100000 rows and the text has \d+ usable"):
         harvest(**sections(gemma, corpus, tmp_path, cache__tokens=100_000))
 

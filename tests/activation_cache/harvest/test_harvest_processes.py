@@ -66,9 +66,9 @@ def rows_of(store: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("mesh", "begun", "ended"),
     [
-        # Each copy in two processes, then in one: in step with each other, then not.
+        # Each replica in two processes, then in one: in step with each other, then not.
         ("{data: 2, model: 2}", 4, 2),
-        # One copy in four processes, then in two.
+        # One replica in four processes, then in two.
         ("{data: 1, model: 4}", 4, 2),
     ],
 )
@@ -93,7 +93,7 @@ def test_begun_by_four_and_finished_by_two(folder: Path, mesh: str, begun: int, 
 
 
 def test_a_process_reads_only_its_part_of_the_weights(tmp_path: Path):
-    """Two processes with two devices each, a copy over all four."""
+    """Two processes with two devices each, a replica over all four."""
     sizes = {"num_heads": 8, "num_kv_heads": 8, "d_ff": 32, "vocab_size": 408}
     weights = write_tiny_gemma(tmp_path / "gemma", **sizes)
     group = start_group(

@@ -14,7 +14,7 @@ import pytest
 
 from activation_cache.harvest.harvest import harvest
 from activation_cache.runtime.errors import Interrupted, StorageError, UserError
-from activation_cache.storage import bucket, lease
+from activation_cache.storage import bucket, bucket_client, lease
 from activation_cache.storage.bucket import BucketPath, files_below
 from activation_cache.storage.files import folder_lock, is_locked, storage_path, write_text
 from activation_cache.store.store import open_store
@@ -48,9 +48,9 @@ def test_the_whole_pipeline(
     bucket_server: Server, pipeline: Path, capsys: pytest.CaptureFixture[str]
 ):
     out, config = bucket_server.folder("out"), str(pipeline / "config.yaml")
-    places = [f"cache.path={out}/store", f"output={out}", "-q"]
+    overrides = [f"cache.path={out}/store", f"output={out}", "-q"]
     for command in ("harvest", "train", "evaluate"):
-        assert main([command, config, *places]) == 0
+        assert main([command, config, *overrides]) == 0
     for command in ("export", "report", "status", "inspect"):
         assert main([command, out, "-q"]) == 0
     shown = capsys.readouterr().out
@@ -106,8 +106,8 @@ def test_the_checkpoint_before_is_gone_on_from(
 ):
     """Of one run, damaged again as soon as it is whole."""
     caplog.set_level(logging.INFO, logger="sae_train")
-    config = run_in(bucket_server, finished_run, "damaged")
-    train(config)
+    config = run_in(bucket_server, finished_run, "stopped")
+    train(config)  # the run of the test before, or a new one
     newest = storage_path(config.output) / "checkpoints" / "40"
     assert isinstance(newest, BucketPath)
 
@@ -156,13 +156,13 @@ def test_refused_credentials_are_told_at_once(
     bucket_server: Server, finished_run: Path, status: int
 ):
     config = run_in(bucket_server, finished_run, "denied")
-    bucket._known_buckets.clear()
+    bucket_client._known_buckets.clear()
     bucket_server.proxy.fail = lambda method, path: status
     with pytest.raises(StorageError, match=r"refuses the credentials .*They come from"):
         train(config)
     # TensorStore's words, where gcsfs and s3fs still get through.
     bucket_server.proxy.fail = lambda method, path: status if "/c/" in path else None
-    bucket._known_buckets.clear()
+    bucket_client._known_buckets.clear()
     with pytest.raises(StorageError, match="refuses the credentials"):
         open_store(config.cache.path).provenance(start=0, stop=8)
 
@@ -207,7 +207,7 @@ def test_the_lease_of_a_dead_process_is_taken(
     write_text(folder / ".lock", json.dumps(left | {"host": "elsewhere"}))
     with folder_lock(folder):  # once it has run out
         assert "waiting until" in caplog.text
-        assert "is gone, taking over" in caplog.text
+        assert "is gone, taking its lease" in caplog.text
 
 
 def test_who_lost_the_folder_writes_no_more(bucket_server: Server):
@@ -243,9 +243,9 @@ def test_of_two_that_take_a_lease_one_wins(bucket_server: Server):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("gs:/bucket/x", "no place to write to"),
-        ("http://host/x", "no place to write to"),
-        ("s3://", "no place to write to"),
+        ("gs:/bucket/x", "nothing can be written to"),
+        ("http://host/x", "nothing can be written to"),
+        ("s3://", "nothing can be written to"),
         ("gs://bucket/a/../b", "have no meaning in a bucket"),
     ],
 )

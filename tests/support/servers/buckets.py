@@ -5,20 +5,23 @@ The environment is set as a user would set it; nothing of ours is replaced.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import os
 import subprocess
 import sys
 import time
+import types
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from activation_cache.storage import bucket
+from activation_cache.storage import bucket, bucket_client
 from activation_cache.storage.bucket import BucketPath, files_below
 from activation_cache.storage.files import storage_path
 from sae_train.config.run import Config
@@ -73,6 +76,11 @@ def servers(log_folder: Path, *schemes: str) -> Iterator[dict[str, Server]]:
         for server in found.values():
             _await(server)
         forget()
+        if "gs" in schemes:
+            # gcsfs, once it is loaded as we load it, pauses for half a minute before it gives up.
+            bucket_client.file_system("gs")
+            clock = types.SimpleNamespace(sleep=lambda seconds: asyncio.sleep(seconds / 20))
+            stack.enter_context(mock.patch("gcsfs.retry.asyncio", clock))
         try:
             yield found
         finally:
@@ -83,8 +91,8 @@ def servers(log_folder: Path, *schemes: str) -> Iterator[dict[str, Server]]:
 
 def forget() -> None:
     """Have the next request read the environment anew."""
-    bucket._file_system.cache_clear()
-    bucket._known_buckets.clear()
+    bucket_client.file_system.cache_clear()
+    bucket_client._known_buckets.clear()
 
 
 def _command(scheme: str, port: int) -> list[str]:
