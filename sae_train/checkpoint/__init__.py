@@ -1,4 +1,4 @@
-"""Training state on disk: saved, checked, restored, refused where it is of another run.
+"""Training state on disk: saved, checked, restored, refused if it belongs to another run.
 
-It imports `step` for the state's shape, never the loop.
+It imports `step` for the state's shape and `runs` for the folder, never the training loop.
 """

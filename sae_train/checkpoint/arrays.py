@@ -1,12 +1,12 @@
 """A training state as arrays in a bucket: written by all processes, committed by one.
 
-Orbax gives a checkpoint its name by renaming a folder, which buckets can't, and knows no s3://.
-So there a checkpoint is written the way the activation store is (`layout.ArrayLayout`): each
-process writes the shards its devices hold, as objects that nobody else writes; when all have, the
-main process writes the meta, which makes it a checkpoint. One without it was cut off, and is
-cleared away by the next that writes in the folder.
+Orbax commits a checkpoint by renaming its folder, which a bucket can't do, and it can't write to
+s3://. So in a bucket a checkpoint is written the way the activation store is (`ArrayLayout`). Each
+process writes the shards its devices hold, as objects that no other process writes. When all have,
+the main process writes the meta, which commits the checkpoint. One without a meta was cut off; the
+next run that writes in the folder deletes it.
 
-The format is that of any zarr3 array, so a run copied from a bucket to a disk is read there too.
+The arrays are plain zarr3, so a run copied from a bucket to a disk is read there too.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from sae_train.step.state import TrainState
 logger = logging.getLogger(__name__)
 
 META = "meta/metadata"
-ARRAYS = "arrays"  # the key of the meta under which the arrays' cutting is
+ARRAYS = "arrays"  # the key of the meta that says how the arrays are cut into objects
 _OBJECT_BYTES, _CHUNK_BYTES = 64 * 2**20, 4 * 2**20
 _CONCURRENT_WRITES = 8
 
-_saves = itertools.count()  # all processes save in the same order
+_saves = itertools.count()  # numbers saves; the same in all processes, which save in one order
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class BucketCheckpoints:
             self._clear_unfinished()
 
     def close(self) -> None:
-        """Return when the save under way is over; saves no more. `wait` tells of failures."""
+        """Return when the save under way is over. Its failure is raised by `wait`, not here."""
         self._pool.shutdown()
 
     def wait(self) -> None:
@@ -85,7 +85,7 @@ class BucketCheckpoints:
         self._saving = self._pool.submit(self._write, target, pieces, dict(sealed), name)
 
     def delete(self, step: int) -> None:
-        """Delete a checkpoint; cut off at any instant it is unfinished, never damaged."""
+        """Delete a checkpoint, its meta first: killed halfway it is unfinished, not damaged."""
         (self.folder / str(step) / META).unlink(missing_ok=True)
         remove_tree(self.folder / str(step))
 
@@ -110,7 +110,7 @@ class BucketCheckpoints:
         self._agree(f"{name}/meta", mistake)
 
     def _agree(self, name: str, mistake: str | None) -> None:
-        """All go on, or all raise what one of them met."""
+        """Return in all processes, or raise in all of them the error that one met."""
         found = [one for one in exchange.gathered_under(name, mistake) if one is not None]
         if found:
             raise UserError(found[0])
@@ -131,17 +131,18 @@ class BucketCheckpoints:
 
 
 def cutting_of(state: TrainState) -> dict[str, Any]:
-    """How the arrays of a state are cut into objects, by name: what a reader must know.
+    """How each array of a state is cut into objects, by name, for the meta that a reader starts at.
 
-    Objects hold rows of one device's shard and at most `_OBJECT_BYTES` if rows divide so.
+    An object holds rows of one device's shard: at most `_OBJECT_BYTES`, if the rows can be halved
+    that far.
     """
     return {name: _cut(array) for name, array in _named(state)}
 
 
 def read_state(folder: StoragePath, abstract: TrainState, meta: Mapping[str, Any]) -> TrainState:
-    """The state under a checkpoint's folder, placed as `abstract` says.
+    """The state under a checkpoint's folder, sharded as `abstract` says.
 
-    All reads are under way at once; each process reads what its devices hold.
+    All reads run concurrently; each process reads what its devices hold.
 
     Raises:
         UserError: an object is missing or damaged, or the storage fails.
@@ -194,7 +195,7 @@ def _layout(folder: StoragePath, name: str, cutting: Mapping[str, Any]) -> Array
 
 
 def _span(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[int, int]:
-    """The rows that an index of a shard means; a scalar is one row."""
+    """First and last row (exclusive) of a shard's index; a scalar is one row."""
     start, stop, _ = index[0].indices(shape[0]) if shape else (0, 1, 1)
     return start, stop
 
@@ -205,14 +206,14 @@ def _part(
     parts: Mapping[tuple[int, int], np.ndarray],
     shape: tuple[int, ...],
 ) -> np.ndarray:
-    """One device's part of an array of this shape, from the rows that were read."""
+    """One device's part of an array of this shape, from the rows read by `_start_reads`."""
     assert index is not None
     rows = parts[_span(index, shape)]
     return rows[(slice(None), *index[1:])] if shape else rows.reshape(())
 
 
 def _own_pieces(state: TrainState, target: BucketPath) -> Iterator[_Piece]:
-    """The shards of this process's devices, copied: the next step overwrites them in place."""
+    """The shards of this process's devices, copied because the next step overwrites them."""
     for name, array in _named(state):
         layout = _layout(target, name, _cut(array))
         for shard in array.addressable_shards:

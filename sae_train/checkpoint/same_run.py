@@ -1,4 +1,4 @@
-"""Is a checkpoint one of this config's run? What may differ, and the refusal of what may not."""
+"""Does a checkpoint belong to this config's run? Which fields may differ; the rest is refused."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from sae_train.config.run import Config
 
 FORMAT_VERSION = 4
 
-
-# Fields that may change between two starts of one run: they name places and how much is said,
-# or, the mesh, where the arithmetic happens.
+# Fields that may change between two starts of one run: they say where data lies, how often
+# something is saved, measured or logged and, the mesh, on which devices the arithmetic happens.
 FREE_FIELDS = (
     "name",
     "output",
@@ -33,7 +32,13 @@ FREE_FIELDS = (
 def checkpoint_meta(
     config: Config, *, input_scale: float, target_scale: float, d_model: int, store: str
 ) -> dict[str, Any]:
-    """The JSON beside a state."""
+    """The JSON saved beside a state: what `refuse_difference` and `load_trained` read.
+
+    Args:
+        input_scale: C of x = x_raw / C.
+        target_scale: what a transcoder's target is divided by; for an SAE, C.
+        store: the identity of the activation store.
+    """
     return {
         "format_version": FORMAT_VERSION,
         "input_scale": input_scale,
@@ -45,10 +50,10 @@ def checkpoint_meta(
 
 
 def numeric_differences(a: Config, b: Config) -> list[str]:
-    """The dotted keys that give two runs different weights: all but `FREE_FIELDS`."""
+    """The dotted keys in which two configs differ and that may change weights."""
     free = [*FREE_FIELDS]
     if a.train.order_seed == b.train.order_seed:
-        free.append("train.data_seed")  # null and train.seed's value say the same
+        free.append("train.data_seed")  # null and the value of train.seed mean the same
     return [
         field
         for field in differing_fields(a, b)
@@ -59,7 +64,7 @@ def numeric_differences(a: Config, b: Config) -> list[str]:
 def refuse_difference(
     config: Config, meta: Mapping[str, Any], *, store: str, folder: StoragePath
 ) -> None:
-    """Raise `UserError` naming the fields in which a checkpoint belongs to another run."""
+    """Raise `UserError` if the checkpoint with this `meta` is of another config or store."""
     earlier = Config.model_validate(meta["config"])
     differing = numeric_differences(earlier, config)
     if differing:

@@ -20,14 +20,14 @@ from sae_train.step.state import TrainState, abstract_state
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained SAE as training holds it: for scaled inputs, weights latent-major.
+    """A trained SAE as training holds it: for scaled inputs, one row per latent.
 
     Attributes:
         params: float32 arrays W_enc [F, D], W_dec [F, D], b_dec [D] and what else the architecture
-            has (`sharding.table_of`), the threshold [F] plain whatever parametrisation was
-            trained; of BatchTopK the threshold that takes the place of the selection.
+            has (`sae_train.model.sharding.table_of`). The threshold [F] is θ itself, also where
+            its logarithm was trained; for BatchTopK it is the one that replaces the selection.
         input_scale: C of x = x_raw / C.
-        target_scale: what a transcoder's target was divided by; of an SAE, C.
+        target_scale: what a transcoder's target was divided by; for an SAE, C.
         step: optimiser steps done.
         config: the run's config.
         store: the identity of the activation store it was trained on.
@@ -42,13 +42,13 @@ class Trained:
 
 
 def load_trained(run_folder: AnyPath, *, step: int | None = None) -> Trained:
-    """Read the SAE of a run folder: its last checkpoint, or the one at `step`.
+    """Read the SAE of a run folder: its newest checkpoint, or the one at `step`.
 
-    A damaged last checkpoint is passed over, with a warning, for the one before.
+    A newest checkpoint that is damaged is skipped, with a warning, for the one before.
 
     Raises:
-        UserError: the folder has no checkpoint, none at `step`, or damaged ones only.
-        DamagedCheckpoint: the one at `step` is.
+        UserError: the folder has no checkpoint, none at `step`, or only damaged ones.
+        DamagedCheckpoint: the one at `step` is damaged.
     """
     checkpoints = StoredCheckpoints(run_folder)
     if not checkpoints.folder.is_dir():
@@ -81,7 +81,7 @@ def load_trained(run_folder: AnyPath, *, step: int | None = None) -> Trained:
     return Trained(
         params=params,
         input_scale=meta["input_scale"],
-        # Runs from before there were transcoders say nothing of it.
+        # Runs from before there were transcoders don't have it.
         target_scale=meta.get("target_scale", meta["input_scale"]),
         step=chosen,
         config=config,

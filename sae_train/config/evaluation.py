@@ -1,4 +1,4 @@
-"""The section `evaluation` of the YAML: what is measured, and where besides the run's own model.
+"""The section `evaluation` of the YAML: what is measured, and which extra evaluations there are.
 
 Numbers come from the Gemma Scope paper (arXiv 2408.05147, section 4) unless said otherwise.
 """
@@ -15,7 +15,7 @@ from activation_cache.language_model.names import model_name
 
 
 class EvaluationText(Section):
-    """Text of an evaluation's own, all of it held out; keys as in `text`."""
+    """The text of an extra evaluation, all of it held out; keys as in `text`."""
 
     source: Annotated[list[str], Field(min_length=1)]
     field: str = "text"
@@ -23,10 +23,10 @@ class EvaluationText(Section):
     sequence_length: Annotated[PositiveCount, Field(ge=2)] = 1024
 
 
-class ElsewhereConfig(Section):
-    """A further place to measure in: another model, other text, or both.
+class ExtraEvaluationConfig(Section):
+    """An extra evaluation: in another model, on other text, or both.
 
-    `label` names the files written; without it the model does.
+    `label` names the files written; without it, the model's name does.
     """
 
     label: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
@@ -36,7 +36,7 @@ class ElsewhereConfig(Section):
     masked_text: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")
-    def _elsewhere(self) -> ElsewhereConfig:
+    def _differs(self) -> ExtraEvaluationConfig:
         if self.model is None and self.text is None:
             raise ValueError("give a model, a text or both: else it is the run's own evaluation")
         if self.model is None and self.label is None:
@@ -45,7 +45,7 @@ class ElsewhereConfig(Section):
 
     @property
     def called(self) -> str:
-        """The label, given or made of the model's name."""
+        """The label, as given or made from the model's name."""
         if self.label is not None:
             return self.label
         assert self.model is not None
@@ -61,8 +61,8 @@ class EvaluationConfig(Section):
     importance_sequences: Count = 64  # of them, for the gradients of appendix C.3; 0: none
     sequences_per_batch: PositiveCount = 8
     compare_precision: bool = False  # SAE and model in float32 and in bfloat16 (section 4.7)
-    masked_text: list[str] = Field(default_factory=list)  # counts for nothing, wherever it stands
-    also: list[ElsewhereConfig] = Field(default_factory=list)
+    masked_text: list[str] = Field(default_factory=list)  # excluded from the metrics
+    also: list[ExtraEvaluationConfig] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _labels_differ(self) -> EvaluationConfig:
@@ -72,7 +72,7 @@ class EvaluationConfig(Section):
             raise ValueError(f"also has {twice[0]} twice: give each entry a label of its own")
         return self
 
-    def recorded(self, entry: ElsewhereConfig | None = None) -> dict[str, Any]:
-        """What an evaluation keeps of its settings: of `also` only what is its own."""
+    def recorded(self, entry: ExtraEvaluationConfig | None = None) -> dict[str, Any]:
+        """The settings that evaluation.json holds: of `also` only the extra evaluation's own."""
         own = self.model_dump(mode="json", exclude={"also"})
         return own if entry is None else own | {"also": entry.model_dump(mode="json")}

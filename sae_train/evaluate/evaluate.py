@@ -1,4 +1,4 @@
-"""`evaluate`: how well SAEs stand in for a site inside the model, on held-out text.
+"""`evaluate`: how well SAEs reconstruct a site's activations inside the model, on held-out text.
 
 The protocol is Gemma Scope's (arXiv 2408.05147, section 4); docs/evaluation.md defines every
 number.
@@ -33,7 +33,7 @@ from sae_train.evaluate.text_pass import Pass
 
 logger = logging.getLogger(__name__)
 
-_OTHER: dict[Dtype, Dtype] = {"float32": "bfloat16", "bfloat16": "float32"}
+_OTHER_DTYPE: dict[Dtype, Dtype] = {"float32": "bfloat16", "bfloat16": "float32"}
 
 
 def evaluate(
@@ -46,25 +46,26 @@ def evaluate(
 ) -> list[Evaluation]:
     """Evaluate the newest checkpoint of each run and write its evaluation.json.
 
-    What `evaluation.also` names is measured too, and written beside it. An evaluation of the same
-    SAE, model, tokens and settings is left as it is.
+    The extra evaluations that `evaluation.also` names are measured too, each into a file of its
+    own. An evaluation that exists for the same SAE, model, tokens and settings is kept.
+
+    Processes that have joined (`processes.join`) share the batches; the main one writes.
 
     Args:
         folders: run folders.
-        settings: instead of the `evaluation` section of each run's config.
-        model: the runs' own, loaded already; else it is, once for all runs that share it.
-        force: evaluate again even what is current.
+        settings: replaces the `evaluation` section of each run's config.
+        model: the runs' own model, if it is loaded already; else each model is loaded once for
+            all runs that share it.
+        force: evaluate again what is current.
         stop: asked between batches.
 
-    Processes that have joined (`distributed.join`) share the batches; the main one writes.
-
     Returns:
-        One evaluation per folder, in their order: each run's own.
+        For each folder the run's own evaluation, in the order of the folders.
 
     Raises:
-        UserError: a run without a checkpoint; an SAE or a store that isn't of this model; text
-            that is missing or too short.
-        Interrupted: `stop` said yes; runs not evaluated yet are as they were.
+        UserError: a run has no checkpoint; an SAE or a store doesn't belong to this model; text is
+            missing or too short.
+        Interrupted: `stop` returned True; runs not evaluated yet are unchanged.
     """
     models = Models(given=model)
     jobs = [
@@ -110,16 +111,16 @@ def _groups(jobs: Sequence[Job]) -> Iterator[list[Job]]:
 
 
 def _evaluate(group: list[Job], models: Models, *, stop: Callable[[], bool]) -> None:
-    """Measure and write what shares passes; precisions are compared in a second walk."""
+    """Measure and write jobs that share a pass; comparing precisions takes a second pass."""
     compare = group[0].settings.compare_precision
-    beside = [_in_bfloat16(job) for job in group] if compare else []
-    first = Pass([*group, *beside], models.load(group[0]), stop=stop)
+    compared = [_in_bfloat16(job) for job in group] if compare else []
+    first = Pass([*group, *compared], models.load(group[0]), stop=stop)
     first.run()
     passes = [first]
     if compare:
         others = [_in_other_model(job) for job in group]
-        beside = [_in_bfloat16(job) for job in others]
-        passes.append(Pass([*others, *beside], models.load(others[0]), stop=stop))
+        compared = [_in_bfloat16(job) for job in others]
+        passes.append(Pass([*others, *compared], models.load(others[0]), stop=stop))
         passes[-1].run()
 
     def write_all() -> None:
@@ -135,18 +136,18 @@ def _in_bfloat16(job: Job) -> Job:
 
 
 def _in_other_model(job: Job) -> Job:
-    model: ModelConfig = job.model.model_copy(update={"dtype": _OTHER[job.model.dtype]})
+    model: ModelConfig = job.model.model_copy(update={"dtype": _OTHER_DTYPE[job.model.dtype]})
     return dataclasses.replace(job, model=model, compared=True)
 
 
 def _evaluation(index: int, passes: Sequence[Pass]) -> Evaluation:
-    """One job's result; of several passes the first is its own, the others compare precisions."""
+    """One job's result: its numbers come from the first pass, a second compares precisions."""
     first, job = passes[0], passes[0].jobs[index]
     losses = first.losses_of(index)
     site, sae = first.sites[job.target], first.saes[index]
     importance = first.importance[index]
     found = measures(site=site, sae=sae, losses=losses, subsets=job.table.summary.subsets)
-    if job.tap == EMBEDDING:  # a vocabulary has no positions
+    if job.tap == EMBEDDING:  # tokens of a vocabulary have no positions
         none = [None] * job.table.sequence_length
         found["by_position"] |= {"tokens": [0] * len(none), "l0": none, "fvu": none}
     return Evaluation(
@@ -174,16 +175,16 @@ def _evaluation(index: int, passes: Sequence[Pass]) -> Evaluation:
 
 
 def _by_precision(index: int, passes: Sequence[Pass]) -> list[dict[str, Any]]:
-    """Headline numbers of the SAE and of its bfloat16 self, in the model in either precision."""
+    """Headline numbers of SAE and model, each in float32 and in bfloat16: four rows."""
     rows = []
     for one in passes:
-        for place_of in (index, index + len(one.jobs) // 2):
-            job = one.jobs[place_of]
+        for number in (index, index + len(one.jobs) // 2):  # the SAE, and it in bfloat16
+            job = one.jobs[number]
             numbers = headline(
                 site=one.sites[job.target],
-                sae=one.saes[place_of],
+                sae=one.saes[number],
                 base=one.base,
-                spliced=one.spliced[place_of, False],
+                spliced=one.spliced[number, False],
             )
             rows.append({"model": job.model.dtype, "sae": str(job.sae.W_enc.dtype), **numbers})
     return sorted(rows, key=lambda row: (row["model"], row["sae"]), reverse=True)

@@ -1,9 +1,10 @@
 """Uniformity of active latent importance (Gemma Scope, arXiv 2408.05147, appendix C.3).
 
-A latent's importance for a prediction is y = f · (W_decᵀ ∇L), f its activation, L the mean-centred
-logit of the token that came, ∇L the gradient with respect to what the SAE reconstructs. With
-p = |y| / Σ|y| and its entropy S(p), r = exp(S(p)) / ‖y‖₀ is the share of the active latents that
-does the work: 1 if all matter alike, 1 / ‖y‖₀ if one alone does.
+The importance of a latent with activation f for one prediction is y = f · (W_decᵀ ∇L). L is the
+mean-centred logit of the target token, and ∇L its gradient with respect to the activations that the
+SAE reconstructs. With p = |y| / Σ|y| and its entropy S(p), the uniformity r = exp(S(p)) / ‖y‖₀ is
+the effective fraction of the active latents that matter: 1 if all matter equally, 1 / ‖y‖₀ if only
+one does.
 
 Legend: B sequences of a batch, S position, D model width, F latents, C rows of a chunk.
 """
@@ -26,7 +27,12 @@ from sae_train.model.forward import PRECISION
 def uniformity(
     sae: Sae, x_BSD: Float[Array, "B S D"], gradient_BSD: Float[Array, "B S D"]
 ) -> Float[Array, "B S"]:
-    """r of every token; NaN where no latent has any importance."""
+    """r of every token; NaN where no latent is active or has a gradient.
+
+    Args:
+        x_BSD: activations that the SAE reads.
+        gradient_BSD: ∇L of the prediction made at each position.
+    """
     x_ND = x_BSD.astype(jnp.float32).reshape(-1, x_BSD.shape[-1])
     gradient_ND = gradient_BSD.astype(jnp.float32).reshape(-1, gradient_BSD.shape[-1])
     chunks = in_chunks(sae, x_ND, gradient_ND)
@@ -48,13 +54,13 @@ def _uniformity(y_CF: Float[Array, "C F"]) -> Float[Array, " C"]:
 
 @dataclass
 class ImportanceSums:
-    """The sum of r over the tokens where it means something, and how many they are."""
+    """The sum of r over the counted tokens where it is finite, and their number."""
 
     sum_: np.ndarray = field(default_factory=lambda: np.zeros(()))
     count: np.ndarray = field(default_factory=lambda: np.zeros((), np.int64))
 
     def add(self, r_BS: Float[Array, "B S"], counted_BP: Bool[np.ndarray, "B P"]) -> None:
-        """Take in one batch; the last position predicts nothing."""
+        """Add one batch; the last position predicts nothing."""
         r_BP = np.asarray(r_BS, np.float64)[:, :-1]
         counted_BP = counted_BP & np.isfinite(r_BP)
         self.sum_ = self.sum_ + np.where(counted_BP, r_BP, 0.0).sum()
@@ -62,5 +68,5 @@ class ImportanceSums:
 
     @property
     def mean(self) -> float | None:
-        """Mean of r over tokens; None where nothing was counted."""
+        """Mean of r over tokens; None if none was counted."""
         return float(self.sum_ / self.count) if self.count else None

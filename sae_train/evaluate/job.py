@@ -1,4 +1,4 @@
-"""What is to be measured: one SAE, in one model, on one text.
+"""A job: one SAE to measure, in one model, on one text.
 
 Legend: B sequences of a batch, S position.
 """
@@ -26,11 +26,13 @@ class Job:
     """One SAE to evaluate.
 
     Attributes:
-        model, table, sequences: the model it is measured in, and the sequences that go through.
-        record: the settings as the evaluation will hold them.
-        label: of an evaluation elsewhere than in the run's own model and text; None of its own.
-        masked: runs of token ids that count for nothing, such as the prefix of a user's turn.
-        compared: measured only to stand beside another precision.
+        folder, config, step: the run, and the step of the checkpoint.
+        model: the model it is measured in.
+        table, sequences: the tokens, and which sequences of them are measured.
+        record: the settings as evaluation.json will hold them.
+        label: names an extra evaluation, in another model or on other text; None for the run's own.
+        masked: token sequences excluded from the metrics, such as the prefix of a user's turn.
+        compared: measured only for the comparison of precisions.
     """
 
     folder: StoragePath
@@ -54,22 +56,22 @@ class Job:
 
     @property
     def target(self) -> Tap:
-        """What it predicts, and what is replaced: of an SAE, what it reads."""
+        """What it predicts and replaces; for an SAE, what it reads."""
         return self.config.sae.target_tap
 
     @property
     def loss_sequences(self) -> int:
-        """Sequences that the losses are measured on: as many as are read, at most."""
+        """How many sequences the losses are measured on: at most all that are read."""
         wanted = self.settings.loss_sequences or self.settings.sequences
         return min(wanted, self.settings.sequences)
 
     @property
     def importance_sequences(self) -> int:
-        """Sequences that importance is measured on: those of the losses, at most."""
+        """How many sequences importance is measured on: at most those of the losses."""
         return min(self.settings.importance_sequences, self.loss_sequences)
 
     def is_current(self, evaluation: Evaluation | None) -> bool:
-        """Would the evaluation there is come out the same again?"""
+        """Would this job give the same numbers as the evaluation that exists?"""
         return (
             evaluation is not None
             and evaluation.format_version == FORMAT_VERSION
@@ -78,16 +80,16 @@ class Job:
         )
 
 
-def covered(
-    tokens_BS: Int[np.ndarray, "B S"], runs: Sequence[Sequence[int]]
+def masked_tokens(
+    tokens_BS: Int[np.ndarray, "B S"], masked: Sequence[Sequence[int]]
 ) -> Bool[np.ndarray, "B S"]:
-    """Which tokens are part of one of these runs of ids, wherever it stands in its sequence."""
-    inside_BS = np.zeros(tokens_BS.shape, bool)
-    for run in runs:
-        if len(run) > tokens_BS.shape[1]:
+    """Which tokens are part of one of the `masked` token sequences, wherever it occurs."""
+    masked_BS = np.zeros(tokens_BS.shape, bool)
+    for ids in masked:
+        if len(ids) > tokens_BS.shape[1]:
             continue
-        windows = np.lib.stride_tricks.sliding_window_view(tokens_BS, len(run), axis=1)
-        begins = (windows == np.asarray(run)).all(axis=-1)
-        for offset in range(len(run)):
-            inside_BS[:, offset : offset + begins.shape[1]] |= begins
-    return inside_BS
+        windows = np.lib.stride_tricks.sliding_window_view(tokens_BS, len(ids), axis=1)
+        begins = (windows == np.asarray(ids)).all(axis=-1)
+        for offset in range(len(ids)):
+            masked_BS[:, offset : offset + begins.shape[1]] |= begins
+    return masked_BS

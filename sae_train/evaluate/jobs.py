@@ -1,4 +1,7 @@
-"""From run folders to jobs: which SAE, in which model, on which text, all checked beforehand."""
+"""From run folders to jobs: which SAE, in which model, on which text.
+
+Everything that can be checked without loading a model is checked here.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -25,7 +29,7 @@ from activation_cache.store.store import open_store
 from activation_cache.text.token_table import TokenTable, open_tokens
 from activation_cache.text.tokenise import prepare_tokens
 from sae_train.checkpoint.trained import load_trained
-from sae_train.config.evaluation import ElsewhereConfig
+from sae_train.config.evaluation import ExtraEvaluationConfig
 from sae_train.config.file import read_run_config
 from sae_train.config.run import Config, EvaluationConfig
 from sae_train.evaluate.job import Job
@@ -36,15 +40,15 @@ from sae_train.runs.folder import newest_checkpoint
 
 logger = logging.getLogger(__name__)
 
-_TOKENS = "evaluation_tokens"  # beside the store, for texts of an evaluation's own
+_TOKENS = "evaluation_tokens"  # a folder beside the store: tokens of extra evaluations' texts
 
 
 @dataclass
 class Models:
-    """The models the runs name: facts read once for each, weights loaded for one at a time.
+    """The models that runs name: read from disk once each, one at a time with its weights loaded.
 
     Attributes:
-        given: the runs' own model, if it is loaded already.
+        given: the runs' own model, if the caller has loaded it.
     """
 
     given: LanguageModel | None
@@ -53,7 +57,7 @@ class Models:
     loaded: tuple[ModelConfig, LanguageModel] | None = None
 
     def config_and_fingerprint(self, model: ModelConfig, config: Config) -> tuple[GemmaConfig, str]:
-        """What can be told of a model without its weights; `config` is that of the run."""
+        """A model's shape and fingerprint, without loading it; `config` is the run's."""
         if self.given is not None and model == config.model:
             return self.given.config, self.given.fingerprint
         if model not in self.facts:
@@ -68,11 +72,11 @@ class Models:
         return self.tokenizers[model]
 
     def load(self, job: Job) -> LanguageModel:
-        """The model a job is measured in; another one that was loaded is let go."""
+        """The model a job is measured in; frees the one loaded before."""
         if self.given is not None and job.model == job.config.model:
             return self.given
         if self.loaded is None or self.loaded[0] != job.model:
-            self.loaded = None  # let go of the one before first
+            self.loaded = None  # two don't fit in memory
             gemma, _ = self.config_and_fingerprint(job.model, job.config)
             model = load_model(
                 job.model,
@@ -84,9 +88,9 @@ class Models:
 
 
 def _local_mesh(config: Config, gemma: GemmaConfig) -> Mesh:
-    """Devices of this process for the language model, as for harvesting as far as they go.
+    """A mesh of this process's devices for the language model: harvesting's, as far as they allow.
 
-    The processes of an evaluation keep no step, so a copy lies in one of them.
+    Processes evaluate different batches and don't run in step, so each holds a whole model.
     """
     _, mesh = config.harvest_mesh
     devices = jax.local_devices()
@@ -101,9 +105,7 @@ def jobs_of(
     models: Models,
     stop: Callable[[], bool],
 ) -> list[Job]:
-    """A run's evaluation in its own model, then those that `evaluation.also` asks for.
-
-    All that can be checked before a model is loaded is checked here.
+    """A run's evaluation in its own model, then the extra ones that `evaluation.also` names.
 
     Raises:
         UserError: as `evaluate`.
@@ -112,7 +114,7 @@ def jobs_of(
     settings = settings or run.config.evaluation
     return [
         run.own(settings),
-        *(run.elsewhere(settings, entry, stop=stop) for entry in settings.also),
+        *(run.extra(settings, entry, stop=stop) for entry in settings.also),
     ]
 
 
@@ -128,7 +130,7 @@ class _Run:
         self.sae_fingerprint = self.sae.fingerprint
 
     def own(self, settings: EvaluationConfig) -> Job:
-        """In the model the run was trained on, on the held-out text of its store."""
+        """The evaluation in the model the run was trained on, on its store's held-out text."""
         model, fingerprint = self.config.model, self._fitting(self.config.model)
         store = open_store(self.config.cache.path)
         store.check_matches(model=model, fingerprint=fingerprint)
@@ -148,13 +150,13 @@ class _Run:
             table=store.tokens,
             sequences=store.tokens.held_out,
             masked_text=settings.masked_text,
-            recorded=settings.recorded(),
+            record=settings.recorded(),
         )
 
-    def elsewhere(
-        self, settings: EvaluationConfig, entry: ElsewhereConfig, *, stop: Callable[[], bool]
+    def extra(
+        self, settings: EvaluationConfig, entry: ExtraEvaluationConfig, *, stop: Callable[[], bool]
     ) -> Job:
-        """In another model, on other text, or both."""
+        """An extra evaluation: in another model, on other text, or both."""
         if self.config.sae.tap == EMBEDDING:
             raise UserError(
                 f"{self.folder} reads the embedding, which is measured on the vocabulary of its "
@@ -178,7 +180,7 @@ class _Run:
             sequences=sequences,
             masked_text=entry.masked_text,
             entry=entry,
-            recorded=settings.recorded(entry),
+            record=settings.recorded(entry),
         )
 
     def _job(
@@ -189,8 +191,8 @@ class _Run:
         table: TokenTable,
         sequences: range,
         masked_text: Sequence[str],
-        entry: ElsewhereConfig | None = None,
-        recorded: dict | None = None,
+        record: dict[str, Any],
+        entry: ExtraEvaluationConfig | None = None,
     ) -> Job:
         _check_length(settings, entry, sequences, table)
         masked: tuple[tuple[int, ...], ...] = ()
@@ -212,14 +214,14 @@ class _Run:
             model=model,
             table=table,
             sequences=sequences,
-            record=recorded or settings.recorded(),
+            record=record,
             fingerprints=fingerprints,
             label=None if entry is None else entry.called,
             masked=masked,
         )
 
     def _fitting(self, model: ModelConfig) -> str:
-        """The model's fingerprint, its site and width checked against the SAE's."""
+        """The model's fingerprint; raises `UserError` if it lacks the SAE's site or width."""
         gemma, fingerprint = self.models.config_and_fingerprint(model, self.config)
         tap = self.config.sae.tap
         check_tap(tap, gemma)
@@ -242,7 +244,7 @@ class _Run:
     def _tokens(
         self, text: TextConfig, model: ModelConfig, *, sequences: int, stop: Callable[[], bool]
     ) -> TokenTable:
-        """The text's tokens, made once and kept beside the store."""
+        """The tokens of an extra evaluation's text, made once and kept beside the store."""
         tokenizer = self.models.tokenizer(model)
         digest = hashlib.sha256(f"{text.model_dump_json()} {tokenizer.fingerprint}".encode())
         path = storage_path(self.config.cache.path).parent / _TOKENS / digest.hexdigest()[:16]
@@ -263,7 +265,7 @@ class _Run:
 
 def _check_length(
     settings: EvaluationConfig,
-    entry: ElsewhereConfig | None,
+    entry: ExtraEvaluationConfig | None,
     sequences: range,
     table: TokenTable,
 ) -> None:
@@ -284,7 +286,7 @@ def _check_length(
 
 @dataclass(frozen=True)
 class _Found:
-    """A run's SAE and its step; what messages call it; the store it was trained on, if known."""
+    """A run's SAE, its step, its name in messages, and the store it was trained on if known."""
 
     sae: Sae
     step: int
@@ -293,7 +295,7 @@ class _Found:
 
 
 def _found_sae(folder: StoragePath, config: Config) -> _Found:
-    """A folder's SAE; one without checkpoints stands for the released SAE it would start from."""
+    """A run's SAE; without a checkpoint, the released SAE that the run starts from."""
     released = config.sae.start_from
     if released is not None and newest_checkpoint(folder) is None:
         return _Found(load_sae(released), 0, f"sae.start_from {released}")

@@ -1,4 +1,4 @@
-"""The result of an evaluation, and evaluation.json (docs/evaluation.md).
+"""The result of an evaluation: from sums to numbers, and evaluation.json (docs/evaluation.md).
 
 Legend: S position, F latents.
 """
@@ -24,7 +24,7 @@ from sae_train.runs.folder import EVALUATION, labelled
 FORMAT_VERSION = 1
 FIRING_COUNTS = "firing_counts.npy"
 
-# Fixed, so that runs compare: 1e-7 is less than one token in Gemma Scope's 2 million.
+# Fixed, so that runs can be compared: 1e-7 is less than one token in Gemma Scope's 2 million.
 LOG10_EDGES = np.linspace(-7, 0, 29)
 _QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 
@@ -41,7 +41,14 @@ BOS_TREATMENT = {
 
 @dataclass(frozen=True)
 class Losses:
-    """The five passes over the same text, in nats per token."""
+    """Next-token losses of five passes over the same text, in nats.
+
+    Attributes:
+        base: the model as it is.
+        spliced, zero: the SAE's output, or zero, replaces the activations but those of BOS, EOS
+            and padding.
+        spliced_everywhere, zero_everywhere: it replaces them at every position.
+    """
 
     base: LossSums
     spliced: LossSums
@@ -57,11 +64,11 @@ class Evaluation:
     Attributes:
         mse: squared error summed over D, per token, in the activations' own units.
         variance: mean squared distance of the activations from their mean, so fvu = mse/variance.
-        target: the site a transcoder predicts, of which mse and variance are; None of an SAE.
-        fingerprints: of the SAE, the model and the tokens measured; with `settings` they say
+        target: the site a transcoder predicts, whose mse and variance these are; None for an SAE.
+        fingerprints: of the SAE, the model and the tokens measured; with `settings` they decide
             whether an evaluation is still current.
         model: `model.weights` of the model it was measured in.
-        label: of an evaluation elsewhere than in the run's own model and text; else None.
+        label: names an extra evaluation, in another model or on other text; None for the run's own.
     """
 
     format_version: int
@@ -128,8 +135,8 @@ def measures(
 ) -> dict[str, Any]:
     """The measured keys of an `Evaluation`.
 
-    FVU = Σ|x - x̂|² / Σ|x - mean|² over the counted tokens (Gemma Scope, section 4.1); by
-    position the same quotient at one position, the mean staying that of all of them.
+    FVU = Σ|x - x̂|² / Σ|x - mean|² over the counted tokens (Gemma Scope, arXiv 2408.05147, section
+    4.1). By position both sums run over one position, and the mean is still that of all positions.
     """
     tokens, spread_S = int(site.count_S.sum()), site.spread_S
     error, spread = float(sae.squared_error_S.sum()), float(spread_S.sum())
@@ -156,7 +163,7 @@ def measures(
 
 
 def headline(*, site: SiteSums, sae: SaeSums, base: LossSums, spliced: LossSums) -> dict[str, Any]:
-    """The few numbers in which precisions are compared."""
+    """The numbers by which precisions are compared."""
     return {
         "l0": float(sae.active_S.sum() / site.count_S.sum()),
         "fvu": _ratio(float(sae.squared_error_S.sum()), float(site.spread_S.sum())),
@@ -169,7 +176,7 @@ def headline(*, site: SiteSums, sae: SaeSums, base: LossSums, spliced: LossSums)
 def _by_subset(
     names: Sequence[str], *, site: SiteSums, sae: SaeSums, losses: Losses
 ) -> dict[str, dict[str, Any]]:
-    """The same of the sequences of one subset, each with its own mean activation."""
+    """L0, FVU and losses of each subset's sequences, FVU about the subset's own mean."""
     rows = {}
     for number, name in enumerate(names):
         tokens, predicted = int(site.count_G[number]), int(losses.base.count_G[number])
@@ -197,7 +204,11 @@ def _loss_measures(
 
 
 def frequency_histogram(fired_F: Int[np.ndarray, " F"], *, tokens: int) -> dict[str, Any]:
-    """Histogram of log10 frequencies (latents that never fired apart), quantiles, the busiest."""
+    """How often latents fire: a histogram of log10 frequencies, quantiles and the maximum.
+
+    A frequency is the fraction of tokens on which a latent is active. Latents that never fired are
+    counted apart, as `never_fired`.
+    """
     frequency_F = fired_F / tokens
     alive = frequency_F[fired_F > 0]
     log10 = np.clip(np.log10(alive), LOG10_EDGES[0], LOG10_EDGES[-1])
@@ -242,9 +253,7 @@ def _finite(value: float) -> float | None:
 def write_evaluation(
     evaluation: Evaluation, folder: StoragePath, *, fired_F: Int[np.ndarray, " F"]
 ) -> None:
-    """Write firing_counts.npy, then evaluation.json, which names its hash; with a label, both
-    under names that have it.
-    """
+    """Write firing_counts.npy, then evaluation.json with its hash, both named with the label."""
     path = folder / labelled(FIRING_COUNTS, evaluation.label)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.save(file, fired_F.astype(np.int64))
@@ -254,7 +263,7 @@ def write_evaluation(
 
 
 def read_evaluation(folder: StoragePath, label: str | None = None) -> Evaluation | None:
-    """The evaluation of a run's folder; None if there is none or another version wrote it."""
+    """The evaluation in a run's folder; None if there is none or another version wrote it."""
     path = folder / labelled(EVALUATION, label)
     if not path.is_file():
         return None
@@ -265,10 +274,10 @@ def read_evaluation(folder: StoragePath, label: str | None = None) -> Evaluation
 
 
 def read_frequencies(folder: StoragePath, evaluation: Evaluation) -> Float[np.ndarray, " F"]:
-    """The fraction of tokens each latent fired on.
+    """The fraction of tokens on which each latent fired.
 
     Raises:
-        UserError: firing_counts.npy is missing or not the one `evaluation` was written with.
+        UserError: firing_counts.npy is missing or wasn't written with this `evaluation`.
     """
     path = folder / labelled(FIRING_COUNTS, evaluation.label)
     if not path.is_file() or _sha256(path) != evaluation.fingerprints.get("firing_counts"):

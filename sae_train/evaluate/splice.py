@@ -1,4 +1,4 @@
-"""What is put in the place of a tap's activations: an SAE's reconstruction, or zero.
+"""What replaces a tap's activations inside the model: an SAE's reconstruction, or zero.
 
 Legend: B sequences of a batch, S position, D model width, N rows = B·S.
 """
@@ -15,7 +15,7 @@ from sae_train.inference.sae import Sae
 
 
 def splice_of(job: Job, arguments: tuple[Sae, Bool[Array, "B S"]]) -> Splice:
-    """The splice that puts a job's SAE into the model."""
+    """The splice of a job's SAE; `arguments` are the SAE and where it replaces activations."""
     if job.target == job.tap:
         return Splice(job.tap, splice_sae, arguments)
     return Splice(job.target, splice_transcoder, arguments, reads=job.tap)
@@ -24,7 +24,7 @@ def splice_of(job: Job, arguments: tuple[Sae, Bool[Array, "B S"]]) -> Splice:
 def splice_sae(
     acts_BSD: Float[Array, "B S D"], arguments: tuple[Sae, Bool[Array, "B S"]]
 ) -> Float[Array, "B S D"]:
-    """The SAE's reconstruction where the mask says so, the model's own elsewhere."""
+    """The SAE's reconstruction where the mask is True, else the model's own activations."""
     return splice_transcoder(acts_BSD, arguments, read=acts_BSD)
 
 
@@ -34,7 +34,7 @@ def splice_transcoder(
     *,
     read: Float[Array, "B S D"],
 ) -> Float[Array, "B S D"]:
-    """What the transcoder predicts from `read` where the mask says so, else the model's own."""
+    """The transcoder's prediction from `read` where the mask is True, else the model's own."""
     sae, where_BS = arguments
     x_ND = read.astype(jnp.float32).reshape(-1, read.shape[-1])
     decoded_ND, _, _ = reconstruct(sae, x_ND, where_BS.reshape(-1))
@@ -45,5 +45,5 @@ def splice_transcoder(
 def splice_zero(
     acts_BSD: Float[Array, "B S D"], where_BS: Bool[Array, "B S"]
 ) -> Float[Array, "B S D"]:
-    """Zero where the mask says so, the model's own elsewhere."""
+    """Zero where the mask is True, else the model's own activations."""
     return jnp.where(where_BS[:, :, None], jnp.zeros_like(acts_BSD), acts_BSD)

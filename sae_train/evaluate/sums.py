@@ -1,9 +1,10 @@
-"""Sums that evaluation is made of: device sums of a batch, float64 sums of all batches on the host.
+"""The sums that an evaluation's numbers are made of.
 
-Everything is kept by sequence position, so the curves by position and the aggregates are one count.
+Devices sum one batch; the host adds up all batches in float64. Sums are kept by sequence position,
+so curves by position and aggregates come from the same counts.
 
-Legend: B sequences of a batch, S position, P = S - 1 predictions, D model width, F latents,
-N rows = B·S, C rows at once.
+Legend: B sequences of a batch, S position, P = S - 1 predictions, D model width, F latents, G
+subsets of the text, N rows = B·S, C rows of a chunk.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sae_train.inference.sae import HostOrDevice, Sae
 
-# Latents of so many (row, latent) pairs exist at a time: 256 MB in float32 whatever the width.
+# At most so many (row, latent) pairs are in memory at a time: 256 MB in float32 at any width.
 MAX_LATENT_ELEMENTS = 2**26
 
 
 def in_chunks(sae: Sae, *rows: Array) -> tuple[Array, ...]:
-    """Each of some arrays of rows as [chunks, rows of a chunk, ...], filled up with zeros.
+    """Arrays of rows as [chunks, rows of a chunk, ...], padded with zeros.
 
-    A chunk is what may exist of the SAE's latents at a time.
+    The latents of one chunk are at most `MAX_LATENT_ELEMENTS`.
     """
     num_rows = len(rows[0])
     chunk = max(1, min(num_rows, MAX_LATENT_ELEMENTS // sae.W_enc.shape[1]))
@@ -40,7 +41,7 @@ def reconstruct(
 ) -> tuple[Float[Array, "N D"], Int[Array, " N"], Int[Array, " F"]]:
     """Reconstructions, L0 of every row, and how often each latent fires in the counted rows.
 
-    Runs over chunks of rows, so that the latents of all rows never exist at once.
+    Works chunk by chunk, so that the latents of all rows are never in memory at once.
     """
     num_rows, width = x_ND.shape
 
@@ -60,7 +61,7 @@ def reconstruct(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SaeBatch:
-    """Squared error and active latents of every token of a batch, 0 where it doesn't count."""
+    """Squared error and L0 of every token of a batch (0 if not counted), and firing counts."""
 
     squared_error_BS: Float[Array, "B S"]
     active_BS: Int[Array, "B S"]
@@ -74,9 +75,10 @@ def sae_batch(
     counted_BS: Bool[HostOrDevice, "B S"],
     target_BSD: Float[HostOrDevice, "B S D"] | None = None,
 ) -> SaeBatch:
-    """What one SAE does to one batch; `sae` is traced, so one compilation serves a shape.
+    """One SAE on one batch; `sae` is traced, so SAEs of one shape share a compilation.
 
     Args:
+        x_BSD: activations the SAE reads.
         target_BSD: what a transcoder predicts; None for an SAE, which predicts what it reads.
     """
     batch, length, width = x_BSD.shape
@@ -106,13 +108,13 @@ def _site_batch(
 
 @dataclass(frozen=True)
 class Subsets:
-    """The subset of each sequence of a batch, of `number` there are; 0 where text has none."""
+    """Which of the text's `number` subsets each sequence of a batch belongs to; 0: no subsets."""
 
     number: int = 0
     of_B: Int[np.ndarray, " B"] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def sums(self, values_B: np.ndarray) -> np.ndarray:
-        """What the sequences of each subset add up to, along the first dim."""
+        """The sum of each subset's sequences, along the first dim."""
         sums_G = np.zeros((self.number, *values_B.shape[1:]), values_B.dtype)
         if self.number:
             np.add.at(sums_G, self.of_B, values_B)
@@ -126,8 +128,8 @@ NO_SUBSETS = Subsets()
 class SiteSums:
     """Mean and spread of one tap's activations over the counted tokens.
 
-    Sums are taken about the first batch's mean: the activations of a Gemma have a mean that holds
-    most of their mean square, and sums about 0 would cancel.
+    Sums are of x - shift, the shift being the first batch's mean: most of the mean square of a
+    Gemma's activations is that of their mean, and sums of x itself would cancel.
     """
 
     shift_D: np.ndarray | None = None
@@ -139,7 +141,7 @@ class SiteSums:
     count_G: np.ndarray = field(default_factory=lambda: np.zeros((), np.int64))
 
     def start(self, x_BSD: Float[Array, "B S D"], counted_BS: Bool[np.ndarray, "B S"]) -> None:
-        """Take the shift from the first batch that counts; where it is known, do nothing."""
+        """Set the shift to this batch's mean, unless it is set or no token is counted."""
         if self.shift_D is None and counted_BS.any():
             zero_D = np.zeros(x_BSD.shape[-1], np.float32)
             sum_SD, _, _ = _site_batch(x_BSD, counted_BS, zero_D)
@@ -152,7 +154,7 @@ class SiteSums:
         counted_BS: Bool[np.ndarray, "B S"],
         subsets: Subsets = NO_SUBSETS,
     ) -> None:
-        """Take in one batch."""
+        """Add one batch."""
         self.start(x_BSD, counted_BS)
         if self.shift_D is None:
             return
@@ -183,7 +185,7 @@ class SiteSums:
 
 @dataclass
 class SaeSums:
-    """What one SAE did to all batches."""
+    """Squared error, L0 and firing counts of one SAE over all batches."""
 
     squared_error_S: np.ndarray = field(default_factory=lambda: np.zeros(()))
     active_S: np.ndarray = field(default_factory=lambda: np.zeros((), np.int64))
@@ -192,7 +194,7 @@ class SaeSums:
     active_G: np.ndarray = field(default_factory=lambda: np.zeros((), np.int64))
 
     def add(self, batch: SaeBatch, subsets: Subsets = NO_SUBSETS) -> None:
-        """Take in one batch; waits for the device."""
+        """Add one batch; waits for the device."""
         error_BS = np.asarray(batch.squared_error_BS, np.float64)
         active_BS = np.asarray(batch.active_BS, np.int64)
         self.squared_error_S = self.squared_error_S + error_BS.sum(axis=0)
@@ -217,7 +219,7 @@ class LossSums:
         counted: Bool[np.ndarray, "B P"],
         subsets: Subsets = NO_SUBSETS,
     ) -> None:
-        """Take in one batch; entry s of `losses` is the loss of predicting token s + 1."""
+        """Add one batch; entry s of `losses` is the loss of predicting token s + 1."""
         values = np.where(counted, np.asarray(losses, np.float64), 0.0)
         self.sum_S = self.sum_S + values.sum(axis=0)
         self.count_S = self.count_S + counted.sum(axis=0)
@@ -226,7 +228,7 @@ class LossSums:
 
     @property
     def mean(self) -> float:
-        """Nats per counted prediction; NaN where none was."""
+        """Nats per counted prediction; NaN if there is none."""
         if not self.count_S.sum():
             return float("nan")
         return float(self.sum_S.sum() / self.count_S.sum())

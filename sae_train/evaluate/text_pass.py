@@ -1,9 +1,9 @@
-"""One walk of a model over held-out text, measuring any number of SAEs on the way.
+"""One pass of a model over held-out text, measuring any number of SAEs on the way.
 
 The activations, the base loss, the zero-ablated losses and the gradients of a batch are computed
-once for all SAEs; an SAE's weights are on the device only while its turn lasts.
+once for all SAEs. An SAE's weights are on the device only while it is measured.
 
-With several processes each takes every n-th batch, and the sums of all are added up at the end.
+With n processes each takes every n-th batch, and at the end their sums are added up.
 
 Legend: B sequences of a batch, S position, P = S - 1 predictions.
 """
@@ -27,19 +27,20 @@ from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.runtime.exchange import shared
 from activation_cache.runtime.progress import ProgressMeter
 from sae_train.evaluate.importance import ImportanceSums, uniformity
-from sae_train.evaluate.job import Job, covered
+from sae_train.evaluate.job import Job, masked_tokens
 from sae_train.evaluate.result import Losses
 from sae_train.evaluate.splice import splice_of, splice_zero
 from sae_train.evaluate.sums import LossSums, SaeSums, SiteSums, Subsets, sae_batch
 
 Shapes = dict[str, tuple[int, ...]]
 
-_GRADIENT_PASSES = 4  # what a gradient costs: forward, forward again, backward twice as much
+# A gradient costs as much as 4 forward passes: 2 forward (one recomputed), and a backward of 2.
+_GRADIENT_PASSES = 4
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Tokens and what is counted of them; a short batch is filled up with padding."""
+    """Tokens and which of them are counted; a short batch is filled up with padding."""
 
     tokens_BS: Int[np.ndarray, "B S"]
     usable_BS: Bool[np.ndarray, "B S"]
@@ -53,14 +54,18 @@ class _Batch:
 
 @dataclass
 class Pass:
-    """One walk over the held-out text for all SAEs of a group.
+    """One pass over the held-out text for all SAEs of a group.
+
+    For SAEs of the embedding, L0, FVU and firing are measured on the vocabulary, each token once;
+    only the losses are measured on text, if there is any.
 
     Attributes:
         jobs: of one model, one text and the same settings; those that are `compared` are measured
             for their L0, FVU and delta loss alone.
-
-    Of the embedding, L0, FVU and firing are measured on the vocabulary's tokens, each once, and
-    only the losses on text, if there is any.
+        sites, saes, importance: the sums of each tap and of each job.
+        base, zero, spliced: the losses of the model as it is; with a tap at zero, by (tap,
+            everywhere); with a job's SAE, by (index, everywhere). Everywhere includes BOS, EOS
+            and padding.
     """
 
     jobs: list[Job]
@@ -95,13 +100,18 @@ class Pass:
 
     @property
     def num_subsets(self) -> int:
-        """Into how many subsets the table divides its sequences."""
+        """How many subsets the table divides its sequences into."""
         return len(self.table.summary.subsets)
 
     def run(self) -> None:
-        """Measure; every process then has the sums of all."""
+        """Measure. Afterwards every process has the sums of all.
+
+        Raises:
+            UserError: no counted prediction in the text.
+            Interrupted: `stop` returned True.
+        """
         with ProgressMeter("evaluate", total=self._work(), unit="tokens") as self.meter:
-            # Nobody is stopped once all have measured: the sums then wait for nobody's share.
+            # Once all processes have measured, `stop` is ignored: adding up takes all of them.
             shared("measured", self._measure, finish=lambda: None, stop=self.stop)
         self._add_up()
         if not self.base.count_S.sum() and self.loss_limit:
@@ -132,11 +142,11 @@ class Pass:
                 self._losses(batch)
 
     def _add_up(self) -> None:
-        """The sums of all processes in place of this one's."""
+        """Replace this process's sums by those of all processes."""
         if processes.process_count() == 1 and self.loss_limit:
             return
         holders = list(self._holders())
-        # A process that had no batch holds zeros without a shape.
+        # A process that had no batch still holds scalar zeros.
         own = {
             f"{number}.{name}": np.broadcast_to(getattr(holder, name), shape)
             for number, (holder, shapes) in enumerate(holders)
@@ -147,7 +157,7 @@ class Pass:
             setattr(holders[int(number)][0], name, array)
 
     def _holders(self) -> Iterator[tuple[Any, Shapes]]:
-        """Everything that holds sums, with the names and shapes of its arrays."""
+        """All objects that hold sums, each with the names and shapes of its arrays."""
         S, G = self.table.sequence_length, self.num_subsets
         by_loss: Shapes = {"sum_S": (S - 1,), "count_S": (S - 1,), "sum_G": (G,), "count_G": (G,)}
         for losses in (self.base, *self.zero.values(), *self.spliced.values()):
@@ -179,7 +189,7 @@ class Pass:
         filling = size - len(indices)
         tokens_BS = self.table.read(indices)
         tokens_BS = np.pad(tokens_BS, ((0, filling), (0, 0)), constant_values=pad)
-        masked_BS = covered(tokens_BS, self.jobs[0].masked if of_text else ())
+        masked_BS = masked_tokens(tokens_BS, self.jobs[0].masked if of_text else ())
         usable_BS = self.table.usable(tokens_BS) & ~masked_BS
         predicts_BP = usable_BS[:, :-1] & (tokens_BS[:, 1:] != pad) & ~masked_BS[:, 1:]
         number_B1 = start + np.arange(size)[:, None]
@@ -196,10 +206,13 @@ class Pass:
         )
 
     def _statistics(self, batch: _Batch, *, mine: bool) -> dict[Tap, Float[Array, "B S D"]]:
-        """L0, squared error and firing of every SAE, mean and spread of every tap.
+        """Add L0, squared error and firing of every SAE, mean and spread of every tap.
 
-        A batch that isn't `mine` is looked at only where the sums have no shift yet: all
-        processes take it from the same batch.
+        A batch that isn't `mine` is read only while a site has no shift yet: all processes take
+        the shift from the same batch.
+
+        Returns:
+            The activations read, for `_importance`.
         """
         if not mine and all(site.shift_D is not None for site in self.sites.values()):
             return {}
@@ -219,7 +232,7 @@ class Pass:
         return acts
 
     def _importance(self, batch: _Batch, acts: dict[Tap, Float[Array, "B S D"]]) -> None:
-        """How evenly the active latents of every SAE matter, by one gradient for each tap."""
+        """Add the uniformity of importance of every SAE; one gradient serves all of a tap."""
         for tap in dict.fromkeys(tap for tap, _ in self.zero):
             gradient = self.model.gradient(batch.tokens_BS, tap, batch.important_BP)
             for index in self.whole:
@@ -229,7 +242,7 @@ class Pass:
             self._advance(batch, passes=_GRADIENT_PASSES)
 
     def _losses(self, batch: _Batch) -> None:
-        """The model as it is, each tap zeroed, each SAE spliced in; both treatments of BOS."""
+        """Add the losses of the model as it is, with each tap at zero, and with each SAE."""
         where = {False: batch.usable_BS, True: np.ones_like(batch.usable_BS)}
 
         def measure(sums: LossSums, splice: Splice | None) -> None:
@@ -251,7 +264,7 @@ class Pass:
         self.meter.update(min(self.meter.done + tokens, self.meter.total or tokens))
 
     def losses_of(self, index: int) -> Losses:
-        """The five passes that one whole job's numbers come from."""
+        """The five losses that the numbers of a job that isn't `compared` come from."""
         target = self.jobs[index].target
         return Losses(
             base=self.base,

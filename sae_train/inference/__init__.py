@@ -1,4 +1,5 @@
-"""A released SAE: encode and decode, and the formats it is written in and read from.
+"""A released SAE: encode, decode, and the file formats it is written in and read from.
 
-Anyone's release can be read here, ours or another tool's.
+Reads anyone's release, ours or another tool's. `fold` makes one from trained weights. It imports
+`config` and `model`, and for `fold` the trained weights of `checkpoint`; never the trainer.
 """

@@ -1,28 +1,31 @@
-"""From trained weights to a released SAE: input scale and pre-encoder bias are folded in."""
+"""From trained weights to a released SAE: input scale and pre-encoder bias are folded in.
+
+Training sees scaled inputs and may subtract a pre-encoder bias from them. A released SAE reads raw
+activations, so that no tool needs to know of either.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
+from sae_train.checkpoint.trained import Trained
 from sae_train.config.sae import Architecture, SaeConfig
 from sae_train.inference.metadata import metadata_of
-
-if TYPE_CHECKING:
-    from sae_train.checkpoint.trained import Trained
 from sae_train.inference.sae import SKIP, Sae, check_finite, gated_as_jumprelu
 
 
 def fold(trained: Trained) -> Sae:
-    """The released form of trained weights (Gemma Scope, appendix A).
+    """The released form of trained weights (Gemma Scope, arXiv 2408.05147, appendix A).
 
     With x = x_raw / C: W_enc' = W_enc, W_dec' = W_dec, b_enc' = C (b_enc - W_enc b_dec),
     b_dec' = C b_dec, θ' = C θ; the latents come out multiplied by C. Without a pre-encoder bias
-    the term W_enc b_dec is absent. Computed in float64, returned in float32.
+    the term W_enc b_dec is absent.
 
-    A transcoder whose target was divided by T has T in the place of C, and what reads x_raw has
-    T/C besides: W_enc' = T/C W_enc, W_skip' = T/C W_skip.
+    For a transcoder whose target was divided by T, T replaces C, and the two matrices that read
+    x_raw are multiplied by T/C: W_enc' = T/C W_enc, W_skip' = T/C W_skip.
+
+    Returns:
+        Float32 NumPy tensors W_enc [D, F], W_dec [F, D], ...; computed in float64.
 
     Raises:
         UserError: a weight isn't finite.
@@ -30,10 +33,10 @@ def fold(trained: Trained) -> Sae:
     config = trained.config.sae
     params = {name: np.asarray(value, np.float64) for name, value in trained.params.items()}
     scale = float(trained.target_scale)
-    ratio = scale / float(trained.input_scale)  # of an SAE 1
+    ratio = scale / float(trained.input_scale)  # 1 for an SAE
     check_finite(params, where=f"the checkpoint at step {trained.step}")
     params = _as_jumprelu(params, architecture=config.architecture)
-    # The trainer clamps direct thresholds at 0: no format can say more, all apply a ReLU first.
+    # The trainer clamps direct thresholds at 0: every format applies a ReLU, so less means 0.
     assert (params["threshold"] >= 0).all(), "a trained threshold is negative"
     bias_F = params["b_enc"]
     if config.pre_encoder_bias:
@@ -46,14 +49,17 @@ def fold(trained: Trained) -> Sae:
         b_dec=(scale * params["b_dec"]).astype(np.float32),
         threshold=(scale * params["threshold"]).astype(np.float32),
         k=config.k if config.architecture == "topk" else None,
-        architecture=_kept_as(config),
+        architecture=_released_architecture(config),
         metadata=metadata_of(trained),
         W_skip=(ratio * params[SKIP]).astype(np.float32) if config.affine_skip else None,
     )
 
 
-def _kept_as(config: SaeConfig) -> Architecture:
-    """What BatchTopK leaves behind is a JumpReLU SAE; no format has a Gated transcoder."""
+def _released_architecture(config: SaeConfig) -> Architecture:
+    """The architecture a release names: JumpReLU where no format has the trained one's form.
+
+    BatchTopK ends as a JumpReLU SAE, and a Gated transcoder, which no format has, is one too.
+    """
     gated_transcoder = config.architecture == "gated" and config.is_transcoder
     if config.architecture == "batch_topk" or gated_transcoder:
         return "jumprelu"

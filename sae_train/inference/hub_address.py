@@ -23,17 +23,18 @@ _FILES = (
 
 
 def is_hub_address(text: str) -> bool:
-    """Does it look like `organisation/repository/folder`? Whether it is a path here comes first."""
+    """Does it look like `organisation/repository/folder`? A local path may: look for it first."""
     return _ADDRESS.fullmatch(text) is not None
 
 
 def fetch_sae(address: str) -> Path:
-    """The folder on this machine that holds what `address` names; fetched if it isn't kept yet.
+    """The local folder with the SAE that `address` names, downloaded if it isn't cached yet.
 
-    Without a network what is in the Hub's local cache still works.
+    Without a network, what is in the Hub's local cache still works.
 
     Raises:
-        UserError: huggingface_hub is missing, the Hub doesn't give it, or nothing is there.
+        UserError: huggingface_hub isn't installed, the download fails, or the repository has no
+            such folder.
     """
     match = _ADDRESS.fullmatch(address)
     assert match is not None, address

@@ -1,32 +1,21 @@
-"""The metadata a released SAE carries: model, hook, normalisation, who made it."""
+"""The metadata a released SAE carries: the model, the hook, the text, how it was trained."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from activation_cache.language_model.names import model_name
 from activation_cache.runtime.version import package_version
-
-if TYPE_CHECKING:
-    from sae_train.checkpoint.trained import Trained
-    from sae_train.config.sae import SaeConfig
+from sae_train.checkpoint.trained import Trained
+from sae_train.config.sae import SaeConfig
 from sae_train.inference.hook_names import hugging_face_hook, transformer_lens_hook
 
-# The SAELens whose file format we write; below 6.0 its readers drop the metadata.
+# The version of SAELens whose file format we write; readers before 6.0 drop the metadata.
 SAE_LENS_VERSION = "6.54.12"
 
 
-def _target_hooks(config: SaeConfig) -> dict[str, str]:
-    if config.target is None:
-        return {}
-    return {
-        "hook_name_out": transformer_lens_hook(config.target, config.layer),
-        "hf_hook_name_out": hugging_face_hook(config.target, config.layer),
-    }
-
-
 def metadata_of(trained: Trained) -> dict[str, Any]:
-    """A trained SAE's metadata under SAELens' names, and under `training` what only we know."""
+    """A trained SAE's metadata: SAELens' keys, and under `training` those it has no name for."""
     config = trained.config
     site, layer = config.sae.site, config.sae.layer
     return {
@@ -56,4 +45,13 @@ def metadata_of(trained: Trained) -> dict[str, Any]:
             "sparsity": config.train.sparsity.model_dump(),
             "seed": config.train.seed,
         },
+    }
+
+
+def _target_hooks(config: SaeConfig) -> dict[str, str]:
+    if config.target is None:
+        return {}
+    return {
+        "hook_name_out": transformer_lens_hook(config.target, config.layer),
+        "hf_hook_name_out": hugging_face_hook(config.target, config.layer),
     }

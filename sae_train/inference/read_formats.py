@@ -1,10 +1,9 @@
 """`load_sae`: read an SAE in Gemma Scope's, Gemma Scope 2's or SAELens' format, whoever wrote it.
 
-What a format leaves open is settled here, once: names in lower or upper case, tensors in bfloat16,
-a decoder bias that the encoder subtracts (SAELens' `apply_b_dec_to_input`, folded on reading).
-Whatever its architecture, an SAE or a transcoder is read into the form of
-`sae_train.inference.sae.Sae`; what is neither, on raw activations, is refused in words
-(docs/release.md).
+An SAE or a transcoder of any architecture becomes a `sae_train.inference.sae.Sae`. Differences
+between files of one format are resolved on reading: names in lower or upper case, tensors in
+bfloat16, a decoder bias that the encoder subtracts (SAELens' `apply_b_dec_to_input`). Anything
+else, such as a crosscoder, is refused with a message that says why (docs/release.md).
 
 Legend: D model width, F latents.
 """
@@ -40,7 +39,13 @@ _SUPPORTED = (
     "params.npz (Gemma Scope), params.safetensors with config.json (Gemma Scope 2) or "
     "sae_weights.safetensors with cfg.json (SAELens)"
 )
-# Files of formats that hold an SAE we don't read, with what to do about it.
+# Files of other tools that hold an SAE we don't read, with what to do about it.
+_GEMMA_SCOPE_SITES: dict[str, Site] = {
+    "res": "resid_post",
+    "mlp": "mlp_out",
+    "att": "attn_out_prelinear",
+    "transcoders": "mlp_in_normalized",
+}
 _FOREIGN = {
     "ae.pt": "a dictionary_learning SAE, a torch pickle: save its tensors with numpy.savez as "
     "params.npz (JumpReLU ones have the same names and shapes)",
@@ -51,22 +56,23 @@ _FOREIGN = {
 def load_sae(path: AnyPath) -> Sae:
     """Read an SAE from a folder or from its weights file.
 
-    A path here, a bucket's, or an address on the Hub (`organisation/repository/folder`), tried in
-    that order. A run's folder or its `release/` is read through the SAELens folder in it, the
-    format that says most about the origin.
+    Args:
+        path: a local path, a bucket's URL, or an address on the Hub
+            (`organisation/repository/folder`), tried in that order. Of a run's folder or its
+            `release/` the SAELens format is read: it says most about the origin.
 
     Returns:
         An `Sae` on raw activations, float32 NumPy tensors.
 
     Raises:
-        UserError: nothing readable there, a damaged file, a tensor missing, unknown, mis-shaped
-            or not finite, or an architecture that isn't read (a crosscoder, ...).
+        UserError: there is nothing to read; a file is damaged; a tensor is missing, unknown, not
+            finite or of a wrong shape; the architecture isn't read (a crosscoder, ...).
     """
-    there = storage_path(path)
-    if not there.exists() and is_hub_address(str(path)):
-        there = fetch_sae(str(path))
-    found = _find(there)
-    # A lone .npz may have any name; Gemma Scope's files are often renamed to be told apart.
+    given = storage_path(path)
+    if not given.exists() and is_hub_address(str(path)):
+        given = fetch_sae(str(path))
+    found = _find(given)
+    # A lone .npz may have any name: people rename Gemma Scope's files to tell them apart.
     reader = _READERS.get(found.name, _read_gemma_scope)
     with on_disk(found.parent, (found.name, "cfg.json", "config.json")) as folder:
         try:
@@ -80,7 +86,7 @@ def load_sae(path: AnyPath) -> Sae:
 
 
 def _find(path: StoragePath) -> StoragePath:
-    """The weights file that `path` stands for."""
+    """The weights file that `path` is or holds."""
     if path.is_file() and (path.name in _READERS or path.suffix == ".npz"):
         return path
     if not path.exists():
@@ -97,7 +103,7 @@ def _find(path: StoragePath) -> StoragePath:
 
 def _read_gemma_scope(path: Path) -> Sae:
     try:
-        # Not np.load: given a file that isn't a zip it tries others and leaves it open.
+        # Not np.load: it tries other formats on a file that isn't a zip, and leaves it open.
         with open(path, "rb") as raw, NpzFile(raw, allow_pickle=False) as file:
             tensors = {name: file[name] for name in file.files}
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -137,7 +143,7 @@ def _read_gemma_scope_2(path: Path) -> Sae:
 
 
 def _with_skip(tensors: Tensors, config: dict[str, Any], *, path: Path) -> Tensors:
-    """Gemma Scope 2's name of the skip as ours, config and tensors compared."""
+    """The skip under our name; raises `UserError` where config and tensors disagree about it."""
     has_skip = "affine_skip_connection" in tensors
     if config.get("affine_connection", has_skip) != has_skip:
         raise UserError(
@@ -155,7 +161,7 @@ _READERS: dict[str, Callable[[Path], Sae]] = {
 
 
 def _metadata_from_path(path: Path) -> dict[str, Any]:
-    """What Gemma Scope's repository and folder names say; a `params.npz` itself says nothing."""
+    """What Gemma Scope's repository and folder names tell; `params.npz` holds tensors only."""
     name = path.absolute().as_posix()
     metadata: dict[str, Any] = {}
     if l0 := re.search(r"average_l0_(\d+)", name):
@@ -172,14 +178,6 @@ def _metadata_from_path(path: Path) -> dict[str, Any]:
     return metadata
 
 
-_GEMMA_SCOPE_SITES: dict[str, Site] = {
-    "res": "resid_post",
-    "mlp": "mlp_out",
-    "att": "attn_out_prelinear",
-    "transcoders": "mlp_in_normalized",
-}
-
-
 def _hooks(site: Site, layer: int, *, ending: str = "") -> dict[str, str]:
     return {
         f"hook_name{ending}": transformer_lens_hook(site, layer),
@@ -188,7 +186,7 @@ def _hooks(site: Site, layer: int, *, ending: str = "") -> dict[str, str]:
 
 
 def _config_from_path(path: Path) -> dict[str, Any]:
-    """What the folder says where config.json is missing, as of some of Gemma Scope 2's."""
+    """What the folder's name tells where Gemma Scope 2 has no config.json."""
     name = path.absolute().as_posix()
     layer = re.search(r"/transcoder(?:_all)?/layer_(\d+)_", name)
     if layer is None:

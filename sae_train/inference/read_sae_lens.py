@@ -1,4 +1,4 @@
-"""SAEs and transcoders in SAELens' format, of any version and architecture we have a form for.
+"""SAEs and transcoders in SAELens' format, of any version that `Sae` can express.
 
 Legend: D model width, F latents.
 """
@@ -13,12 +13,32 @@ from typing import Any
 import numpy as np
 
 from activation_cache.runtime.errors import UserError
+from sae_train.config.sae import Architecture
 from sae_train.inference.sae import SKIP, Sae, gated_as_jumprelu
 from sae_train.inference.tensors import Tensors, checked, read_config, read_tensors
 
+_TRANSCODERS: dict[str, Architecture] = {
+    "transcoder": "relu",
+    "skip_transcoder": "relu",
+    "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
+}
+
+
+@dataclass(frozen=True)
+class _Form:
+    """The five tensors of an `Sae`, and the fields that its architecture sets."""
+
+    tensors: Tensors
+    fields: dict[str, Any] = field(default_factory=dict)
+
 
 def read_sae_lens(path: Path) -> Sae:
-    """Read `sae_weights.safetensors`, with the `cfg.json` beside it."""
+    """Read `sae_weights.safetensors`, with the `cfg.json` beside it.
+
+    Raises:
+        UserError: as `load_sae`.
+    """
     config_path = path.with_name("cfg.json")
     if not config_path.is_file():
         raise UserError(f"{path} needs SAELens' cfg.json beside it: {config_path} is missing")
@@ -30,8 +50,8 @@ def read_sae_lens(path: Path) -> Sae:
             "files. Fold it with SAELens (fold_activation_norm_scaling_factor) and save again"
         )
     tensors = read_tensors(path)
-    _drop_saelens_relics(tensors, path=path)
-    metadata = _sae_lens_metadata(config)
+    _update_old_tensors(tensors, path=path)
+    metadata = _metadata(config)
     if metadata.get("hook_name") == "hook_embed":
         raise UserError(
             f"{config_path} is for hook_embed, the embedding times sqrt(D), and SAELens leaves "
@@ -39,40 +59,32 @@ def read_sae_lens(path: Path) -> Sae:
         )
     if str(config.get("architecture")).endswith("transcoder"):
         metadata.setdefault("hook_name_out", None)
-        return _checked_sizes(_sae_lens_transcoder(config, tensors, metadata, path), config, path)
-    form = _sae_lens_form(config, tensors, path=config_path)
-    sae = dataclasses.replace(checked(form.tensors, path=path, metadata=metadata), **form.own)
-    _checked_sizes(sae, config, path)
-    # SAELens' own default is true, for folders from before the key existed.
+        sae = _transcoder(config, tensors, metadata, path)
+        _check_sizes(sae, config, path=config_path)
+        return sae
+    form = _form(config, tensors, path=config_path)
+    sae = dataclasses.replace(checked(form.tensors, path=path, metadata=metadata), **form.fields)
+    _check_sizes(sae, config, path=config_path)
+    # SAELens takes true for folders from before the key existed.
     return _without_input_bias(sae) if config.get("apply_b_dec_to_input", True) else sae
 
 
-def _checked_sizes(sae: Sae, config: dict[str, Any], path: Path) -> Sae:
+def _check_sizes(sae: Sae, config: dict[str, Any], *, path: Path) -> None:
     sizes = {"d_in": sae.W_enc.shape[0], "d_sae": sae.W_enc.shape[1], "d_out": sae.W_dec.shape[1]}
     for key, found in sizes.items():
         if config.get(key, found) != found:
-            where = path.with_name("cfg.json")
-            raise UserError(f"{where} says {key} {config[key]}, the tensors have {found}")
-    return sae
+            raise UserError(f"{path} says {key} {config[key]}, the tensors have {found}")
 
 
-_SAE_LENS_TRANSCODERS = {
-    "transcoder": "relu",
-    "skip_transcoder": "relu",
-    "jumprelu_transcoder": "jumprelu",
-    "jumprelu_skip_transcoder": "jumprelu",
-}
-
-
-def _sae_lens_transcoder(
+def _transcoder(
     config: dict[str, Any], tensors: Tensors, metadata: dict[str, Any], path: Path
 ) -> Sae:
-    """Of SAELens' transcoders, whose W_skip is [out, in]; none subtracts b_dec from its input."""
+    """One of SAELens' transcoders: W_skip is [out, in], and none subtracts b_dec from its input."""
     name = config["architecture"]
-    if name not in _SAE_LENS_TRANSCODERS:
-        known = ", ".join(_SAE_LENS_TRANSCODERS)
+    if name not in _TRANSCODERS:
+        known = ", ".join(_TRANSCODERS)
         raise UserError(f"{path} is a {name!r}; of transcoders those read are {known}")
-    architecture: Any = _SAE_LENS_TRANSCODERS[name]
+    architecture = _TRANSCODERS[name]
     if ("skip" in name) != (SKIP in tensors):
         has = "a" if SKIP in tensors else "no"
         raise UserError(
@@ -87,16 +99,8 @@ def _sae_lens_transcoder(
     )
 
 
-@dataclass(frozen=True)
-class _Form:
-    """The five tensors, and what else an architecture says."""
-
-    tensors: Tensors
-    own: dict[str, Any] = field(default_factory=dict)
-
-
-def _sae_lens_form(config: dict[str, Any], tensors: Tensors, *, path: Path) -> _Form:
-    """Bring the architectures of SAELens into the form of `Sae`."""
+def _form(config: dict[str, Any], tensors: Tensors, *, path: Path) -> _Form:
+    """SAELens' architectures in the form of `Sae`."""
     architecture = config.get("architecture", "standard")
     activation = config.get("activation_fn_str", config.get("activation_fn", "relu"))
     if architecture == "standard" and activation == "topk":  # as SAELens up to version 5 had it
@@ -123,7 +127,7 @@ def _sae_lens_form(config: dict[str, Any], tensors: Tensors, *, path: Path) -> _
 
 def _without_threshold(tensors: Tensors) -> Tensors:
     if "b_enc" not in tensors:
-        return tensors  # told of later, with the names
+        return tensors  # `checked` says what is missing
     return tensors | {"threshold": np.zeros(tensors["b_enc"].shape, np.float32)}
 
 
@@ -138,7 +142,7 @@ def _from_gated(tensors: Tensors, *, path: Path) -> Tensors:
 
 
 def _unit_decoder(tensors: Tensors) -> Tensors:
-    """Fold what SAELens' `rescale_acts_by_decoder_norm` does at run time into the weights."""
+    """Fold SAELens' `rescale_acts_by_decoder_norm`, which scales at run time, into the weights."""
     norm_F = np.linalg.norm(tensors["W_dec"].astype(np.float64), axis=1)
     folded = {
         "W_enc": tensors["W_enc"] * norm_F[None, :],
@@ -155,8 +159,8 @@ def _without_input_bias(sae: Sae) -> Sae:
     return dataclasses.replace(sae, b_enc=(tensors["b_enc"] - shift_F).astype(np.float32))
 
 
-def _drop_saelens_relics(tensors: Tensors, *, path: Path) -> None:
-    """Undo what older SAELens versions saved: a factor of ones, the threshold's logarithm."""
+def _update_old_tensors(tensors: Tensors, *, path: Path) -> None:
+    """Bring older versions' tensors to today's names: a factor of ones, a log threshold."""
     factor = tensors.pop("scaling_factor", None)
     if factor is not None and not np.allclose(factor.astype(np.float32), 1.0):
         raise UserError(f"{path} has a scaling_factor other than 1, which isn't supported")
@@ -164,8 +168,8 @@ def _drop_saelens_relics(tensors: Tensors, *, path: Path) -> None:
         tensors["threshold"] = np.exp(tensors.pop("log_threshold").astype(np.float32))
 
 
-def _sae_lens_metadata(config: dict[str, Any]) -> dict[str, Any]:
-    """The `metadata` of SAELens 6; before that its keys lay beside the others."""
+def _metadata(config: dict[str, Any]) -> dict[str, Any]:
+    """The `metadata` of SAELens 6; earlier versions kept its keys beside the others."""
     if isinstance(config.get("metadata"), dict):
         return dict(config["metadata"])
     keys = ("model_name", "hook_name", "prepend_bos", "context_size", "dataset_path")

@@ -1,7 +1,6 @@
-"""A released SAE, and how a trained one becomes it.
+"""A released SAE or transcoder: encodes raw activations to latents and decodes them.
 
-Training sees scaled inputs and subtracts a pre-encoder bias; a release has both folded in, so that
-no tool needs to know of either (Gemma Scope, arXiv 2408.05147, appendix A).
+Nothing is left to scale or to subtract (`sae_train.inference.fold`).
 
 Legend: D model width, F latents.
 """
@@ -11,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,37 +23,33 @@ from sae_train.config.sae import Architecture, SaeConfig
 from sae_train.model.forward import PRECISION
 from sae_train.model.topk import select
 
-if TYPE_CHECKING:
-    pass
-
 HostOrDevice = np.ndarray | Array
 
 TENSORS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
-SKIP = "W_skip"  # a sixth, which transcoders with an affine skip have
+SKIP = "W_skip"  # a sixth tensor, of transcoders with an affine skip
 
 
 @dataclass(frozen=True)
 class Sae:
     """An SAE on raw activations: f = relu(z) · 1[z > θ], z = x W_enc + b_enc.
 
-    Or a transcoder, whose f W_dec + b_dec, and x W_skip if it has one, is a prediction of another
-    site's activations (`hook_name_out` of the metadata).
+    Or a transcoder: f W_dec + b_dec, plus x W_skip if it has one, predicts the activations of
+    another site, `hook_name_out` of the metadata.
 
-    Every architecture we train has this form: ReLU has θ = 0, a Gated SAE is a JumpReLU one
-    (`sae_train.model.gated`), BatchTopK becomes one after training, and TopK has θ = 0 and keeps of
-    a row's latents only the k largest.
+    Every architecture we train has this form: a ReLU SAE has θ = 0, a Gated SAE is a JumpReLU one
+    (`gated_as_jumprelu`), BatchTopK becomes one after training, and TopK has θ = 0 and keeps only
+    the k largest latents of a row.
 
-    A JAX pytree of its tensors: pass it to a jitted function as an argument. The metadata
-    stay behind then, so that SAEs of one shape share one compilation.
+    A JAX pytree of its tensors: pass it to a jitted function as an argument. The metadata isn't
+    part of the pytree, so SAEs of one shape share one compilation.
 
     Attributes:
-        W_enc, W_dec, b_enc, b_dec, threshold: float32 unless `cast`, nothing left to scale or to
-            subtract.
-        W_skip: [in, out]; None but for transcoders with an affine skip.
-        k: the most latents a row may have; None but for TopK.
-        architecture: the form it is kept in where a format has several (SAELens).
+        W_enc, W_dec, b_enc, b_dec, threshold: float32 unless `cast`.
+        k: the most active latents a row may have; None for all architectures but TopK.
+        architecture: the form to write it in where a file format has several (SAELens).
         metadata: what is known of the origin, under SAELens' names (`model_name`, `hook_name`,
-            `hf_hook_name`, `context_size`, ...); empty where a format says nothing.
+            `hf_hook_name`, `context_size`, ...); empty where a file says nothing.
+        W_skip: [in, out], of transcoders with an affine skip; else None.
     """
 
     W_enc: Float[HostOrDevice, "D F"]
@@ -68,7 +63,7 @@ class Sae:
     W_skip: Float[HostOrDevice, "D D"] | None = None
 
     def encode(self, x: Float[HostOrDevice, "... D"]) -> Float[Array, "... F"]:
-        """Latents of raw activations, in the weights' dtype (Gemma Scope 2, released form)."""
+        """Latents of raw activations, in the weights' dtype; 0 where a latent isn't active."""
         pre = _product(x, self.W_enc)
         pre = pre + _last(self.b_enc, pre.ndim)
         latents = jnp.where(pre > _last(self.threshold, pre.ndim), jax.nn.relu(pre), 0.0)
@@ -77,14 +72,14 @@ class Sae:
         return select(latents.reshape(-1, latents.shape[-1]), k=self.k).reshape(latents.shape)
 
     def decode(self, latents: Float[HostOrDevice, "... F"]) -> Float[Array, "... D"]:
-        """f W_dec + b_dec, in the weights' dtype: all of the reconstruction but an affine skip."""
+        """f W_dec + b_dec, in the weights' dtype: the reconstruction without an affine skip."""
         decoded = _product(latents, self.W_dec)
         return decoded + _last(self.b_dec, decoded.ndim)
 
     def predict(
         self, x: Float[HostOrDevice, "... D"], *, latents: Float[HostOrDevice, "... F"]
     ) -> Float[Array, "... D"]:
-        """What latents of these activations say, the skip included."""
+        """The reconstruction from latents that `encode` gave for x, an affine skip included."""
         decoded = self.decode(latents)
         return decoded if self.W_skip is None else decoded + _product(x, self.W_skip)
 
@@ -94,11 +89,11 @@ class Sae:
 
     @property
     def is_transcoder(self) -> bool:
-        """Is it known to predict another site than it reads? A lone `params.npz` doesn't say."""
+        """Does its file say that it predicts another site? A lone `params.npz` says nothing."""
         return self.W_skip is not None or "hook_name_out" in self.metadata
 
     def cast(self, dtype: Dtype) -> Sae:
-        """The same with weights of another dtype, in which it then computes."""
+        """The same SAE with weights in another dtype, in which it then computes."""
         tensors: dict[str, Any] = {
             name: tensor.astype(jnp.dtype(dtype)) for name, tensor in self.tensors.items()
         }
@@ -106,7 +101,7 @@ class Sae:
 
     @property
     def tensors(self) -> dict[str, np.ndarray]:
-        """The tensors on the host, under their names here."""
+        """The tensors on the host, by attribute name."""
         names = TENSORS if self.W_skip is None else (*TENSORS, SKIP)
         return {name: np.asarray(getattr(self, name)) for name in names}
 
@@ -123,7 +118,7 @@ class Sae:
 
 
 def _product(x: HostOrDevice, weight: HostOrDevice) -> Array:
-    """x @ weight in the weight's dtype, added up in float32."""
+    """x @ weight, accumulated in float32, returned in the weight's dtype."""
     weight = jnp.asarray(weight)
     wide = jnp.matmul(
         jnp.asarray(x).astype(weight.dtype),
@@ -135,7 +130,7 @@ def _product(x: HostOrDevice, weight: HostOrDevice) -> Array:
 
 
 def _last(vector: HostOrDevice, ndim: int) -> Array:
-    """A vector along the last of `ndim` dims: the tests forbid implicit rank promotion."""
+    """A vector along the last of `ndim` dims, for code under strict rank promotion."""
     return jnp.asarray(vector).reshape((1,) * (ndim - 1) + (-1,))
 
 
@@ -153,7 +148,7 @@ def _flatten_with_keys(sae: Sae) -> tuple[tuple[Any, ...], _Static]:
 
 
 def _unflatten(static: _Static, children: Any) -> Sae:
-    # Past __init__: JAX also unflattens with placeholders, which no shape check would let through.
+    # Without __init__, whose shape checks would reject the placeholders JAX also unflattens with.
     sae = object.__new__(Sae)
     names = (*TENSORS, SKIP, "k", "architecture", "metadata")
     for name, value in zip(names, (*children, *static, {}), strict=True):
@@ -165,7 +160,7 @@ jax.tree_util.register_pytree_with_keys(Sae, _flatten_with_keys, _unflatten, _fl
 
 
 def check_kind(sae: Sae, config: SaeConfig, *, name: str) -> None:
-    """Raise `UserError` where a transcoder stands for an SAE, or the other way round."""
+    """Raise `UserError` for a transcoder where the config describes an SAE, or the reverse."""
     if sae.is_transcoder and not config.is_transcoder:
         raise UserError(
             f"{name} is a transcoder, from {sae.metadata.get('hook_name')} to "
@@ -180,11 +175,16 @@ def check_kind(sae: Sae, config: SaeConfig, *, name: str) -> None:
 
 
 def gated_as_jumprelu(params: dict[str, np.ndarray], *, latent_axis: int) -> dict[str, np.ndarray]:
-    """W_enc, b_enc and threshold of the JumpReLU SAE that a Gated one is.
+    """W_enc, b_enc and threshold of the JumpReLU SAE that computes what a Gated one does.
 
-    gate > 0 where exp(r_mag) gate > 0, that is where the magnitude's pre-activation, exp(r_mag)
-    (gate - b_gate) + b_mag, is above b_mag - exp(r_mag) b_gate. A negative threshold may as well
-    be 0: the magnitude passes a ReLU.
+    A Gated SAE (Rajamanoharan et al. 2024, arXiv 2404.16014, section 3) gates with
+    π = x W_enc + b_gate > 0 and has the magnitude relu(exp(r_mag) (x W_enc) + b_mag). π > 0 where
+    exp(r_mag) π > 0, that is where the magnitude's pre-activation exp(r_mag) (π - b_gate) + b_mag
+    is above b_mag - exp(r_mag) b_gate. A negative threshold is the same as 0: the magnitude passes
+    a ReLU.
+
+    Args:
+        latent_axis: which dim of W_enc has the latents: 0 in training, 1 in released files.
     """
     gain_F = np.exp(params["r_mag"])
     return {

@@ -1,4 +1,4 @@
-"""Tensors and configs of released SAEs as they lie on disk: read, named, checked.
+"""Tensors and configs of released SAEs on disk: read, renamed, checked.
 
 Legend: D model width, F latents.
 """
@@ -24,7 +24,11 @@ def capital(tensors: Tensors) -> Tensors:
 
 
 def checked(tensors: Tensors, *, path: Path, metadata: dict[str, Any]) -> Sae:
-    """Names, dtypes and shapes of the five tensors, and of a skip, in float32."""
+    """An `Sae` of these tensors in float32, their names, dtypes and shapes checked.
+
+    Raises:
+        UserError: a tensor is missing, unknown, not floating point or of another shape.
+    """
     skip = tensors.get(SKIP)
     tensors = {name: tensor for name, tensor in tensors.items() if name != SKIP}
     if set(tensors) != set(TENSORS):

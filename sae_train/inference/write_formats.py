@@ -1,10 +1,10 @@
-"""Writing a release in the three formats the field loads (docs/release.md).
+"""Write a released SAE in the three formats that the field's tools read (docs/release.md).
 
     gemma_scope/params.npz                              Gemma Scope
     gemma_scope_2/{config.json, params.safetensors}     Gemma Scope 2
     sae_lens/{cfg.json, sae_weights.safetensors[, sparsity.safetensors]}    SAELens 6
 
-Tensors are streamed: a million latents are 30 GB, which must not be held twice.
+Tensors are streamed: an SAE of a million latents is 30 GB, which must not be held twice.
 
 Legend: D model width, F latents.
 """
@@ -23,14 +23,17 @@ from sae_train.inference.sae import SKIP, Sae
 
 FORMATS = ("gemma_scope", "gemma_scope_2", "sae_lens")
 
-# SAELens' own guard against log10(0); it makes -10 the value of a latent that never fired.
+# SAELens' own guard against log10(0): a latent that never fired gets -10.
 _LOG_SPARSITY_EPSILON = 1e-10
 
 
 def write_gemma_scope(sae: Sae, folder: StoragePath) -> list[StoragePath]:
-    """Write `params.npz`: float32, capital names, the plain threshold, nothing else.
+    """Write `params.npz`: float32, capital names, the threshold itself (no logarithm).
 
-    A transcoder has the same names; one with a skip has no place in this format.
+    A transcoder has the same tensors. The format can't hold an affine skip.
+
+    Returns:
+        The file written.
     """
     assert sae.W_skip is None, "params.npz has no affine skip"
     path = make_folder(folder) / "params.npz"
@@ -42,10 +45,11 @@ def write_gemma_scope(sae: Sae, folder: StoragePath) -> list[StoragePath]:
 def write_gemma_scope_2(sae: Sae, folder: StoragePath) -> list[StoragePath]:
     """Write `params.safetensors` with lower-case names, then `config.json`.
 
-    A transcoder's skip is `affine_skip_connection`, [in, out].
+    A transcoder's skip is `affine_skip_connection`, [in, out]. `l0` is the measured one, rounded
+    (Gemma Scope 2 writes its target there); without an evaluation it is left out.
 
-    `l0` is the measured one, rounded; Gemma Scope 2 puts its target there. It is left out where
-    nothing has been measured.
+    Returns:
+        The files written.
     """
     make_folder(folder)
     renamed = {SKIP: "affine_skip_connection"}
@@ -71,12 +75,14 @@ def write_gemma_scope_2(sae: Sae, folder: StoragePath) -> list[StoragePath]:
 def write_sae_lens(
     sae: Sae, folder: StoragePath, *, frequency_F: Float[np.ndarray, " F"] | None = None
 ) -> list[StoragePath]:
-    """Write an inference SAE of SAELens 6, its sparsity file too where it was measured.
-
-    JumpReLU, ReLU ("standard"), Gated and TopK ones and transcoders each as SAELens keeps them.
+    """Write an inference SAE of SAELens 6, in SAELens' own form for its architecture.
 
     Args:
-        frequency_F: the fraction of tokens each latent fires on.
+        frequency_F: the fraction of tokens each latent fires on, for the sparsity file; None
+            writes none.
+
+    Returns:
+        The files written.
     """
     make_folder(folder)
     D, F = sae.W_enc.shape
@@ -87,10 +93,10 @@ def write_sae_lens(
         "d_sae": F,
         "dtype": "float32",
         "device": "cpu",
-        # Left out, SAELens takes it for true and gives wrong latents.
+        # Without this key SAELens subtracts b_dec from the input.
         "apply_b_dec_to_input": False,
         "normalize_activations": "none",
-        # TransformerLens hands hook_z over as [..., heads, head dim]; the SAE reads them joined.
+        # TransformerLens gives hook_z as [..., heads, head dim]; the SAE reads them joined.
         "reshape_activations": "hook_z" if hook.endswith("hook_z") else "none",
         "metadata": dict(sae.metadata),
         "architecture": architecture,
@@ -109,7 +115,7 @@ def write_sae_lens(
 
 
 def _sae_lens_form(sae: Sae) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
-    """SAELens' name of the architecture, the tensors it keeps, and keys of its own."""
+    """SAELens' name of the architecture, its tensors, and the keys only it has in cfg.json."""
     tensors = sae.tensors
     if sae.is_transcoder:
         return _sae_lens_transcoder(sae, tensors)
@@ -129,7 +135,7 @@ def _sae_lens_form(sae: Sae) -> tuple[str, dict[str, np.ndarray], dict[str, Any]
 def _sae_lens_transcoder(
     sae: Sae, tensors: dict[str, np.ndarray]
 ) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
-    """`transcoder` is SAELens' name of a ReLU one; its W_skip is [out, in]."""
+    """As `_sae_lens_form`; SAELens' `transcoder` is a ReLU one, and its W_skip is [out, in]."""
     assert sae.architecture in ("jumprelu", "relu"), sae.architecture
     name = "transcoder" if sae.W_skip is None else "skip_transcoder"
     if sae.architecture == "jumprelu":

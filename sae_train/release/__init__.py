@@ -1,4 +1,4 @@
-"""From trained runs to a published tree: folders, cards, index.
+"""From trained runs to a published tree: weights, cards, index, folder names.
 
-It writes through `inference`'s formats.
+It writes the formats of `inference` and quotes the numbers of `evaluate`.
 """

@@ -45,20 +45,6 @@ Inputs are raw activations, the input scaling and the pre-encoder bias of traini
 """
 
 
-def _others(sae: Sae) -> str:
-    if sae.k is not None:
-        return ""
-    return (_GEMMA_SCOPE if sae.W_skip is None else "") + _GEMMA_SCOPE_2
-
-
-def _target(sae: Sae, *, config: Config) -> list[tuple[str, str]]:
-    """What a transcoder predicts."""
-    if not sae.is_transcoder:
-        return []
-    skip = "" if sae.W_skip is None else ", with an affine skip: call `sae(x)` for all of it"
-    return [("predicts", f"{config.sae.target}, `{sae.metadata['hook_name_out']}`{skip}")]
-
-
 def model_card(sae: Sae, *, config: Config, evaluation: Evaluation | None) -> str:
     """The text of README.md, Markdown with the front matter of a Hub model card."""
     D, F = sae.W_enc.shape
@@ -91,8 +77,22 @@ def model_card(sae: Sae, *, config: Config, evaluation: Evaluation | None) -> st
     )
 
 
+def _others(sae: Sae) -> str:
+    if sae.k is not None:
+        return ""
+    return (_GEMMA_SCOPE if sae.W_skip is None else "") + _GEMMA_SCOPE_2
+
+
+def _target(sae: Sae, *, config: Config) -> list[tuple[str, str]]:
+    """The row about what a transcoder predicts; none for an SAE."""
+    if not sae.is_transcoder:
+        return []
+    skip = "" if sae.W_skip is None else ", with an affine skip: call `sae(x)` for all of it"
+    return [("predicts", f"{config.sae.target}, `{sae.metadata['hook_name_out']}`{skip}")]
+
+
 def front_matter(config: Config, architectures: Sequence[str]) -> str:
-    """What the Hub reads of a card."""
+    """The card's YAML front matter, which the Hub reads."""
     tags = f"tags: [sparse-autoencoder, {', '.join(architectures)}, interpretability]"
     lines = ["library_name: saelens", tags]
     weights = config.model.weights
@@ -127,11 +127,11 @@ def _measured(evaluation: Evaluation | None) -> str:
 
 
 def number(value: float | None) -> str:
-    """Four decimals; in words where there is none."""
+    """Four decimals, or "not finite" for None."""
     return "not finite" if value is None else f"{value:.4f}"
 
 
 def table(rows: list[tuple[str, str]]) -> str:
-    """Two columns in Markdown."""
+    """A Markdown table of two columns without a header."""
     lines = ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows)]
     return "\n".join(lines) + "\n"

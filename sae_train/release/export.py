@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from dataclasses import dataclass
 
@@ -29,9 +28,13 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class Release:
-    """What was written: the folder, its files, the SAE, the evaluation it quotes if any.
+    """What `export_run` wrote.
 
-    `config` is the run's.
+    Attributes:
+        folder: the run's `release/`.
+        files: every file written, the card last.
+        evaluation: the one that the card quotes, if there is one of these weights.
+        config: the run's.
     """
 
     folder: StoragePath
@@ -44,17 +47,17 @@ class Release:
 def export(folder: StoragePath) -> list[Release]:
     """Write `release/` in a run's folder, or in every trained run of a sweep's folder.
 
-    Numbers of an evaluation are quoted only if it is of the exported weights.
+    A card quotes an evaluation only if it is of the exported weights.
 
     Returns:
         One release per run.
 
     Raises:
-        UserError: no trained run there; weights that aren't finite; a disk error; a file that
-            reads back other than it was written.
+        UserError: there is no trained run; weights aren't finite; the disk fails; a file reads
+            back different from what was written.
     """
     runs = [folder]
-    # A run's folder is taken as it is: a release needs its checkpoint and no config.yaml.
+    # A folder with a checkpoint is a run's, also without config.yaml: the checkpoint has a config.
     if newest_checkpoint(folder) is None and (folder / FILE_NAME).is_file():
         runs = [run for run in run_folders(folder) if newest_checkpoint(run) is not None]
     if not runs:
@@ -63,7 +66,7 @@ def export(folder: StoragePath) -> list[Release]:
 
 
 def export_run(folder: StoragePath) -> Release:
-    """Write a run's `release/`, its card last; see `export`."""
+    """Write one run's `release/`; returns and raises as `export`."""
     trained = load_trained(folder)
     sae = fold(trained)
     evaluation = _evaluation_of(sae, folder)
@@ -73,9 +76,9 @@ def export_run(folder: StoragePath) -> Release:
         sae.metadata["l0"] = evaluation.l0
     target = make_folder(folder / RELEASE)
     card = target / CARD
-    card.unlink(missing_ok=True)  # written last: without it a release isn't whole
+    card.unlink(missing_ok=True)  # written last: a release without a card is unfinished
     files: list[StoragePath] = []
-    if sae.k is None:  # Gemma Scope's formats have no place for a k, the first none for a skip
+    if sae.k is None:  # Gemma Scope's formats can't hold k, and its first can't hold a skip
         if sae.W_skip is None:
             files += write_gemma_scope(sae, target / "gemma_scope")
         files += write_gemma_scope_2(sae, target / "gemma_scope_2")
@@ -91,7 +94,7 @@ def export_run(folder: StoragePath) -> Release:
 
 
 def _config(folder: StoragePath, trained: Config) -> Config:
-    """The run's config.yaml; where there is none, the config the checkpoint remembers."""
+    """The run's config.yaml; without one, the config in the checkpoint."""
     return read_run_config(folder) if (folder / FILE_NAME).is_file() else trained
 
 
@@ -109,7 +112,7 @@ def _evaluation_of(sae: Sae, folder: StoragePath) -> Evaluation | None:
 
 
 def check_same(sae: Sae, read: Sae, *, path: StoragePath) -> None:
-    """Raise `UserError` when what `path` reads back as isn't what was written to it."""
+    """Raise `UserError` if the SAE `read` from `path` differs from the one written there."""
     if sae.k != read.k:
         raise UserError(f"{path} reads back with k {read.k}, written was {sae.k}: export again")
     if sae.tensors.keys() != read.tensors.keys():
@@ -123,7 +126,7 @@ def check_same(sae: Sae, read: Sae, *, path: StoragePath) -> None:
                 f"{path} reads back with another {name} than was written: the disk or the file "
                 "system is at fault. Export to another disk"
             )
-    for key, value in dataclasses.asdict(read)["metadata"].items():
-        # Gemma Scope 2 keeps the L0 rounded.
+    for key, value in read.metadata.items():
+        # Gemma Scope 2 has the L0 rounded.
         if key != "l0" and sae.metadata.get(key) != value:
             raise UserError(f"{path} reads back with {key} {value!r}: export again")

@@ -1,4 +1,7 @@
-"""saes.json: every SAE of a released tree, and which of its cell is the canonical one."""
+"""saes.json: every SAE of a released tree, and which is canonical in its cell.
+
+A cell is a site, a layer and a width; its SAEs differ in sparsity or seed.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,19 @@ from sae_train.config.run import Config
 
 INDEX = "saes.json"
 FORMAT_VERSION = 1
-CANONICAL_L0 = 100  # Gemma Scope's canonical SAEs are those of their cell nearest to it
+CANONICAL_L0 = 100  # Gemma Scope's canonical SAE of a cell is the one with the nearest L0
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One SAE of the tree, as saes.json has it; None what wasn't measured.
+    """One SAE of the tree, as saes.json has it; None for what wasn't measured.
 
     Attributes:
-        folder: below the folder of each format.
-        cell: the part of it that SAEs of one site, layer and width share.
+        folder: relative to the folder of each format.
+        cell: the part of `folder` that SAEs of one site, layer and width share.
+        canonical: its L0 is nearest to `CANONICAL_L0` among the cell's evaluated SAEs.
         run: the run's folder, relative to the sweep's.
-        files: bytes, by path in the tree.
-        canonical: of its cell's measured SAEs the one whose L0 is nearest to 100.
+        files: size in bytes, by path in the tree.
     """
 
     folder: str
@@ -55,7 +58,7 @@ class Entry:
 
 
 def with_canonical(entries: Sequence[Entry]) -> list[Entry]:
-    """Each cell's SAE whose L0 is nearest to 100 marked; of two as near the sparser one."""
+    """The entries, the canonical one of each cell marked; of two equally near the sparser."""
     best: dict[str, tuple[float, float, str]] = {}
     for entry in entries:
         if entry.l0 is not None:
@@ -66,7 +69,7 @@ def with_canonical(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def index(config: Config, entries: Sequence[Entry]) -> dict[str, Any]:
-    """The JSON object."""
+    """The content of saes.json."""
     return {
         "format_version": FORMAT_VERSION,
         "name": config.name,

@@ -1,11 +1,10 @@
-"""The names of a suite's folders, as Gemma Scope and Gemma Scope 2 have them."""
+"""The names of a suite's folders, as in the releases of Gemma Scope and Gemma Scope 2."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 Tree = Literal["gemma_scope", "gemma_scope_2"]
-
 
 GEMMA_SCOPE_SITES: dict[str, str] = {
     "resid_post": "res",
@@ -15,7 +14,7 @@ GEMMA_SCOPE_SITES: dict[str, str] = {
 
 
 def released_folder(folder: str, *, tree: Tree, average_l0: float) -> str:
-    """A run's folder in a released tree: Gemma Scope's ends in the measured L0, rounded."""
+    """A run's folder in a released tree; Gemma Scope's ends in the measured L0, rounded."""
     if tree == "gemma_scope_2":
         return folder
     return f"{folder.rpartition('/')[0]}/average_l0_{average_l0:.0f}"

@@ -5,8 +5,8 @@
       gemma_scope/res/layer_12/width_16k/average_l0_82/params.npz
       gemma_scope_2/..., sae_lens/...                  the same folders, in the other formats
 
-The files of each run's own `release/` are linked, not copied, where the file system can. A tree
-without its index was interrupted, and is taken for whole by nobody.
+The files of each run's own `release/` are linked where the file system allows it, else copied. A
+tree without its index was interrupted; nothing publishes it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def export_tree(
         UserError: as `export_run`; a file of the tree that reads back other than it was written.
     """
     tree = folder / RELEASE
-    (tree / INDEX).unlink(missing_ok=True)  # from here on it isn't whole
+    (tree / INDEX).unlink(missing_ok=True)  # from here on the tree is unfinished
     remove_tree(tree)
     make_folder(tree)
     entries: list[Entry] = []
@@ -101,7 +101,7 @@ def tree_folder(
 
 
 def _cell(config: Config) -> str:
-    """What a suite would call the cell of a run."""
+    """The cell of a run, named as a suite names it."""
     sae = config.sae
     kind = "" if sae.architecture == "jumprelu" else f"_{sae.architecture}"
     affine = "_affine" if sae.affine_skip else ""
@@ -112,7 +112,11 @@ def _cell(config: Config) -> str:
 
 
 def _gather(release: Release, tree: StoragePath, name: str) -> dict[str, int]:
-    """Link a run's released files into the tree, and read the weights back from there."""
+    """Link a run's released files into the tree, and read the weights back from it.
+
+    Returns:
+        The size of each file in bytes, by path in the tree.
+    """
     files: dict[str, int] = {}
     for source in release.files:
         if source.name == CARD:
@@ -128,7 +132,7 @@ def _gather(release: Release, tree: StoragePath, name: str) -> dict[str, int]:
 
 
 def _link(source: StoragePath, target: StoragePath) -> None:
-    """The same file under a second name; a copy where the file system can't."""
+    """Link the file under a second name; copy it where the file system can't."""
     if isinstance(source, Path) and isinstance(target, Path):
         with contextlib.suppress(OSError):
             os.link(source, target)

@@ -1,4 +1,4 @@
-"""release/README.md of a sweep: what is there, how it was made and measured, how to load it."""
+"""release/README.md of a sweep: its SAEs, how they were made and measured, how to load them."""
 
 from __future__ import annotations
 

@@ -20,11 +20,11 @@ from activation_cache.runtime.errors import UserError
 from activation_cache.store.store import open_store
 from launch.run_state import needs_evaluation
 from sae_train.checkpoint.trained import load_trained
-from sae_train.config.evaluation import ElsewhereConfig, EvaluationConfig
+from sae_train.config.evaluation import EvaluationConfig, ExtraEvaluationConfig
 from sae_train.config.run import Config
 from sae_train.evaluate.evaluate import evaluate
 from sae_train.evaluate.importance import ImportanceSums, uniformity
-from sae_train.evaluate.job import covered
+from sae_train.evaluate.job import masked_tokens
 from sae_train.evaluate.result import Evaluation, read_evaluation, read_frequencies
 from sae_train.evaluate.splice import splice_sae
 from sae_train.inference.fold import fold
@@ -329,7 +329,7 @@ def test_what_is_current_elsewhere_is_left_alone(world: World, tuned: ModelConfi
 
 
 def test_a_sweep_sees_what_is_missing_elsewhere(world: World, tuned: ModelConfig, tmp_path: Path):
-    entry = ElsewhereConfig(model=tuned, label="it")
+    entry = ExtraEvaluationConfig(model=tuned, label="it")
     settings = world.config.evaluation.model_copy(update={"also": [entry]})
     config = world.config.model_copy(update={"evaluation": settings})
     trained = dataclasses.replace(load_trained(world.run), config=config)
@@ -376,6 +376,6 @@ def test_entries_that_make_no_sense(also: list[dict[str, Any]], words: str):
 
 def test_runs_of_tokens_are_found_wherever_they_stand():
     tokens = np.array([[5, 6, 5, 6, 6], [6, 5, 6, 5, 7], [1, 1, 1, 1, 1]], np.int32)
-    found = covered(tokens, [(5, 6), (7,), (1, 1, 1, 1, 1, 1)])
+    found = masked_tokens(tokens, [(5, 6), (7,), (1, 1, 1, 1, 1, 1)])
     expected = [[1, 1, 1, 1, 0], [0, 1, 1, 0, 1], [0, 0, 0, 0, 0]]
     assert found.astype(int).tolist() == expected
