@@ -1,6 +1,6 @@
 """Draws docs/rooms.svg from the imports: `make rooms`.
 
-A box is a room (a sub-package, with its number of files) or a module that stands beside the rooms.
+A box is a room (a sub-package) or, with `.py`, a module beside the rooms.
 Its row is the length of the longest chain of imports below it, so that every arrow points down.
 Arrows that follow from others are left out. A tooltip tells what a box imports of other packages.
 """
@@ -35,16 +35,14 @@ def box_of(module: str) -> str:
     return ".".join(module.split(".")[:2])
 
 
-def boxes() -> tuple[Graph, dict[str, int]]:
-    """What each box imports, and how many files it has."""
+def boxes() -> Graph:
+    """What each box imports."""
     needs: Graph = defaultdict(set)
-    files: dict[str, int] = defaultdict(int)
     for package in COLORS:
         for path in sorted({*(ROOT / package).rglob("*.py")} - {ROOT / package / "__init__.py"}):
             box = box_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
-            files[box] += path.name != "__init__.py"
             needs[box] |= {box_of(module) for module in imported(path)} - {box}
-    return needs, files
+    return needs
 
 
 def reduced(needs: Graph) -> tuple[Graph, dict[str, int]]:
@@ -114,7 +112,7 @@ class Band:
 
 BOX_SVG = """<g><title>{title}</title><rect x="{left:.0f}" y="{y}" width="{wide}" height="{high}" \
 rx="6" fill="white"/><text x="{x:.0f}" y="{base}" text-anchor="middle" stroke="none">{name}\
-<tspan fill="#777">{count}</tspan></text></g>"""
+<tspan fill="#777">{ending}</tspan></text></g>"""
 BAND_SVG = """<g transform="translate({left})" stroke="{color}"><rect x="4" y="4" rx="8" \
 width="{wide}" height="{high}" fill="{color}" fill-opacity="0.07" stroke="none"/>\
 <text x="16" y="26" fill="{color}" stroke="none" font-weight="bold">{package}</text>"""
@@ -127,7 +125,7 @@ markerWidth="7" markerHeight="7" orient="auto">{HEAD}</marker>\
 
 def picture() -> str:
     """The whole picture as SVG, the same bytes for the same imports."""
-    needs, files = boxes()
+    needs = boxes()
     lines, left, high = list[str](), 0, 0
     for package, color in COLORS.items():
         own = {box: of for box, of in needs.items() if box.startswith(package)}
@@ -140,8 +138,10 @@ def picture() -> str:
             x, y, is_room = band.x[box], band.y(box), (ROOT / box.replace(".", "/")).is_dir()
             title = f"{box} imports " + (", ".join(sorted(needs[box] - own.keys())) or "no other")
             place = {"left": x - BOX / 2, "x": x, "y": y, "base": y + 22, "wide": BOX}
-            name, count = box.partition(".")[2], f" · {files[box]}" if is_room else ".py"
-            lines.append(BOX_SVG.format(high=HEIGHT, name=name, count=count, title=title, **place))
+            name, ending = box.partition(".")[2], "" if is_room else ".py"
+            lines.append(
+                BOX_SVG.format(high=HEIGHT, name=name, ending=ending, title=title, **place)
+            )
         lines.append("</g>")
         left, high = left + band.width, max(high, size["high"] + 8)
     return PICTURE_SVG.format(wide=left, high=high, body="\n".join(lines))
