@@ -1,8 +1,8 @@
 """Draws docs/rooms.svg from the imports: `make rooms`.
 
-A box is a room (a sub-package) or, with `.py`, a module beside the rooms.
-Its row is the length of the longest chain of imports below it, so that every arrow points down.
-Arrows that follow from others are left out. A tooltip tells what a box imports of other packages.
+A box is a room (a sub-package) or, with `.py`, a module beside the rooms. Its row is the length
+of the longest chain of imports below it, so that every arrow points down. Arrows that follow from
+others are left out. A tooltip tells what a box imports of other packages.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Band:
         return sum((BEND if one.startswith("bend") else BOX) + GAP for one in row) - GAP
 
     def _order(self) -> None:
-        """Each row in the order of its neighbours' mean places, from below and from above."""
+        """Each row in the order of its neighbours' mean places, from above and from below."""
         joined: Graph = defaultdict(set)
         for path in self.paths:
             for upper, lower in itertools.pairwise(path):
@@ -105,14 +105,13 @@ class Band:
         for upper, lower in itertools.pairwise(names):
             start, end = self.y(upper) + HEIGHT, self.y(lower)
             a, b, middle = self.x[upper], self.x[lower], (start + end) // 2
-            drawn += f"C{a:.0f} {middle} {b:.0f} {middle} {b:.0f} {end}"
-            drawn += "" if lower == names[-1] else f"V{end + HEIGHT}"
-        return drawn
+            drawn += f"C{a:.0f} {middle} {b:.0f} {middle} {b:.0f} {end}V{end + HEIGHT}"
+        return drawn.rpartition("V")[0]
 
 
-BOX_SVG = """<g><title>{title}</title><rect x="{left:.0f}" y="{y}" width="{wide}" height="{high}" \
-rx="6" fill="white"/><text x="{x:.0f}" y="{base}" text-anchor="middle" stroke="none">{name}\
-<tspan fill="#777">{ending}</tspan></text></g>"""
+BOX_SVG = f"""<g><title>{{title}}</title><rect x="{{left:.0f}}" y="{{y}}" width="{BOX}" rx="6" \
+height="{HEIGHT}" fill="white"/><text x="{{x:.0f}}" y="{{base}}" text-anchor="middle" \
+stroke="none">{{name}}<tspan fill="#777">{{ending}}</tspan></text></g>"""
 BAND_SVG = """<g transform="translate({left})" stroke="{color}"><rect x="4" y="4" rx="8" \
 width="{wide}" height="{high}" fill="{color}" fill-opacity="0.07" stroke="none"/>\
 <text x="16" y="26" fill="{color}" stroke="none" font-weight="bold">{package}</text>"""
@@ -137,11 +136,9 @@ def picture() -> str:
         for box in sorted(own):
             x, y, is_room = band.x[box], band.y(box), (ROOT / box.replace(".", "/")).is_dir()
             title = f"{box} imports " + (", ".join(sorted(needs[box] - own.keys())) or "no other")
-            place = {"left": x - BOX / 2, "x": x, "y": y, "base": y + 22, "wide": BOX}
             name, ending = box.partition(".")[2], "" if is_room else ".py"
-            lines.append(
-                BOX_SVG.format(high=HEIGHT, name=name, ending=ending, title=title, **place)
-            )
+            place = {"left": x - BOX / 2, "x": x, "y": y, "base": y + 22}
+            lines.append(BOX_SVG.format(name=name, ending=ending, title=title, **place))
         lines.append("</g>")
         left, high = left + band.width, max(high, size["high"] + 8)
     return PICTURE_SVG.format(wide=left, high=high, body="\n".join(lines))
