@@ -66,7 +66,7 @@ class Charts:
         if rows:
             names = [words(_shortened(name)) for name in rows]
             layout["yaxis"] |= {"tickvals": list(range(len(rows))), "ticktext": names}
-            layout["yaxis"] |= {"autorange": "reversed", "showgrid": False}
+            layout["yaxis"] |= {"range": [len(rows) - 0.5, -0.5], "showgrid": False}
             height = len(rows) * (max(_ROW, _THINNEST * len(traces)) + _GAP) + _BELOW
         number = len(self._specs)
         self._specs.append({"data": list(traces), "layout": layout})
