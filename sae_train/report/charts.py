@@ -192,7 +192,7 @@ def hover_lines(label: str) -> str:
 
 
 def words(text: str) -> str:
-    """Plotly takes text for a kind of HTML."""
+    """`text` as plotly shows it unchanged: it reads text as a kind of HTML."""
     return escape(text, quote=False)
 
 
@@ -200,8 +200,9 @@ def _shortened(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
 
 
-def _rounded(values: Sequence[float]) -> list[float]:
-    return [float(f"{value:.{_DIGITS}g}") for value in values]
+def _rounded(values: Sequence[float]) -> list[float | None]:
+    # JSON has no NaN; plotly leaves out null.
+    return [float(f"{v:.{_DIGITS}g}") if math.isfinite(v) else None for v in values]
 
 
 def _layout(x: Axis, y: Axis) -> dict[str, Any]:

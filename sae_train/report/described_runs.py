@@ -11,8 +11,9 @@ from sae_train.config.file import differing_fields
 from sae_train.config.run import Config
 from sae_train.runs.folder import RunFolder
 
-# Where sparsity is pressed on: runs that differ here alone form one frontier.
-_PRESSURE = ("train.sparsity.", "sae.k")
+# Settings that make an SAE sparse: runs that differ in these alone form one frontier.
+_SPARSITY = ("train.sparsity.", "sae.k")
+# Settings that may differ between any two runs and tell a reader nothing.
 _OWN = ("name", "output", "cache", "mesh")
 # Dense to sparse: blue to red, each legible on white and on near-black.
 _PALETTE = (
@@ -42,9 +43,9 @@ class ReportRun:
 
     Attributes:
         label: what tells it from the others, short.
-        family: runs of one family differ only in how strongly sparsity is pressed; the frontier
+        family: runs of one family differ only in the settings that make them sparse; the frontier
             joins them with a line.
-        pressure: how strongly it is pressed, what tells it from its family.
+        sparsity: those settings, which tell it from its family.
         color: `#rrggbb`.
         symbol: of its family's marks, a key of `SYMBOLS`.
     """
@@ -52,7 +53,7 @@ class ReportRun:
     folder: RunFolder
     label: str
     family: str
-    pressure: str
+    sparsity: str
     color: str
     symbol: str
 
@@ -75,11 +76,11 @@ class ReportRun:
 def describe_runs(folders: Sequence[RunFolder]) -> list[ReportRun]:
     """Give each run a label, a family and a colour; families together, from dense to sparse."""
     differing = _differing([run.config for run in folders])
-    if "sae.architecture" in differing:  # each goes with a penalty of its own
+    if "sae.architecture" in differing:  # which decides the penalty
         differing = [key for key in differing if key != "train.sparsity.penalty"]
-    pressure = [key for key in differing if key.startswith(_PRESSURE)]
-    rest = [key for key in differing if key not in pressure]
-    differing = rest + pressure
+    sparsity = [key for key in differing if key.startswith(_SPARSITY)]
+    rest = [key for key in differing if key not in sparsity]
+    differing = rest + sparsity
     families = list(dict.fromkeys(_settings(run.config, rest) for run in folders))
     ordered = sorted(
         folders,
@@ -91,7 +92,7 @@ def describe_runs(folders: Sequence[RunFolder]) -> list[ReportRun]:
             folder=run,
             label=_settings(run.config, differing) or run.config.name,
             family=_settings(run.config, rest),
-            pressure=_settings(run.config, pressure),
+            sparsity=_settings(run.config, sparsity),
             color=color,
             symbol=symbols[_settings(run.config, rest)],
         )
@@ -144,7 +145,7 @@ def _settings(config: Config, keys: Sequence[str]) -> str:
         for part in key.split("."):
             value = getattr(value, part) if part in type(value).model_fields else None
         if name == "layer" and "sae.site" in keys:
-            continue  # said with the site
+            continue  # the site's name holds it
         if key == "sae.site":
             words.append(config.sae.tap.name)
         elif value is not None:

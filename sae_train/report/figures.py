@@ -63,7 +63,7 @@ def frontier(
                     run,
                     (l0, value),
                     hover=numbers_hover(run.label, run.folder.evaluation or {}, also=more),
-                    label=(run.pressure or run.label) if labelled else "",
+                    label=(run.sparsity or run.label) if labelled else "",
                     # The frontier falls from left to right.
                     beside="bottom left" if (l0, value) == points[-1][:2] else "top right",
                 )

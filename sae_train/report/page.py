@@ -142,7 +142,7 @@ def _legend(runs: Sequence[ReportRun]) -> str:
         name, labels = "", [run.label for run in members]
         if len(families) > 1 and len(members) > 1:
             name = f'<button type="button" data-family>{escape(family)}</button>'
-            labels = [run.pressure or run.label for run in members]
+            labels = [run.sparsity or run.label for run in members]
         buttons = "".join(
             f'<button type="button" aria-pressed="true" data-run="{escape(run.key)}">'
             f'<i style="color:{run.color}">{SYMBOLS[run.symbol]}</i>'

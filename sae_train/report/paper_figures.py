@@ -53,14 +53,14 @@ def _widths(charts: Charts, runs: Sequence[ReportRun]) -> str:
     for run in runs:
         sae = run.folder.config.sae
         if has_histogram(run):
-            shared = (f"{sae.site} of layer {sae.layer}", sae.architecture, run.pressure)
+            shared = (f"{sae.site} of layer {sae.layer}", sae.architecture, run.sparsity)
             groups.setdefault(shared, []).append(run)
     figures = ""
-    for (tap, _, pressure), members in groups.items():
+    for (tap, _, sparsity), members in groups.items():
         widths = {run.key: run.folder.config.sae.width for run in members}
         if len(set(widths.values())) > 1:
             figures += charts.figure(
-                ", ".join(part for part in (tap, pressure) if part),
+                ", ".join(part for part in (tap, sparsity) if part),
                 [histogram(run, of=widths[run.key]) for run in members],
                 x=FREQUENCY_AXIS,
                 y=Axis("share of all latents", zero=True, ticks="~%"),

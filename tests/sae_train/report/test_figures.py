@@ -11,7 +11,7 @@ import pytest
 
 from sae_train.config.file import with_values
 from sae_train.config.run import Config
-from sae_train.report.charts import Axis, Charts, curve, row_bars
+from sae_train.report.charts import Axis, Charts, curve, mark, row_bars
 from sae_train.report.described_runs import ReportRun, describe_runs
 from sae_train.report.figures import compact, frontier, training_figures
 from sae_train.report.page import write_report
@@ -48,6 +48,7 @@ def test_what_is_not_finite_is_left_out(tmp_path: Path) -> None:
     points = [(1.0, 2.0), (2.0, math.nan), (3.0, math.inf), (4.0, 0.123456789)]
     trace = curve(run, points, hover="")
     assert (trace["x"], trace["y"]) == ([1.0, 4.0], [2.0, 0.12346])
+    assert mark(run, (4.0, math.nan), hover="")["y"] == [None], "JSON has no NaN"
     bars = row_bars(run, {"a": 1.0, "b": None, "c": math.nan, "d": -0.5}, label="FVU")
     assert (bars["x"], bars["y"]) == ([1.0, -0.5], [0, 3])
     assert bars["hovertext"][1].endswith("d<br>FVU -0.5")

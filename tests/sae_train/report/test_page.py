@@ -163,7 +163,7 @@ def test_each_architecture_has_a_frontier(tmp_path: Path) -> None:
         run = make_config(output=str(tmp_path / f"relu{k}"), sae=sae, sparsity=sparsity)
         write_run(run, l0=k + 5)
     runs = describe_runs([read_run(path) for path in sorted(tmp_path.iterdir())])
-    found = {(run.family, run.pressure) for run in runs}
+    found = {(run.family, run.sparsity) for run in runs}
     assert found == {
         ("architecture\u00a0topk", "k\u00a064"),
         ("architecture\u00a0topk", "k\u00a032"),
