@@ -8,6 +8,7 @@ carries it compressed, and the numbers likewise: the script of page.html unpacks
 from __future__ import annotations
 
 import base64
+import functools
 import gzip
 import json
 import math
@@ -80,6 +81,7 @@ class Charts:
         return _packed(json.dumps(self._specs, ensure_ascii=False, separators=(",", ":")))
 
 
+@functools.cache
 def packed_library() -> str:
     """plotly.js, compressed, in base64."""
     from plotly.offline import get_plotlyjs
