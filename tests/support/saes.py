@@ -1,8 +1,9 @@
-"""Small SAEs and trained weights for the tests of release and evaluation."""
+"""Small SAEs and trained weights for the tests of inference, release and evaluation."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from sae_train.config.run import Config, MeshConfig
 from sae_train.inference.fold import fold
 from sae_train.inference.sae import Sae
 from sae_train.model.sharding import make_mesh
-from sae_train.step.state import init_state
+from sae_train.step.state import abstract_state
 
 
 def make_config(*, width: int = 24, site: str = "resid_post", layer: int = 1, **sae: Any) -> Config:
@@ -70,6 +71,23 @@ def make_trained(
     )
 
 
+def make_trained_as(architecture: str, *, k: int = 5, D: int = 10, F: int = 24) -> Trained:
+    """`make_trained` of another architecture than JumpReLU."""
+    own = {"k": k} if "topk" in architecture else {}
+    trained = make_trained(D=D, F=F)
+    config = trained.config.sae.model_copy(update={"architecture": architecture, **own})
+    params = dict(trained.params)
+    if architecture != "batch_topk":
+        del params["threshold"]
+    if architecture == "gated":
+        random = np.random.default_rng(1)
+        params["b_gate"] = params.pop("b_enc") - 0.4
+        params["b_mag"] = (0.3 * random.standard_normal(F)).astype(np.float32)
+        params["r_mag"] = (0.3 * random.standard_normal(F)).astype(np.float32)
+    config = trained.config.model_copy(update={"sae": config})
+    return dataclasses.replace(trained, params=params, config=config)
+
+
 def make_sae(**arguments: Any) -> Sae:
     """The released form of `make_trained`."""
     return fold(make_trained(**arguments))
@@ -95,9 +113,10 @@ def save_run(folder: Path, trained: Trained) -> Path:
     if trained.config.sae.threshold.parametrisation == "log":
         params["threshold"] = jnp.log(params["threshold"])
     d_model = len(trained.params["b_dec"])
-    born = init_state(trained.config.sae, d_model=d_model, seed=0, mesh=make_mesh(MeshConfig()))
-    state = dataclasses.replace(born, params=params, step=jnp.int32(trained.step))
-    state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, born))
+    abstract = abstract_state(trained.config.sae, d_model=d_model, mesh=make_mesh(MeshConfig()))
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
+    state = dataclasses.replace(zeros, params=params, step=np.int32(trained.step))
+    state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, abstract))
     meta = checkpoint_meta(
         trained.config,
         input_scale=trained.input_scale,
@@ -109,3 +128,9 @@ def save_run(folder: Path, trained: Trained) -> Path:
         checkpoints.save(state, step=trained.step, meta=meta)
     write_config(trained.config, folder)
     return folder
+
+
+def rewrite_json(path: Path, **changes: Any) -> None:
+    """Change keys of a JSON object's file; None removes a key."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: one for key, one in content.items() if one is not None}))

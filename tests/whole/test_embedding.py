@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,15 @@ from activation_cache.harvest.harvest import harvest
 from activation_cache.language_model.model import load_model
 from activation_cache.runtime.errors import UserError
 from activation_cache.store.store import open_store
-from sae_train import load_sae
 from sae_train.checkpoint.trained import load_trained
 from sae_train.config.run import Config
 from sae_train.evaluate.evaluate import evaluate
 from sae_train.evaluate.result import Evaluation
 from sae_train.inference.fold import fold
-from sae_train.inference.write_formats import write_gemma_scope, write_sae_lens
 from sae_train.release.export import export
 from sae_train.train.loop import train
-from tests.sae_train.evaluate.test_evaluate import BOS, EOS, PAD, D, F, S, their_model, world_config
-from tests.support.saes import make_trained, reference_latents, reference_reconstruction
+from tests.sae_train.evaluate.test_evaluate import BOS, EOS, PAD, D, S, their_model, world_config
+from tests.support.saes import reference_latents, reference_reconstruction
 from tests.support.tiny_gemma import write_tiny_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -36,7 +33,7 @@ VOCABULARY = 403
 
 def embedding_config(folder: Path, *, text: bool = True, name: str = "out", **cache: Any) -> Config:
     """A config on the embedding of the Gemma 2 in `folder`; several times over its table."""
-    values = world_config(folder).model_dump()
+    values = world_config(folder, importance_sequences=64).model_dump()
     values["cache"] |= {
         "path": str(folder / ("store" if text else "no-text")),
         "sites": [{"site": "embedding", "layers": [0]}],
@@ -142,44 +139,6 @@ def test_without_text_all_but_the_losses_is_measured(folder: Path, found: Evalua
     assert without.fvu is not None
     assert 0 < without.fvu < 1
     assert export(folder / "without")[0].sae.metadata["hook_name"] == "model.embed_tokens.weight"
-
-
-def test_the_release_reads_the_unscaled_table(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """SAELens scales Gemma Scope's for use on the embedding times sqrt(D): the same latents."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from sae_lens.loading import pretrained_sae_loaders as loaders
-    sae = fold(load_trained(folder / "out"))
-    repository = "google/gemma-scope-2b-pt-res"
-    name = "embedding/width_4k/average_l0_111"
-    write_gemma_scope(sae, tmp_path / repository / name)
-    monkeypatch.setattr(
-        loaders,
-        "hf_hub_download",
-        lambda repo_id, filename, subfolder, **_: str(tmp_path / repo_id / subfolder / filename),
-    )
-    _, tensors, _ = loaders.gemma_2_sae_huggingface_loader(
-        repository, name, cfg_overrides={"d_in": D, "d_sae": F}
-    )
-    table = torch.from_numpy(their_table())
-    scaled = table * D**0.5
-    pre = scaled @ tensors["W_enc"].float() + tensors["b_enc"].float()
-    latents = (torch.relu(pre) * (pre > tensors["threshold"])).numpy()
-    np.testing.assert_allclose(latents, sae.encode(table.numpy()), rtol=1e-4, atol=1e-5)
-    back = load_sae(tmp_path / repository / name)
-    assert back.metadata["hook_name"] == "model.embed_tokens.weight"
-    np.testing.assert_array_equal(back(table.numpy()), sae(table.numpy()))
-    write_sae_lens(make_trained_for("hook_embed"), tmp_path / "lens")
-    with pytest.raises(UserError, match=r"is for hook_embed, the embedding times sqrt"):
-        load_sae(tmp_path / "lens")
-
-
-def make_trained_for(hook: str) -> Any:
-    sae = fold(make_trained())
-    sae.metadata["hook_name"] = hook
-    return sae
 
 
 def test_what_cannot_be_harvested_is_told(folder: Path):

@@ -1,9 +1,8 @@
-"""Transcoders: the step against the float64 oracle, pairs of rows, releases, others' code."""
+"""Transcoders: the step against the float64 oracle, pairs of rows, training runs."""
 
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import torch
 
 from activation_cache.gemma.taps import Tap
 from activation_cache.harvest.harvest import harvest
@@ -23,8 +21,8 @@ from sae_train import load_sae
 from sae_train.checkpoint.trained import load_trained
 from sae_train.config.run import Config
 from sae_train.inference.fold import fold
-from sae_train.inference.sae import Sae, check_kind
-from sae_train.inference.write_formats import write_gemma_scope, write_gemma_scope_2, write_sae_lens
+from sae_train.inference.sae import check_kind
+from sae_train.inference.write_formats import write_gemma_scope, write_sae_lens
 from sae_train.model.sharding import make_mesh
 from sae_train.step.schedule import scheduled
 from sae_train.step.state import init_state
@@ -36,7 +34,7 @@ from tests.support.oracles import reference
 from tests.support.oracles.rows_off_edges import off_edges
 from tests.support.pipeline import write_pipeline
 from tests.support.saes import make_config as make_sae_config
-from tests.support.saes import make_trained, reference_latents, reference_reconstruction
+from tests.support.saes import make_sae
 from tests.support.training import assert_same_run, final_state
 
 pytestmark = pytest.mark.slow
@@ -124,144 +122,14 @@ def test_one_maths_on_many_meshes(mesh: tuple[int, int]):
     np.testing.assert_allclose(losses(pair_config(skip=True, mesh=mesh)), alone, rtol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def sae_lens():
-    # What it pulls in warns on import of its own affairs (deprecations, optional packages).
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import sae_lens
-    return sae_lens
-
-
-def released(*, skip: bool = False) -> Sae:
-    """Random weights, the target's scale another than the input's."""
-    return fold(make_trained(D=D, F=F, target_scale=1.9, **PAIR, affine_skip=skip))
-
-
-@pytest.fixture
-def x_raw() -> np.ndarray:
-    return 4 * np.random.default_rng(3).standard_normal((40, D)).astype(np.float32)
-
-
-@SKIPS
-def test_folding_leaves_what_training_computed(skip: bool, x_raw: np.ndarray):
-    """With raw rows in and out: the prediction times T, latents times T, from x / C."""
-    trained = make_trained(D=D, F=F, target_scale=1.9, **PAIR, affine_skip=skip)
-    p, x = trained.params, x_raw.astype(np.float64) / trained.input_scale
-    z = x @ p["W_enc"].T + p["b_enc"]
-    latents = z * (z > p["threshold"])
-    expected = latents @ p["W_dec"] + p["b_dec"] + (x @ p["W_skip"] if skip else 0)
-    sae = fold(trained)
-    np.testing.assert_allclose(sae.encode(x_raw), 1.9 * latents, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(sae(x_raw), 1.9 * expected, rtol=1e-4, atol=1e-4)
-    assert sae.metadata["hook_name"] == "blocks.1.hook_mlp_in"
-    assert sae.metadata["hook_name_out"] == "blocks.1.hook_mlp_out"
-    assert sae.metadata["training"]["target_scale"] == 1.9
-
-
-@SKIPS
-@pytest.mark.parametrize("architecture", ["jumprelu", "relu"])
-def test_sae_lens_gives_our_outputs(
-    sae_lens, tmp_path: Path, x_raw: np.ndarray, skip: bool, architecture: Any
-):
-    sae = released(skip=skip)
-    if architecture == "relu":
-        sae = dataclasses.replace(sae, threshold=np.zeros(F, np.float32), architecture="relu")
-    write_sae_lens(sae, tmp_path)
-    theirs = sae_lens.SAE.load_from_disk(tmp_path)
-    names = {
-        ("jumprelu", False): "JumpReLUTranscoder",
-        ("jumprelu", True): "JumpReLUSkipTranscoder",
-        ("relu", False): "Transcoder",
-        ("relu", True): "SkipTranscoder",
-    }
-    assert type(theirs).__name__ == names[architecture, skip]
-    assert theirs.cfg.metadata.hook_name_out == "blocks.1.hook_mlp_out"
-    with torch.no_grad():
-        latents = theirs.encode(torch.from_numpy(x_raw)).numpy()
-        outputs = theirs(torch.from_numpy(x_raw)).numpy()
-    assert 0.1 < (latents > 0).mean() < 0.9
-    np.testing.assert_allclose(latents, sae.encode(x_raw), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(outputs, sae(x_raw), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(outputs, reference_reconstruction(sae, x_raw), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(latents, reference_latents(sae, x_raw), rtol=1e-5, atol=1e-5)
-    back = load_sae(tmp_path)
-    assert back.is_transcoder
-    assert back.architecture == architecture
-    for name, tensor in sae.tensors.items():
-        np.testing.assert_array_equal(back.tensors[name], tensor, err_msg=name)
-
-
-@SKIPS
-def test_gemma_scope_2_as_sae_lens_loads_it_and_back(
-    sae_lens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, x_raw: np.ndarray, skip: bool
-):
-    from sae_lens.loading import pretrained_sae_loaders as loaders
-
-    sae = released(skip=skip)
-    ending = "_affine" if skip else ""
-    name = f"transcoder_all/layer_1_width_16k_l0_small{ending}"
-    folder = tmp_path / name
-    write_gemma_scope_2(sae, folder)
-    monkeypatch.setattr(
-        loaders, "hf_hub_download", lambda repo_id, filename, subfolder=None, **_: str(
-            tmp_path / (f"{subfolder}/{filename}" if subfolder else filename))
-    )  # fmt: skip
-    shapes = {name.lower(): list(t.shape) for name, t in sae.tensors.items()}
-    monkeypatch.setattr(loaders, "get_safetensors_tensor_shapes", lambda *_: shapes)
-    config, tensors, _ = loaders.gemma_3_sae_huggingface_loader(
-        "google/gemma-scope-2-270m-pt", name
-    )
-    assert config["architecture"] == f"jumprelu_{'skip_' if skip else ''}transcoder"
-    assert config["hf_hook_name"] == "model.layers.1.pre_feedforward_layernorm.output"
-    assert config["hf_hook_name_out"] == "model.layers.1.post_feedforward_layernorm.output"
-    theirs = sae_lens.SAE.from_dict(config)
-    theirs.load_state_dict(tensors)
-    with torch.no_grad():
-        outputs = theirs(torch.from_numpy(x_raw)).numpy()
-    np.testing.assert_allclose(outputs, sae(x_raw), rtol=1e-5, atol=1e-5)
-    back = load_sae(folder)
-    assert back.is_transcoder
-    np.testing.assert_array_equal(back(x_raw), sae(x_raw))
-    (folder / "config.json").unlink()  # as 27B's are
-    again = load_sae(folder)
-    assert again.metadata["hook_name_out"] == "blocks.1.hook_mlp_out"
-    np.testing.assert_array_equal(again(x_raw), sae(x_raw))
-
-
-def test_gemma_scope_as_sae_lens_loads_it_and_back(
-    sae_lens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, x_raw: np.ndarray
-):
-    from sae_lens.loading import pretrained_sae_loaders as loaders
-
-    sae = released()
-    repository, name = "google/gemma-scope-2b-pt-transcoders", "layer_7/width_16k/average_l0_9"
-    write_gemma_scope(sae, tmp_path / repository / name)
-    monkeypatch.setattr(
-        loaders,
-        "hf_hub_download",
-        lambda repo_id, filename, **_: str(tmp_path / repo_id / filename),
-    )
-    config, tensors, _ = loaders.gemma_2_transcoder_huggingface_loader(repository, name)
-    theirs = sae_lens.SAE.from_dict(config | {"d_in": D, "d_out": D, "d_sae": F})
-    theirs.load_state_dict(tensors)
-    with torch.no_grad():
-        outputs = theirs(torch.from_numpy(x_raw)).numpy()
-    np.testing.assert_allclose(outputs, sae(x_raw), rtol=1e-5, atol=1e-5)
-    back = load_sae(tmp_path / repository / name)
-    assert back.metadata["hook_name"] == config["hook_name"] == "blocks.7.ln2.hook_normalized"
-    assert back.metadata["hook_name_out"] == config["hook_name_out"] == "blocks.7.hook_mlp_out"
-    np.testing.assert_array_equal(back(x_raw), sae(x_raw))
-
-
 def test_kinds_are_told_apart(tmp_path: Path):
-    transcoder, sae = released(skip=True), fold(make_trained(D=D, F=F))
+    transcoder, sae = make_sae(**PAIR, affine_skip=True), make_sae()
     of_sae, of_transcoder = make_sae_config(width=F).sae, make_sae_config(width=F, **PAIR).sae
     with pytest.raises(UserError, match=r"is a transcoder, from blocks.1.hook_mlp_in to .*target"):
         check_kind(transcoder, of_sae, name="it")
     with pytest.raises(UserError, match=r"is an SAE of blocks.1.hook_resid_post.* to mlp_out"):
         check_kind(sae, of_transcoder, name="it")
-    write_gemma_scope(fold(make_trained(D=D, F=F, **PAIR)), tmp_path)
+    write_gemma_scope(make_sae(**PAIR), tmp_path)
     check_kind(load_sae(tmp_path), of_transcoder, name="it")  # params.npz doesn't say
 
 

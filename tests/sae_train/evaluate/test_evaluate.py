@@ -86,7 +86,7 @@ def text(path: Path) -> Path:
     return path
 
 
-def world_config(folder: Path) -> Config:
+def world_config(folder: Path, *, importance_sequences: int = 0) -> Config:
     values = make_config(width=F, layer=2).model_dump()
     values["model"] = {"weights": str(folder / "gemma"), "dtype": "float32"}
     values["text"] |= {
@@ -97,6 +97,7 @@ def world_config(folder: Path) -> Config:
     sites = [{"site": site, "layers": [layer]} for site, layer in dict.fromkeys(TAPS)]
     values["cache"] |= {"path": str(folder / "store"), "sites": sites, "tokens": 200}
     values["evaluation"] = {"sequences": HELD_OUT, "sequences_per_batch": 3}
+    values["evaluation"] |= {"importance_sequences": importance_sequences}
     return Config.model_validate(values)
 
 

@@ -1,7 +1,8 @@
-"""Evaluation shared by two processes gives the numbers of one."""
+"""An evaluation shared by two processes gives the numbers of one process."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,10 +14,13 @@ import pytest
 
 from activation_cache.language_model import model
 from activation_cache.language_model.model import LanguageModel
+from activation_cache.store.store import open_store
 from launch.cli import main
+from sae_train.config.file import load_config
 from sae_train.evaluate import jobs
 from tests.support.children.processes import child_environment
 from tests.support.pipeline import write_pipeline
+from tests.support.saes import make_trained, save_run
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +41,10 @@ def test_two_processes_measure_what_one_does(
 ) -> None:
     config, run = str(write_pipeline(tmp_path)), tmp_path / "out"
     assert main(["harvest", config]) == 0
-    assert main(["train", config, "cache.mesh={data: 2, model: 4}"]) == 0
+    own = load_config(config, ["cache.mesh={data: 2, model: 4}"])
+    trained = make_trained(D=20, F=own.sae.width, scale=2.0)
+    store = open_store(own.cache.path).identity
+    save_run(run, dataclasses.replace(trained, config=own, store=store))
     meshes: list[Any] = []
 
     def load_model(*arguments: Any, mesh: Any, **options: Any) -> LanguageModel:
@@ -46,7 +53,7 @@ def test_two_processes_measure_what_one_does(
 
     monkeypatch.setattr(jobs, "load_model", load_model)
     assert main(["evaluate", config, *SETTINGS]) == 0
-    assert meshes == [4], "here the language model is cut over four devices, there it has but one"
+    assert meshes == [4], "the language model on four devices; of two processes each has one"
     alone = json.loads((run / "evaluation.json").read_text())
     counts = np.load(run / "firing_counts.npy")
     (run / "evaluation.json").unlink()
@@ -65,10 +72,10 @@ def test_two_processes_measure_what_one_does(
     assert left.keys() == right.keys()
     for key, value in left.items():
         if key == ".importance_uniformity":
-            # It counts active latents: one on the edge of its threshold moves a token's by 1 / L0.
+            # It counts active latents: one at its threshold changes a token's r by 1 / L0.
             assert right[key] == pytest.approx(value, abs=3e-3), key
         elif isinstance(value, float):
-            # Over four devices sums are taken in another order; delta loss is a difference of two.
+            # Four devices add up in another order; delta loss is a difference of two sums.
             assert right[key] == pytest.approx(value, rel=1e-5, abs=2e-6), key
         else:
             assert right[key] == value, key
