@@ -1,7 +1,8 @@
 """The `sae` command.
 
-Exit status: 0 done; 2 the user's mistake, told in one message; 75 stopped by a signal with
-everything saved, run me again; anything else is a bug or a lost machine, and shows its traceback.
+Exit status (`launch.exit_codes`): 0 done; 2 the user's mistake, in one message; 75 stopped by a
+signal with everything saved, run me again; anything else is a bug or a lost machine, and shows its
+traceback.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ logger = logging.getLogger(__name__)
 _TARGET = "a config file, or a folder that holds a resolved config.yaml"
 _DRY_RUN = (
     "--dry-run",
-    "where launch.on names a cluster: write and print what would be submitted, submit nothing",
+    "if launch.on names a cluster: write and print what would be submitted, submit nothing",
 )
 
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand: its words, its example, what runs it."""
+    """One subcommand: its help text, its example and the function that runs it."""
 
     name: str
     handler: Callable[[argparse.Namespace, StopFlag], int]
@@ -43,9 +44,11 @@ class Command:
     metavar: str = "CONFIG"
     target: str = _TARGET
     overrides: bool = True
-    others: tuple[str, str] = ("key=value", "config overrides")  # what follows, and what it is
+    others: tuple[str, str] = ("key=value", "config overrides")  # further words: name and help
     options: tuple[tuple[str, str], ...] = ()
-    settings: tuple[tuple[str, Callable[[str], Any], Any, str], ...] = ()  # with a value
+    settings: tuple[
+        tuple[str, Callable[[str], Any], Any, str], ...
+    ] = ()  # options with a value: flag, type, default, help
 
 
 COMMANDS = (
@@ -53,8 +56,8 @@ COMMANDS = (
         name="harvest",
         handler=commands.harvest,
         summary="run the model over the text and write the activation store",
-        details="Writes the store that cache.path names. Stopped or killed, the same command goes "
-        "on from the last bucket of rows that was whole.",
+        details="Writes the store that cache.path names. After a stop or a crash the same command "
+        "continues from the last complete bucket of rows.",
         example="sae harvest configs/demo.yaml cache.tokens=1e6",
         options=(_DRY_RUN,),
     ),
@@ -63,11 +66,11 @@ COMMANDS = (
         handler=commands.train,
         summary="train one SAE on a harvested store, or several side by side",
         details="Writes config.yaml, metrics.jsonl and checkpoints/ into the folder that output "
-        "names, and goes on from its last checkpoint if there is one. Further configs are runs "
+        "names, and continues from its last checkpoint if there is one. Further configs are runs "
         "that read the same batches: each batch is read once for all of them.",
         example="sae train configs/demo.yaml sweep=null train.learning_rate.peak=1e-3",
         options=(
-            ("--fresh", "delete what an earlier run left in the folder and start anew"),
+            ("--fresh", "delete what an earlier run left in the folder and start from step 0"),
             _DRY_RUN,
         ),
         others=("CONFIG|key=value", "further configs, and config overrides"),
@@ -100,7 +103,7 @@ COMMANDS = (
         handler=commands.sweep,
         summary="harvest, then train, evaluate and export every run of a sweep, and report",
         details="Expands sweep.grid (product) and sweep.zip (in step). A run that fails does not "
-        "stop the rest. Started again it does only what is missing.",
+        "stop the rest. Run again, it does only what is missing.",
         example="sae sweep configs/demo.yaml",
         metavar="CONFIG-or-FOLDER",
         options=(
@@ -123,7 +126,7 @@ COMMANDS = (
     Command(
         name="plan",
         handler=commands.plan,
-        summary="say what a config needs before anything is spent",
+        summary="show what a config will cost before anything is spent",
         details="Bytes of the store, memory of a device, FLOPs, all-reduced bytes, hours and cost, "
         "and the nearest mesh that fits where the config's doesn't. Opens no store and needs "
         "neither weights nor devices. docs/plan.md explains the tables.",
@@ -131,17 +134,27 @@ COMMANDS = (
         metavar="CONFIG-or-FOLDER",
         options=(("--json", "print one JSON object instead of tables"),),
         settings=(
-            ("--accelerator", str, None, "v5e, v5p, v6e, a100, h100 or h200; else all of them"),
-            ("--devices", int, None, "how many there are; else as many as the mesh has places"),
-            ("--mfu", float, 0.4, "share of the accelerator's peak that is reached (0.4)"),
-            ("--price", float, None, "of one device for one hour; else no cost is given"),
+            (
+                "--accelerator",
+                str,
+                None,
+                "v5e, v5p, v6e, a100, h100 or h200 (default: all)",
+            ),
+            ("--devices", int, None, "how many devices there are; else as many as the mesh has"),
+            (
+                "--mfu",
+                float,
+                0.4,
+                "share of the accelerator's peak that is reached (default 0.4)",
+            ),
+            ("--price", float, None, "of one device for one hour; without it no cost is shown"),
         ),
     ),
     Command(
         name="status",
         handler=commands.status,
-        summary="say how far each run is",
-        details="Reads the folders only; safe while the runs go on.",
+        summary="show how far each run has come",
+        details="Reads the folders only, so it is safe while the runs are training.",
         example="sae status runs/demo",
         metavar="CONFIG-or-FOLDER",
         overrides=False,
@@ -172,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return finished.code if isinstance(finished.code, int) else exit_codes.MISTAKE
     set_environment_defaults()
     try:
-        # Of several processes the first speaks, and the others where something is wrong.
+        # Of several processes the first logs everything, the others warnings alone.
         quiet = max(arguments.quiet, min(1, launched_index()))
         configure_logging(verbosity=-1 if quiet else arguments.verbose)
         with stop_on_signals() as stop:
@@ -181,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         group.tell(arguments.command, str(error))
         code = exit_codes.MISTAKE
     except Interrupted as stopped:
-        group.tell(arguments.command, str(stopped), remedy=". The same command goes on.")
+        group.tell(arguments.command, str(stopped), remedy=". The same command continues.")
         code = exit_codes.STOPPED
     except Exception:
         group.end_broken()
@@ -191,10 +204,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
-    # Overrides may stand on either side of an option, which argparse alone does not allow.
+    # Overrides may come before and after an option, which argparse alone does not allow.
     arguments, rest = parser.parse_known_args(argv)
     takes_overrides = hasattr(arguments, "overrides")
-    several = arguments.command == "train"  # it tells further configs from overrides itself
+    several = arguments.command == "train"  # it separates further configs from overrides itself
     stray = [
         one
         for one in rest
@@ -215,8 +228,8 @@ def _parser() -> argparse.ArgumentParser:
         description="From text to released, evaluated JumpReLU SAEs of a Gemma model.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"commands:\n{listing}\n\nexample:\n  sae sweep configs/demo.yaml\n\n"
-        "`sae COMMAND --help` says more about each. Exit status: 0 done, 2 a mistake in what was\n"
-        "asked, 75 stopped by a signal with everything saved: give the same command again.",
+        "`sae COMMAND --help` explains each. Exit status: 0 done; 2 a mistake in the config or on\n"
+        "the command line; 75 stopped by a signal, everything saved: run the same command again.",
     )
     parser.add_argument("--version", action="version", version=f"sae {package_version()}")
     commands_parser = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

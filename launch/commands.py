@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 def harvest(arguments: argparse.Namespace, stop: StopFlag) -> int:
     """`sae harvest`: write the config's store, or a suite's, one after the other; returns 0."""
     config = target_config(arguments.target, arguments.overrides)
-    if submit.is_elsewhere(config, dry_run=arguments.dry_run):
+    if submit.is_on_cluster(config, dry_run=arguments.dry_run):
         return submit.submit(config, command="harvest", dry_run=arguments.dry_run, stop=stop)
     from launch.sweep.suite_runs import stores
 
@@ -48,9 +48,11 @@ def train(arguments: argparse.Namespace, stop: StopFlag) -> int:
         Interrupted: stopped by a signal, everything saved.
     """
     configs = _training_configs(arguments)
-    if submit.is_elsewhere(configs[0], dry_run=arguments.dry_run):
+    if submit.is_on_cluster(configs[0], dry_run=arguments.dry_run):
         if arguments.fresh:
-            raise UserError("--fresh deletes what is in the run's folder: give it where that is")
+            raise UserError(
+                "--fresh deletes what is in the run's folder: run it where the folder is"
+            )
         if len(configs) > 1:
             raise UserError(
                 f"{len(configs)} configs were given, and only a sweep is handed to a cluster as "
@@ -153,7 +155,7 @@ def sweep(arguments: argparse.Namespace, stop: StopFlag) -> int:
     if config.launch.on == "local" and arguments.dry_run:
         show_runs(config, expand(config))
         return 0
-    if submit.is_elsewhere(config, dry_run=arguments.dry_run):
+    if submit.is_on_cluster(config, dry_run=arguments.dry_run):
         return submit.submit(config, command="sweep", dry_run=arguments.dry_run, stop=stop)
     return run_sweep(config, stop=stop)
 
@@ -183,7 +185,7 @@ def plan(arguments: argparse.Namespace, stop: StopFlag) -> int:
 
 
 def status(arguments: argparse.Namespace, stop: StopFlag) -> int:
-    """`sae status`: print where each run stands; returns 0."""
+    """`sae status`: print how far each run has come; returns 0."""
     from launch.console import print_table
     from launch.show.status import status_table
 

@@ -15,7 +15,7 @@ _PLAIN_WIDTH = 140  # columns of a table where there is no terminal to ask
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):
-    """Looks `sys.stderr` up at every line: rich puts its own there while a bar is shown."""
+    """Looks up `sys.stderr` at every line: rich replaces it while it shows a progress bar."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -28,7 +28,7 @@ class _StderrHandler(logging.StreamHandler[TextIO]):
 def configure_logging(*, verbosity: int) -> None:
     """Send our log lines to stderr with the time: -1 warnings only, 0 normal, 1 everything.
 
-    Other libraries are heard from WARNING up; absl, through which Orbax narrates, from ERROR.
+    Of other libraries only warnings are shown; of absl, through which Orbax logs, only errors.
     """
     handler = _StderrHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))

@@ -1,4 +1,4 @@
-"""What is still missing of a run, judged by its files: training, evaluation, release."""
+"""What a run still lacks, judged by its files: training, evaluation, release."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sae_train.runs.folder import (
 
 
 def is_trained(config: Job) -> bool:
-    """Has the run of this config ended, under settings that give the same weights?"""
+    """Has this config's run reached its last step, with settings that give the same weights?"""
     folder = storage_path(config.output)
     if newest_checkpoint(folder) != config.train.steps:
         return False
@@ -32,8 +32,8 @@ def is_trained(config: Job) -> bool:
 def needs_evaluation(folder: StoragePath) -> bool:
     """Is a trained run's evaluation missing, of another checkpoint or under other settings?
 
-    Judged by the files' words and times, without loading anything; `evaluate` itself compares
-    fingerprints.
+    It compares settings and times of files and loads nothing; `evaluate` itself compares
+    fingerprints of weights.
     """
     run = read_run(folder)
     if run.evaluation is None or run.evaluation.get("step") != run.checkpoint_step:
@@ -42,7 +42,7 @@ def needs_evaluation(folder: StoragePath) -> bool:
     wanted: dict[str | None, dict[str, Any]] = {None: settings.recorded()}
     wanted |= {entry.called: settings.recorded(entry) for entry in settings.also}
     for label, record in wanted.items():
-        found = run.evaluation if label is None else run.elsewhere.get(label)
+        found = run.evaluation if label is None else run.extra_evaluations.get(label)
         if found is None or found.get("settings") != record:
             return True
         if _older_than_checkpoint(run, folder / labelled(EVALUATION, label)):

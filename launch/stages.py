@@ -1,6 +1,6 @@
-"""The stages a command or a sweep runs, each imported only when it runs.
+"""The stages that a command or a sweep runs, each imported only when it runs.
 
-JAX and Orbax take seconds to import; `sae --help` and `sae status` should not wait for them.
+JAX and Orbax take seconds to import; `sae --help` and `sae status` must not wait for them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _prepare_process() -> None:
 
 
 def harvest(config: Job, *, stop: Callable[[], bool]) -> None:
-    """Make the activation store of `config.cache`, or finish one that was begun."""
+    """Make the activation store of `config.cache`, or finish one that was started."""
     _, mesh = config.harvest_mesh
     if group.starts_here(config):
         store = storage_path(config.cache.path)
@@ -71,18 +71,18 @@ def harvest(config: Job, *, stop: Callable[[], bool]) -> None:
 
 
 def _saved(store: StoragePath) -> int:
-    """Grows with what a harvest has saved: its tokens, then buckets."""
+    """A number that grows with what a harvest has saved: its tokens, then its buckets."""
     finished_tokens = (store / "tokens" / "tokens.json").exists()
     commits = store / "commits"
     return finished_tokens + (sum(1 for _ in commits.iterdir()) if commits.is_dir() else 0)
 
 
 def train(configs: Sequence[Job], *, fresh: bool, stop: Callable[[], bool]) -> None:
-    """Train runs side by side (one, or a cohort), each going on from its last checkpoint.
+    """Train runs side by side (one, or a cohort), each continuing from its last checkpoint.
 
     Raises:
         Interrupted: a signal came; everything is saved.
-        UserError: runs failed by a mistake; the others have ended as they should.
+        UserError: runs failed by the user's mistake; the others ran to their end.
     """
     if group.starts_here(configs[0]):
         _train_in_group(configs, fresh=fresh, stop=stop)
@@ -98,7 +98,7 @@ def _train_in_group(configs: Sequence[Job], *, fresh: bool, stop: Callable[[], b
     first, *beside = configs
     folders = [storage_path(config.output) for config in configs]
     if fresh:
-        # Here and not there: a group that is started again must not start anew.
+        # Here, not in the group's processes: restarted after a crash they must not delete again.
         from activation_cache.harvest.matching_store import open_matching_store
 
         open_matching_store(model=first.model, text=first.text, cache=first.cache)
@@ -116,10 +116,10 @@ def _train_in_group(configs: Sequence[Job], *, fresh: bool, stop: Callable[[], b
 
 
 def training_failures(configs: Sequence[Job], error: Exception) -> dict[str, str]:
-    """After a training that failed: why, by the output of each run that isn't trained.
+    """After a failed training: the reason, by output folder, for each run that isn't trained.
 
-    A run that failed by itself has said so in its folder; of the rest `error` is the reason, and
-    is left there too if the folder is a run's.
+    A run that failed on its own has left its reason in its folder. For the others `error` is the
+    reason, and is written there if the folder exists.
     """
     reasons: dict[str, str] = {}
     for config in configs:
@@ -134,7 +134,7 @@ def training_failures(configs: Sequence[Job], error: Exception) -> dict[str, str
 
 
 def reason_of(error: Exception) -> str:
-    """A mistake in its own words; a bug with the kind of exception before them."""
+    """The message of a mistake; for a bug the exception's type comes first."""
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
@@ -148,10 +148,10 @@ def evaluate(
     """Evaluate trained runs in one pass of the model; `settings` replace those of the runs.
 
     Args:
-        config: says where it runs; all else is read from the runs' folders.
+        config: its `launch` says where it runs; the rest is read from the runs' folders.
 
     Raises:
-        Interrupted: a signal came; runs that are not evaluated yet are as they were.
+        Interrupted: a signal came; runs that are not evaluated yet are unchanged.
     """
     if group.starts_here(config):
         assert isinstance(config.launch, LocalLaunch)
@@ -159,10 +159,10 @@ def evaluate(
         if len(folders) > 1 and not (
             len(parents) == 1 and (folders[0].parent / FILE_NAME).exists()
         ):
-            for folder in folders:  # of a suite: no folder is that of these runs alone
+            for folder in folders:  # a suite's: no folder holds these runs and no others
                 evaluate([folder], config=config, settings=settings, stop=stop)
             return
-        # Several runs are those of one sweep; what is current there is passed over.
+        # Several runs are those of one sweep; evaluations that are up to date are skipped.
         target = folders[0] if len(folders) == 1 else folders[0].parent
         options = [f"evaluation={json.dumps(settings.model_dump())}"] if settings else []
         group.run_stage(

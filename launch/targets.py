@@ -56,7 +56,7 @@ def trained_folders(config: Job) -> list[StoragePath]:
     if config.sweep is not None and not (folder / FILE_NAME).exists():
         from launch.sweep.expand import expand
 
-        # Trained one by one on a cluster: nothing has written the sweep's own folder yet.
+        # A cluster trained the runs one by one, and wrote no config into the sweep's folder.
         runs = [run.folder for run in expand(config)]
     else:
         runs = run_folders(folder)
@@ -70,7 +70,10 @@ def trained_folders(config: Job) -> list[StoragePath]:
 
 
 def released_or_trained(config: Job) -> list[StoragePath]:
-    """As `trained_folders`; where nothing was trained yet, that of the SAE to start from."""
+    """`trained_folders`; of an untrained run with `sae.start_from`, its own folder.
+
+    Evaluating that one measures the released SAE it would start from.
+    """
     folder = storage_path(config.output)
     if (
         config.sae.start_from is None

@@ -1,4 +1,4 @@
-"""What Slurm and Kubernetes share: which stages there are, and where local files go."""
+"""What Slurm and Kubernetes share: the names of stages, and where local files go."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ Command = Literal["harvest", "train", "sweep"]
 
 
 def local_folder(config: Job, kind: str) -> Path:
-    """Where what is submitted is kept on this machine: in the output folder, or, where that is in
-    a bucket, in `<kind>/<name>` of the folder the command is given in.
+    """The folder on this machine for scripts or manifests.
+
+    It is inside the output folder, or, if that is in a bucket, `<kind>/<name>` in the folder where
+    the command is run.
     """
     output = storage_path(config.output)
     if isinstance(output, Path):

@@ -1,11 +1,11 @@
 """JobSet manifests from a config: one file per stage, each a ConfigMap and a JobSet that reads it.
 
-A stage is an Indexed Job with one pod, and so one process, per node. Its failures go two ways:
+A stage is an Indexed Job with one pod, and so one process, per node. A pod can fail in two ways:
 
 - Exit 75 (saved, run me again) and pods that a drained node took are ignored by the Job's pod
-  failure policy: the pod is made anew with its index, and nothing is counted.
+  failure policy: the pod is created again with its index, and no restart is counted.
 - Anything else fails the Job at once, for the processes of a stage live and die together. Exit 2
-  (the user's mistake) is told apart by the reason and fails the JobSet; the rest, a lost machine
+  (the user's mistake) fails the JobSet, which recognises it by the reason; the rest, a lost machine
   or a bug, restarts all pods of the stage, at most `launch.restarts` times.
 
 Each cohort of a sweep is a JobSet of its own rather than one of many jobs in a single JobSet, for
@@ -81,7 +81,7 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """Of all that the manifest says: tells whether what runs is what was asked for."""
+        """A hash of the whole manifest: is the JobSet at work the one that this config asks for?"""
         return self.documents[1]["metadata"]["annotations"][f"{OUR_PREFIX}digest"]
 
     @property
@@ -326,11 +326,11 @@ def _check_mesh(config: Job, launch: KubernetesLaunch, *, stage: Stage) -> None:
     """Refuse a mesh that would start only to fail, or leave processes without a part."""
     key, mesh = config.harvest_mesh if stage == "harvest" else ("mesh", config.mesh)
     nodes = launch.nodes
-    places = mesh.data * mesh.model
-    if places > nodes.devices or (nodes.count > 1 and places != nodes.devices):
+    devices = mesh.data * mesh.model
+    if devices > nodes.devices or (nodes.count > 1 and devices != nodes.devices):
         rule = "must be" if nodes.count > 1 else "can be at most"
         raise UserError(
-            f"{config.name}: {key} {mesh.data} x {mesh.model} (data x model) has {places} places "
-            f"and launch.nodes gives {nodes.devices} devices on {nodes.count} nodes: {key}.data * "
+            f"{config.name}: {key} {mesh.data} x {mesh.model} (data x model) needs {devices} "
+            f"devices and launch.nodes gives {nodes.devices} on {nodes.count} nodes: {key}.data * "
             f"{key}.model {rule} {nodes.devices}"
         )

@@ -1,4 +1,4 @@
-"""The pod of a stage: the containers that run `sae`, what they need and what they are told.
+"""The pod of a stage: the containers that run `sae`, their resources and their environment.
 
 The processes find each other by the DNS name of pod 0 and count themselves by the Job's
 completion index (`activation_cache/runtime/processes.py` reads the SAE_* variables).

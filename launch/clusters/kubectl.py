@@ -38,7 +38,7 @@ _TRIES = 5  # of a question to the cluster, which may be away for a while
 
 @dataclass(frozen=True)
 class Found:
-    """A JobSet as the cluster tells of it.
+    """A JobSet as the cluster reports it.
 
     Attributes:
         digest: of the manifest that made it (`Manifest.digest`).
@@ -143,7 +143,7 @@ class Kubectl:
         return done.stdout
 
     def look(self, manifest: Manifest) -> Found:
-        """Where a manifest's JobSet stands."""
+        """The state of a manifest's JobSet on the cluster."""
         text = self.run("get", "jobset", manifest.name, "--ignore-not-found", "-o", "json")
         if not text.strip():
             return Found(state="absent")

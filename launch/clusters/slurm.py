@@ -2,8 +2,8 @@
 
 Slurm itself keeps their order, so nothing of ours has to stay: the runs wait for a harvest that
 ended well, evaluation for the end of all runs whatever it was, the report for evaluation's end.
-The numbers of the jobs are kept in `slurm.json` beside the scripts. Given again, the command
-submits what is neither done nor in the queue.
+The numbers of the jobs are kept in `slurm.json` next to the scripts. Run again, the command submits
+what is neither done nor in the queue.
 """
 
 from __future__ import annotations
@@ -216,12 +216,12 @@ def _has_stores(config: Job) -> bool:
         for one in stores(config):
             open_matching_store(model=one.model, text=one.text, cache=one.cache)
     except UserError:
-        return False  # the job finds out, and tells
+        return False  # the job itself reports what is wrong with it
     return True
 
 
 def _begin_folders(config: Job, runs: Sequence[Run]) -> None:
-    """So that the report and `sae status` know of runs that have not come to anything yet."""
+    """Write each run's config, so that the report and `sae status` list runs not yet started."""
     write_config(config, config.output)
     for run in runs:
         if not (run.folder / FILE_NAME).exists():

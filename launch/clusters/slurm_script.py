@@ -8,7 +8,7 @@ What a script does when its command ends:
   job, because its owner cancelled it or because Slurm requeues it anyway, nothing is done.
 - Anything else is a lost process or a bug: the command is started again in the same allocation,
   with growing pauses, `launch.restarts` times without new progress. A lost node ends the job;
-  `--requeue` makes Slurm start it anew.
+  `--requeue` makes Slurm start it again.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Script:
 
     @property
     def digest(self) -> str:
-        """Of all that the job reads: tells whether what is queued is what was asked for."""
+        """A hash of everything the job reads: is the queued job the one this config asks for?"""
         whole = "\0".join(f"{name}\0{text}" for name, text in sorted(self.files.items()))
         return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
@@ -224,7 +224,7 @@ def _script(config: Job, *, stage: Stage, body: str, options: Sequence[str] = ()
     several = stage != "report"
     processes = launch.processes if several else 1
     _, mesh = _mesh_of(config, stage=stage)
-    places = mesh.data * mesh.model
+    devices = mesh.data * mesh.model
     tasks = [f"--nodes={launch.nodes if several else 1}", f"--ntasks={processes}"]
     if launch.cpus_per_task and stage != "report":
         tasks.append(f"--cpus-per-task={launch.cpus_per_task}")  # srun doesn't inherit it
@@ -235,8 +235,8 @@ def _script(config: Job, *, stage: Stage, body: str, options: Sequence[str] = ()
         f"restarts={launch.restarts} restart_pause={round(launch.restart_pause_seconds)} "
         f"longest_pause={_LONGEST_PAUSE_SECONDS}",
         f"export SAE_HEARTBEAT_SECONDS={launch.heartbeat_seconds}",
-        "# Of use on CPUs alone: they look like as many devices as the mesh has places.",
-        f"export JAX_NUM_CPU_DEVICES=${{JAX_NUM_CPU_DEVICES:-{max(1, places // processes)}}}",
+        "# Only CPUs read it: one CPU then counts as the task's share of the mesh's devices.",
+        f"export JAX_NUM_CPU_DEVICES=${{JAX_NUM_CPU_DEVICES:-{max(1, devices // processes)}}}",
     ]
     parts = [
         "#!/bin/bash",
@@ -324,10 +324,10 @@ def _mesh_of(config: Job, *, stage: Stage) -> tuple[str, MeshConfig]:
 
 def _check_mesh(config: Job, *, stage: Stage) -> None:
     launch, (key, mesh) = slurm_launch(config), _mesh_of(config, stage=stage)
-    places = mesh.data * mesh.model
-    if places % launch.processes:
+    devices = mesh.data * mesh.model
+    if devices % launch.processes:
         raise UserError(
             f"{config.name}: launch.nodes {launch.nodes} x tasks_per_node {launch.tasks_per_node} "
-            f"are {launch.processes} processes, which do not divide the mesh's {places} devices "
+            f"are {launch.processes} processes, which do not divide the mesh's {devices} devices "
             f"({key}.data * {key}.model): make one a multiple of the other"
         )

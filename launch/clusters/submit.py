@@ -17,8 +17,8 @@ from launch.config.job import Job
 logger = logging.getLogger(__name__)
 
 
-def is_elsewhere(config: Job, *, dry_run: bool) -> bool:
-    """Does another machine run this config's stages?
+def is_on_cluster(config: Job, *, dry_run: bool) -> bool:
+    """Does a cluster run this config's stages?
 
     Raises:
         UserError: a dry run was asked for where nothing is submitted.

@@ -1,4 +1,4 @@
-"""The whole YAML: a run's config, a sweep, and where stages run.
+"""The whole YAML: `Job` adds the sections `sweep` and `launch` to a run's config.
 
-It adds `sweep` and `launch` to `sae_train`'s config.
+It imports `sae_train.config` and nothing else of this package.
 """

@@ -1,7 +1,7 @@
 """`launch: {on: slurm}`: what a batch script needs that the rest of the config doesn't say.
 
-Every value that ends up in a script is held here to a form that can't be taken for something
-else, so that a mistake is told by its key before anything is submitted.
+Every value that goes into a script is checked here, so that none can be read as something else and
+a mistake is reported with its key before anything is submitted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from activation_cache.config import Count, NonNegative, PositiveCount, Section
 
-# Options that the scripts set themselves, and on which restarts and order depend.
+# Options that the scripts set themselves; restarts and order depend on them.
 _OURS = (
     "array",
     "chdir",

@@ -1,8 +1,7 @@
-"""glibc's allocator, told to keep what is freed: large arrays come and go with every step.
+"""Make glibc's allocator keep freed memory, because every step allocates the same large arrays.
 
-By itself it asks the kernel for every block above 32 MiB and gives it back when freed, so that each
-of its pages is cleared anew at the next step's first touch. Kept, the same pages serve again.
-docs/performance.md has what that is worth.
+By default it returns each freed block above 32 MiB to the kernel, which clears every page again at
+the next step. docs/performance.md has what keeping them is worth.
 """
 
 from __future__ import annotations

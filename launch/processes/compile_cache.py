@@ -1,12 +1,12 @@
 """JAX's persistent compilation cache: what was compiled once on a machine isn't compiled again.
 
-A run that is preempted and started again, the members of a sweep and the commands of a day compile
-the same programs. JAX keys each by its operations, its shapes, its devices and its own version.
+A run that was preempted, the members of a sweep and the commands of a day compile the same
+programs. JAX keys each by its operations, its shapes, its devices and its own version.
 
-Not of several CPU devices: in a program that XLA has compiled its sums over devices come in one
-order on all of them, in one that it has loaded they may not (seen with jaxlib 0.10.2, where sums
-are in different loops). Then devices wait for each other until XLA aborts the process, or add up
-what doesn't belong together.
+Programs for several CPU devices are never kept. A compiled program runs its sums over devices in
+the same order on all of them; one loaded from the cache may not (seen with jaxlib 0.10.2, where
+sums are in different loops). Then devices wait for each other until XLA aborts the process, or add
+up values that don't belong together.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _WORTH_KEEPING_SECONDS = 0.2  # of compiling; JAX's own default is 1
 
 
 def keep_programs() -> None:
-    """Let JAX keep compiled programs in the user's cache folder.
+    """Let JAX keep compiled programs in the user's cache folder, one folder per kind of processor.
 
-    Where somebody has chosen already (`JAX_COMPILATION_CACHE_DIR`, or
-    `JAX_ENABLE_COMPILATION_CACHE=false`) nothing is changed; where the folder can't be made,
-    nothing is kept. With several CPU devices nothing is kept or loaded, whoever has chosen.
+    The user's own choice (`JAX_COMPILATION_CACHE_DIR`, `JAX_ENABLE_COMPILATION_CACHE=false`) wins,
+    and started processes inherit it. If the folder can't be made nothing is kept. With several CPU
+    devices nothing is kept or loaded, whatever the user chose.
 
-    Called once processes have found each other, for it looks at all devices.
+    Call it after the processes have joined, because it looks at all devices.
     """
     import jax
 
@@ -53,8 +53,9 @@ def keep_programs() -> None:
 
 
 def _processor_key() -> str:
-    """Differs between processors whose instructions differ: homes are shared between machines, and
-    a program for CPUs may hold instructions that another lacks.
+    """A name that differs between processors with different instructions.
+
+    Machines share home folders, and a program for one CPU may use instructions another lacks.
     """
     info = Path("/proc/cpuinfo")
     flags = ""

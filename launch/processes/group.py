@@ -1,4 +1,4 @@
-"""A stage run by several processes: started from here, or joined from inside one of them."""
+"""A stage that several processes share: starting them, and joining them from inside one."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from launch.config.local import LocalLaunch
 from launch.processes.supervise import SUPERVISOR, starts_group, stop_with_supervisor, supervise
 from sae_train.config.file import resolved_yaml
 
-WORDS = "SAE_WORDS"  # the file in which a process tells its supervisor why it ended
+WORDS = "SAE_WORDS"  # the file in which a process writes for its supervisor why it ended
 
 
 def starts_here(config: Job) -> bool:
-    """Is this the process that starts a group for the stages of this config?"""
+    """Does this process start a group of processes for the stages of this config?"""
     return starts_group(config.launch)
 
 
@@ -43,15 +43,15 @@ def run_stage(
 
     Args:
         devices: how many they need together, for CPUs made to look like several.
-        beside: further configs the command is given, of runs that train in the same processes.
-        target: what the command is given instead of a file with this config.
+        beside: further configs for the command, of runs that train in the same processes.
+        target: the command's target instead of a file with this config.
         options: overrides and flags.
-        progress: something that differs once work has been saved (`supervise`).
+        progress: a value that changes when work has been saved (`supervise`).
 
     Raises:
-        UserError: a process found a mistake.
+        UserError: a process reported the user's mistake.
         Interrupted: all were stopped; everything is saved.
-        RuntimeError: processes were lost again and again.
+        RuntimeError: processes were lost too often without saving anything new.
     """
     assert isinstance(config.launch, LocalLaunch)
     with tempfile.TemporaryDirectory(prefix="sae-") as scratch:
@@ -78,7 +78,7 @@ def run_stage(
     if code != exit_codes.DONE:
         raise RuntimeError(
             f"`sae {stage}` lost processes again and again (the last with status {code}); its "
-            "last words are above. What is saved stays: the same command goes on"
+            "last lines are above. What is saved stays: the same command continues"
         )
 
 
@@ -88,7 +88,7 @@ def _verbosity() -> list[str]:
 
 
 def join(*configs: Job) -> None:
-    """Join the group this process was started in, if any, and compare notes with the others.
+    """Join the group this process was started in, if any, and compare configs and code versions.
 
     Raises:
         UserError: the processes were started with different configs or code.
@@ -107,7 +107,7 @@ def join(*configs: Job) -> None:
 
 
 def tell(command: str, reason: str, *, remedy: str = "") -> None:
-    """Say why this process ends: to its supervisor, who says it once, or else on stderr."""
+    """Report why this process ends: to its supervisor, which prints it once, or on stderr."""
     if file := os.environ.get(WORDS):
         Path(file).write_text(reason, encoding="utf-8")
     else:
@@ -115,10 +115,10 @@ def tell(command: str, reason: str, *, remedy: str = "") -> None:
 
 
 def end(code: int) -> int:
-    """The exit status of a command; in a group the way out that fits it.
+    """The exit status of a command; in a group, leave the group first.
 
-    Done or stopped, all get here and leave together. Otherwise this process ends at once, without
-    the farewells that would wait for the others: they notice, and end too.
+    Done or stopped, all processes get here and leave together. Otherwise this one ends at once,
+    without waiting for the others: they notice, and end too.
     """
     if processes.process_count() > 1:
         if code not in (exit_codes.DONE, exit_codes.STOPPED):
@@ -130,7 +130,7 @@ def end(code: int) -> int:
 
 
 def end_broken() -> None:
-    """After an exception nobody expected: in a group, show it and end at once; else nothing."""
+    """After an unexpected exception: in a group print it and end at once, alone do nothing."""
     if processes.process_count() > 1:
         traceback.print_exc()
         end(exit_codes.BUG)

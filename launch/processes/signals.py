@@ -1,8 +1,8 @@
 """SIGTERM and SIGINT as a request: finish the step, save, and exit with 75.
 
-A stage that saves its state as it goes asks the flag and leaves when it is set. A stage that
-writes its result whole at the end has nothing to save, so there the signal interrupts at once.
-A second SIGINT ends the process the hard way; what was committed before stays whole.
+A stage that saves its state as it runs polls the flag and leaves when it is set. A stage that
+writes its result at the end has nothing to save, so there the signal interrupts at once.
+A second SIGINT kills the process; what was committed before stays complete.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _MESSAGE = "stopped by a signal; what was finished before is saved"
 def stop_on_signals() -> Iterator[StopFlag]:
     """Catch SIGTERM and SIGINT for the duration of the block.
 
-    Off the main thread, where Python lets nobody catch signals, the flag simply stays unset.
+    Outside the main thread, where Python can't catch signals, the flag is never set.
     """
     flag = StopFlag()
     if threading.current_thread() is not threading.main_thread():

@@ -1,8 +1,8 @@
-"""Several processes of one command on this machine: start them, watch them, start them again.
+"""Several processes of one command on this machine: start them, watch them, restart them.
 
 Used for `launch: {on: local, processes: N}`. Every process runs the same command and joins the
-others (activation_cache/runtime/processes.py). When one is lost the others can't go on: all are
-ended and started again, and go on from what is saved.
+others (activation_cache/runtime/processes.py). When one is lost the others can't continue: all are
+ended and restarted, and continue from what is saved.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from launch.config.local import LocalLaunch
 
 logger = logging.getLogger(__name__)
 
-SUPERVISOR = "SAE_SUPERVISOR"  # the process to stop with: id of the one that started this one
+SUPERVISOR = "SAE_SUPERVISOR"  # id of the process that started this one: it stops when that ends
 
 _POLL_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 600.0
-_NOISE = re.compile(r"^\[Gloo\] Rank ")  # each process tells of each group of devices
+_NOISE = re.compile(r"^\[Gloo\] Rank ")  # each process logs each group of devices
 _TIME = re.compile(r"^\d\d:\d\d:\d\d ")
 
 
 @dataclasses.dataclass
 class _Output:
-    """Joins what the processes write: process 0's lines as they are, of others what is new.
+    """Merges what the processes write.
 
-    Others log warnings only, each line marked with the process's number; a line that another
-    process has just written is left out.
+    Lines of process 0 are passed on as they are. Other processes log warnings only; their lines
+    get the process's number, and are dropped if another process has just written the same.
     """
 
     write: Callable[[str], Any]
@@ -57,7 +57,7 @@ class _Output:
         if not text.strip() or _NOISE.match(text):
             return
         with self.lock:
-            if any(said == text and other != index for other, said in self.recent):
+            if any(written == text and other != index for other, written in self.recent):
                 return
             self.recent.append((index, text))
             self.write(line.rstrip("\n") + "\n" if index == 0 else f"[{index}] {text}\n")
@@ -81,24 +81,22 @@ def supervise(
     """Run `launch.processes` processes of a command until all have done their work.
 
     Args:
-        command: what each process runs; it learns its place from its environment.
+        command: what each process runs; its environment says which of them it is.
         devices: how many devices the mesh has, for CPUs made to look like several.
-        environment: what each finds there besides.
-        progress: something that differs once work has been saved; restarts are counted from
-            there.
-        stop: when it says yes, every process gets SIGTERM.
+        environment: further variables for each.
+        progress: a value that changes when work has been saved; restarts are counted since the
+            last change.
+        stop: once it returns true, every process gets SIGTERM.
 
     Returns:
-        0 all done; 2 a mistake of the user's, told by the process; 75 stopped with everything
-        saved; else the exit status of a lost process, when `launch.restarts` starts in a row have
-        got no further.
+        0 all done; 2 the user's mistake, reported by the process; 75 stopped with everything
+        saved; else the exit status of a lost process, after `launch.restarts` restarts in a row
+        that saved nothing new.
 
     Raises:
         UserError: the processes can't share this machine's devices or the mesh.
     """
-    environments = [
-        place | (dict(environment or {})) for place in _environments(launch, devices=devices)
-    ]
+    environments = [one | dict(environment or {}) for one in _environments(launch, devices=devices)]
     output = _Output(write=sys.stderr.write)
     failures, before = 0, progress()
     while True:
@@ -117,7 +115,7 @@ def supervise(
             return code if 0 < code < 256 else 1
         pause = min(launch.restart_pause_seconds * 2 ** (failures - 1), _LONGEST_PAUSE_SECONDS)
         logger.warning(
-            "starting all %d processes again in %.3g s, from what is saved (restart %d of %d)",
+            "restarting all %d processes in %.3g s, from what is saved (restart %d of %d)",
             launch.processes,
             pause,
             failures,
@@ -128,7 +126,7 @@ def supervise(
 
 
 def _paused(seconds: float, *, stop: Callable[[], bool]) -> bool:
-    """Wait; was a stop asked for meanwhile?"""
+    """Wait; true if a stop was requested meanwhile."""
     until = time.monotonic() + seconds
     while not stop() and (left := until - time.monotonic()) > 0:
         time.sleep(min(left, _POLL_SECONDS))
@@ -136,7 +134,7 @@ def _paused(seconds: float, *, stop: Callable[[], bool]) -> bool:
 
 
 def _environments(launch: LocalLaunch, *, devices: int) -> list[dict[str, str]]:
-    """What each process finds in its environment, but for the coordinator's address."""
+    """The environment of each process, without the coordinator's address."""
     count = launch.processes
     if devices % count:
         raise UserError(
@@ -147,7 +145,7 @@ def _environments(launch: LocalLaunch, *, devices: int) -> list[dict[str, str]]:
         processes_module.NUM_PROCESSES: str(count),
         processes_module.HEARTBEAT: str(launch.heartbeat_seconds),
         SUPERVISOR: str(os.getpid()),
-        # Of use on CPUs alone: they look like as many devices as the mesh has places.
+        # Only CPUs read it: one CPU then counts as this process's share of the mesh's devices.
         "JAX_NUM_CPU_DEVICES": os.environ.get("JAX_NUM_CPU_DEVICES", str(devices // count)),
     }
     gpus = _gpus()
@@ -186,10 +184,10 @@ def _run_once(
     """One start of all processes; returns how it ended, as one exit status."""
     address = f"127.0.0.1:{_free_port()}"
     with _started(command, environments, address=address, output=output) as processes:
-        told, lost = False, None
+        asked, lost = False, None
         while any(process.poll() is None for process in processes):
-            if stop() and not told:
-                told = True
+            if stop() and not asked:
+                asked = True
                 for process in processes:
                     process.send_signal(signal.SIGTERM)
             well = (None, exit_codes.DONE, exit_codes.STOPPED)
@@ -198,11 +196,11 @@ def _run_once(
                 break
             time.sleep(_POLL_SECONDS)
         codes = [process.poll() for process in processes]
-    return _judge(codes, stopping=told)
+    return _judge(codes, stopping=asked)
 
 
 def _judge(codes: Sequence[int | None], *, stopping: bool) -> int:
-    """One exit status for all; None stands for a process that was still at work."""
+    """One exit status for all; None means a process that was still running."""
     ended = [code for code in codes if code is not None]
     if exit_codes.MISTAKE in ended:
         return exit_codes.MISTAKE
@@ -212,12 +210,12 @@ def _judge(codes: Sequence[int | None], *, stopping: bool) -> int:
         if code is not None and code not in (exit_codes.DONE, exit_codes.STOPPED)
     ]
     if bad and not stopping:
-        # One that a signal ended is the cause; one that found its peer gone is not.
+        # A process ended by a signal is the cause; one that lost its peer is a consequence.
         index, code = min(bad, key=lambda one: one[1] >= 0)
         how = signal.Signals(-code).name if code < 0 else f"status {code}"
         logger.warning("process %d was lost (%s): ending the others", index, how)
         return 128 - code if code < 0 else code
-    # Stopped, and what a process lost meanwhile had in hand is done again by the next start.
+    # Stopped; the next start repeats what a process that was lost meanwhile had not saved.
     return exit_codes.STOPPED if bad or exit_codes.STOPPED in ended else exit_codes.DONE
 
 
@@ -231,7 +229,7 @@ def _started(
 ) -> Iterator[list[subprocess.Popen[str]]]:
     """The processes, each a session of its own so that Ctrl-C reaches them through us alone.
 
-    On leaving, those still alive are killed: what they have saved is safe from that.
+    On leaving, those still alive are killed, which damages nothing that was saved.
     """
     processes: list[subprocess.Popen[str]] = []
     readers: list[threading.Thread] = []

@@ -1,1 +1,4 @@
-"""Tables for people: status, inspection, plans."""
+"""Tables for people: the status of runs, plans, stores and SAEs, and what an upload sends.
+
+It imports every other room of this package; only `launch.commands` imports it.
+"""

@@ -144,7 +144,7 @@ def _work_table(plan: Plan) -> Table:
 
 def _memory_table(plan: Plan) -> Table:
     items = list(plan.runs[0].memory.items)
-    # Of two words one below the other: beside them the runs' names need room.
+    # Headings of two words take two lines, so that the runs' names have room.
     headings = [name.replace(" ", "\n") for name in (*items, "next batch", "in all")]
     headings = ["run", "steps", *headings, "on\nCPUs", "steps\nthere"]
     table = plan_table("memory of each device while training", *headings, words=2)
@@ -155,18 +155,18 @@ def _memory_table(plan: Plan) -> Table:
         sizes[memory.biggest] = f"[bold]{sizes[memory.biggest]}[/]"
         table.add_row(
             _label(plan, group),
-            _way(run.by_pairs),
+            _path(run.sparse_path),
             *sizes.values(),
             bytes_text(memory.next_batch),
             bytes_text(memory.total),
             bytes_text(run.memory_cpu.total),
-            _way(run.by_pairs_cpu),
+            _path(run.sparse_path_cpu),
         )
     return table
 
 
-def _way(by_pairs: bool) -> str:
-    return "by pairs" if by_pairs else "by products"
+def _path(may_be_sparse: bool) -> str:
+    return "sparse" if may_be_sparse else "dense"
 
 
 def _cohort_table(plan: Plan) -> Table:

@@ -90,5 +90,5 @@ def _accelerators(plan: SuitePlan) -> Table:
             hours_text(None if train is None else train + on.harvest_hours),
             money_text(on.total_cost),
         )
-    table.caption = "cells that don't fit their mesh are reckoned on the nearest that they fit"
+    table.caption = "cells that don't fit their mesh are computed on the nearest mesh that they fit"
     return table

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from launch.config.job import Job
+from launch.sweep.run import Run
 from sae_train.train.cohort import group_cohorts
-
-if TYPE_CHECKING:
-    from launch.sweep.run import Run
 
 
 @dataclass(frozen=True)

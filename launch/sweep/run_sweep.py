@@ -1,7 +1,7 @@
 """`sae sweep`: one config into many runs, and every stage of each on this machine.
 
-All runs share one activation store, so the text, the model and the store are not for sweeping.
-Started again, a sweep does only what is missing.
+All runs of a grid share one activation store, so text, model and store can't be swept. Run again,
+a sweep does only what is missing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.storage.files import folder_lock, storage_path
-from launch import run_state, stages
+from launch import exit_codes, run_state, stages
 from launch.config.job import Job
 from launch.processes.signals import StopFlag
 from launch.sweep.cohorts import cohort_lines, cohorts_of
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _Failures:
-    """What failed and why; a mistake of the user's is told apart from a bug."""
+    """What failed and why; `bug` is false while all are the user's mistakes."""
 
     reasons: dict[str, str] = field(default_factory=dict)
     bug: bool = False
@@ -44,14 +44,14 @@ class _Failures:
 def run_sweep(config: Job, *, stop: StopFlag) -> int:
     """Harvest if needed, then train, evaluate and export each run, and write the report.
 
-    A run that fails is told at once and again at the end; the others go on.
+    A run that fails is reported at once and again at the end; the others continue.
 
     Returns:
         0, or 1 if a run failed for a reason that isn't the user's mistake.
 
     Raises:
         UserError: harvesting failed, or runs failed and each was the user's mistake.
-        Interrupted: a signal came; the same command goes on.
+        Interrupted: a signal came; the same command continues.
     """
     runs = expand(config)
     show_runs(config, runs)
@@ -69,7 +69,7 @@ def run_sweep(config: Job, *, stop: StopFlag) -> int:
 
 
 def _by_store(runs: list[Run]) -> list[list[Run]]:
-    """A sweep's runs read one store, a suite's several: those of each together."""
+    """The runs grouped by the store they read: of a sweep one group, of a suite several."""
     parts: dict[str, list[Run]] = {}
     for run in runs:
         parts.setdefault(run.config.cache.path, []).append(run)
@@ -166,10 +166,10 @@ def _tell(name: str, stage: str, error: Exception) -> None:
 def _conclude(runs: list[Run], failures: _Failures) -> int:
     if not failures.reasons:
         logger.info("all %d runs are trained, evaluated and released", len(runs))
-        return 0
+        return exit_codes.DONE
     lines = "\n".join(f"  {name}: {reason}" for name, reason in failures.reasons.items())
     message = f"{len(failures.reasons)} of {len(runs)} runs failed:\n{lines}"
     if failures.bug:
         logger.error("%s", message)
-        return 1
-    raise UserError(f"{message}\nMend the cause and give the same command: it does only these.")
+        return exit_codes.BUG
+    raise UserError(f"{message}\nFix the cause and run the same command again: it does only these.")

@@ -1,8 +1,9 @@
 """A suite of SAEs as one config: its cells, what each is called, and the stores they read.
 
 A cell is one SAE to train: what kind, where, how wide, how sparse. Folders are named as the
-released suites are: Gemma Scope's by a measured L0, so that a run has its sparsity's setting in
-that place until it is released; Gemma Scope 2's by a label. docs/suites.md has both.
+released suites are. Gemma Scope 2's names have a label for the sparsity. Gemma Scope's have the
+measured L0, so a run is named after its sparsity setting until it is released. docs/suites.md has
+both.
 """
 
 from __future__ import annotations
@@ -112,18 +113,18 @@ class Cell:
         }
 
     def _gemma_scope_cell(self) -> str:
-        place = {
+        parent = {
             "sae": f"{GEMMA_SCOPE_SITES.get(self.site or '')}/layer_{self.layer}",
             "transcoder": f"transcoders/layer_{self.layer}",
             "embedding": "res/embedding",
         }[self.kind]
-        return f"{place}{self.folder_suffix}/width_{width_name(self.width)}"
+        return f"{parent}{self.folder_suffix}/width_{width_name(self.width)}"
 
     def _gemma_scope_2(self) -> str:
-        place = self.kind if self.site is None else _GEMMA_SCOPE_2_SITES[self.site]
+        parent = self.kind if self.site is None else _GEMMA_SCOPE_2_SITES[self.site]
         where = "" if self.layer is None else f"layer_{self.layer}_"
         return (
-            f"{place}{self.folder_suffix}/{where}width_{width_name(self.width)}"
+            f"{parent}{self.folder_suffix}/{where}width_{width_name(self.width)}"
             f"_{self._sparsity(label='l0_')}"
         )
 

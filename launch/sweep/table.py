@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from launch.config.job import Job
-from launch.sweep.cohorts import cohorts_of
+from launch.console import print_table
+from launch.sweep.cohorts import Cohort, activations_read, cohorts_of
 from launch.sweep.expand import value_text
 from launch.sweep.run import Run
 from sae_train.train.cohort import step_key
 
-if TYPE_CHECKING:
-    from launch.sweep.run import Run
-from launch.sweep.cohorts import Cohort, activations_read
-
 
 def show_runs(config: Job, runs: list[Run]) -> None:
     """Print the table of runs, and which of them train together."""
-    from launch.console import print_table
-
     table = Table(title=f"{config.name}: {len(runs)} runs in {config.output}", title_justify="left")
     table.add_column("run", overflow="fold")
     cohorts = cohorts_of(config, runs)
-    places = {name: str(at) for at, cohort in enumerate(cohorts, 1) for name in cohort.names}
+    cohort_of = {name: str(at) for at, cohort in enumerate(cohorts, 1) for name in cohort.names}
     keys = list(dict.fromkeys(key for run in runs for key in run.settings))
     for key in keys:
         table.add_column(key, justify="right")
@@ -33,7 +27,7 @@ def show_runs(config: Job, runs: list[Run]) -> None:
     table.add_column("cohort", justify="right")
     for run in runs:
         values = [value_text(run.settings.get(key)) for key in keys]
-        table.add_row(run.name, *values, f"{run.config.train.steps:,}", places[run.name])
+        table.add_row(run.name, *values, f"{run.config.train.steps:,}", cohort_of[run.name])
     print_table(table)
     print_table(cohort_table(cohorts))
 

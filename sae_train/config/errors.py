@@ -21,10 +21,10 @@ _BOUNDS = {
 
 @dataclass(frozen=True)
 class Location:
-    """Where an error stands: the path as the user wrote it, the type expected there.
+    """Where an error is: the path as the user wrote it, and the type expected there.
 
-    `section` is the innermost section on the way and `tag` what chose it (`penalty: l0`) if it is
-    one of several. `undecided`: pydantic tried several types here and gives an error for each.
+    `section` is the innermost section of the path, and `tag` what chose it (`penalty: l0`) if
+    there are several kinds. `undecided`: pydantic tried several types here, with an error for each.
     """
 
     path: Path

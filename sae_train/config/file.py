@@ -129,7 +129,7 @@ def _read_text(path: AnyPath) -> str:
 
 
 def _meant(path: AnyPath) -> str:
-    """A file beside a missing one whose name is nearly its, in words; empty if there is none."""
+    """A hint at a file in the same folder whose name is nearly the missing one's."""
     wanted = storage_path(path)
     try:
         names = [file.name for file in wanted.parent.iterdir()]

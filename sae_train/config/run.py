@@ -59,14 +59,14 @@ class AdamConfig(Section):
 
 
 class FrequencyPenalty(Section):
-    """A further price of latents that fire often: λ ω² / `scale` for each, ω its frequency.
+    """A further penalty on latents that fire often: λ ω² / `scale` for each, ω its frequency.
 
     With `penalty: l0` and the same λ the two make λ Σ ω (1 + ω / scale), the form of GDM's
     progress update on high-frequency latents (2025), which used 0.1 and 0.01.
     """
 
     scale: Positive = 0.1
-    coefficient: NonNegative | None = None  # None: that of the penalty it stands beside
+    coefficient: NonNegative | None = None  # None: the coefficient of the penalty above it
 
 
 class L0Penalty(Section):
@@ -79,7 +79,7 @@ class L0Penalty(Section):
 
 
 class TargetL0Penalty(Section):
-    """A quadratic pull of L0 towards `target`.
+    """A quadratic penalty on the distance of L0 from `target`.
 
     `batch_mean`: coefficient * (mean L0 / target - 1)^2, the JumpReLU paper's (arXiv 2407.14435,
     also dictionary_learning's). `per_token`: coefficient * (2 / target) * (L0 - target)^2 for
@@ -94,8 +94,8 @@ class TargetL0Penalty(Section):
     frequency: FrequencyPenalty | None = None
 
     @model_validator(mode="after")
-    def _frequency_priced(self) -> TargetL0Penalty:
-        # This λ is per squared distance from a target, no price of a latent.
+    def _frequency_has_a_coefficient(self) -> TargetL0Penalty:
+        # The coefficient here weighs a squared distance, not active latents: it can't serve both.
         if self.frequency is not None and self.frequency.coefficient is None:
             raise ValueError(
                 "with penalty target_l0 frequency.coefficient must be given: try 1e-3, about "
@@ -290,7 +290,7 @@ def _check_step(sae: SaeConfig, train: TrainConfig) -> list[str]:
     if train.step == "sparse" and sae.architecture != "jumprelu":
         return [
             f"train.step sparse is for jumprelu, and sae.architecture is {sae.architecture}: set "
-            "train.step to auto or dense, which train it by products of whole matrices"
+            "train.step to auto or dense, which take the dense path"
         ]
     is_sparse_jumprelu = sae.architecture == "jumprelu" and train.step == "sparse"
     if train.kernels == "xla" or is_sparse_jumprelu:

@@ -40,7 +40,7 @@ def has_unit_decoder(architecture: Architecture) -> bool:
     return architecture != "relu"
 
 
-# The sites of a layer of the model's width, as the model comes by them.
+# The sites of a layer that have the model's width, in the order of the forward pass.
 _IN_ORDER: tuple[Site, ...] = ("mlp_in_normalized", "mlp_in", "mlp_out", "resid_post")
 
 
@@ -51,10 +51,10 @@ class SaeConfig(Section):
     rows. They are divided by the RMS norm of what is read (Gemma Scope, appendix B) or, with
     `target_scale: own`, by their own. `affine_skip` adds a trained matrix from input to output.
 
-    `bandwidth` and `threshold` are JumpReLU's; `k`, the active latents per row, and
-    `aux_k_coefficient`, the weight of the loss that wakes dead latents (1/32 in Gao et al. 2024,
-    arXiv 2406.04093), are TopK's and BatchTopK's. `start_from` is a released SAE, a path or a Hub
-    address, that training begins with instead of random weights.
+    `bandwidth` and `threshold` are JumpReLU's. TopK and BatchTopK have `k`, the active latents per
+    row, and `aux_k_coefficient`, the weight of the aux loss that revives dead latents (1/32 in Gao
+    et al. 2024, arXiv 2406.04093). `start_from` is a released SAE, a path or a Hub
+    address, that training starts from instead of random weights.
     """
 
     site: Site
@@ -135,7 +135,7 @@ class SaeConfig(Section):
     def _coherent(self) -> SaeConfig:
         if self.start_from is not None and self.architecture in ("gated", "batch_topk"):
             raise ValueError(
-                f"sae.start_from can't begin a {self.architecture} SAE, whose release is a "
+                f"a {self.architecture} SAE can't start from sae.start_from, for its release is a "
                 "JumpReLU one: set sae.architecture to jumprelu"
             )
         selects = self.architecture in ("topk", "batch_topk")

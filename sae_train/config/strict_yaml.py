@@ -64,7 +64,7 @@ _Dumper.add_representer(str, _represent_text)
 
 @dataclass(frozen=True)
 class Document:
-    """A parsed YAML text: its value, and the line (from 1) at which each path stands."""
+    """A parsed YAML text: its value, and the line (from 1) of each path."""
 
     value: Any
     lines: dict[Path, int]
@@ -79,7 +79,7 @@ def dotted(path: Path) -> str:
 
 
 def parse(text: str, *, name: str) -> Document:
-    """Read one YAML document; `name` stands for it in errors (a file, an override).
+    """Read one YAML document; `name` is its name in errors (a file, an override).
 
     Raises:
         UserError: not YAML, more than one document, a repeated key, a key that isn't text, a tag

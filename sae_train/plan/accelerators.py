@@ -1,4 +1,4 @@
-"""Published peaks of the accelerators that `sae plan` reckons with: one table, sources named.
+"""Published peaks of the accelerators that `sae plan` uses, with their sources.
 
 Peaks are dense (no structured sparsity), per chip: a v5p chip is one JAX device, as every chip
 here is. `float32_flops` is what a product at `Precision.HIGHEST` can reach, for training asks for

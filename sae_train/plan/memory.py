@@ -1,18 +1,19 @@
 """What one device holds while it trains, item by item, before anything is allocated.
 
 The arguments of the compiled step (weights, second moments, the batch) follow from the table in
-`sharding`, byte for byte. Its temporaries follow from what a step by whole products keeps alive at
-its fullest, at the end of the backward pass:
+`sharding`, byte for byte. Its temporaries follow from what the dense step keeps alive at its
+fullest, at the end of the backward pass:
 
     gradients     of every parameter; W_dec's and W_enc's, [F, D] each, are what counts
-    activations   two [B, F]: pre-activations and latents, then their cotangents in their place;
+    activations   two [B, F]: pre-activations and latents, then their cotangents in the same memory;
                   two [B, D]: the scaled rows and the error; of a transcoder the target's rows too
 
-The state is donated, so new weights and moments are written over the old ones and cost nothing.
-XLA's TPU compiler was seen to need just this. On a CPU a JumpReLU's step needs far less and other
-architectures' need more, see `_tiled` and `_cpu_temporaries`; a step that may go by pairs keeps
-neither [B, F] nor gradients [F, D], see `_by_pairs`. docs/plan.md has the
-comparisons; tests/sae_train/plan/test_memory.py holds the JumpReLU's on a CPU within 10 %.
+The state is donated: new weights and moments overwrite the old ones and cost nothing. XLA's TPU
+compiler needs exactly this. Its CPU compiler needs other amounts, which were read off its analysis
+of the compiled step: `_tiled` for a JumpReLU, `_CPU_ALIVE` for architectures that step by autodiff,
+`_sparse` for the sparse path on any device. To ask the compiler itself would cost `sae plan` 1 s of
+processor time for each shape on the dense path and 7 s on the sparse one, and as many CPU devices
+as the mesh has. docs/plan.md has the comparisons; tests/sae_train/plan/test_memory.py holds them.
 
 Legend: B rows of a batch, D model width, F latents, each as one device holds them.
 """
@@ -36,11 +37,10 @@ from sae_train.step.tiles import tile_of
 
 Backend = Literal["accelerator", "cpu"]
 FLOAT_BYTES = 4
-# The step, what steering added to log λ, BatchTopK's threshold, overflows. When latents were last
-# touched and how the last step went are no arguments of a step by whole products: pairs a row and
-# the way it took are `WAY_BYTES`.
+# The step, what steering added to log λ, BatchTopK's threshold, overflows. The dense path has no
+# use for the pairs a row and the path of the last step: those are `PATH_BYTES`.
 STATE_SCALAR_BYTES = 16
-WAY_BYTES = 8
+PATH_BYTES = 8
 SCALAR_BYTES = 12  # learning rate, coefficient, bias correction
 _STATE = ("weights", "second moment")
 _HELD = (*_STATE, "batch")  # from one step to the next; the other items are temporaries
@@ -50,7 +50,7 @@ _HELD = (*_STATE, "batch")  # from one step to the next; the other items are tem
 class Shape:
     """The sizes a step is compiled for: global dims, and the mesh that cuts them.
 
-    `places` are those for pairs, a row, of a step that may go by pairs; None: by products only.
+    `capacity` is the sparse path's, in active pairs a row; None: the dense path only.
     """
 
     batch_size: int
@@ -60,7 +60,7 @@ class Shape:
     architecture: Architecture = "jumprelu"
     is_transcoder: bool = False
     has_skip: bool = False
-    places: int | None = None
+    capacity: int | None = None
 
     @property
     def table(self) -> Iterable[Tensor]:
@@ -128,11 +128,11 @@ def step_memory(
         "second moment": params,
         "batch": batch + SCALAR_BYTES,
     }
-    if shape.places is not None:
-        items["weights"] += shape.table_bytes([LAST_FIRED]) + WAY_BYTES  # `last_touched` is alike
-        items |= _by_pairs(shape, places=shape.places)
+    if shape.capacity is not None:
+        items["weights"] += shape.table_bytes([LAST_FIRED]) + PATH_BYTES  # `last_touched` is alike
+        items |= _sparse(shape, capacity=shape.capacity)
     elif backend == "cpu":
-        items |= _tiled(shape) if shape.architecture == "jumprelu" else _cpu_temporaries(shape)
+        items |= _tiled(shape) if shape.architecture == "jumprelu" else _by_autodiff(shape)
     else:
         latents = shape.local(("B", "F")) * FLOAT_BYTES
         rows = shape.local(("B", "D")) * FLOAT_BYTES
@@ -194,20 +194,23 @@ def _divisors(number: int, *, most: int) -> list[int]:
     return [one for one in range(1, min(number, most) + 1) if number % one == 0]
 
 
-# Read off XLA's CPU compiler over widths, batches and places: rows [S, D] of a block of latents
-# (weights, moments, gradients, the new ones); tiles [B, L] alive together; words that sorting a
-# place takes, and those it holds; bytes of vectors of one number a latent.
-_BLOCK_ROWS, _TILES, _SORTED_WORDS, _PLACE_WORDS, _LATENT_BYTES = 10, 4, 8, 3, 52
+# Read off XLA's CPU compiler over widths, batches and capacities: rows [S, D] of a block of latents
+# (weights, moments, gradients, the new ones); tiles [B, L] alive together; words for each pair
+# while pairs are sorted, and afterwards; bytes of vectors with one number a latent.
+_BLOCK_ROWS, _TILES, _SORTED_WORDS, _PAIR_WORDS, _LATENT_BYTES = 10, 4, 8, 3, 52
 
 
-def _by_pairs(shape: Shape, *, places: int) -> dict[str, int]:
-    """Temporaries of a step by pairs or by tiles, the larger: at the fullest of three moments."""
+def _sparse(shape: Shape, *, capacity: int) -> dict[str, int]:
+    """Temporaries of the sparse path, or of the tiles it falls back to where that is more.
+
+    The largest of three moments: sorting the pairs, updating the latents, a step by tiles.
+    """
     width, rows = shape.local(("F",)), shape.local(("B",))
     tile = tile_of(width)
     row_bytes = shape.local(("B", "D")) * FLOAT_BYTES
-    words = -(-rows * places // shape.mesh.model) * FLOAT_BYTES
+    words = -(-rows * capacity // shape.mesh.model) * FLOAT_BYTES
     blocks = _BLOCK_ROWS * tile * shape.d_model * FLOAT_BYTES
-    updating = 3 * row_bytes + blocks + _PLACE_WORDS * words * shape.mesh.data
+    updating = 3 * row_bytes + blocks + _PAIR_WORDS * words * shape.mesh.data
     if shape.mesh.data > 1:  # what is read and what is sent back, of the whole batch
         updating += row_bytes + 2 * row_bytes * shape.mesh.data
     sorting = 4 * row_bytes + _SORTED_WORDS * words
@@ -231,35 +234,21 @@ def _tiled(shape: Shape) -> dict[str, int]:
     }
 
 
-def _cpu_temporaries(shape: Shape) -> dict[str, int]:
-    """Temporaries of XLA's CPU compiler for a step by autodiff, read off its live ranges.
+# Arrays [F, D], [B, F] and [B, D] that XLA's CPU compiler keeps at once for a step by autodiff, to
+# the nearest whole number over widths 4096 to 65536: within 10 % of its analysis on one device.
+_CPU_ALIVE: dict[Architecture, tuple[int, int, int]] = {
+    "relu": (2, 3, 1),
+    "gated": (5, 5, 1),
+    "topk": (5, 6, 2),
+    "batch_topk": (5, 6, 2),
+}
 
-    Those of a JumpReLU's gradients by autodiff: a ReLU's step takes less, the others more
-    (docs/plan.md). Beyond what the step needs it keeps three [F, D] arrays that hold one scalar
-    each (learning rate, bias correction, ε: its fused library calls take no scalars), and copies
-    of donated weights, for it decides on copies before it fixes an order, and only an order shows
-    that the new weights come last. The old weights' places then serve other arrays of at most
-    their size.
-    """
-    matrix = shape.local(("F", "D")) * FLOAT_BYTES
-    latents = shape.local(("B", "F")) * FLOAT_BYTES
-    rows = shape.local(("B", "D")) * FLOAT_BYTES
-    scalars = 3 * matrix
-    if shape.mesh.data > 1:
-        # One copy: W_dec's order is fixed by the all-reduce, which has its own two outputs. One
-        # of the four gradient-sized arrays, and [B, F] arrays that fit, lie in others' places.
-        copies, gradients = matrix, 3 * matrix
-        activations = max(rows, 2 * latents + 3 * rows - 2 * matrix)
-    else:
-        # One of the gradients lies in the place of donated weights; so does one of the three
-        # [B, F] arrays (pre-activations, their cotangent, the thresholds' pull) if it fits.
-        copies, gradients = 2 * matrix, matrix
-        backward = 2 * latents + rows if latents <= matrix else 3 * latents
-        decoding = 2 * latents + 3 * rows - scalars - gradients
-        activations = max(backward, decoding)
+
+def _by_autodiff(shape: Shape) -> dict[str, int]:
+    """Temporaries of the step by autodiff on CPUs."""
+    matrices, latents, rows = _CPU_ALIVE[shape.architecture]
     return {
-        "gradients": gradients,
-        "activations": activations,
-        "copies of donated weights": copies,
-        "scalars spread out": scalars,
+        "gradients": matrices * shape.local(("F", "D")) * FLOAT_BYTES,
+        "activations": latents * shape.local(("B", "F")) * FLOAT_BYTES
+        + (rows + shape.is_transcoder) * shape.local(("B", "D")) * FLOAT_BYTES,
     }

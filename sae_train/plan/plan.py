@@ -1,4 +1,4 @@
-"""`sae plan`: what a config needs, said before anything is spent.
+"""`sae plan`: what a config needs, computed before anything is spent.
 
 Everything here follows from the config, the language model's shape and a table of accelerators:
 no store is opened, no device asked, nothing allocated. docs/plan.md says how to read the result

@@ -1,7 +1,7 @@
 """What each SAE of a plan needs, whatever accelerator it is trained on.
 
 The memory of a device, the work and the collectives of a step; and of runs that train together,
-what a device holds for all of them. `plan_accelerator` makes hours of it.
+what a device holds for all of them. `sae_train.plan.verdict` turns it into hours.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from sae_train.train.cohort import group_cohorts
 class RunPlan:
     """One SAE: sizes, memory of a device, work per step. Independent of the accelerator.
 
-    `by_pairs` and `by_pairs_cpu` say whether steps may go by pairs of row and active latent;
-    `memory` and `memory_cpu` are theirs then. Work and collectives are always those of products.
+    `sparse_path` and `sparse_path_cpu` say whether steps may take the sparse path, on accelerators
+    and on CPUs; `memory` and `memory_cpu` are that path's then. Work and collectives are always
+    those of the dense path.
     """
 
     name: str
@@ -39,8 +40,8 @@ class RunPlan:
     steps: int
     memory: StepMemory
     memory_cpu: StepMemory
-    by_pairs: bool
-    by_pairs_cpu: bool
+    sparse_path: bool
+    sparse_path_cpu: bool
     flops_per_step: int
     paper_flops_per_step: int
     traffic_per_step: int
@@ -50,7 +51,7 @@ class RunPlan:
 
     @property
     def devices(self) -> int:
-        """Places of the mesh."""
+        """Devices of the mesh."""
         return self.shape.mesh.data * self.shape.mesh.model
 
 
@@ -88,10 +89,12 @@ def plan_run(config: Config, *, name: str, gemma: GemmaConfig) -> RunPlan:
         has_skip=config.sae.affine_skip,
     )
     dtype = config.cache.dtype
-    places = capacity_per_row(config)
-    by_pairs, by_pairs_cpu = (may_go_by_pairs(config, on_cpu=on_cpu) for on_cpu in (False, True))
-    shape_cpu = dataclasses.replace(shape, places=places if by_pairs_cpu else None)
-    shape = dataclasses.replace(shape, places=places if by_pairs else None)
+    capacity = capacity_per_row(config)
+    sparse_path, sparse_path_cpu = (
+        may_go_by_pairs(config, on_cpu=on_cpu) for on_cpu in (False, True)
+    )
+    shape_cpu = dataclasses.replace(shape, capacity=capacity if sparse_path_cpu else None)
+    shape = dataclasses.replace(shape, capacity=capacity if sparse_path else None)
     collectives = collective_bytes(shape)
     sizes = [("data", config.mesh.data), ("model", config.mesh.model)]
     memory = step_memory(shape, store_dtype=dtype)
@@ -102,8 +105,8 @@ def plan_run(config: Config, *, name: str, gemma: GemmaConfig) -> RunPlan:
         steps=config.train.steps,
         memory=memory,
         memory_cpu=step_memory(shape_cpu, store_dtype=dtype, backend="cpu"),
-        by_pairs=by_pairs,
-        by_pairs_cpu=by_pairs_cpu,
+        sparse_path=sparse_path,
+        sparse_path_cpu=sparse_path_cpu,
         flops_per_step=step_flops(shape),
         paper_flops_per_step=paper_step_flops(shape),
         traffic_per_step=step_traffic(shape),

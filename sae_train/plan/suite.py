@@ -43,7 +43,7 @@ class CellGroup:
 
     @property
     def devices(self) -> int:
-        """Places of the mesh."""
+        """Devices of the mesh."""
         return self.shape.mesh.data * self.shape.mesh.model
 
 
@@ -164,7 +164,7 @@ def _group(members: list[Config], gemma: GemmaConfig) -> CellGroup:
         architecture=run.sae.architecture,
         is_transcoder=run.sae.is_transcoder,
         has_skip=run.sae.affine_skip,
-        places=capacity_per_row(run) if may_go_by_pairs(run, on_cpu=False) else None,
+        capacity=capacity_per_row(run) if may_go_by_pairs(run, on_cpu=False) else None,
     )
     weights = 2 * shape.width * shape.d_model + 2 * shape.width + shape.d_model
     weights += shape.d_model**2 if shape.has_skip else 0

@@ -1,7 +1,7 @@
 """A plan on one accelerator: does it fit, how long does it take, what does it cost.
 
-`plan_run` and `plan_work` have the sizes that this divides by an accelerator's rates. docs/plan.md
-says how good the result is.
+`sae_train.plan.runs` and `sae_train.plan.work` have the sizes that this divides by an accelerator's
+rates. docs/plan.md says how good the result is.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Assumptions:
 
     Attributes:
         mfu: the share of an accelerator's peak that products reach, 0 to 1.
-        devices: how many there are; None: as many as each mesh has places.
-        price: of one device for one hour, in any currency; None leaves cost out. The mesh's
-            places are paid for, not devices it leaves idle.
+        devices: how many there are; None: as many as each mesh has.
+        price: of one device for one hour, in any currency; None leaves cost out. The
+            mesh's devices are paid for, not those it leaves idle.
     """
 
     mfu: float = 0.4
@@ -51,7 +51,7 @@ class Assumptions:
 
     @property
     def most_devices(self) -> int:
-        """The bound on a mesh's places."""
+        """The most devices a mesh may have."""
         return self.devices or MOST_DEVICES
 
 

@@ -50,7 +50,7 @@ class StorePlan:
 
     @property
     def total_bytes(self) -> int:
-        """All arrays; the few kB of JSON beside them are not counted."""
+        """All arrays; the few kB of JSON are not counted."""
         return sum(self.tap_bytes.values()) + self.provenance_bytes + self.token_bytes
 
 
@@ -160,7 +160,7 @@ def step_flops(shape: Shape) -> int:
     """FLOPs of one training step on all devices: 10 B D F.
 
     Five products of B x D x F: encode, decode, and in the backward pass the gradients of W_dec,
-    of the latents and of W_enc; the input needs none, and b_dec's way through the encoder is one
+    of the latents and of W_enc; the input needs none, and b_dec's path through the encoder is one
     matrix-vector product (docs/numerics.md, "The step"). A transcoder's skip adds its product and
     its gradient's, 4 B D².
     """

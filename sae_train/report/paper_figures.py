@@ -196,13 +196,13 @@ def _pair(row: Numbers | None) -> str:
 
 def _extra_evaluations(charts: Charts, runs: Sequence[ReportRun]) -> str:
     sections = []
-    for label in dict.fromkeys(label for run in runs for label in run.folder.elsewhere):
-        measured = [run for run in runs if label in run.folder.elsewhere]
+    for label in dict.fromkeys(label for run in runs for label in run.folder.extra_evaluations):
+        measured = [run for run in runs if label in run.folder.extra_evaluations]
         figures = _compared(
             charts,
             measured,
             lambda run: run.folder.evaluation,
-            lambda run, label=label: run.folder.elsewhere.get(label),  # type: ignore[misc]
+            lambda run, label=label: run.folder.extra_evaluations.get(label),  # type: ignore[misc]
             label,
         )
         note = (

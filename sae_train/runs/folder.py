@@ -48,7 +48,7 @@ class RunFolder:
         metrics: the rows of metrics.jsonl, rising by step.
         checkpoint_step: the step of the newest whole checkpoint.
         evaluation: evaluation.json, if there is one.
-        elsewhere: by label, what evaluations in other models and on other text found.
+        extra_evaluations: by label, the results of `evaluation.also`: other models, other text.
         release: the files of the release tree, relative to the run's folder.
         failure: why the last attempt at the run failed, if it did.
         restarts: how often its training was taken up again.
@@ -62,7 +62,7 @@ class RunFolder:
     release: tuple[PurePath, ...]
     failure: str | None
     restarts: int = 0
-    elsewhere: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    extra_evaluations: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -71,7 +71,7 @@ class RunFolder:
 
     @property
     def state(self) -> State:
-        """Where the run stands; a finished one is `trained` whatever came after."""
+        """How far the run has come; a finished one is `trained` whatever came after."""
         if self.checkpoint_step == self.config.train.steps:
             return "trained"
         if is_locked(self.path):
@@ -97,17 +97,17 @@ def read_run(path: AnyPath) -> RunFolder:
         release=release_files(folder),
         failure="{reason} (in {stage})".format(**read_json(failure)) if failure.exists() else None,
         restarts=max(0, count_starts(folder) - 1),
-        elsewhere=_elsewhere(folder),
+        extra_evaluations=_extra_evaluations(folder),
     )
 
 
 def labelled(name: str, label: str | None) -> str:
-    """The name of a file of an evaluation elsewhere: `evaluation-gemma-2-9b-it.json`."""
+    """The name of an extra evaluation's file: `evaluation-gemma-2-9b-it.json`."""
     stem, dot, ending = name.rpartition(".")
     return name if label is None else f"{stem}-{label}{dot}{ending}"
 
 
-def _elsewhere(folder: StoragePath) -> dict[str, dict[str, Any]]:
+def _extra_evaluations(folder: StoragePath) -> dict[str, dict[str, Any]]:
     before, after = labelled(EVALUATION, "*").split("*")
     names = sorted(path.name for path in folder.iterdir())
     return {
@@ -202,11 +202,11 @@ def clear_failure(folder: AnyPath) -> None:
     (storage_path(folder) / FAILURE).unlink(missing_ok=True)
 
 
-def record_start(folder: AnyPath, *, step: int, anew: bool = False) -> None:
-    """Training starts at a step: one more line; `anew` forgets the earlier ones."""
+def record_start(folder: AnyPath, *, step: int, from_scratch: bool = False) -> None:
+    """Training starts at a step: one more line; `from_scratch` drops the earlier ones."""
     entry = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     path = storage_path(folder) / STARTS
-    if anew:
+    if from_scratch:
         write_bytes(path, b"")
     append_line(path, json.dumps(entry))
 

@@ -1,7 +1,7 @@
-"""metrics.jsonl: one JSON object per logged step; TensorBoard files beside it on request.
+"""metrics.jsonl: one JSON object per logged step; TensorBoard files too, on request.
 
 A resumed run cuts the file back to the checkpoint it goes on from, so that the finished file
-is the one an undisturbed run writes, but for the two timings.
+is the one an uninterrupted run writes, except for the two timings.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from activation_cache.storage.files import AnyPath, disk_errors, storage_path, w
 logger = logging.getLogger(__name__)
 
 FILE = "metrics.jsonl"
-_SECONDS_BETWEEN_WRITES = (
-    30.0  # to a bucket, where no object may be written more than once a second
-)
+# To a bucket, where no object may be written more than once a second.
+_SECONDS_BETWEEN_WRITES = 30.0
 
 
 def read_metrics(run_folder: AnyPath) -> list[dict[str, Any]]:
@@ -116,8 +115,8 @@ class _File:
 
 
 class _Object:
-    """Lines of an object, which can't be added to: it is written anew with all of them, in the
-    background and not too often, and at once where `flush` is called.
+    """Lines of an object in a bucket. Objects can't grow, so all lines are written each time: in
+    the background and not too often, and at once when `flush` is called.
 
     A million steps logged every 100 make 4 MB.
     """

@@ -149,7 +149,7 @@ class Member:
         """Open the metrics and write down that training starts."""
         exchange.run_on_main_and_broadcast("metrics", self._open_log)
         exchange.run_on_main_and_broadcast(
-            "start", lambda: record_start(self.folder, step=self.done, anew=anew)
+            "start", lambda: record_start(self.folder, step=self.done, from_scratch=anew)
         )
 
     def _open_log(self) -> None:

@@ -185,7 +185,7 @@ def test_verify_names_the_damaged_file(
 
 
 def test_stop_signals(harvested: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """SIGTERM saves and exits 75; another config is refused; the same command goes on."""
+    """SIGTERM saves and exits 75; another config is refused; the same command continues."""
     output = tmp_path / "run"
     budget = ["train.tokens=256_000", "checkpoint.every_steps=2000"]
     command = ["train", str(harvested / "config.yaml"), f"output={output}", *budget]
@@ -198,7 +198,7 @@ def test_stop_signals(harvested: Path, tmp_path: Path, capsys: pytest.CaptureFix
     process.send_signal(signal.SIGTERM)
     _, log = process.communicate(timeout=60)
     assert process.returncode == 75, log
-    assert "The same command goes on." in log
+    assert "The same command continues." in log
     saved = max(int(path.name) for path in (output / "checkpoints").iterdir())
     assert 0 < saved < 4000
 
@@ -233,7 +233,7 @@ def test_sigint_during_harvest(harvested: Path, tmp_path: Path) -> None:
 
 _SECOND_SIGINT = """
 import os, signal, time
-from launch.signals import stop_on_signals
+from launch.processes.signals import stop_on_signals
 with stop_on_signals() as stop:
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(0.01)

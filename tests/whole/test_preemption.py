@@ -102,7 +102,7 @@ def test_a_killed_process_is_recovered_from(folder: Path):
     output, _ = supervisor.communicate(timeout=300)
     assert supervisor.returncode == 0, output
     assert output.count("was lost (SIGKILL)") == 2, output
-    assert output.count("starting all 2 processes again") == 2, output
+    assert output.count("restarting all 2 processes") == 2, output
     assert_same_run(folder / "undisturbed", run, step=STEPS)
 
 

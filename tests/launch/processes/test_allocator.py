@@ -13,7 +13,7 @@ from tests.support.pipeline import ROOT
 MIB = 2**20
 PROGRAM = """
 import resource, numpy as np
-from launch.allocator import keep_freed_memory
+from launch.processes.allocator import keep_freed_memory
 
 def resident():
     pages = int(open("/proc/self/statm").read().split()[1])

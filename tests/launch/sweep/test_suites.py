@@ -348,7 +348,7 @@ def test_a_suite_harvests_trains_and_reports_store_by_store(
         assert (out / name / "evaluation.json").exists()
         assert (out / name / "release" / "gemma_scope" / "params.npz").exists()
     page = (out / "report" / "index.html").read_text(encoding="utf-8")
-    assert len(set(re.findall(r'data-pick="([^"]+)"', page))) == 3
+    assert len(set(re.findall(r'data-run="([^"]+)"', page))) == 3
     assert "cache.path" not in page
     capsys.readouterr()
     assert main(["status", str(out)]) == 0

@@ -64,13 +64,13 @@ def test_the_step_a_run_takes_is_said_and_its_memory_counted(
     train = {"step": step, "tokens": 8e9, "sparsity": sparsity}
     plan = plan_of(scope_config(sae=sae, train=train))
     (run,) = plan.runs
-    assert (run.by_pairs, run.by_pairs_cpu) == ways
+    assert (run.sparse_path, run.sparse_path_cpu) == ways
     text = "\n".join(rendered(tables(plan)))
-    assert ("by pairs" in text, "by products" in text) == (any(ways), not all(ways))
+    assert ("sparse" in text, "dense" in text) == (any(ways), not all(ways))
     matrix = run.shape.local(("F", "D")) * 4
-    for by_pairs, memory in zip(ways, (run.memory, run.memory_cpu), strict=True):
+    for sparse, memory in zip(ways, (run.memory, run.memory_cpu), strict=True):
         temporary = memory.items["gradients"] + memory.items["activations"]
-        assert (temporary < 2 * matrix) == by_pairs
+        assert (temporary < 2 * matrix) == sparse
 
 
 def test_small_batches_are_bound_by_memory() -> None:
@@ -106,7 +106,7 @@ def test_the_number_of_devices_is_a_bound() -> None:
     (on,) = plan_of(wide, "v5e", devices=4).accelerators
     assert on.verdicts[0].mesh is None
     (on,) = plan_of(scope_config(), "h200", devices=4).accelerators
-    assert not on.verdicts[0].fits, "the mesh has eight places"
+    assert not on.verdicts[0].fits, "the mesh has eight devices"
     assert on.verdicts[0].mesh == MeshConfig(data=1, model=4)
 
 

@@ -103,7 +103,7 @@ def test_another_input_and_another_architecture_are_told(tmp_path: Path):
     config = make_config(width=F, sae={"start_from": str(tmp_path / "theirs")})
     with pytest.raises(UserError, match=r"reads vectors of 16 and resid_post of layer 1 has 20"):
         starting_params(config.sae, d_model=20, input_scale=1.0, target_scale=1.0)
-    with pytest.raises(ValueError, match=r"start_from can't begin a gated SAE"):
+    with pytest.raises(ValueError, match=r"a gated SAE can't start from sae.start_from"):
         make_config(sae={"start_from": "x", "architecture": "gated"}, sparsity=L1)
 
 
