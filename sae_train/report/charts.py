@@ -231,7 +231,7 @@ def _axis(axis: Axis) -> dict[str, Any]:
         "tickformat": axis.ticks,
         "minorloglabels": "complete",
         "exponentformat": "none" if axis.log else "e",
-        "nticks": 4 if axis.log else 7,  # of a log axis at most half as many again
+        "nticks": 4 if axis.log else 7,
         "automargin": True,
         "zeroline": False,
         "showline": True,

@@ -79,6 +79,15 @@ def test_a_frame_drawn_in_a_chart_zooms(desktop: Browser) -> None:
     assert desktop.evaluate(ticks) == before
 
 
+def test_a_log_axis_has_a_few_ticks_wherever_it_begins(desktop: Browser) -> None:
+    for low, high in ((20.002, 400), (20, 280)):
+        desktop.evaluate(
+            f"void Plotly.relayout('chart-0', 'xaxis.range', [{low}, {high}].map(Math.log10))"
+        )
+        assert 3 <= desktop.evaluate("document.querySelectorAll('#chart-0 .xtick').length") <= 6
+    desktop.evaluate("void Plotly.relayout('chart-0', 'xaxis.autorange', true)")
+
+
 def test_it_has_a_dark_side(desktop: Browser) -> None:
     colors = (
         "[getComputedStyle(document.body).backgroundColor, ...['.xtick text', '.gridlayer path',"
