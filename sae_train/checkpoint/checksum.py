@@ -64,10 +64,11 @@ def unseal_meta(data: bytes) -> dict[str, Any]:
 
 
 def _checksums(state: TrainState) -> list[UInt32[Array, ""]]:
-    return [_checksum(leaf) for leaf in jax.tree.leaves(state)]
+    return [array_checksum(leaf) for leaf in jax.tree.leaves(state)]
 
 
-def _checksum(x: Array) -> UInt32[Array, ""]:
+def array_checksum(x: Array) -> UInt32[Array, ""]:
+    """The checksum of one array, of any sharding."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     position = jnp.zeros(x.shape, jnp.uint32)
     for dim, factor in zip(range(x.ndim), _POSITION_FACTORS, strict=False):

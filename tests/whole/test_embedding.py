@@ -22,9 +22,17 @@ from sae_train.evaluate.result import Evaluation
 from sae_train.inference.fold import fold
 from sae_train.release.export import export
 from sae_train.train.loop import train
-from tests.sae_train.evaluate.test_evaluate import BOS, EOS, PAD, D, S, their_model, world_config
+from tests.support.oracles.their_gemma import (
+    BOS,
+    EOS,
+    PAD,
+    D,
+    S,
+    save_their_gemma,
+    their_model,
+    world_config,
+)
 from tests.support.saes import reference_latents, reference_reconstruction
-from tests.support.tiny_gemma import write_tiny_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -53,9 +61,7 @@ def embedding_config(folder: Path, *, text: bool = True, name: str = "out", **ca
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("embedding")
-    theirs = their_model()
-    theirs.save_pretrained(folder / "gemma")
-    write_tiny_tokenizer(folder / "gemma")
+    save_their_gemma(folder / "gemma")
     config = embedding_config(folder)
     harvest(model=config.model, text=config.text, cache=config.cache)
     assert train(config).step == 31

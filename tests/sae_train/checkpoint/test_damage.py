@@ -1,4 +1,4 @@
-"""A checkpoint that isn't what was written is passed over for the one before, and that is said."""
+"""A checkpoint that isn't what was written is skipped for the one before, with a warning."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from activation_cache.runtime.errors import UserError
-from sae_train.checkpoint.checksum import DamagedCheckpoint, _checksum, seal_meta, unseal_meta
+from sae_train.checkpoint.checksum import DamagedCheckpoint, array_checksum, seal_meta, unseal_meta
 from sae_train.checkpoint.trained import load_trained
 from sae_train.config.run import MeshConfig
 from sae_train.model.sharding import make_mesh, sharding
@@ -23,7 +23,7 @@ from tests.support.training import assert_same_run, make_run
 
 META = "meta/metadata"
 
-# When one read fails Orbax drops its others, and Python says so of each.
+# When one read fails Orbax drops its other reads, and Python warns of each.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
@@ -35,9 +35,9 @@ def largest(checkpoint: Path) -> Path:
     return max(files, key=lambda path: path.stat().st_size)
 
 
-def flip(file: Path, place: int) -> None:
+def flip(file: Path, offset: int) -> None:
     data = bytearray(file.read_bytes())
-    data[place] ^= 4
+    data[offset] ^= 4
     file.write_bytes(data)
 
 
@@ -75,7 +75,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_the_checkpoint_before_is_gone_on_from(
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
     finished_run: Path, kind: str, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level("INFO", logger="sae_train")
@@ -92,11 +92,11 @@ def test_the_checkpoint_before_is_gone_on_from(
 
 
 def test_every_flipped_byte_is_found(finished_run: Path):
-    """Whatever byte of whatever file: the run reads what was written, or says it can't."""
+    """With any byte flipped, the values read are those written, or it is called damaged."""
     rng = random.Random(0)
     expected = load_trained(finished_run / "whole", step=40).params
     checkpoint = finished_run / "whole" / "checkpoints" / "40"
-    # In a fixed order, and by bytes: of most of the small files no byte is ever looked at.
+    # In a fixed order, weighted by size: most bytes of the small files are never read.
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     sizes = [path.stat().st_size for path in files]
     found = 0
@@ -115,7 +115,7 @@ def test_every_flipped_byte_is_found(finished_run: Path):
     assert found >= 3
 
 
-def test_another_format_is_told_and_deleted_by_nobody(finished_run: Path):
+def test_a_checkpoint_of_another_format_is_refused_and_kept(finished_run: Path):
     shutil.copytree(finished_run / "whole", finished_run / "other-format")
     for file in (finished_run / "other-format" / "checkpoints").glob(f"*/{META}"):
         meta = unseal_meta(file.read_bytes())
@@ -129,7 +129,7 @@ def test_another_format_is_told_and_deleted_by_nobody(finished_run: Path):
     assert len(list((finished_run / "other-format" / "checkpoints").glob(f"*/{META}"))) == 2
 
 
-def test_all_damaged_is_told_and_fresh_helps(finished_run: Path):
+def test_if_all_are_damaged_it_says_so_and_fresh_starts_anew(finished_run: Path):
     shutil.copytree(finished_run / "whole", finished_run / "hopeless")
     for checkpoint in (finished_run / "hopeless" / "checkpoints").iterdir():
         cut_largest(checkpoint)
@@ -149,8 +149,8 @@ def test_reading_disturbs_no_save_in_progress(finished_run: Path):
     assert (partial / "file").exists()
     shutil.rmtree(finished_run / "busy" / "checkpoints" / "40")
     assert train(make_run(finished_run, output="busy")).step == 40
-    # Orbax tidies in the background; before its first save it waits for that.
-    assert not partial.exists(), "the one that saves tidies up"
+    # Orbax clears up in the background, and waits for that before its first save.
+    assert not partial.exists(), "the run that saves clears up"
 
 
 def test_checksums_do_not_depend_on_the_mesh_and_see_every_change():
@@ -158,20 +158,20 @@ def test_checksums_do_not_depend_on_the_mesh_and_see_every_change():
     sums = set()
     for data, model in ((1, 1), (1, 8), (2, 4)):
         placement = sharding(make_mesh(MeshConfig(data=data, model=model)), ("F", "D"))
-        sums.add(int(jax.jit(_checksum)(jax.device_put(values, placement))))
+        sums.add(int(jax.jit(array_checksum)(jax.device_put(values, placement))))
     assert len(sums) == 1
     swapped = values.copy()
     swapped[[3, 5]] = swapped[[5, 3]]
     zeros = np.zeros((4, 4), np.float32)
-    assert int(_checksum(jnp.asarray(swapped))) not in sums
-    assert int(_checksum(jnp.asarray(zeros))) != int(_checksum(jnp.asarray(-zeros)))
-    for place in (0, 511, 1023):
+    assert int(array_checksum(jnp.asarray(swapped))) not in sums
+    assert int(array_checksum(jnp.asarray(zeros))) != int(array_checksum(jnp.asarray(-zeros)))
+    for position in (0, 511, 1023):
         changed = values.copy()
-        changed.view(np.uint32).reshape(-1)[place] ^= 1
-        assert int(_checksum(jnp.asarray(changed))) not in sums
+        changed.view(np.uint32).reshape(-1)[position] ^= 1
+        assert int(array_checksum(jnp.asarray(changed))) not in sums
 
 
-def test_a_meta_is_sealed():
+def test_a_changed_meta_is_damaged():
     sealed = seal_meta({"a": 1, "b": [1.5, None]}, checksums={"x": 7})
     assert unseal_meta(json.dumps(sealed).encode())["checksums"] == {"x": 7}
     with pytest.raises(DamagedCheckpoint):

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import transformers
 
 from activation_cache.harvest.harvest import harvest
 from activation_cache.language_model.model import LanguageModel, load_model
@@ -27,39 +24,31 @@ from sae_train.evaluate.result import Evaluation, read_evaluation, read_frequenc
 from sae_train.evaluate.sums import sae_batch
 from sae_train.inference.fold import fold
 from sae_train.inference.write_formats import write_gemma_scope
+from tests.support.oracles.their_gemma import (
+    BOS,
+    EOS,
+    HEADS,
+    PAD,
+    TAPS,
+    D,
+    F,
+    S,
+    save_their_gemma,
+    their_losses,
+    world_config,
+)
 from tests.support.saes import (
-    make_config,
     make_sae,
     make_trained,
     reference_latents,
     reference_reconstruction,
     save_run,
 )
-from tests.support.tiny_gemma import write_tiny_tokenizer
 
 pytestmark = pytest.mark.slow
 
-D, HEADS, F, S = 36, 60, 40, 16
-HELD_OUT = 7
-PAD, EOS, BOS = 0, 1, 2
-TAPS = [("resid_post", 2), ("resid_post", 2), ("attn_out_prelinear", 1)]
 
-
-def their_model() -> Any:
-    """A Gemma 2 with random weights, its norm gains away from their initial 0."""
-    config = transformers.Gemma2Config(
-        vocab_size=403, hidden_size=D, intermediate_size=52, num_hidden_layers=4,
-        num_attention_heads=6, num_key_value_heads=2, head_dim=10, query_pre_attn_scalar=7,
-        sliding_window=5, max_position_embeddings=64, attn_implementation="eager",
-        final_logit_softcapping=5.0,
-    )  # fmt: skip
-    model = transformers.Gemma2ForCausalLM(config).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            scale = 0.4 if "norm" in name else 0.25
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    return model
+FEW = {"sequences": 3, "sequences_per_batch": 3, "importance_sequences": 0}
 
 
 @dataclass
@@ -77,36 +66,10 @@ class World:
         return self.store.tokens.read(self.store.tokens.held_out)
 
 
-def text(path: Path) -> Path:
-    """Many EOS, a last sequence that padding fills up, and text that spells out padding."""
-    random = np.random.default_rng(4)
-    words = ["the", "and", "of", "there", "inner", "on", "re", "<pad>"]
-    documents = [" ".join(random.choice(words, random.integers(3, 9))) for _ in range(60)]
-    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
-    return path
-
-
-def world_config(folder: Path, *, importance_sequences: int = 0) -> Config:
-    values = make_config(width=F, layer=2).model_dump()
-    values["model"] = {"weights": str(folder / "gemma"), "dtype": "float32"}
-    values["text"] |= {
-        "source": [str(text(folder / "text.jsonl"))],
-        "sequence_length": S,
-        "held_out_sequences": HELD_OUT,
-    }
-    sites = [{"site": site, "layers": [layer]} for site, layer in dict.fromkeys(TAPS)]
-    values["cache"] |= {"path": str(folder / "store"), "sites": sites, "tokens": 200}
-    values["evaluation"] = {"sequences": HELD_OUT, "sequences_per_batch": 3}
-    values["evaluation"] |= {"importance_sequences": importance_sequences}
-    return Config.model_validate(values)
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> World:
     folder = tmp_path_factory.mktemp("world")
-    theirs = their_model()
-    theirs.save_pretrained(folder / "gemma")
-    write_tiny_tokenizer(folder / "gemma")
+    theirs = save_their_gemma(folder / "gemma")
     config = world_config(folder)
     harvest(model=config.model, text=config.text, cache=config.cache)
     store = open_store(config.cache.path)
@@ -154,44 +117,12 @@ def test_a_released_sae_is_measured_as_it_is(world, evaluations, tmp_path: Path)
 # The oracle -------------------------------------------------------------------------------------
 
 
-def their_losses(world, tokens, *, tap=None, replace=None):
-    """Losses [B, S-1] in float64 and the activations at `tap`, which `replace` may change."""
-    seen = {}
-
-    def change(value: torch.Tensor) -> torch.Tensor:
-        seen["acts"] = value.detach().numpy()
-        if replace is None:
-            return value
-        return torch.from_numpy(replace(seen["acts"]).astype(np.float32))
-
-    handle = None
-    if tap is not None:
-        layer = world.theirs.model.layers[tap[1]]
-        if tap[0] == "attn_out_prelinear":
-            handle = layer.self_attn.o_proj.register_forward_pre_hook(
-                lambda _, args: (change(args[0]),)
-            )
-        else:
-            handle = layer.register_forward_hook(
-                lambda _, __, out: (
-                    (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
-                )
-            )
-    ids = torch.from_numpy(tokens.astype(np.int64))
-    with torch.no_grad():
-        logits = world.theirs(ids).logits.double()
-    if handle is not None:
-        handle.remove()
-    log_p = torch.log_softmax(logits[:, :-1], dim=-1)
-    return -log_p.gather(-1, ids[:, 1:, None])[..., 0].numpy(), seen.get("acts")
-
-
 def expected(world, index, tokens) -> dict[str, Any]:
-    """Every headline number of one run, computed the slow way."""
+    """Every headline number of one run, from transformers' model and NumPy in float64."""
     tap, sae = TAPS[index], fold(load_trained(world.runs[index]))
     usable = ~np.isin(tokens, [PAD, EOS, BOS])
     counted = usable[:, :-1] & (tokens[:, 1:] != PAD)
-    base, acts = their_losses(world, tokens, tap=tap)
+    base, acts = their_losses(world.theirs, tokens, tap=tap)
     x = acts.astype(np.float64)
     latents = reference_latents(sae, x)[usable]
     error = ((x - reference_reconstruction(sae, x)) ** 2).sum(-1)
@@ -201,7 +132,7 @@ def expected(world, index, tokens) -> dict[str, Any]:
         def replace(a):
             return np.where(where[..., None], make(a), a)
 
-        return their_losses(world, tokens, tap=tap, replace=replace)[0]
+        return their_losses(world.theirs, tokens, tap=tap, replace=replace)[0]
 
     def spliced(a):
         return reference_reconstruction(sae, a)
@@ -231,7 +162,7 @@ def expected(world, index, tokens) -> dict[str, Any]:
     }
 
 
-def test_held_out_text_has_all_that_must_be_masked(world):
+def test_held_out_text_has_every_kind_of_masked_token(world):
     tokens = world.held_out
     assert (tokens[:, 0] == BOS).all()
     assert (tokens[:, 1:] == EOS).sum() > 3
@@ -329,12 +260,6 @@ def test_splicing_the_identity_costs_nothing(world, tmp_path):
 # The command's behaviour ------------------------------------------------------------------------
 
 
-def close(one: Evaluation, other: Evaluation) -> None:
-    for name in ("l0", "fvu", "loss", "loss_spliced", "delta_loss_all_positions"):
-        assert getattr(one, name) == pytest.approx(getattr(other, name), rel=1e-5, abs=1e-5), name
-    assert one.tokens == other.tokens
-
-
 def test_the_same_command_gives_the_same_bytes(world, evaluations):
     before = [(run / "evaluation.json").read_bytes() for run in world.runs]
     again = evaluate(world.runs, model=world.ours, force=True)
@@ -344,16 +269,19 @@ def test_the_same_command_gives_the_same_bytes(world, evaluations):
 
 def test_alone_or_together_is_the_same(world, evaluations):
     alone = evaluate([world.runs[2]], model=world.ours, force=True)[0]
-    close(alone, evaluations[2])
+    for name in ("l0", "fvu", "loss", "loss_spliced", "delta_loss_all_positions"):
+        expected = getattr(evaluations[2], name)
+        assert getattr(alone, name) == pytest.approx(expected, rel=1e-5, abs=1e-5), name
+    assert alone.tokens == evaluations[2].tokens
 
 
-def test_an_evaluation_that_is_current_is_left_alone(world, evaluations, monkeypatch, tmp_path):
+def test_a_current_evaluation_is_kept(world, evaluations, monkeypatch, tmp_path):
     def no(_):
         raise AssertionError("measured again")
 
     monkeypatch.setattr(text_pass.Pass, "run", no)
     assert evaluate(world.runs, model=world.ours) == evaluations
-    other = EvaluationConfig(sequences=3, sequences_per_batch=3)
+    other = EvaluationConfig(**FEW)
     with pytest.raises(AssertionError, match="measured again"):
         evaluate(world.runs[:1], model=world.ours, settings=other)
     with pytest.raises(AssertionError, match="measured again"):
@@ -369,7 +297,7 @@ def test_losses_can_be_limited_to_fewer_sequences(world, tmp_path):
     run = save_world_run(tmp_path, world.config, world.store, index=0)
 
     def measured(**settings) -> Evaluation:
-        settings = EvaluationConfig(**settings, sequences_per_batch=3)
+        settings = EvaluationConfig(**FEW | settings)
         return evaluate([run], model=world.ours, settings=settings)[0]
 
     whole, few = measured(sequences=7), measured(sequences=4)
@@ -381,16 +309,14 @@ def test_losses_can_be_limited_to_fewer_sequences(world, tmp_path):
 
 
 def test_one_compilation_serves_all_saes_of_a_shape(world, evaluations):
-    run = world.runs[:2]
-    evaluate(run, model=world.ours, force=True)
     before = sae_batch._cache_size()
-    evaluate(run[1:], model=world.ours, force=True)
+    evaluate(world.runs[1:2], model=world.ours, force=True)
     assert sae_batch._cache_size() == before
 
 
 def test_the_model_is_loaded_from_the_runs_config(world, evaluations, tmp_path):
     run = save_world_run(tmp_path, world.config, world.store, index=0)
-    settings = EvaluationConfig(sequences=2, sequences_per_batch=3)
+    settings = EvaluationConfig(**FEW | {"sequences": 2})
     (e,) = evaluate([run], settings=settings)
     assert e.fingerprints["model"] == world.ours.fingerprint
     assert read_evaluation(run) == e
@@ -443,7 +369,7 @@ def test_a_model_other_than_the_stores(world):
 def test_another_store_is_warned_of_and_a_missing_one_refused(world, tmp_path, caplog):
     trained = load_trained(world.runs[0])
     run = save_run(tmp_path / "run", dataclasses.replace(trained, store="1" * 64))
-    settings = EvaluationConfig(sequences=1, sequences_per_batch=3)
+    settings = EvaluationConfig(**FEW | {"sequences": 1})
     evaluate([run], model=world.ours, settings=settings)
     assert "its held-out text may have been trained on" in caplog.text
     values = trained.config.model_dump()

@@ -1,4 +1,7 @@
-"""What the paper measures beyond its headline: importance, subsets, precision, other models."""
+"""Importance, subsets, precision and extra evaluations: the paper's numbers beyond the headline.
+
+What is compared with an evaluation is computed in batches of its shape, which are compiled already.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from activation_cache.config import ModelConfig
+from activation_cache.gemma.forward import Gemma
+from activation_cache.gemma.scores import centred_logit
 from activation_cache.gemma.taps import Splice, Tap
 from activation_cache.harvest.harvest import harvest
 from activation_cache.language_model.model import LanguageModel, load_model
 from activation_cache.runtime.errors import UserError
 from activation_cache.store.store import open_store
+from activation_cache.text.token_table import open_tokens
 from launch.run_state import needs_evaluation
 from sae_train.checkpoint.trained import load_trained
 from sae_train.config.evaluation import EvaluationConfig, ExtraEvaluationConfig
@@ -45,7 +52,8 @@ D, F, S, HELD_OUT = 20, 40, 16, 24
 PAD, EOS, BOS = 0, 1, 2
 TAP = Tap("resid_post", 2)
 SUBSETS = {"prose": "the cat and a dog ", "code": "if x: return 0\n", "law": "whereas the same "}
-SETTINGS = {"sequences": HELD_OUT, "sequences_per_batch": 7, "importance_sequences": 6}
+BATCH = 7
+SETTINGS = {"sequences": HELD_OUT, "sequences_per_batch": BATCH, "importance_sequences": 6}
 
 
 @dataclasses.dataclass
@@ -109,7 +117,7 @@ def measured(world: World, **settings: Any) -> Evaluation:
 
 
 def test_the_uniformity_is_the_formula_s():
-    """Appendix C.3 row by row in float64."""
+    """Appendix C.3, row by row in float64."""
     sae = make_sae(D=6)
     random = np.random.default_rng(0)
     x = random.standard_normal((3, 5, 6)).astype(np.float32)
@@ -117,11 +125,11 @@ def test_the_uniformity_is_the_formula_s():
     found = np.asarray(uniformity(sae, jnp.asarray(x), jnp.asarray(gradient)))
     f = reference_latents(sae, x)
     y = np.abs(f * (gradient.astype(np.float64) @ sae.W_dec.T.astype(np.float64)))
-    for place in np.ndindex(3, 5):
-        p = y[place][y[place] > 0] / y[place].sum()
+    for token in np.ndindex(3, 5):
+        p = y[token][y[token] > 0] / y[token].sum()
         expected = np.exp(-(p * np.log(p)).sum()) / len(p)
-        assert found[place] == pytest.approx(expected, rel=1e-4)
-        assert 1 / len(p) <= found[place] <= 1 + 1e-6
+        assert found[token] == pytest.approx(expected, rel=1e-4)
+        assert 1 / len(p) <= found[token] <= 1 + 1e-6
 
 
 def test_latents_that_matter_alike_and_one_that_matters_alone():
@@ -132,7 +140,7 @@ def test_latents_that_matter_alike_and_one_that_matters_alone():
     gradient = jnp.asarray([[[-2.0, 2.0, 2.0, 9.0], [1e-30, 0.0, 5.0, 0.0], [1.0, 1.0, 1.0, 1.0]]])
     r = np.asarray(uniformity(sae, x, gradient))[0]
     assert r[0] == pytest.approx(1.0)
-    assert r[1] == pytest.approx(0.5), "one of the two that matter at all does the work"
+    assert r[1] == pytest.approx(0.5), "of the two with any importance, one has nearly all"
     assert np.isnan(r[2])
     sums = ImportanceSums()
     sums.add(jnp.asarray(np.stack([[*r, r[0]]])), np.ones((1, 3), bool))
@@ -140,10 +148,11 @@ def test_latents_that_matter_alike_and_one_that_matters_alone():
 
 
 def test_the_importance_of_a_run_by_finite_differences(world: World):
-    """y of every active latent, by moving the activation along its decoder row."""
-    tokens = world.tokens[:6]
+    """y of active latents, by moving the activation along their decoder rows."""
+    tokens = world.tokens[:BATCH]
     usable = ~np.isin(tokens, [PAD, EOS, BOS])
     counted = usable[:, :-1] & (tokens[:, 1:] != PAD)
+    counted[6:] = False
     acts = np.asarray(world.model.activations(tokens, [TAP])[TAP], np.float64)
     f = reference_latents(world.sae, acts)
     gradient = np.asarray(world.model.gradient(tokens, TAP, counted), np.float64)
@@ -157,19 +166,20 @@ def test_the_importance_of_a_run_by_finite_differences(world: World):
     assert found.importance_tokens == counted.sum()
     assert found.importance_sequences == 6
 
-    def total(step: np.ndarray) -> float:
-        """The sum of the mean-centred logits, from the model's own forward."""
-        from activation_cache.gemma.forward import Gemma
-        from activation_cache.gemma.scores import centred_logit
-
-        splice = Splice(TAP, lambda a, added: a + added, jnp.asarray(step, jnp.float32))
-        scores: Any = Gemma(world.model.config, world.model.mesh).apply(
+    @jax.jit
+    def scores(step: jax.Array) -> Any:
+        """The mean-centred logits, from the model's own forward."""
+        splice = Splice(TAP, lambda a, added: a + added, step)
+        return Gemma(world.model.config, world.model.mesh).apply(
             {"params": world.model.params}, jnp.asarray(tokens), splice=splice, score=centred_logit,
             method=Gemma.scores,
         )  # fmt: skip
-        return float(np.asarray(scores, np.float64)[counted].sum())
 
-    where = np.argwhere(f > 0)
+    def total(step: np.ndarray) -> float:
+        found = np.asarray(scores(jnp.asarray(step, jnp.float32)), np.float64)
+        return float(found[counted].sum())
+
+    where = np.argwhere(f[:6] > 0)
     for sequence, position, latent in where[:: len(where) // 5]:
         step = np.zeros_like(acts)
         step[sequence, position] = 1e-2 * world.sae.W_dec[latent]
@@ -193,18 +203,19 @@ def test_each_subset_is_measured_as_if_it_were_alone(world: World):
     found = measured(world)
     assert set(found.by_subset) == set(SUBSETS)
     names = open_store(world.config.cache.path).tokens.summary.subsets
+    all_usable = ~np.isin(world.tokens, [PAD, EOS, BOS])
+    all_counted = all_usable[:, :-1] & (world.tokens[:, 1:] != PAD)
+    acts = np.asarray(world.model.activations(world.tokens, [TAP])[TAP], np.float64)
+    splice = Splice(TAP, splice_sae, (world.sae, jnp.asarray(all_usable)))
+    losses = [np.asarray(world.model.losses(world.tokens, one)) for one in (None, splice)]
     total = 0
     for number, name in enumerate(names):
-        tokens = world.tokens[world.subset_of == number]
-        assert len(tokens)
-        usable = ~np.isin(tokens, [PAD, EOS, BOS])
-        counted = usable[:, :-1] & (tokens[:, 1:] != PAD)
-        x = np.asarray(world.model.activations(tokens, [TAP])[TAP], np.float64)
+        mine = world.subset_of == number
+        assert mine.any()
+        x, usable, counted = acts[mine], all_usable[mine], all_counted[mine]
         error = ((x - reference_reconstruction(world.sae, x)) ** 2).sum(-1)[usable].sum()
         spread = ((x[usable] - x[usable].mean(axis=0)) ** 2).sum()
-        base = np.asarray(world.model.losses(tokens), np.float64)[counted].mean()
-        splice = Splice(TAP, splice_sae, (world.sae, jnp.asarray(usable)))
-        spliced = np.asarray(world.model.losses(tokens, splice), np.float64)[counted].mean()
+        base, spliced = (one[mine].astype(np.float64)[counted].mean() for one in losses)
         row = found.by_subset[name]
         assert (row["tokens"], row["loss_tokens"]) == (usable.sum(), counted.sum())
         l0 = (reference_latents(world.sae, x)[usable] > 0).sum(axis=1).mean()
@@ -243,7 +254,7 @@ def test_without_it_nothing_is_compared(world: World):
     assert measured(world).by_precision == []
 
 
-# Elsewhere --------------------------------------------------------------------------------------
+# Extra evaluations --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +264,7 @@ def tuned(world: World) -> ModelConfig:
     return ModelConfig(weights=str(folder), dtype="float32")
 
 
-def elsewhere(world: World, *entries: dict[str, Any]) -> Callable[[str], Evaluation]:
+def extra(world: World, *entries: dict[str, Any]) -> Callable[[str], Evaluation]:
     measured(world, also=list(entries))
 
     def read(label: str) -> Evaluation:
@@ -266,7 +277,7 @@ def elsewhere(world: World, *entries: dict[str, Any]) -> Callable[[str], Evaluat
 
 def test_an_sae_in_another_model(world: World, tuned: ModelConfig):
     before = measured(world)
-    found = elsewhere(world, {"model": tuned.model_dump()})("gemma-it")
+    found = extra(world, {"model": tuned.model_dump()})("gemma-it")
     assert measured(world) == before, "the run's own evaluation stays"
     read_frequencies(world.run, before)
     other = load_model(tuned)
@@ -283,7 +294,7 @@ def test_an_sae_in_another_model(world: World, tuned: ModelConfig):
     np.testing.assert_allclose(read_frequencies(world.run, found), fired, atol=1e-12)
 
 
-def test_another_text_with_prefixes_that_do_not_count(
+def test_another_text_with_prefixes_that_are_masked(
     world: World, tuned: ModelConfig, tmp_path: Path
 ):
     rollouts = tmp_path / "rollouts.jsonl"
@@ -291,21 +302,19 @@ def test_another_text_with_prefixes_that_do_not_count(
     for number in range(12):
         rows.append({"text": f"well{prefix}why {number}? the answer and then some"})
     rollouts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = {"source": [str(rollouts)], "sequence_length": 12}
-    entry = {"model": tuned.model_dump(), "text": text, "sequences": 5}
-    plain = elsewhere(world, entry | {"label": "plain"})("plain")
-    masked = elsewhere(world, entry | {"label": "masked", "masked_text": [prefix]})("masked")
-    assert (plain.sequences, plain.sequence_length) == (5, 12)
+    text = {"source": [str(rollouts)], "sequence_length": S}
+    entry = {"model": tuned.model_dump(), "text": text, "sequences": BATCH}
+    plain = extra(world, entry | {"label": "plain"})("plain")
+    masked = extra(world, entry | {"label": "masked", "masked_text": [prefix]})("masked")
+    assert (plain.sequences, plain.sequence_length) == (BATCH, S)
     assert plain.fingerprints["tokens"] == masked.fingerprints["tokens"]
     ids = world.model.tokenizer.encode_batch([prefix])[0]
     (table,) = (Path(world.config.cache.path).parent / "evaluation_tokens").iterdir()
-    from activation_cache.text.token_table import open_tokens
-
-    tokens = open_tokens(table).read(range(5))
+    tokens = open_tokens(table).read(range(BATCH))
     usable = ~np.isin(tokens, [PAD, EOS, BOS])
     inside = np.zeros_like(usable)
-    for row in range(5):
-        for start in range(12 - len(ids) + 1):
+    for row in range(BATCH):
+        for start in range(S - len(ids) + 1):
             if tokens[row, start : start + len(ids)].tolist() == ids:
                 inside[row, start : start + len(ids)] = True
     assert inside.any()
@@ -318,7 +327,7 @@ def test_another_text_with_prefixes_that_do_not_count(
     assert masked.loss_spliced == pytest.approx(losses.mean(), rel=1e-5)
 
 
-def test_what_is_current_elsewhere_is_left_alone(world: World, tuned: ModelConfig, caplog):
+def test_a_current_extra_evaluation_is_kept(world: World, tuned: ModelConfig):
     also = [{"model": tuned.model_dump()}]
     measured(world, also=also)
     paths = [world.run / "evaluation.json", world.run / "evaluation-gemma-it.json"]
@@ -328,7 +337,7 @@ def test_what_is_current_elsewhere_is_left_alone(world: World, tuned: ModelConfi
     assert [path.stat().st_mtime_ns for path in paths] == times
 
 
-def test_a_sweep_sees_what_is_missing_elsewhere(world: World, tuned: ModelConfig, tmp_path: Path):
+def test_a_missing_extra_evaluation_is_wanted(world: World, tuned: ModelConfig, tmp_path: Path):
     entry = ExtraEvaluationConfig(model=tuned, label="it")
     settings = world.config.evaluation.model_copy(update={"also": [entry]})
     config = world.config.model_copy(update={"evaluation": settings})
@@ -351,14 +360,14 @@ def test_a_sweep_sees_what_is_missing_elsewhere(world: World, tuned: ModelConfig
 def test_a_model_the_sae_does_not_fit(world: World, tmp_path: Path, changes: Any, words: str):
     write_tiny_gemma(tmp_path / "other", **changes)
     with pytest.raises(UserError, match=words):
-        elsewhere(world, {"model": {"weights": str(tmp_path / "other")}})
+        extra(world, {"model": {"weights": str(tmp_path / "other")}})
 
 
-def test_too_little_text_elsewhere(world: World, tuned: ModelConfig, tmp_path: Path):
+def test_too_little_text_of_an_extra_evaluation(world: World, tuned: ModelConfig, tmp_path: Path):
     (tmp_path / "few.txt").write_text("only a few words")
     entry = {"model": tuned.model_dump(), "text": {"source": [str(tmp_path / "few.txt")]}}
     with pytest.raises(UserError, match=r"also, gemma-it: 24 sequences are asked .* makes 1 of"):
-        elsewhere(world, entry)
+        extra(world, entry)
 
 
 @pytest.mark.parametrize(
@@ -369,12 +378,12 @@ def test_too_little_text_elsewhere(world: World, tuned: ModelConfig, tmp_path: P
         ([{"model": {"weights": "org/m"}}] * 2, "also has m twice"),
     ],
 )
-def test_entries_that_make_no_sense(also: list[dict[str, Any]], words: str):
+def test_entries_without_a_meaning_are_refused(also: list[dict[str, Any]], words: str):
     with pytest.raises(ValueError, match=words):
         EvaluationConfig.model_validate({"also": also})
 
 
-def test_runs_of_tokens_are_found_wherever_they_stand():
+def test_masked_token_sequences_are_found_wherever_they_occur():
     tokens = np.array([[5, 6, 5, 6, 6], [6, 5, 6, 5, 7], [1, 1, 1, 1, 1]], np.int32)
     found = masked_tokens(tokens, [(5, 6), (7,), (1, 1, 1, 1, 1, 1)])
     expected = [[1, 1, 1, 1, 0], [0, 1, 1, 0, 1], [0, 0, 0, 0, 0]]

@@ -22,9 +22,16 @@ from sae_train.evaluate.result import Evaluation, read_evaluation
 from sae_train.inference.fold import fold
 from sae_train.inference.sae import Sae
 from sae_train.inference.write_formats import write_gemma_scope_2
-from tests.sae_train.evaluate.test_evaluate import BOS, EOS, PAD, D, F, their_model, world_config
+from tests.support.oracles.their_gemma import (
+    BOS,
+    EOS,
+    PAD,
+    D,
+    F,
+    save_their_gemma,
+    world_config,
+)
 from tests.support.saes import make_trained, reference_latents, reference_reconstruction, save_run
-from tests.support.tiny_gemma import write_tiny_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -49,9 +56,7 @@ class World:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> World:
     folder = tmp_path_factory.mktemp("world")
-    theirs = their_model()
-    theirs.save_pretrained(folder / "gemma")
-    write_tiny_tokenizer(folder / "gemma")
+    theirs = save_their_gemma(folder / "gemma")
     values = world_config(folder).model_dump()
     sites = ("mlp_in", "mlp_in_normalized", "mlp_out")
     values["cache"]["sites"] = [{"site": site, "layers": [LAYER]} for site in sites]
