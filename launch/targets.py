@@ -1,4 +1,4 @@
-"""What a command line names: a config file, or a folder that a command wrote."""
+"""The target of a command line: a config file, or a folder that a command wrote."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ _LONGEST_CONFIG = 1_000_000  # bytes; etcd takes objects of up to 1 MiB
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes all text that any YAML reader could take for something else (1e3, 0o7, on)."""
+    """Quotes all text that some YAML reader would not read as text (1e3, 0o7, on)."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -133,13 +133,13 @@ def render(config: Job, *, command: Command) -> list[Manifest]:
 
 
 def kubernetes_launch(config: Job) -> KubernetesLaunch:
-    """The config's launch section, known to be Kubernetes'."""
+    """The config's launch section, as the Kubernetes class that it is."""
     assert isinstance(config.launch, KubernetesLaunch), config.launch
     return config.launch
 
 
 def write_manifests(manifests: Sequence[Manifest], folder: Path) -> list[Path]:
-    """Write the files; raises `UserError` where the disk refuses."""
+    """Write the files; raises `UserError` if the disk refuses."""
     from activation_cache.storage.files import make_folder, write_text
 
     make_folder(folder)
@@ -162,7 +162,7 @@ def dns_name(text: str, *, identity: str, longest: int = _LONGEST_NAME) -> str:
 
 
 def _manifest(configs: Sequence[Job], *, stage: Stage, file_name: str, group: str) -> Manifest:
-    """The manifest of a stage; of several runs that train together the first lends its name."""
+    """The manifest of a stage; runs that train together are named after the first of them."""
     config, *beside = configs
     launch = kubernetes_launch(config)
     data = _travelling_configs(configs, launch)
@@ -215,7 +215,7 @@ def _manifest(configs: Sequence[Job], *, stage: Stage, file_name: str, group: st
 
 
 def _travelling_configs(configs: Sequence[Job], launch: KubernetesLaunch) -> dict[str, str]:
-    """The data of the ConfigMap: a key for each config, in their order."""
+    """The data of the ConfigMap: one key per config, in order."""
     there = LocalLaunch(heartbeat_seconds=launch.heartbeat_seconds)
     data = {
         f"config{number or ''}.yaml": resolved_yaml(one.model_copy(update={"launch": there}))
@@ -236,7 +236,7 @@ def _digest(text: str) -> str:
 
 
 def _exclusive_topology(launch: KubernetesLaunch) -> dict[str, str]:
-    """Keep the pods of one TPU slice from being spread over the node pools of several."""
+    """Put all pods of a stage on the nodes of one TPU slice."""
     if not isinstance(launch.nodes, TpuNodes) or launch.nodes.count == 1:
         return {}
     return {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
@@ -303,7 +303,7 @@ def _pod_failure_rules() -> list[dict[str, Any]]:
 
 
 def _check_paths(config: Job, launch: KubernetesLaunch) -> None:
-    """What a stage leaves must outlive its pod: in a bucket, or on a volume that isn't scratch."""
+    """What a stage writes must outlive its pod: in a bucket, or on a volume that is kept."""
     kept = [v.mount for v in launch.volumes if v.kind in ("claim", "host_path") and not v.read_only]
     for key, path in (("cache.path", config.cache.path), ("output", config.output)):
         if "://" in path:
@@ -323,7 +323,7 @@ def _check_paths(config: Job, launch: KubernetesLaunch) -> None:
 
 
 def _check_mesh(config: Job, launch: KubernetesLaunch, *, stage: Stage) -> None:
-    """Refuse a mesh that would start only to fail, or leave processes without a part."""
+    """Refuse a mesh with more devices than the nodes have, or one that leaves processes idle."""
     key, mesh = config.harvest_mesh if stage == "harvest" else ("mesh", config.mesh)
     nodes = launch.nodes
     devices = mesh.data * mesh.model

@@ -126,7 +126,7 @@ def _accelerator_selector(launch: KubernetesLaunch) -> dict[str, str]:
 
 
 def _resources(launch: KubernetesLaunch) -> dict[str, Any]:
-    """Requests; limits too for memory and devices, which nodes don't share."""
+    """Requests, and limits for memory and devices, which pods of a node can't share."""
     nodes = launch.nodes
     devices = {}
     if isinstance(nodes, TpuNodes):

@@ -1,8 +1,8 @@
 """Submitting manifests with kubectl and following them: harvest, runs, evaluation, report.
 
-JobSets know nothing of each other, so what keeps their order is the `sae sweep` that submitted
-them. It holds no state: stopped and started again it finds on the cluster what it submitted
-before, leaves what runs or has run from the same manifest, and goes on.
+JobSets can't wait for each other, so the `sae sweep` that submits them keeps their order. It has no
+state of its own: run again after a stop, it finds on the cluster what it submitted before, leaves
+alone what runs or has run from the same manifest, and continues.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ State = Literal["absent", "at work", "done", "failed"]
 
 _ORDER: tuple[Stage, ...] = ("harvest", "train", "evaluate", "report")
 _POLL_SECONDS = 15.0
-_STOP_SECONDS = 0.5  # how soon a signal is answered
-_TRIES = 5  # of a question to the cluster, which may be away for a while
+_STOP_SECONDS = 0.5  # until a signal takes effect
+_TRIES = 5  # to ask the cluster, which may be unreachable for a while
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Found:
 def submit(config: Job, *, command: Command, dry_run: bool, stop: Callable[[], bool]) -> int:
     """Write a command's manifests and submit them, or, with `dry_run`, print them.
 
-    One stage is handed over and left to the cluster; a sweep is followed to its end, for its
-    stages wait for each other.
+    One stage is submitted and left to the cluster; a sweep is followed to its end, because each
+    stage waits for the one before.
 
     Returns:
         0, or 1 if a stage failed on the cluster.
@@ -82,9 +82,7 @@ def submit(config: Job, *, command: Command, dry_run: bool, stop: Callable[[], b
 
 
 def manifest_folder(config: Job) -> Path:
-    """Where the manifests go on this machine: beside the runs, unless those are in a bucket, and
-    unless the config says otherwise.
-    """
+    """The folder here for manifests: `launch.manifests`, or else that of `local_folder`."""
     chosen = kubernetes_launch(config).manifests
     if chosen is not None:
         return Path(chosen)
@@ -94,12 +92,12 @@ def manifest_folder(config: Job) -> Path:
 def _run_sweep(
     files: Sequence[tuple[Manifest, Path]], follower: Follower, *, at_once: int | None
 ) -> int:
-    """Stage after stage; without a store nothing goes on, a failed run leaves the others theirs."""
+    """Run stage after stage. A failed harvest ends the sweep; a failed run stops no other."""
     failed: list[Manifest] = []
     newest = ""
     for stage in _ORDER:
         of_stage = [pair for pair in files if pair[0].stage == stage]
-        # What is evaluated or reported already is so only if nothing was trained since.
+        # An evaluation or report counts as done only if nothing was trained since.
         after = newest if stage in ("evaluate", "report") else ""
         failed += follower.run(of_stage, at_once=at_once, after=after)
         newest = max(newest, follower.newest)
@@ -133,7 +131,7 @@ class Kubectl:
             self.command += ["--namespace", launch.namespace]
 
     def run(self, *arguments: str) -> str:
-        """Run kubectl and return its standard output; raises `UserError` with its own words."""
+        """Run kubectl and return its standard output; raises `UserError` with kubectl's message."""
         done = subprocess.run(
             [*self.command, *arguments], capture_output=True, text=True, check=False
         )
@@ -173,8 +171,8 @@ class Kubectl:
     def submit(self, manifest: Manifest, file: Path, *, after: str = "") -> None:
         """Apply a manifest unless its JobSet is at work or done.
 
-        One that failed, and one that is done but came from another config or is not newer than
-        `after`, is deleted first.
+        One that failed is deleted first, and so is one that is done but came from another config or
+        is not newer than `after`.
 
         Raises:
             UserError: one from another config is at work, or kubectl refuses.
@@ -196,12 +194,12 @@ class Kubectl:
         logger.info("submitted %s %s as JobSet %s", manifest.stage, manifest.run, manifest.name)
 
     def logs_command(self, manifest: Manifest, *, follow: bool = False) -> str:
-        """The command line that shows what the pods of a stage say."""
+        """The command line that shows the logs of a stage's pods."""
         selector = f"jobset.sigs.k8s.io/jobset-name={manifest.name}"
         return self.shown("logs", "-l", selector, "--follow" if follow else "--tail=-1")
 
     def shown(self, *arguments: str) -> str:
-        """A command line for the user to give."""
+        """A command line for the user to run."""
         return shlex.join(["kubectl", *self.command[1:], *arguments])
 
 
@@ -276,4 +274,4 @@ class Follower:
             if left <= 0:
                 return
             time.sleep(min(left, _STOP_SECONDS))
-        raise Interrupted("stopped following; what was submitted to the cluster goes on there")
+        raise Interrupted("stopped following; what was submitted to the cluster continues there")

@@ -1,7 +1,7 @@
 """Submitting batch scripts to Slurm: harvest, then training as an array, evaluation, the report.
 
-Slurm itself keeps their order, so nothing of ours has to stay: the runs wait for a harvest that
-ended well, evaluation for the end of all runs whatever it was, the report for evaluation's end.
+Slurm keeps their order, so the command can leave: runs wait for a harvest that succeeded,
+evaluation for the end of all runs, failed or not, and the report for the end of evaluation.
 The numbers of the jobs are kept in `slurm.json` next to the scripts. Run again, the command submits
 what is neither done nor in the queue.
 """
@@ -34,7 +34,7 @@ from sae_train.config.file import FILE_NAME, write_config
 logger = logging.getLogger(__name__)
 
 RECORD = "slurm.json"
-# Of one command; sbatch asks a full queue again and again for two minutes before it gives up.
+# For one command: sbatch itself retries a full queue for two minutes.
 _PATIENCE_SECONDS = 150.0
 _ENDED = (
     "BOOT_FAIL",
@@ -68,14 +68,14 @@ class SubmittedJob:
 
 @dataclass(frozen=True)
 class TaskState:
-    """How Slurm sees a job, or a task of an array: a word such as RUNNING, and why it waits."""
+    """The state of a job or an array task in Slurm: a word such as RUNNING, and why it waits."""
 
     state: str
     reason: str = ""
 
     @property
     def has_ended(self) -> bool:
-        """Is it in a state that a job doesn't leave?"""
+        """Is this a final state?"""
         return self.state in _ENDED
 
 
@@ -106,7 +106,7 @@ def submit(config: Job, *, command: Command, dry_run: bool) -> int:
 
 
 def write_scripts(scripts: Sequence[Script], folder: Path) -> None:
-    """Write scripts and their configs; raises `UserError` where the disk refuses."""
+    """Write scripts and their configs; raises `UserError` if the disk refuses."""
     for script in scripts:
         for name, text in script.files.items():
             make_folder((folder / name).parent)
@@ -138,7 +138,7 @@ def read_jobs(folder: Path) -> dict[Stage, SubmittedJob]:
 def task_states(numbers: Sequence[str]) -> dict[str, TaskState]:
     """How the queue sees jobs: by number, or `number_index` for tasks of an array.
 
-    What Slurm has forgotten, some minutes after its end, is left out.
+    Jobs that Slurm has forgotten, some minutes after their end, are left out.
 
     Raises:
         UserError: Slurm isn't there or doesn't answer.
@@ -146,7 +146,7 @@ def task_states(numbers: Sequence[str]) -> dict[str, TaskState]:
     if not numbers:
         return {}
     wanted = set(numbers)
-    # Asked for by number, squeue fails when it is of a job that Slurm has forgotten.
+    # Given the number of a forgotten job squeue fails, so all jobs are listed.
     form = "%F|%K|%i|%T|%r"
     lines = _slurm(
         "squeue", "--me", "--noheader", "--states=all", "--array", "-o", form
@@ -188,7 +188,7 @@ def _queued(
 
 
 def _wanted(config: Job, *, runs: Sequence[Run]) -> dict[Stage, str]:
-    """The stages a sweep needs, and for training the array's indices, those of the cohorts."""
+    """The stages a sweep still needs; for training with the array indices of unfinished cohorts."""
     cohorts = cohorts_of(config, runs)
     missing = [
         index
@@ -259,17 +259,17 @@ def _submit_all(
 
 
 def _order(stage: Stage, before: SubmittedJob | None) -> list[str]:
-    """The report, and evaluation, are for what there is; training needs the whole store."""
+    """A job's dependency: training needs a complete store, later stages take what is there."""
     if before is None:
         return []
     if stage == "train":
-        # Else it would wait for ever, and the report with it, for a harvest that failed.
+        # Otherwise it and the report would wait for ever after a failed harvest.
         return [f"--dependency=afterok:{before.number}", "--kill-on-invalid-dep=yes"]
     return [f"--dependency=afterany:{before.number}"]
 
 
 def _indices(script: Script, indices: str) -> list[str]:
-    """`--array` for a part of the cohorts, under the bound that the script has."""
+    """`--array` for some of the cohorts, with the script's own bound on how many run at once."""
     if not indices:
         return []
     bound = script.text.partition("#SBATCH --array=")[2].partition("\n")[0].partition("%")[2]
@@ -286,8 +286,8 @@ def _told(
     if not done:
         return f"{error}\nNothing was submitted."
     return (
-        f"{error}\nIn the queue: {', '.join(done)}. Not submitted: {', '.join(left)}. Mend the "
-        "cause and give the same command: it submits only these. Or take the others back with "
+        f"{error}\nIn the queue: {', '.join(done)}. Not submitted: {', '.join(left)}. Fix the "
+        "cause and run the same command again: it submits only these. Or cancel the others with "
         f"`scancel {' '.join(jobs[one.stage].number for one in earlier if one.stage in jobs)}`."
     )
 
@@ -301,7 +301,7 @@ def _slurm(program: str, *arguments: str) -> str:
     """Run one of Slurm's commands and return its standard output.
 
     Raises:
-        UserError: it isn't on the PATH, or fails, in its own words, or doesn't answer.
+        UserError: it isn't on the PATH, fails (with its message), or doesn't answer.
     """
     path = shutil.which(program)
     if path is None:

@@ -1,4 +1,4 @@
-"""What Slurm says of the jobs of a folder, for `sae status`; no accounting (sacct) is needed."""
+"""The jobs of a folder in Slurm's queue, for `sae status`; no accounting (sacct) is needed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class QueueView:
 def queue_view(config: Job) -> QueueView | None:
     """Ask the queue about the jobs recorded in the config's output; None if there are none.
 
-    Where Slurm can't be asked, from another machine for instance, that is all that is said.
+    If Slurm can't be reached, from another machine for instance, the view says only that.
     """
     jobs = read_jobs(script_folder(config))
     if not jobs:

@@ -123,13 +123,13 @@ class Script:
 
 
 def slurm_launch(config: Job) -> SlurmLaunch:
-    """The config's launch section, known to be Slurm's."""
+    """The config's launch section, as the Slurm class that it is."""
     assert isinstance(config.launch, SlurmLaunch), config.launch
     return config.launch
 
 
 def script_folder(config: Job) -> Path:
-    """Where scripts, logs and job numbers go: beside the runs, unless those are in a bucket."""
+    """The folder here for scripts, logs and job numbers (`local_folder`)."""
     return local_folder(config, "slurm")
 
 
@@ -172,7 +172,7 @@ def _harvest_script(config: Job) -> Script:
 
 
 def _train_script(config: Job, cohorts: Sequence[Cohort]) -> Script:
-    """An array over the cohorts; names of runs hold no spaces."""
+    """An array with a task per cohort. (Names of runs contain no spaces.)"""
     names = "\n".join(f"    {_shell(' '.join(cohort.names))}" for cohort in cohorts)
     body = (
         "# Runs that read the same batches train together: a cohort for each index.\n"
@@ -194,7 +194,7 @@ def _train_script(config: Job, cohorts: Sequence[Cohort]) -> Script:
 
 
 def _evaluate_script(config: Job) -> Script:
-    """Writing the release is for one process."""
+    """Evaluation in all processes, then the release in one."""
     folder = _shell(_whole(config.output))
     body = (
         f"progress() {{ ls -l {folder}/*/evaluation.json {folder}/*/release 2>/dev/null; }}\n"
@@ -212,7 +212,7 @@ def _report_script(config: Job) -> Script:
 
 
 def _body(command: str, *, saved: str) -> str:
-    """A single command; what it saves, seen by the names of files, is its progress."""
+    """The script of a single command; its progress is the list of files it has saved."""
     folder = _shell(_whole(saved))
     looks = f"{folder}/checkpoints {folder}/commits 2>/dev/null"
     return f"progress() {{ ls {looks}; }}\n{command}\n"
@@ -275,7 +275,7 @@ def _options(config: Job, *, stage: Stage) -> list[str]:
 
 
 def _resources(launch: SlurmLaunch, *, stage: Stage) -> list[str]:
-    """The report is one process and needs no accelerator."""
+    """Options for resources; the report is one process and needs no accelerator."""
     light = stage == "report"
     options: list[tuple[str, str | int | None]] = [
         ("partition", launch.partition),
@@ -299,7 +299,7 @@ def _travelling(config: Job) -> str:
 
 
 def sbatch_quote(text: str) -> str:
-    """A value of a `#SBATCH` line: these know quotes and backslashes much as a shell does."""
+    """A value quoted for a `#SBATCH` line, whose quotes and backslashes work as in a shell."""
     if re.fullmatch(r"[-A-Za-z0-9_./:=,%@+&|*()\[\]]+", text):
         return text
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
@@ -318,7 +318,7 @@ def _absolute(config: Job, name: str) -> str:
 
 
 def _mesh_of(config: Job, *, stage: Stage) -> tuple[str, MeshConfig]:
-    """The key and the mesh that a stage's processes make up."""
+    """The mesh of a stage's processes, and its key in the config."""
     return config.harvest_mesh if stage == "harvest" else ("mesh", config.mesh)
 
 

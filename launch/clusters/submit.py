@@ -1,4 +1,4 @@
-"""Which back end runs a command: this process, or a cluster it is handed to.
+"""Which back end runs a command: this machine, or the cluster it is submitted to.
 
 A back end renders a stage (`harvest`, `train`) or the whole (`sweep`) into files that anybody can
 read and submit by hand, and submits them. The copy of the config that travels with them says
@@ -38,7 +38,7 @@ def submit(config: Job, *, command: Command, dry_run: bool, stop: Callable[[], b
 
     Raises:
         UserError: the config can't run there, or the cluster's own command is missing or refuses.
-        Interrupted: a signal came while the submitter followed the stages; they go on.
+        Interrupted: a signal came while following the stages, which continue there.
     """
     if command == "sweep":
         from launch.sweep.cohorts import cohort_lines, cohorts_of

@@ -123,7 +123,7 @@ class CpuNodes(Section):
 
     @property
     def devices(self) -> int:
-        """One a node: a process's CPUs are one device."""
+        """One per node: the CPUs of a process are one device."""
         return self.count
 
 
@@ -170,7 +170,7 @@ class SecretKey(Section):
 
 
 class Toleration(Section):
-    """A node taint the pods put up with; without `value` whatever its value."""
+    """A node taint the pods tolerate, with any value unless `value` is given."""
 
     taint: LabelName
     value: str | None = None

@@ -17,7 +17,7 @@ from activation_cache.config import (
 
 
 class CohortConfig(Section):
-    """How many runs that read the same batches train side by side, sharing every read."""
+    """The most runs that read the same batches and train together, sharing every read."""
 
     max_members: PositiveCount = 8
 
@@ -87,7 +87,7 @@ class SweepConfig(Section):
     cohort: CohortConfig = CohortConfig()
 
     @model_validator(mode="after")
-    def _one_way(self) -> SweepConfig:
+    def _kind_of_sweep(self) -> SweepConfig:
         if self.cells and (self.grid or self.zip):
             raise ValueError("sweep.cells stands alone: take out sweep.grid and sweep.zip")
         if not self.cells and (self.kinds is not None or self.stores != "one"):

@@ -57,7 +57,7 @@ def inspect_path(path: StoragePath, *, verify: bool) -> None:
 
 
 def inspect_store(path: StoragePath, *, verify: bool) -> None:
-    """Print a store's manifest, sizes and the look of its first rows; verify it if asked."""
+    """Print a store's manifest, sizes and statistics of its first rows; verify it if asked."""
     from activation_cache.store.store import open_store
 
     store = open_store(path)

@@ -89,7 +89,7 @@ def tables(plan: Plan) -> list[Table]:
 
 
 def alike(plan: Plan) -> list[list[int]]:
-    """Numbers of the runs, those together that need the same of everything."""
+    """The indices of the runs, grouped by equal needs."""
     groups: dict[str, list[int]] = {}
     for number, run in enumerate(plan.runs):
         groups.setdefault(repr(replace(run, name="")), []).append(number)

@@ -1,4 +1,4 @@
-"""`sae export --upload`: what would go to the Hub, and the sending of it."""
+"""`sae export --upload`: list what would go to the Hub, or send it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from activation_cache.runtime.errors import UserError
 from activation_cache.storage import hub
 from activation_cache.storage.files import StoragePath, file_sizes
 from launch.console import print_line, print_table
+from launch.show.units import bytes_text
 from sae_train.release.export import CARD
 from sae_train.release.index import INDEX
 
@@ -42,23 +43,16 @@ def publish(release: StoragePath, *, repository: str, dry_run: bool) -> None:
         for path, size in file_sizes(release).items()
         if isinstance(path, Path) and not any(p[0] == "." for p in path.relative_to(release).parts)
     }
-    words = f"{len(files)} files, {_size(sum(files.values()))}"
+    words = f"{len(files)} files, {bytes_text(sum(files.values()))}"
     if dry_run:
         table = Table(title=f"{release} to {repository}", title_justify="left")
         table.add_column("file", overflow="fold")
         table.add_column("size", justify="right")
         for name, size in files.items():
-            table.add_row(name, _size(size))
+            table.add_row(name, bytes_text(size))
         print_table(table)
         print_line(f"{words}; nothing was sent")
         return
     last = [name for name in (CARD, INDEX) if name in files]
     url = hub.upload(release, repository=repository, last=last)
     print_line(f"{words} sent to {url}")
-
-
-def _size(count: int) -> str:
-    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= limit:
-            return f"{count / limit:.2f} {unit}"
-    return f"{count} B"

@@ -1,4 +1,4 @@
-"""`sae plan` of a suite: what its stores, widths and accelerators come to, as tables or as JSON."""
+"""`sae plan` of a suite: the totals of its stores, widths and accelerators, as tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cohorts of a sweep: which runs train together, in words and tables."""
+"""The cohorts of a sweep: which runs train together."""
 
 from __future__ import annotations
 
@@ -18,23 +18,17 @@ class Cohort:
 
     @property
     def configs(self) -> list[Job]:
-        """Of its runs, in their order."""
+        """Those of its runs, in order."""
         return [run.config for run in self.runs]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of its runs, in their order."""
+        """Those of its runs, in order."""
         return tuple(run.name for run in self.runs)
-
-    @property
-    def title(self) -> str:
-        """What it is called where there is no room for all names."""
-        first, *others = self.names
-        return f"{first} and {len(others)} more" if others else first
 
 
 def cohorts_of(config: Job, runs: Sequence[Run]) -> list[Cohort]:
-    """The cohorts of a sweep's runs: the same ones, in the same order, whatever is trained."""
+    """The cohorts of a sweep's runs: always the same, whichever runs are trained already."""
     assert config.sweep is not None
     most = config.sweep.cohort.max_members
     grouped = group_cohorts([(run, run.config) for run in runs], max_members=most)
@@ -42,7 +36,7 @@ def cohorts_of(config: Job, runs: Sequence[Run]) -> list[Cohort]:
 
 
 def cohort_lines(cohorts: Sequence[Cohort]) -> list[str]:
-    """A line for each cohort, for a log."""
+    """A log line for each cohort."""
     return [
         f"cohort {number} of {len(cohorts)}: {', '.join(cohort.names)}; {activations_read(cohort)}"
         for number, cohort in enumerate(cohorts, 1)

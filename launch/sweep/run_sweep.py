@@ -77,7 +77,7 @@ def _by_store(runs: list[Run]) -> list[list[Run]]:
 
 
 def _run_on_one_store(config: Job, runs: list[Run], *, stop: StopFlag, failures: _Failures) -> None:
-    """Every stage of the runs that read one store, before the next is harvested."""
+    """All stages of the runs that read one store, before the next store is harvested."""
     untrained = [run for run in runs if not run_state.is_trained(run.config)]
     if untrained or any(run_state.needs_evaluation(run.folder) for run in runs):
         same = config.cache == runs[0].config.cache
@@ -132,7 +132,7 @@ def _evaluate_and_export(runs: list[Run], *, stop: StopFlag, failures: _Failures
 
 
 def _evaluate(runs: list[Run], *, stop: StopFlag, failures: _Failures) -> None:
-    """Evaluate all in one pass, or, where that fails, each for itself to find the one at fault."""
+    """Evaluate all in one pass; if that fails, one by one, to find the run at fault."""
     try:
         folders = [run.folder for run in runs]
         stages.evaluate(folders, config=runs[0].config, stop=stop)

@@ -1,4 +1,4 @@
-"""A suite of SAEs as one config: its cells, what each is called, and the stores they read.
+"""A suite of SAEs as one config: its cells, their names, and the stores they read.
 
 A cell is one SAE to train: what kind, where, how wide, how sparse. Folders are named as the
 released suites are. Gemma Scope 2's names have a label for the sparsity. Gemma Scope's have the
@@ -19,7 +19,7 @@ from activation_cache.gemma.taps import Tap, check_tap
 from activation_cache.runtime.errors import UserError
 from launch.config.job import Job
 from launch.config.sweep import CellsConfig, Kind, SweepConfig
-from sae_train.release.suite_names import GEMMA_SCOPE_SITES, Tree, released_folder, width_name
+from sae_train.release.suite_names import GEMMA_SCOPE_SITES, Tree, width_name
 
 # What transcoders read: Gemma Scope's without the norm's gain, Gemma Scope 2's with it.
 _TRANSCODERS_READ: dict[Tree, Site] = {
@@ -67,13 +67,9 @@ class Cell:
             return self._gemma_scope_2()
         return f"{self._gemma_scope_cell()}/{self._sparsity()}"
 
-    def released_folder(self, *, average_l0: float) -> str:
-        """Its folder in a released tree."""
-        return released_folder(self.folder, tree=self.tree, average_l0=average_l0)
-
     @property
     def tap(self) -> Tap:
-        """What is read."""
+        """The tap that is read."""
         if self.kind == "embedding":
             return Tap("embedding", 0)
         assert self.layer is not None
@@ -81,13 +77,13 @@ class Cell:
 
     @property
     def taps(self) -> tuple[Tap, ...]:
-        """What is read and, of a transcoder, what is predicted."""
+        """The tap that is read and, for a transcoder, the one that is predicted."""
         if self.kind != "transcoder":
             return (self.tap,)
         return self.tap, Tap("mlp_out", self.tap.layer)
 
     def settings(self) -> dict[str, Any]:
-        """By dotted key, what the run of this cell has of its own."""
+        """The settings of this cell's run that differ from the suite's, by dotted key."""
         sparsity = (
             {"train.sparsity.coefficient": self.coefficient}
             if self.target is None

@@ -200,7 +200,7 @@ def test_nothing_is_submitted_where_the_server_refuses_one(
 
 def test_a_signal_ends_the_following_only(cluster: Cluster, tmp_path: Path) -> None:
     config = config_in(tmp_path, **SWEEP)
-    with pytest.raises(Interrupted, match="goes on there"):
+    with pytest.raises(Interrupted, match="continues there"):
         submit(config, asked=True)
     assert cluster.applied() == ["0-harvest.yaml"]
     assert submit(config) == 0

@@ -28,7 +28,7 @@ from sae_train.plan.accelerators import accelerator
 from sae_train.plan.plan import make_plan
 from sae_train.plan.suite import make_suite_plan
 from sae_train.plan.verdict import Assumptions
-from sae_train.release.suite_names import width_name
+from sae_train.release.suite_names import released_folder, width_name
 from sae_train.runs.folder import run_folders
 from tests.support.paths import DATA, ROOT
 from tests.support.pipeline import write_pipeline
@@ -64,7 +64,12 @@ def test_gemma_scope_is_the_released_one(path: Path) -> None:
         site = cell.site or {"transcoder": "mlp_transcoder"}.get(cell.kind, cell.kind)
         layer = "" if cell.layer is None else str(cell.layer)
         ours[model, site, layer, cell.width] += 1
-        folders.append(base + cell.released_folder(average_l0=7.4).rpartition("/average_l0_7")[0])
+        folders.append(
+            base
+            + released_folder(cell.folder, tree=cell.tree, average_l0=7.4).rpartition(
+                "/average_l0_7"
+            )[0]
+        )
     rows = [row for row in released("gemma_scope_released.csv.gz") if row["model"] == model]
     theirs = Counter((model, row["site"], row["layer"], int(row["width"])) for row in rows)
     assert ours == theirs
@@ -76,7 +81,7 @@ def test_gemma_scope_2_is_the_released_one_folder_and_target(path: Path) -> None
     model, base = f"gemma-3-{path.stem}", f"google/gemma-scope-2-{path.stem}/"
     ours = {}
     for cell in suite(path):
-        folder = base + cell.released_folder(average_l0=1.0)
+        folder = base + released_folder(cell.folder, tree=cell.tree, average_l0=1.0)
         assert folder == base + cell.folder
         site = cell.site or cell.kind
         ours[folder] = (site, cell.layer, cell.width, cell.target, cell.label, cell.affine)
