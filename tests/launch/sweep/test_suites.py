@@ -64,12 +64,8 @@ def test_gemma_scope_is_the_released_one(path: Path) -> None:
         site = cell.site or {"transcoder": "mlp_transcoder"}.get(cell.kind, cell.kind)
         layer = "" if cell.layer is None else str(cell.layer)
         ours[model, site, layer, cell.width] += 1
-        folders.append(
-            base
-            + released_folder(cell.folder, tree=cell.tree, average_l0=7.4).rpartition(
-                "/average_l0_7"
-            )[0]
-        )
+        folder = released_folder(cell.folder, tree=cell.tree, average_l0=7.4)
+        folders.append(base + folder.rpartition("/average_l0_7")[0])
     rows = [row for row in released("gemma_scope_released.csv.gz") if row["model"] == model]
     theirs = Counter((model, row["site"], row["layer"], int(row["width"])) for row in rows)
     assert ours == theirs
