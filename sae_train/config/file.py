@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -181,7 +182,15 @@ def _apply_override(
 
 
 def _key_path(key: str, *, root: type[Config], source: str) -> strict_yaml.Path:
-    """Split a dotted key, checking every part against the schema."""
+    path = _checked_path(key, root)
+    if path is None:
+        raise UserError(f"{source}: {_unknown(key, root=root)}")
+    return path
+
+
+@functools.lru_cache(maxsize=1024)  # a suite sets the same keys in a thousand configs
+def _checked_path(key: str, root: type[Config]) -> strict_yaml.Path | None:
+    """Split a dotted key, checking every part against the schema; None if one is unknown."""
     path: strict_yaml.Path = ()
     annotations: list[Any] = [root]
     parts = key.split(".")
@@ -193,7 +202,7 @@ def _key_path(key: str, *, root: type[Config], source: str) -> strict_yaml.Path:
         step: str | int = int(part) if in_list else part
         annotations = [one for each in annotations for one in schema.child(each, step)]
         if not annotations:
-            raise UserError(f"{source}: {_unknown(key, root=root)}")
+            return None
         path = (*path, step)
     return path
 
