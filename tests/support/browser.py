@@ -49,7 +49,8 @@ def chromium() -> str:
 def open_browser() -> Iterator[Browser]:
     """A browser with one tab; it ends with the block."""
     to_browser, from_browser = os.pipe(), os.pipe()
-    with tempfile.TemporaryDirectory() as profile:
+    # Its last processes may still write into the profile after it ended.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         # It reads commands on file descriptor 3 and writes answers on 4.
         command = f'exec "$@" 3<&{to_browser[0]} 4>&{from_browser[1]}'
         flags = [*_FLAGS, f"--user-data-dir={profile}", "about:blank"]
@@ -63,9 +64,12 @@ def open_browser() -> Iterator[Browser]:
         try:
             yield Browser(to_browser[1], from_browser[0])
         finally:
-            process.kill()
-            process.wait()
-            os.close(to_browser[1])
+            os.close(to_browser[1])  # a browser that nobody commands any more ends
+            try:
+                process.wait(timeout=_PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
             os.close(from_browser[0])
 
 
