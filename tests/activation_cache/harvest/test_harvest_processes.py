@@ -211,7 +211,6 @@ def test_the_local_launcher_starts_the_group(folder: Path):
 @pytest.mark.parametrize(
     ("case", "ended"),
     [
-        ("done", "finished by 0"),
         ("stopped_waiting", "Interrupted"),
         ("stopped_working", "Interrupted"),
         ("mistaken", "UserError: process 1 is mistaken"),
@@ -224,4 +223,4 @@ def test_shared_work_ends_alike_everywhere(case: str, ended: str):
         environment={"SAE_HEARTBEAT_SECONDS": "10", "PATH": os.environ["PATH"]},
     )
     assert group.wait(timeout=150) == [0] * 3, "\n".join(group.logs)
-    assert [re.findall("ended: (.*)", log) for log in group.logs] == [[ended]] * 3
+    assert [re.findall("ended: (.*)", log) for log in group.logs] == [["finished by 0", ended]] * 3

@@ -1,8 +1,9 @@
 """`python -m tests.support.children.shared_child CASE`: work shared by processes, without a model.
 
-Every process prints how it ended. The cases: `done`; `stopped_waiting`, in which process 1 has done
-its share when it is asked to stop; `stopped_working`, in which it hasn't; `mistaken`, in which
-process 1 finds a mistake; `main_mistaken`.
+Every process prints how work ended that all can do, and then how the case did. The cases:
+`stopped_waiting`, in which process 1 has done its share when it is asked to stop;
+`stopped_working`, in which it hasn't; `mistaken`, in which process 1 raises a `UserError`;
+`main_mistaken`, in which process 0 does.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def work_long() -> None:
         if exchange.stop_asked(asked.is_set):
             raise Interrupted("stopped at work")
         time.sleep(0.01)
-    raise AssertionError("nobody told this process to stop")
+    raise AssertionError("no process was asked to stop")
 
 
 def main(case: str) -> None:
@@ -37,22 +38,26 @@ def main(case: str) -> None:
     def work() -> None:
         if (case == "mistaken" and index == 1) or (case == "main_mistaken" and index == 0):
             raise UserError(f"process {index} is mistaken")
-        if case == "done" or (case == "stopped_waiting" and index == 1):
+        if case == "stopped_waiting" and index == 1:
             # The signal comes when this process waits for the others, in a call into C++.
-            if case == "stopped_waiting":
-                threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
             return
         if case == "stopped_working" and index == 1:
             asked.set()
         work_long()
 
+    def finish() -> str:
+        return f"finished by {index}"
+
+    ended = [shared("easy", lambda: None, finish=finish, stop=asked.is_set)]
     try:
-        ended = shared("work", work, finish=lambda: f"finished by {index}", stop=asked.is_set)
+        ended.append(shared("case", work, finish=finish, stop=asked.is_set))
     except Interrupted:
-        ended = "Interrupted"
+        ended.append("Interrupted")
     except UserError as error:
-        ended = f"UserError: {error}"
-    sys.stdout.write(f"ended: {ended}\n")
+        ended.append(f"UserError: {error}")
+    for line in ended:
+        sys.stdout.write(f"ended: {line}\n")
     processes.leave()
 
 
