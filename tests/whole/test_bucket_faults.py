@@ -57,7 +57,7 @@ def test_a_server_that_fails_for_a_while_is_waited_for(
     assert_same_run(finished_run / "whole", storage_path(config.output), step=40)
 
 
-def test_a_server_that_is_gone_is_told_and_nothing_is_lost(
+def test_a_server_that_is_gone_stops_the_run_and_loses_nothing(
     bucket_server: Server, finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("SAE_STORAGE_SECONDS", "2")
@@ -73,10 +73,10 @@ def test_a_server_that_is_gone_is_told_and_nothing_is_lost(
         train(config, stop=gone_from_step_25)
     outages.left = 0
     monkeypatch.setenv("SAE_STORAGE_SECONDS", "30")
-    # The lease could not be given back, and this process, its holder, is still there.
+    # The lease could not be returned, and this process, its holder, is still alive.
     monkeypatch.setattr(lease, "LEASE_SECONDS", 0.5)
     monkeypatch.setattr(lease, "_LOOK_SECONDS", 0.1)
-    assert newest_checkpoint(storage_path(config.output)) in (10, 20)  # 20 may have been on its way
+    assert newest_checkpoint(storage_path(config.output)) in (10, 20)  # 20 may be unfinished
     assert train(config).step == 40
     assert_same_run(finished_run / "whole", storage_path(config.output), step=40)
 
@@ -97,7 +97,7 @@ def two_on_disk(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return Path(config.output)
 
 
-def test_two_processes_save_together_and_are_killed(
+def test_two_killed_processes_go_on_from_what_they_saved(
     bucket_server: Server, finished_run: Path, two_on_disk: Path, tmp_path: Path
 ):
     config = run_in(bucket_server, finished_run, "killed", mesh=MESH)

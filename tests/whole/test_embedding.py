@@ -1,4 +1,4 @@
-"""SAEs of the embedding: rows from the weights, several epochs, measured on table and text."""
+"""SAEs of the embedding: rows from the table, several epochs, evaluated on table and text."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ VOCABULARY = 403
 
 
 def embedding_config(folder: Path, *, text: bool = True, name: str = "out", **cache: Any) -> Config:
-    """A config on the embedding of the Gemma 2 in `folder`; several times over its table."""
+    """A run on the embedding of the Gemma 2 in `folder`, several epochs of its table."""
     values = world_config(folder, importance_sequences=64).model_dump()
     values["cache"] |= {
         "path": str(folder / ("store" if text else "no-text")),
@@ -95,8 +95,8 @@ def test_every_usable_row_of_the_table_once(folder: Path, text: bool):
         assert (held_out == EOS).any()
 
 
-def test_its_numbers_are_of_the_table_and_of_text(folder: Path, found: Evaluation):
-    """Against NumPy on the table, and transformers' losses with other rows put under layer 0."""
+def test_l0_and_fvu_are_of_the_table_and_losses_of_text(folder: Path, found: Evaluation):
+    """Against NumPy on the table, and transformers' losses with other rows as layer 0's input."""
     sae = fold(load_trained(folder / "out"))
     table = their_table().astype(np.float64)
     usable_rows = np.setdiff1d(np.arange(VOCABULARY), [PAD, EOS, BOS])
@@ -147,7 +147,7 @@ def test_without_text_all_but_the_losses_is_measured(folder: Path, found: Evalua
     assert export(folder / "without")[0].sae.metadata["hook_name"] == "model.embed_tokens.weight"
 
 
-def test_what_cannot_be_harvested_is_told(folder: Path):
+def test_what_cannot_be_harvested_is_refused(folder: Path):
     config = embedding_config(folder, path=str(folder / "none"), tokens=401)
     with pytest.raises(UserError, match=r"asks for 401 rows and the embedding has 400"):
         harvest(model=config.model, text=config.text, cache=config.cache)
@@ -164,7 +164,7 @@ def test_what_cannot_be_harvested_is_told(folder: Path):
         embedding_config(folder, text=False, sites=sites)
 
 
-def test_no_other_weight_is_read(folder: Path):
+def test_the_table_alone_is_read_from_the_checkpoint(folder: Path):
     from activation_cache.language_model.model import load_replicas
     from activation_cache.mesh import make_mesh
 

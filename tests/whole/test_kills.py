@@ -1,4 +1,4 @@
-"""Ten kills at random instants of a harvest and a training run: the undisturbed one's bits."""
+"""Ten kills at random instants of a harvest and a training run change no bit of the result."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Victim:
 
 
 def disturb(victim: Victim, generator: random.Random, *, kills: int, stride: int) -> int:
-    """Kill again and again, early in a start or after some progress; how often it was."""
+    """Kill again and again, early in a start or after some progress; returns how often."""
     done = 0
     while done < kills:
         # Both processes are there: the supervisor starts them one after the other.
@@ -107,7 +107,7 @@ def disturb(victim: Victim, generator: random.Random, *, kills: int, stride: int
     return done
 
 
-def test_the_bits_after_ten_kills(tmp_path: Path):
+def test_ten_kills_change_no_bit(tmp_path: Path):
     config = write_pipeline(tmp_path)
     # Undisturbed: one process, which has the same mesh for training.
     plain = [*OVERRIDES[:-1], f"cache.path={tmp_path}/plain/store", f"output={tmp_path}/plain"]

@@ -1,6 +1,6 @@
-"""That the mutations of `mutations.py` still find their lines, and are all told of.
+"""The mutations of `tests/mutations` still find their lines, and docs/exactness.md has them all.
 
-Whether each turns its test red is seen by `make mutations`: minutes, and not for every run.
+Whether each turns its test red is checked by `make mutations`, which takes minutes.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ def test_a_mutation_finds_its_line(mutation: Mutation):
     assert mutation.right != mutation.wrong
 
 
-def test_the_tests_of_all_mutations_are_there():
+def test_the_tests_of_all_mutations_exist():
     tests = sorted({one.test for one in MUTATIONS})
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider"]
     found = subprocess.run([*command, *tests], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
 
 
-def test_the_table_of_the_docs_is_whole():
+def test_the_docs_have_every_mutation():
     told = Path(ROOT, "docs", "exactness.md").read_text()
     rows = [f"| {one.what} | `{one.file}` | `{one.test.partition('::')[2]}` |" for one in MUTATIONS]
     assert [row for row in rows if row not in told] == []

@@ -1,4 +1,4 @@
-"""One maths on 1, 2 and 4 processes; checkpoints of one group restore in another."""
+"""Training agrees on 1, 2 and 4 processes; checkpoints of one group restore in another."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ pytestmark = pytest.mark.slow
 STEPS = 20
 MESHES = ((4, 1), (2, 2), (1, 4))
 RESTORED = (1, 6, 13, 18)
-# Quantities near their own noise: a mean of counts may move by one count in 48 * 64.
+# The width of the noise: a mean of counts may change by one count in 48 * 64.
 RTOL = 1e-5
 
-# The second process of each group believes that it is tomorrow.
+# The second process of each group has a clock that is a day ahead.
 CLOCK = "import time\n_real = time.time\ntime.time = lambda: _real() + 86400\n"
 
 
@@ -43,9 +43,9 @@ def run_group(folder: Path, configs: list[Config], *, processes: int) -> None:
     """Train all configs, one after the other, in one group over four devices."""
     files = []
     for config in configs:
-        place = folder / "configs" / Path(config.output).name
-        write_config(config, place)
-        files.append(str(place / "config.yaml"))
+        own = folder / "configs" / Path(config.output).name
+        write_config(config, own)
+        files.append(str(own / "config.yaml"))
     (folder / "clock").mkdir(exist_ok=True)
     (folder / "clock" / "sitecustomize.py").write_text(CLOCK)
     root = str(ROOT)
@@ -104,7 +104,7 @@ def test_meshes_and_processes_agree(runs: Path, mesh: tuple[int, int], processes
     assert_close_runs(runs / name_of((4, 1), 1), runs / name_of(mesh, processes))
 
 
-def test_the_same_mesh_twice_is_the_same_bit_for_bit(runs: Path):
+def test_the_same_mesh_twice_is_bit_identical(runs: Path):
     assert_same_run(runs / name_of((2, 2), 2), runs / "again", step=STEPS)
     assert_same_run(runs / name_of((2, 2), 2), runs / "every", step=STEPS)
 
@@ -117,7 +117,7 @@ def test_a_group_of_another_size_and_mesh_goes_on(runs: Path, step: int):
 
 
 def test_one_process_restores_what_two_saved_bit_for_bit(runs: Path):
-    """The restored state is the saved one; and going on on one process agrees."""
+    """The restored state is the saved one, and training on in one process agrees."""
     shutil.copytree(runs / "every", runs / "alone")
     for checkpoint in (runs / "alone" / "checkpoints").iterdir():
         if int(checkpoint.name) > 9:

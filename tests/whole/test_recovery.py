@@ -1,4 +1,4 @@
-"""A known sparse dictionary is found again from its activations alone."""
+"""Training recovers a known sparse dictionary from its activations alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def sparse_rows(rng: np.random.Generator, directions: np.ndarray, rows: int) -> 
     return (x / np.sqrt((x**2).sum(axis=1).mean())).astype(np.float32)
 
 
-def test_the_true_directions_are_found():
+def test_the_true_directions_are_recovered():
     rng = np.random.default_rng(0)
     directions = rng.standard_normal((NUM_DIRECTIONS, D_MODEL))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
