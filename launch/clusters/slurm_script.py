@@ -235,7 +235,7 @@ def _script(config: Job, *, stage: Stage, body: str, options: Sequence[str] = ()
         f"restarts={launch.restarts} restart_pause={round(launch.restart_pause_seconds)} "
         f"longest_pause={_LONGEST_PAUSE_SECONDS}",
         f"export SAE_HEARTBEAT_SECONDS={launch.heartbeat_seconds}",
-        "# Only CPUs read it: one CPU then counts as the task's share of the mesh's devices.",
+        "# Only CPUs read it: a task's CPUs look like its share of the mesh's devices.",
         f"export JAX_NUM_CPU_DEVICES=${{JAX_NUM_CPU_DEVICES:-{max(1, devices // processes)}}}",
     ]
     parts = [

@@ -145,7 +145,7 @@ def _environments(launch: LocalLaunch, *, devices: int) -> list[dict[str, str]]:
         processes_module.NUM_PROCESSES: str(count),
         processes_module.HEARTBEAT: str(launch.heartbeat_seconds),
         SUPERVISOR: str(os.getpid()),
-        # Only CPUs read it: one CPU then counts as this process's share of the mesh's devices.
+        # Only CPUs read it: a process's CPUs look like its share of the mesh's devices.
         "JAX_NUM_CPU_DEVICES": os.environ.get("JAX_NUM_CPU_DEVICES", str(devices // count)),
     }
     gpus = _gpus()
