@@ -1,4 +1,4 @@
-"""What evaluation adds up, and where it splices: what is masked has no part in either."""
+"""The sums of an evaluation and where it splices: masked tokens take no part in either."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def world(tmp_path_factory) -> World:
 
 
 def their_pass(world: World, *, site: str = "mlp_in", replace: Any = None) -> tuple[Any, Any, Any]:
-    """Losses, what is read at `site`, and mlp_out; `replace(read, out)` is put in the latter."""
+    """Losses, the activations at `site`, and mlp_out, which `replace(read, out)` may change."""
     seen: dict[str, np.ndarray] = {}
     layer = world.theirs.model.layers[LAYER]
 
@@ -151,7 +151,7 @@ def test_a_released_transcoder_is_measured_as_it_is(world: World, tmp_path: Path
         assert getattr(found, key) == pytest.approx(getattr(world.found["gs2"], key), rel=1e-6)
 
 
-def test_a_transcoder_where_an_sae_belongs(world: World, tmp_path: Path):
+def test_a_transcoder_instead_of_an_sae_is_refused(world: World, tmp_path: Path):
     write_gemma_scope_2(world.saes["gs2"], tmp_path / "theirs")
     values = world.config.model_dump()
     values["sae"] |= {"start_from": str(tmp_path / "theirs")}

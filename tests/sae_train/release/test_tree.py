@@ -177,7 +177,7 @@ def test_gemma_scope_2_keeps_its_names_and_other_sweeps_get_theirs(tmp_path: Pat
     }
 
 
-def test_of_two_as_near_the_sparser_is_canonical(exported: Path):
+def test_of_two_equally_near_the_sparser_is_canonical(exported: Path):
     names = [f.name for f in dataclasses.fields(tree_module.Entry)]
     saes = json.loads((exported / "release" / "saes.json").read_text())["saes"][:2]
     entries = [tree_module.Entry(**{name: sae[name] for name in names}) for sae in saes]
@@ -185,7 +185,7 @@ def test_of_two_as_near_the_sparser_is_canonical(exported: Path):
     assert [entry.canonical for entry in with_canonical(tied)] == [False, True]
 
 
-def test_an_interrupted_export_is_not_taken_for_whole(suite: Path, monkeypatch):
+def test_an_interrupted_export_has_no_index(suite: Path, monkeypatch):
     calls = []
 
     def dies(source: Path, target: Path) -> None:
@@ -214,7 +214,7 @@ def test_a_run_s_release_without_its_card_is_made_again(suite: Path):
     assert needs_release(run)
 
 
-def test_where_nothing_can_be_linked_it_is_copied(suite: Path, monkeypatch):
+def test_files_are_copied_where_the_file_system_cannot_link(suite: Path, monkeypatch):
     def no(*_: Any) -> None:
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
@@ -227,7 +227,7 @@ def test_where_nothing_can_be_linked_it_is_copied(suite: Path, monkeypatch):
     assert own.read_bytes() == copy.read_bytes()
 
 
-def test_a_file_that_reads_back_wrong_is_told(suite: Path, monkeypatch, capsys):
+def test_a_file_that_reads_back_wrong_is_refused(suite: Path, monkeypatch, capsys):
     def damages(source: Path, target: Path) -> None:
         target.write_bytes(source.read_bytes())
         if source.name == "params.safetensors":
@@ -293,13 +293,13 @@ def test_a_dry_run_lists_everything_and_sends_nothing(suite: Path, monkeypatch, 
     monkeypatch.setattr(hub, "upload", no)
     monkeypatch.setattr(huggingface_hub, "HfApi", no)
     assert main(["export", str(suite), "--upload", "org/small", "--dry-run"]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     tree = suite / "release"
     files = [path for path in tree.rglob("*") if path.is_file()]
-    assert f"{len(files)} files, " in told
-    assert told.rstrip().endswith("nothing was sent")
+    assert f"{len(files)} files, " in printed
+    assert printed.rstrip().endswith("nothing was sent")
     for path in files:
-        assert str(path.relative_to(tree)) in told
+        assert str(path.relative_to(tree)) in printed
 
 
 def test_one_run_can_be_sent(suite: Path, api):
@@ -310,9 +310,7 @@ def test_one_run_can_be_sent(suite: Path, api):
 
 
 @pytest.mark.parametrize("offline", [True, False])
-def test_a_hub_that_can_t_be_reached_is_told_in_one_message(
-    suite: Path, offline: bool, monkeypatch, capsys
-):
+def test_an_unreachable_hub_is_one_message(suite: Path, offline: bool, monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_TOKEN", "hf_none")
@@ -323,7 +321,7 @@ def test_a_hub_that_can_t_be_reached_is_told_in_one_message(
     assert (suite / "release" / "saes.json").exists(), "what was made stays"
 
 
-def test_bad_names_are_told_before_anything_is_made(suite: Path, capsys):
+def test_bad_names_are_refused_before_anything_is_written(suite: Path, capsys):
     assert main(["export", str(suite), "--upload", "small"]) == 2
     assert "write organisation/name" in capsys.readouterr().err
     assert main(["export", str(suite), "--dry-run"]) == 2
