@@ -24,14 +24,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks.step import config_of
 from benchmarks.support.measure import interleaved, markdown, prepare, write_results
-from sae_train.config.run import AdamConfig
 from sae_train.model.forward import PRECISION
 from sae_train.sparse import active_pairs, latent_updates, segment_sums
 from sae_train.sparse.kernels import decode, select
 from sae_train.sparse.kernels import update as update_module
-from sae_train.step.adam import Rows, RowUpdate, unit_rows, update_rows
-from sae_train.step.gradients import Gradients, Pulls
+from sae_train.step.gradients import OutputGradients, Rows
+from sae_train.step.optimiser import unit_rows
+from sae_train.step.schedule import Scheduled
 
 BATCH, L0, BANDWIDTH = 4096, 100, 1e-3
 PLACES = BATCH * 2 * L0
@@ -76,24 +77,30 @@ class Case:
 
         self.d_model, self.width = d_model, width
         self.x_BD, g_BD = normal(next(keys), BATCH), normal(next(keys), BATCH)
-        self.rows = Rows(*(normal(next(keys), width) for _ in range(4)))
-        self.rows = self.rows._replace(v_enc=self.rows.v_enc**2, v_dec=self.rows.v_dec**2)
-        some = jnp.einsum("bd,fd->bf", self.x_BD[:256], self.rows.W_enc[:16_384])
+        weights, roots = (
+            {name: normal(next(keys), width) for name in ("W_enc", "W_dec")} for _ in range(2)
+        )
+        self.rows: Rows = weights, {name: root**2 for name, root in roots.items()}
+        some = jnp.einsum("bd,fd->bf", self.x_BD[:256], weights["W_enc"][:16_384])
         self.theta_F = jnp.full(width, jnp.quantile(some, 1 - L0 / width), jnp.float32)
         self.bias_F = jnp.zeros(width)
         per_latent = jnp.full(width, 1e-6)
-        self.pulls = Pulls(
+        self.output = OutputGradients(
             self.x_BD, g_BD, jnp.full(BATCH, 1e-6), per_latent, self.theta_F, self.bias_F
         )
-        self.scalars = RowUpdate(
-            learning_rate=jnp.float32(1e-6), bias_correction=jnp.float32(1.0), scale=jnp.ones(())
+        scalars = Scheduled(
+            learning_rate=jnp.float32(1e-6),
+            sparsity_coefficient=jnp.zeros(()),
+            sparsity_warmup=jnp.zeros(()),
+            bias_correction=jnp.float32(1.0),
         )
-        self.kept_F = jnp.full(width, 0.999)
+        self.update = scalars, jnp.ones(width)
+        self.config = config_of(width=width, batch_size=BATCH, step="sparse")
 
     def found(self) -> active_pairs.Pairs:
         """The pairs, by pure JAX."""
         one = partial(active_pairs.select_pairs, bandwidth=BANDWIDTH, capacity=PLACES)
-        return jax.jit(one)(self.rows.W_enc, self.bias_F, self.theta_F, self.x_BD)
+        return jax.jit(one)(self.rows[0]["W_enc"], self.bias_F, self.theta_F, self.x_BD)
 
 
 def _differ(ours: Any, theirs: Any) -> float:
@@ -137,13 +144,13 @@ def _off(case: Case, ours: active_pairs.Pairs, theirs: active_pairs.Pairs) -> fl
     can't be compared place by place.
     """
     some = slice(0, min(int(ours.total), 65_536))
-    W_PD, x_PD = case.rows.W_enc[ours.latent_P[some]], case.x_BD[ours.row_P[some]]
+    W_PD, x_PD = case.rows[0]["W_enc"][ours.latent_P[some]], case.x_BD[ours.row_P[some]]
     pre_differ = _differ(ours.pre_P[some], (W_PD * x_PD).sum(axis=1))
     return max(pre_differ, float(jnp.abs(ours.counts_F - theirs.counts_F).sum() / theirs.total))
 
 
 def _select(case: Case, found: active_pairs.Pairs, *, product: float, rounds: int) -> list[Row]:
-    operands = case.rows.W_enc, case.bias_F, case.theta_F, case.x_BD
+    operands = case.rows[0]["W_enc"], case.bias_F, case.theta_F, case.x_BD
     options: dict[str, Any] = {"bandwidth": BANDWIDTH, "capacity": PLACES}
     xla = jax.jit(partial(active_pairs.select_pairs, **options))
     tf32 = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
@@ -168,7 +175,7 @@ def _select(case: Case, found: active_pairs.Pairs, *, product: float, rounds: in
 def _decode(case: Case, found: active_pairs.Pairs, *, bandwidth: float, rounds: int) -> Row:
     theta_P = jnp.append(case.theta_F, jnp.inf)[found.latent_P]
     latents_P = jnp.where(found.pre_P > theta_P, found.pre_P, 0.0)
-    operands = found, latents_P, case.rows.W_dec
+    operands = found, latents_P, case.rows[0]["W_dec"]
     ours, theirs = (
         jax.jit(partial(one, num_rows=BATCH))
         for one in (decode.decode_pairs, segment_sums.decode_pairs)
@@ -188,30 +195,18 @@ def _decode(case: Case, found: active_pairs.Pairs, *, bandwidth: float, rounds: 
 def _touched(case: Case, found: active_pairs.Pairs, *, bandwidth: float, rounds: int) -> Row:
     """In place, both ways on the same rows one after the other."""
     segments = jax.jit(segment_sums.longest_first)(found.counts_F)
-    options: dict[str, Any] = {"pulls": case.pulls, "bandwidth": BANDWIDTH}
-
-    def write(ids_S: jax.Array, own: Rows, made: Gradients) -> Rows:
-        return update_rows(
-            own,
-            g_enc_FD=made.enc_SD,
-            g_dec_FD=made.dec_SD,
-            kept_F=case.kept_F[ids_S],
-            scalars=case.scalars,
-            config=AdamConfig(),
-        )
-
-    update = case.scalars, case.kept_F
-    in_kernel = partial(update_module.touched_pass, config=AdamConfig(), **options)
+    options: dict[str, Any] = {"output": case.output, "config": case.config}
+    in_kernel = partial(update_module.touched_pass, **options)
     by_xla = partial(latent_updates.touched_pass, **options)
     lists = segments, found.row_P, found.pre_P
+    both = {"pallas": in_kernel, "xla": by_xla}
     passes = {
-        "pallas": jax.jit(lambda rows, *p: in_kernel(rows, *p, update=update), donate_argnums=0),
-        "xla": jax.jit(lambda rows, *p: by_xla(rows, *p, write=write), donate_argnums=0),
+        name: jax.jit(partial(one, update=case.update), donate_argnums=0)
+        for name, one in both.items()
     }
-    looks = (
-        jax.jit(lambda rows, *p: in_kernel(rows, *p, update=None)[1]),
-        jax.jit(lambda rows, *p: by_xla(rows, *p, write=None)[1]),
-    )
+    looks = [
+        jax.jit(lambda rows, *p, one=one: one(rows, *p, update=None)[1]) for one in both.values()
+    ]
     differ = _differ(*(look(case.rows, *lists) for look in looks))
 
     def once(name: str) -> Any:
@@ -242,8 +237,8 @@ def product_seconds(case: Case, *, rounds: int) -> float:
     """The encoder's product, of 16384 latents and multiplied up."""
     num = min(case.width, 16_384)
     product = jax.jit(lambda x, W: jnp.einsum("bd,fd->bf", x, W, precision=PRECISION))
-    way = partial(product, case.x_BD, case.rows.W_enc[:num])
-    return interleaved({"product": way}, rounds=rounds)["product"].median * case.width / num
+    once = partial(product, case.x_BD, case.rows[0]["W_enc"][:num])
+    return interleaved({"product": once}, rounds=rounds)["product"].median * case.width / num
 
 
 def fits(*, d_model: int, width: int) -> bool:

@@ -292,8 +292,7 @@ def _check_step(sae: SaeConfig, train: TrainConfig) -> list[str]:
             f"train.step sparse is for jumprelu, and sae.architecture is {sae.architecture}: set "
             "train.step to auto or dense, which take the dense path"
         ]
-    is_sparse_jumprelu = sae.architecture == "jumprelu" and train.step == "sparse"
-    if train.kernels == "xla" or is_sparse_jumprelu:
+    if train.kernels == "xla" or train.step == "sparse":
         return []
     return [
         f"train.kernels pallas is for the sparse step, and sae.architecture is {sae.architecture} "

@@ -8,7 +8,7 @@ from __future__ import annotations
 from jaxtyping import Array, Bool, Float
 
 from sae_train.config.sae import SaeConfig
-from sae_train.model import gated, relu, topk
+from sae_train.model import gated, jumprelu, relu, topk
 from sae_train.model.forward import Forward, Params
 
 
@@ -20,14 +20,15 @@ def forward(
     config: SaeConfig,
     dead_F: Bool[Array, " F"],
 ) -> Forward:
-    """One pass over scaled rows, of any architecture but JumpReLU, whose steps are all explicit.
+    """One pass over scaled rows.
 
     Args:
-        target_BD: what is to be predicted: of an SAE, x itself. Auxiliary losses look at it.
-        dead_F: latents that haven't fired for long; only TopK and BatchTopK look at them.
+        target_BD: what is predicted: of an SAE, x itself. Auxiliary losses read it.
+        dead_F: latents that haven't fired for long; only TopK and BatchTopK read them.
     """
-    assert config.architecture != "jumprelu"
     match config.architecture:
+        case "jumprelu":
+            return jumprelu.forward(params, x_BD, config=config)
         case "relu":
             return relu.forward(params, x_BD, config=config)
         case "gated":

@@ -1,19 +1,12 @@
-"""The JumpReLU sparse autoencoder, and what all architectures' passes are made of.
+"""What the passes of all architectures are made of: encoder product, decoder, their result.
 
-    pre  = (x - b_dec) W_encᵀ + b_enc            no ReLU before the jump
-    f    = pre · 1[pre > θ]
-    x̂    = f W_dec + b_dec
+    pre  = (x - b_dec) W_encᵀ + bias
+    x̂    = f W_dec + b_dec                       f the latents that an architecture makes of pre
     loss = mean over rows of |x - x̂|², plus a penalty (sae_train/step/sparsity_penalty.py)
 
-A transcoder predicts another row y and not x (Gemma Scope, appendix B): y takes x's place in the
-loss, no b_dec is subtracted, and with an affine skip ŷ = f W_dec + b_dec + x W_skip.
-
-Straight-through gradients reach θ alone: ∂f/∂θ := -(θ/ε) K((pre - θ)/ε) and, of the step that
-counts a latent as active, ∂H/∂θ := -(1/ε) K((pre - θ)/ε), K the rectangle 1[|u| < 1/2]. With
-respect to `pre`, a latent passes 1[pre > θ] and its count passes nothing.
-
-Sources: Gemma Scope (arXiv 2408.05147) section 2 and the JumpReLU paper (arXiv 2407.14435)
-equations 8-12. Inputs are scaled to unit mean squared norm; the bandwidth assumes it.
+A transcoder predicts another row y instead of x (Gemma Scope, arXiv 2408.05147, appendix B): the
+loss compares ŷ with y, no b_dec is subtracted, and with an affine skip
+ŷ = f W_dec + b_dec + x W_skip. Inputs are scaled to unit mean squared norm.
 
 Legend: B rows of a batch, D model width, F latents. Weights are latent-major, [F, D] both.
 """
@@ -37,11 +30,14 @@ Params = dict[str, Array]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Forward:
-    """One pass over a batch, of an architecture whose gradients are autodiff's.
+    """One pass over a batch.
 
-    `l0_B` counts the active latents of a row; `frequency_F` is the share of rows a latent is
-    active in. What only some architectures have: `l1_B`, the norm that an L1 penalty prices;
-    `auxiliary`, a loss of its own; `smallest`, the smallest latent that was selected.
+    Attributes:
+        l0_B: active latents of each row.
+        frequency_F: the share of rows in which each latent is active.
+        l1_B: the L1 norm that is penalised; ReLU and Gated only.
+        auxiliary: a loss of the architecture's own; Gated, TopK and BatchTopK only.
+        smallest: the smallest latent that was selected; BatchTopK only.
     """
 
     reconstruction_BD: Float[Array, "B D"]
@@ -63,11 +59,11 @@ def threshold_of(params: Params, *, config: SaeConfig) -> Float[Array, " F"]:
 def pre_activations(
     params: Params, x_BD: Float[Array, "B D"], *, bias: Float[Array, " F"], config: SaeConfig
 ) -> Float[Array, "B F"]:
-    """(x - b_dec) W_encᵀ + bias, b_dec subtracted only under `pre_encoder_bias`.
+    """(x - b_dec) W_encᵀ + bias, b_dec subtracted only if `pre_encoder_bias` is set.
 
-    The subtraction is of a constant copy of b_dec; its gradient comes from the last term, whose
-    value is 0. Autodiff would otherwise spend a [B, F] by [F, D] product, a fifth of the step, on
-    a gradient that the sum over rows reduces to one matrix-vector product.
+    A constant copy of b_dec is subtracted; its gradient comes from another term, whose value is 0.
+    Autodiff would otherwise spend a [B, F] by [F, D] product, a fifth of the step, on a gradient
+    that the sum over rows reduces to one matrix-vector product.
     """
     bias_F = bias
     if config.pre_encoder_bias:
@@ -90,7 +86,7 @@ def decode(
 def decoded_with(
     params: Params, product_BD: Float[Array, "B D"], *, x_BD: Float[Array, "B D"]
 ) -> Float[Array, "B D"]:
-    """What `decode` makes of f W_dec."""
+    """`decode`, given the product f W_dec."""
     decoded_BD = product_BD + params["b_dec"][None, :]
     if "W_skip" not in params:
         return decoded_BD
@@ -105,7 +101,7 @@ def product_with_decoder(params: Params, latents_BF: Float[Array, "B F"]) -> Flo
 def counted(
     reconstruction_BD: Float[Array, "B D"], latents_BF: Float[Array, "B F"], **losses: Array
 ) -> Forward:
-    """A pass over a batch, its counts without gradients."""
+    """A pass over a batch whose L0 and frequencies have no gradients."""
     active_BF = jax.lax.stop_gradient(latents_BF) > 0
     return Forward(
         reconstruction_BD=reconstruction_BD,

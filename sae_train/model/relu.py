@@ -5,8 +5,8 @@
     L1 = Σ f_i |W_dec_i|
 
 Source: "RI-L1" of the JumpReLU paper (arXiv 2407.14435, appendix I), Anthropic's April 2024
-update. The weighting makes the penalty blind to the scale between encoder and decoder, so the
-decoder's rows keep whatever norm they get.
+update. With the weighting the penalty doesn't change if scale moves between encoder
+and decoder, so the decoder's rows may have any norm.
 
 Legend: B rows of a batch, D model width, F latents.
 """

@@ -1,7 +1,7 @@
 """The one table: per tensor of the training state its dims, dtype and initialiser.
 
-Shapes, placement, the abstract tree a checkpoint restores into and the memory estimate all
-derive from it, so they can't disagree. Nobody writes a PartitionSpec elsewhere.
+Shapes, shardings, the abstract tree that a checkpoint restores into and the memory estimate all
+derive from it, so they can't disagree. No other file writes a PartitionSpec.
 
 Dims: B rows of a batch, D model width, F latents. `axis` is a mesh axis, `dim` a tensor dim.
 """
@@ -112,7 +112,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
     Devices of one process are neighbours, so that its part of a batch is one run of rows.
 
     Raises:
-        UserError: fewer devices than the mesh has places, or processes without a part in it.
+        UserError: fewer devices than the mesh has, or processes without a part in it.
     """
     devices = device_mesh.devices_of_processes(config)
     return device_mesh.make_mesh(devices, data=config.data)
@@ -147,10 +147,44 @@ def spec(dims: tuple[str, ...]) -> PartitionSpec:
     return PartitionSpec(*(AXIS_OF_DIM[dim] for dim in dims))
 
 
-def spec_on(mesh: Mesh, dims: tuple[str, ...]) -> PartitionSpec:
-    """As `spec`, but for axes of one device, over which there is nothing to add up."""
+def over_devices(
+    function: Callable[..., Any], *, mesh: Mesh, in_dims: Any, out_dims: Any, check: bool = True
+) -> Callable[..., Any]:
+    """A function of each device's parts of arrays, called with whole arrays (`jax.shard_map`).
+
+    Args:
+        in_dims, out_dims: the arguments' and results' trees, with dims in place of arrays.
+        check: whether types say over which axes values differ; Pallas' interpreter can't tell.
+    """
+
+    def specs(dims: Any) -> Any:
+        return jax.tree.map(lambda leaf: _used_spec(mesh, leaf), dims, is_leaf=_is_dims)
+
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=specs(in_dims), out_specs=specs(out_dims), check_vma=check
+    )
+
+
+def sum_over(axis: str, value: Any, *, mesh: Mesh) -> Any:
+    """Inside `over_devices`: the sum over the devices along a mesh axis."""
+    return jax.lax.psum(value, axis) if mesh.shape[axis] > 1 else value
+
+
+def max_over_all(value: Array, *, mesh: Mesh) -> Array:
+    """Inside `over_devices`: the largest of all devices' values."""
+    axes = tuple(axis for axis in device_mesh.AXES if mesh.shape[axis] > 1)
+    return jax.lax.pmax(value, axes) if axes else value
+
+
+def _used_spec(mesh: Mesh, dims: tuple[str, ...]) -> PartitionSpec:
+    """As `spec`, but without axes of one device, over which there is nothing to add up."""
     axes = (AXIS_OF_DIM[dim] for dim in dims)
     return PartitionSpec(*(axis if axis and mesh.shape[axis] > 1 else None for axis in axes))
+
+
+def _is_dims(leaf: Any) -> bool:
+    # Not a NamedTuple, and not (), which is a scalar's dims as well as an empty tree.
+    return type(leaf) is tuple and all(isinstance(dim, str) for dim in leaf)
 
 
 def sharding(mesh: Mesh, dims: tuple[str, ...]) -> NamedSharding:

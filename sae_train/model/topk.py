@@ -1,17 +1,17 @@
-"""TopK and BatchTopK SAEs: sparsity by selection, and a loss that wakes dead latents.
+"""TopK and BatchTopK SAEs: sparsity by selection, and an aux loss for dead latents.
 
     pre = ReLU((x - b_dec) W_encᵀ + b_enc)
     f   = pre where it is among the k largest of its row (TopK), or among the k·B largest of the
-          batch (BatchTopK); 0 elsewhere
+          batch (BatchTopK); else 0
     x̂   = f W_dec + b_dec,  rows of W_dec of unit norm
 
 Sources: Gao et al. 2024 (arXiv 2406.04093) for TopK and AuxK (appendix A.2), Bussmann et al. 2024
 (arXiv 2412.06410) for BatchTopK, whose inference is a JumpReLU at the mean of the smallest value
 selected in training.
 
-Nothing is sorted: the k-th largest value is found by bisection over the bits of a float32, 31
-counts. That is exact, and with the latents split over devices each count sends B integers where a
-sort would gather the whole [B, F].
+The k-th largest value is found without sorting, by bisection over the bits of a float32: 31 counts.
+That is exact, and with the latents split over devices each count sends B integers, while a sort
+would gather the whole [B, F].
 
 Legend: B rows of a batch, D model width, F latents.
 """
@@ -35,7 +35,8 @@ from sae_train.model.forward import (
     product_with_decoder,
 )
 
-BITS = 31  # of a float32 that isn't negative; read as integers they are in the floats' order
+# Bits of a float32 that isn't negative; read as integers, they have the floats' order.
+_BITS = 31
 
 
 def kth_largest(values_BF: Float[Array, "B F"], *, k: int) -> Float[Array, " B"]:
@@ -45,7 +46,7 @@ def kth_largest(values_BF: Float[Array, "B F"], *, k: int) -> Float[Array, " B"]
     def enough(least_B: Array) -> Array:
         return (bits_BF >= least_B[:, None]).sum(axis=1, dtype=jnp.int32) >= k
 
-    return bisect(enough, jnp.zeros(values_BF.shape[0], jnp.int32))
+    return _bisect(enough, jnp.zeros(values_BF.shape[0], jnp.int32))
 
 
 def kth_largest_of_all(values_BF: Float[Array, "B F"], *, k: int) -> Float[Array, ""]:
@@ -56,33 +57,30 @@ def kth_largest_of_all(values_BF: Float[Array, "B F"], *, k: int) -> Float[Array
         # Counted in float32: B·F may pass 2^31, and up to k, at most 2^24, the sum is exact.
         return (bits_BF >= least).sum(axis=1, dtype=jnp.int32).astype(jnp.float32).sum() >= k
 
-    return bisect(enough, jnp.zeros((), jnp.int32))
+    return _bisect(enough, jnp.zeros((), jnp.int32))
 
 
-def bisect(
-    enough: Callable[[Int[Array, "..."]], Bool[Array, "..."]],
-    start: Int[Array, "..."],
-    *,
-    bits: int = BITS,
+def _bisect(
+    enough: Callable[[Int[Array, "..."]], Bool[Array, "..."]], start: Int[Array, "..."]
 ) -> Float[Array, "..."]:
     """The largest value >= 0 that is still `enough`, from its highest bit down.
 
     Args:
         enough: of values read as integers; true up to some value and false above it.
         start: zeros.
-        bits: how many of the 31 are found; the others stay 0, and the value is a lower bound.
     """
 
-    def body(place: Array, least: Array) -> Array:
-        candidate = least | jnp.left_shift(jnp.int32(1), (BITS - 1 - place).astype(jnp.int32))
+    def body(number: Array, least: Array) -> Array:
+        bit = (_BITS - 1 - number).astype(jnp.int32)
+        candidate = least | jnp.left_shift(jnp.int32(1), bit)
         return jnp.where(enough(candidate), candidate, least)
 
-    least = jax.lax.fori_loop(0, bits, body, start)
+    least = jax.lax.fori_loop(0, _BITS, body, start)
     return jax.lax.bitcast_convert_type(least, jnp.float32)
 
 
 def select(values_BF: Float[Array, "B F"], *, k: int) -> Float[Array, "B F"]:
-    """The k largest values of each row, if positive, and 0 elsewhere; all of a tie are kept."""
+    """The k largest values of each row, if positive, and else 0; all of a tie are kept."""
     kth_B = kth_largest(jax.lax.stop_gradient(values_BF), k=k)
     return jnp.where(values_BF >= kth_B[:, None], values_BF, 0.0)
 
@@ -148,15 +146,15 @@ def _with_aux_k(
 ) -> Forward:
     """The pass with AuxK: the D/2 largest of the dead latents predict what the others missed.
 
-    α |e - ê|², e the error without gradient, ê = z W_dec; with few dead latents in proportion less.
+    α |e - z W_dec|², e without gradient; with n < D/2 dead latents it counts n / (D/2) of that.
     """
     k_aux = target_BD.shape[1] // 2
 
-    def missed() -> Array:
+    def aux_loss() -> Array:
         z_BF = select(jnp.where(dead_F[None, :], pre_BF, 0.0), k=k_aux)
         error_BD = jax.lax.stop_gradient(target_BD - reconstruction_BD)
         squared = jnp.square(error_BD - product_with_decoder(params, z_BF)).sum(axis=1).mean()
         return squared * jnp.minimum(dead_F.sum() / k_aux, 1.0)
 
-    missed_mean = jax.lax.cond(dead_F.any(), missed, lambda: jnp.zeros(()))
-    return counted(reconstruction_BD, latents_BF, auxiliary=config.aux_k_coefficient * missed_mean)
+    found = jax.lax.cond(dead_F.any(), aux_loss, lambda: jnp.zeros(()))
+    return counted(reconstruction_BD, latents_BF, auxiliary=config.aux_k_coefficient * found)

@@ -124,12 +124,13 @@ def step_memory(
     arrays = 2 if shape.is_transcoder else 1
     batch = arrays * shape.local(BATCH_DIMS) * jnp.dtype(store_dtype).itemsize
     items = {
-        "weights": params + shape.table_bytes([LAST_FIRED]) + STATE_SCALAR_BYTES,
+        # When latents last fired, and when they were last touched.
+        "weights": params + shape.table_bytes([LAST_FIRED] * 2) + STATE_SCALAR_BYTES,
         "second moment": params,
         "batch": batch + SCALAR_BYTES,
     }
     if shape.capacity is not None:
-        items["weights"] += shape.table_bytes([LAST_FIRED]) + PATH_BYTES  # `last_touched` is alike
+        items["weights"] += PATH_BYTES
         items |= _sparse(shape, capacity=shape.capacity)
     elif backend == "cpu":
         items |= _tiled(shape) if shape.architecture == "jumprelu" else _by_autodiff(shape)

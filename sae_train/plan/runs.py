@@ -21,7 +21,7 @@ from sae_train.plan.work import (
     step_flops,
     step_traffic,
 )
-from sae_train.step.path_choice import capacity_per_row, may_go_by_pairs
+from sae_train.step.path_choice import capacity_per_row, may_be_sparse
 from sae_train.train.cohort import group_cohorts
 
 
@@ -91,7 +91,7 @@ def plan_run(config: Config, *, name: str, gemma: GemmaConfig) -> RunPlan:
     dtype = config.cache.dtype
     capacity = capacity_per_row(config)
     sparse_path, sparse_path_cpu = (
-        may_go_by_pairs(config, on_cpu=on_cpu) for on_cpu in (False, True)
+        may_be_sparse(config, on_cpu=on_cpu) for on_cpu in (False, True)
     )
     shape_cpu = dataclasses.replace(shape, capacity=capacity if sparse_path_cpu else None)
     shape = dataclasses.replace(shape, capacity=capacity if sparse_path else None)

@@ -21,7 +21,7 @@ from sae_train.plan.accelerators import Accelerator
 from sae_train.plan.memory import FLOAT_BYTES, Shape, StepMemory, nearest_mesh, step_memory
 from sae_train.plan.verdict import Assumptions, total, usable_bytes
 from sae_train.plan.work import harvest_work, step_flops, step_traffic, store_plan
-from sae_train.step.path_choice import capacity_per_row, may_go_by_pairs
+from sae_train.step.path_choice import capacity_per_row, may_be_sparse
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def _group(members: list[Config], gemma: GemmaConfig) -> CellGroup:
         architecture=run.sae.architecture,
         is_transcoder=run.sae.is_transcoder,
         has_skip=run.sae.affine_skip,
-        capacity=capacity_per_row(run) if may_go_by_pairs(run, on_cpu=False) else None,
+        capacity=capacity_per_row(run) if may_be_sparse(run, on_cpu=False) else None,
     )
     weights = 2 * shape.width * shape.d_model + 2 * shape.width + shape.d_model
     weights += shape.d_model**2 if shape.has_skip else 0

@@ -8,14 +8,13 @@ words of 32 rows, and the j-th pair of a tile is the j-th set bit, found by bina
 Pure functions of one device's shard: they don't know of meshes.
 
 Legend: B rows, D model width, F latents, L latents of a tile, W words of 32 rows, G groups of I
-words, P places for pairs, Q pairs written at once.
+words, P positions for pairs, Q pairs written at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from sae_train.model.forward import PRECISION
+from sae_train.step.gradients import has_gradient
 from sae_train.step.tiles import tile_of, varying_like
 
 WORD = 32
@@ -33,15 +33,15 @@ GROUP = 8  # words
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs in the order of their latents; behind the last one, places that hold (0, F, 0).
+    """Pairs in the order of their latents; behind the last one, positions that hold (0, F, 0).
 
     Attributes:
         row_P, latent_P: a pair's row of the batch and its latent.
         pre_P: its pre-activation.
-        counts_F: pairs of each latent, those included that found no place.
-        total: pairs there are, as a float; above P, some found no place.
+        counts_F: pairs of each latent, also those for which there was no space.
+        total: pairs there are, as a float; above P, there was no space for some.
 
-    Its leaves are arrays; in its twins, their dims or where they lie.
+    The same class also holds dims, field by field.
     """
 
     row_P: Any
@@ -49,16 +49,6 @@ class Pairs:
     pre_P: Any
     counts_F: Any
     total: Any
-
-
-def candidates(
-    pre_BF: Float[Array, "B F"], theta_F: Float[Array, " F"], *, bandwidth: float
-) -> Bool[Array, "B F"]:
-    """Active, or in the threshold's window: where a gradient may be other than zero.
-
-    That is pre > θ or |pre - θ| < ε/2, in one comparison: XLA doesn't vectorise the packing of two.
-    """
-    return pre_BF - theta_F[None, :] > -bandwidth / 2
 
 
 def pack_rows(found_BL: Bool[Array, "B L"]) -> UInt32[Array, "W L"]:
@@ -74,15 +64,15 @@ def pack_rows(found_BL: Bool[Array, "B L"]) -> UInt32[Array, "W L"]:
 
 def nth_set_bit(word_Q: UInt32[Array, " Q"], rank_Q: Int[Array, " Q"]) -> Int[Array, " Q"]:
     """The place of the set bit that `rank` others precede, by halving."""
-    place_Q = jnp.zeros_like(rank_Q)
+    position_Q = jnp.zeros_like(rank_Q)
     for half in (16, 8, 4, 2, 1):
         low_Q = word_Q & jnp.uint32((1 << half) - 1)
         below_Q = jax.lax.population_count(low_Q).astype(rank_Q.dtype)
         above_Q = rank_Q >= below_Q
         rank_Q = jnp.where(above_Q, rank_Q - below_Q, rank_Q)
-        place_Q = jnp.where(above_Q, place_Q + half, place_Q)
+        position_Q = jnp.where(above_Q, position_Q + half, position_Q)
         word_Q = jnp.where(above_Q, word_Q >> half, low_Q)
-    return place_Q
+    return position_Q
 
 
 def _last_not_above(before_GL: Array, latent_Q: Array, rank_Q: Array) -> Array:
@@ -111,6 +101,17 @@ def _nth_of_words(words: Sequence[Array], rank_Q: Array) -> tuple[Array, Array]:
     return found_Q, nth_set_bit(word_Q, left_Q)
 
 
+def _nothing(capacity: int, *, like: Array) -> tuple[tuple[Array, Array, Array], Array, Array]:
+    """Empty lists of pairs, how many they hold, and how many pairs there are."""
+
+    def zeros(shape: Any, dtype: Any) -> Array:
+        return varying_like(jnp.zeros(shape, dtype), like=like)
+
+    size = capacity + WRITTEN_AT_ONCE
+    lists = zeros(size, jnp.int32), zeros(size, jnp.int32), zeros(size, jnp.float32)
+    return lists, zeros((), jnp.int32), zeros((), jnp.float32)
+
+
 def select_pairs(
     W_enc_FD: Float[Array, "F D"],
     bias_F: Float[Array, " F"],
@@ -124,21 +125,13 @@ def select_pairs(
 
     Args:
         x_BD: what the encoder multiplies, b_dec subtracted if it is at all.
-        capacity: P, the places for pairs. If there are more, the first P of them are kept and
+        capacity: P, the positions for pairs. If there are more, the first P of them are kept and
             `total` says how many there are.
     """
     num_latents, d_model = W_enc_FD.shape
     tile = tile_of(num_latents)
     num_tiles = num_latents // tile
-    like = W_enc_FD[0, 0] * x_BD[0, 0]
-    place = partial(jnp.zeros, capacity + WRITTEN_AT_ONCE)
-    start = (
-        tuple(
-            varying_like(place(dtype), like=like) for dtype in (jnp.int32, jnp.int32, jnp.float32)
-        ),
-        varying_like(jnp.zeros((), jnp.int32), like=like),
-        varying_like(jnp.zeros((), jnp.float32), like=like),
-    )
+    start = _nothing(capacity, like=W_enc_FD[0, 0] * x_BD[0, 0])
 
     def one_tile(carry, inputs):
         W_LD, bias_L, theta_L, first = inputs
@@ -147,7 +140,7 @@ def select_pairs(
         lists, filled, total = carry
         counts_L, lists, written = append(
             product_BL,
-            candidates(pre_BL, theta_L, bandwidth=bandwidth),
+            has_gradient(pre_BL, theta_L[None, :], bandwidth=bandwidth),
             bias_L=bias_L,
             lists=lists,
             filled=filled,
@@ -185,12 +178,12 @@ def append(
     first_latent: Int[Array, ""],
     capacity: int,
 ) -> tuple[Int[Array, " L"], tuple[Array, Array, Array], Int[Array, ""]]:
-    """Write a tile's pairs behind those of the tiles before: (counts, lists, places filled).
+    """Write a tile's pairs behind those of the tiles before: (counts, lists, positions filled).
 
     Args:
         product_BL: pre-activations less the bias, which is added to those that are kept: a sum of
             the whole tile would be written to memory and read again.
-        lists: rows, latents and pre-activations, with `WRITTEN_AT_ONCE` places beyond `capacity`.
+        lists: rows, latents and pre-activations; `WRITTEN_AT_ONCE` longer than `capacity`.
     """
     words_WL = pack_rows(found_BL)
     num_words, tile = words_WL.shape

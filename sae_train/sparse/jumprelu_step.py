@@ -1,118 +1,246 @@
-"""The gradients and the update of a JumpReLU step by pairs where they are few, else by products.
+"""The sparse step of a JumpReLU SAE: it pays for active latents, not for the width; exact.
 
-Composes the parts of `sparse_step`; see there for the order of things. Everything outside those
-parts is small: vectors of one number a latent, and rows [B, D].
+    encode     encoder product, a tile of latents at a time -> pairs (row, latent) that are active
+               or in the window; decode at the pairs
+    penalty    of L0 and frequencies, and its gradients in them
+    update     touched latents: gradients, projection, optimiser, new rows, in place
 
-Legend: B rows of a batch, D model width, F latents.
+There is space for a fixed number of pairs. A step tries the sparse path if the step before had few
+enough; if its own turn out too many, or it didn't try, the same step is made by products of whole
+tiles: nothing is ever left out, and either way no array of size [B, F] exists. Which path a step
+takes depends on the training state alone, so a resumed run takes the same paths.
+
+Passes run on each device's rows and latents, with the sums over devices written out; all gradients
+are explicit, none is differentiated through a `shard_map`.
+
+Legend: B rows of a batch, D model width, F latents, P positions for pairs on one device.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from sae_train.config.run import Config
-from sae_train.model.forward import decoded_with, threshold_of
-from sae_train.sparse.lazy_update import StepInputs, step_inputs, updated
-from sae_train.sparse.sharded_parts import Encoded, EncodedSums, ShardedParts
-from sae_train.step.gradients import Pulls
+from sae_train.model.forward import Params
+from sae_train.model.sharding import over_devices
+from sae_train.sparse.active_pairs import Pairs
+from sae_train.sparse.kernels.backend import parts_of
+from sae_train.sparse.kernels.mode import is_interpreted
+from sae_train.sparse.segment_sums import longest_first, per_latent
+from sae_train.step import optimiser
+from sae_train.step.dense_jumprelu import (
+    ENCODER_DIMS,
+    ROW_DIMS,
+    DenseStep,
+    EncoderOperands,
+    update_dims,
+)
+from sae_train.step.gradients import (
+    SUM_DIMS,
+    Encoded,
+    LatentSums,
+    OutputGradients,
+    Rows,
+    output_dims,
+    small_gradients,
+)
 from sae_train.step.path_choice import capacity_per_row
-from sae_train.step.result import Stepped
+from sae_train.step.result import StepResult
 from sae_train.step.schedule import Scheduled
-from sae_train.step.sparsity_penalty import Counts, priced
 from sae_train.step.state import TrainState
+from sae_train.step.tile_passes import Update
+from sae_train.step.tiles import tile_of
 
-# Shares of the capacity at which steps begin to go by pairs, and cease to: apart, so that a run
-# near the limit doesn't try in vain every other step.
-_BEGIN, _CEASE = 0.7, 0.95
+# Hysteresis: sparse below 70 % of capacity, dense above 95 %, so that a run near the limit doesn't
+# try in vain every other step.
+_BEGIN_SPARSE, _END_SPARSE = 0.7, 0.95
+
+# Each device's pairs, stacked [data, model, ...]; and with those of all parts of the batch.
+_PAIR_DIMS = Pairs(*(("B", "F"),) * 5)
+_WHOLE_PAIR_DIMS = Pairs(*(("whole", "F"),) * 5)
 
 
-class AdaptiveStep:
-    """The step of a JumpReLU SAE or transcoder that may go by pairs."""
+class SparseStep(DenseStep):
+    """A `Step` of a JumpReLU SAE or transcoder that takes the sparse path when it can."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
-        self._sae, self._train = config.sae, config.train
-        self._parts = ShardedParts(config, mesh)
-        self._capacity = capacity_per_row(config)
+        super().__init__(config, mesh)
+        self._parts = parts_of(config, mesh)
+        self._tile = tile_of(config.sae.width // mesh.shape["model"])
+        self._num_tiles = config.sae.width // mesh.shape["model"] // self._tile
+        self._capacity_per_row = capacity_per_row(config)
+        # P: of each device, whose latents are a part of all.
+        self._capacity = -(-self._num_rows * self._capacity_per_row // mesh.shape["model"])
 
     def __call__(
-        self, state: TrainState, x_BD: Array, *, target_BD: Array, scalars: Scheduled
-    ) -> tuple[Stepped, Bool[Array, ""], Bool[Array, ""]]:
-        """What the step makes, whether it went by pairs and whether it tried to."""
-        batch = step_inputs(state, x_BD, target_BD=target_BD, scalars=scalars, sae=self._sae)
-        tries = self._tries(state)
-        encoded = jax.lax.cond(tries, self._encode, self._without_pairs, batch)
-        fits = self._parts.fits(encoded)
-        sums = jax.lax.cond(fits, lambda _: encoded.sums, self._encode_densely, batch)
-        encoded = dataclasses.replace(encoded, sums=sums)
-        return self._finish(batch, encoded, fits), fits, tries
+        self,
+        state: TrainState,
+        x_BD: Float[Array, "B D"],
+        *,
+        target_BD: Float[Array, "B D"],
+        scalars: Scheduled,
+    ) -> StepResult:
+        """One step on scaled rows."""
+        result = super().__call__(state, x_BD, target_BD=target_BD, scalars=scalars)
+        overflowed = self._tries(state) & ~result.is_sparse
+        return dataclasses.replace(result, overflowed=overflowed)
 
-    def _tries(self, state: TrainState) -> Array:
+    def _tries(self, state: TrainState) -> Bool[Array, ""]:
         if self._train.step == "sparse":
             return jnp.ones((), bool)
-        share = jnp.where(state.sparse == 1, _CEASE, _BEGIN)
-        return state.candidates <= share * self._capacity
+        share = jnp.where(state.sparse == 1, _END_SPARSE, _BEGIN_SPARSE)
+        return state.candidates <= share * self._capacity_per_row
 
-    def _weights(self, batch: StepInputs) -> tuple[Array, ...]:
-        params = batch.state.params
-        own = params["W_enc"], params["W_dec"], params["b_enc"]
-        return (*own, threshold_of(params, config=self._sae), batch.shifted_BD)
-
-    def _encode(self, batch: StepInputs) -> Encoded:
-        return self._parts.encode_sparsely(*self._weights(batch))
-
-    def _without_pairs(self, batch: StepInputs) -> Encoded:
-        return self._parts.no_pairs(x_BD=batch.x_BD, width=self._sae.width)
-
-    def _encode_densely(self, batch: StepInputs) -> EncodedSums:
-        return self._parts.encode_densely(*self._weights(batch))
-
-    def _finish(self, batch: StepInputs, encoded: Encoded, fits: Array) -> Stepped:
-        """From sums over latents on: what they cost, what that sends back, the update."""
-        sums = encoded.sums
-        state, scalars, params = batch.state, batch.scalars, batch.state.params
-        reconstruction_BD = decoded_with(params, sums.decoded_BD, x_BD=batch.x_BD)
-        residual_BD = batch.target_BD - reconstruction_BD
-        num_rows = residual_BD.shape[0]
-
-        def price(l0_B: Array, frequency_F: Array) -> tuple[Array, Any]:
-            priced_ = priced(
-                Counts(l0_B=l0_B, frequency_F=frequency_F),
-                scalars,
-                log_gain=state.log_gain,
-                train=self._train,
-            )
-            return priced_.loss, priced_
-
-        (_, penalty), (g_l0_B, g_frequency_F) = jax.value_and_grad(
-            price, argnums=(0, 1), has_aux=True
-        )(sums.l0_B, sums.active_F / num_rows)
-        pulls = Pulls(
-            x_BD=batch.shifted_BD,
-            g_BD=-2.0 / num_rows * residual_BD,
-            g_l0_B=g_l0_B,
-            g_count_F=g_frequency_F / num_rows,
-            theta_F=threshold_of(params, config=self._sae),
-            bias_F=params["b_enc"],
+    def _encode(self, state: TrainState, operands: EncoderOperands) -> Encoded:
+        by_pairs = jax.lax.cond(
+            self._tries(state), self._encode_pairs, self._without_pairs, operands
         )
-        update = partial(self._parts.update, pairs=encoded.pairs, fits=fits, pulls=pulls)
-        new = updated(batch, pulls, update, sae=self._sae, train=self._train)
-        return Stepped(
-            params=new.params,
-            second_moment=new.second_moment,
-            last_touched=new.last_touched,
-            loss=jnp.square(residual_BD).sum(axis=1).mean() + penalty.loss,
-            coefficient=penalty.coefficient,
-            log_gain=penalty.log_gain,
-            norm=new.norm,
-            reconstruction_BD=reconstruction_BD,
-            l0_B=sums.l0_B,
-            fired_F=sums.active_F > 0,
-            candidates=sums.per_row,
+        found = by_pairs.pairs_per_row * (self._num_rows / self._mesh.shape["model"])
+        fits = found <= self._capacity
+        sums = dataclasses.replace(by_pairs, kept=None)
+        by_tiles = partial(self._encode_tiles, keep=False)
+        sums = jax.lax.cond(fits, lambda _: sums, by_tiles, operands)
+        return dataclasses.replace(sums, kept=by_pairs.kept, is_sparse=fits)
+
+    def _encode_pairs(self, operands: EncoderOperands) -> Encoded:
+        """By pairs; of use only if there is space for all of them on every device."""
+
+        def part(W_enc_FD, W_dec_FD, bias_F, theta_F, x_BD):
+            pairs = self._parts.select(
+                W_enc_FD,
+                bias_F,
+                theta_F,
+                x_BD,
+                bandwidth=self._sae.bandwidth,
+                capacity=self._capacity,
+            )
+            theta_P = jnp.pad(theta_F, (0, 1), constant_values=jnp.inf)[pairs.latent_P]
+            active_P = pairs.pre_P > theta_P
+            latents_P = jnp.where(active_P, pairs.pre_P, 0.0)
+            decoded_BD, l0_B = self._parts.decode(
+                pairs, latents_P, W_dec_FD, num_rows=x_BD.shape[0]
+            )
+            active_F = per_latent(active_P, pairs.counts_F)
+            stacked = jax.tree.map(lambda array: array[None, None], pairs)
+            return self._summed(decoded_BD, l0_B, active_F, pairs.total, kept=stacked)
+
+        out_dims = self._encoded_dims(_PAIR_DIMS)
+        return self._over_devices(part, ENCODER_DIMS, out_dims)(*operands)
+
+    def _without_pairs(self, operands: EncoderOperands) -> Encoded:
+        """Instead of an encoding that wasn't tried: infinitely many pairs."""
+        x_BD, width = operands[-1], self._sae.width
+        stacked = self._mesh.shape["data"], self._mesh.shape["model"]
+        positions = (*stacked, self._capacity)
+        pairs = Pairs(
+            row_P=jnp.zeros(positions, jnp.int32),
+            latent_P=jnp.zeros(positions, jnp.int32),
+            pre_P=jnp.zeros(positions),
+            counts_F=jnp.zeros((*stacked, width // stacked[1]), jnp.int32),
+            total=jnp.zeros(stacked),
+        )
+        return Encoded(
+            decoded_BD=jnp.zeros(x_BD.shape),
+            l0_B=jnp.zeros(x_BD.shape[0]),
+            active_F=jnp.zeros(width),
+            pairs_per_row=jnp.full((), jnp.inf),
+            kept=pairs,
+            is_sparse=jnp.zeros((), bool),
+        )
+
+    def _update(
+        self,
+        state: TrainState,
+        x_BD: Array,
+        encoded: Encoded,
+        output: OutputGradients,
+        *,
+        scalars: Scheduled,
+    ) -> tuple[Params, Params, Array, Array]:
+        """In place; to clip, a first pass over the gradients finds their norm."""
+        clip = self._train.gradient_clip
+        if clip is None:
+            return self._update_in_place(state, x_BD, encoded, output, scalars=scalars)
+        rows = self._rows(state)
+        _, sums, _ = self._update_latents(rows, encoded, output, None)
+        small = small_gradients(state.params, x_BD, output=output, sums=sums, sae=self._sae)
+        small_squares = optimiser.tree_norm(small) ** 2
+        scale = jnp.minimum(1.0, clip / jnp.sqrt(sums.projected + small_squares))
+        params, second_moment, touched_F, _ = self._update_in_place(
+            state, x_BD, encoded, output.scaled(scale), scalars=scalars
+        )
+        norm = jnp.sqrt(sums.squares + small_squares)
+        return params, second_moment, touched_F, norm
+
+    def _update_latents(
+        self, rows: Rows, encoded: Encoded, output: OutputGradients, update: Update | None
+    ) -> tuple[Rows, LatentSums, Array]:
+        """By pairs if they fit, else by tiles.
+
+        Both passes stand in the program, one after the other, and one of them runs zero
+        iterations. XLA's CPU compiler would copy what a branch of a `cond` writes into.
+        """
+        fits = encoded.is_sparse
+        rows, by_pairs, touched_F = self._update_touched(rows, encoded, output, update)
+        num_tiles = jnp.where(fits, 0, self._num_tiles)
+        rows, by_tiles = self._update_tiles(rows, output, None, num_tiles, update)
+        sums = jax.tree.map(partial(jnp.where, fits), by_pairs, by_tiles)
+        return rows, sums, touched_F | ~fits
+
+    def _update_touched(
+        self, rows: Rows, encoded: Encoded, output: OutputGradients, update: Update | None
+    ) -> tuple[Rows, LatentSums, Array]:
+        """Rows and sums of `touched_pass`, and which latents were touched; none if pairs don't fit.
+
+        Each device goes over its latents with the pairs of the whole batch: the batch and its
+        output gradients are smaller than the weights' gradients that would be added up instead.
+        """
+
+        def part(rows, pairs, fits, output, update):
+            counts_F, row_P, pre_P = self._merged(pairs)
+            rows, sums = self._parts.touched(
+                rows,
+                longest_first(counts_F, wanted=fits),
+                row_P,
+                pre_P,
+                output=output,
+                update=update,
+                config=self._config,
+            )
+            return rows, self._latent_sums(sums), fits & (counts_F > 0)
+
+        in_dims = (ROW_DIMS, _WHOLE_PAIR_DIMS, (), output_dims("whole"), update_dims(update))
+        return self._over_devices(part, in_dims, (ROW_DIMS, SUM_DIMS, ("F",)))(
+            rows, encoded.kept, encoded.is_sparse, output, update
+        )
+
+    def _merged(self, pairs: Pairs) -> tuple[Array, Array, Array]:
+        """The pairs of all parts of the batch in the order of their latents."""
+        counts_F = pairs.counts_F[:, 0].sum(axis=0)
+        parts = pairs.row_P.shape[0]
+        first_row = jnp.arange(parts, dtype=jnp.int32) * self._num_rows
+        row_P = (pairs.row_P[:, 0] + first_row[:, None]).reshape(-1)
+        pre_P = pairs.pre_P[:, 0].reshape(-1)
+        if parts == 1:
+            return counts_F, row_P, pre_P
+        latent_P = pairs.latent_P[:, 0].reshape(-1)
+        _, row_P, pre_P = jax.lax.sort((latent_P, row_P, pre_P), num_keys=1, is_stable=True)
+        return counts_F, row_P, pre_P
+
+    def _over_devices(self, function: Callable, in_dims: Any, out_dims: Any) -> Callable:
+        # An interpreter's loops over references don't pass the check; kernels for GPUs do.
+        return over_devices(
+            function,
+            mesh=self._mesh,
+            in_dims=in_dims,
+            out_dims=out_dims,
+            check=not is_interpreted(),
         )

@@ -1,94 +1,30 @@
-"""Gradients of latents and their update, a block of latents at a time, in place.
+"""Gradients of touched latents and their update, a block of latents at a time, in place.
 
-A block's rows of weights and second moments are read, their gradients made, projected, put through
-Adam, renormalised and written back; no gradient of a weight matrix exists as a whole. Two passes
-make the same gradients (JumpReLU paper, equations 11 and 12; docs/numerics.md):
+A block's rows of weights and second moments are read, their gradients made from the latents' pairs
+(`sae_train.step.gradients` has the formulas), put through the optimiser and written back; no
+gradient of a weight matrix exists as a whole. A latent that no pair names has no gradient, and with
+β₁ = 0 the optimiser leaves it where it is: it is neither read nor written. Pure functions of one
+device's latents, given the whole batch.
 
-    g_f  = d_i · g_b                         g_b the gradient in the reconstruction
-    dd_i = Σ f g_b                           over active pairs (row, latent)
-    de_i = Σ g_f x_b,  db_i = Σ g_f          over active pairs
-    dθ_i = -(1/ε) Σ (θ_i g_f + s_b + ω_i)    over pairs within ε/2 of θ_i, active or not
-
-`touched_pass` goes over the latents that pairs name. A latent that none names has no gradient, and
-with β₁ = 0 Adam leaves it where it is: it is neither read nor written. `every_pass` goes over all,
-by products of whole tiles. Pure functions of one device's latents, given the whole batch.
-
-Legend: B rows, D model width, F latents, P places for pairs, S latents of a block, C pairs of a
+Legend: B rows, D model width, F latents, P positions of pairs, S latents of a block, C pairs of a
 latent taken at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from sae_train.model.forward import PRECISION
+from sae_train.config.run import Config
+from sae_train.model.forward import Params
 from sae_train.sparse.segment_sums import Segments, block_of, over_pairs, weighted_rows
-from sae_train.step.adam import Rows, remove_parallel
-from sae_train.step.gradients import Gradients, Pulls, from_products
-from sae_train.step.tiles import tile_of, varying_like
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Sums:
-    """What a pass leaves besides the rows.
-
-    Attributes:
-        bias_F, theta_F: the gradients of b_enc and of θ itself.
-        encoded_D: W_encᵀ of the former, with the weights before their update.
-        squares: summed over both weight matrices' gradients.
-        projected: the same, the decoder's projected.
-
-    Its leaves are arrays; in its twins, their dims or where they lie.
-    """
-
-    bias_F: Any
-    theta_F: Any
-    encoded_D: Any
-    squares: Any
-    projected: Any
-
-
-# New rows from a block's latents, its rows and their gradients.
-Write = Callable[[Array, Rows, Gradients], Rows]
-
-
-def no_sums(num: int, d_model: int, *, like: Array) -> Sums:
-    """Zeros for `num` latents, typed as `like` is in a `shard_map`."""
-    zeros = Sums(
-        bias_F=jnp.zeros(num),
-        theta_F=jnp.zeros(num),
-        encoded_D=jnp.zeros(d_model),
-        squares=jnp.zeros(()),
-        projected=jnp.zeros(()),
-    )
-    return jax.tree.map(lambda zero: varying_like(zero, like=like), zeros)
-
-
-def added(
-    sums: Sums, own: Rows, found: Gradients, *, place: Callable[[Array, Array], Array]
-) -> Sums:
-    """The sums with those of a block.
-
-    Args:
-        place: puts what the block has of each latent into an array of all.
-    """
-    projected_SD = remove_parallel(found.dec_SD, rows_FD=own.W_dec)
-    encoder = jnp.square(found.enc_SD).sum()
-    return Sums(
-        bias_F=place(sums.bias_F, found.bias_S),
-        theta_F=place(sums.theta_F, found.theta_S),
-        encoded_D=sums.encoded_D
-        + jnp.einsum("s,sd->d", found.bias_S, own.W_enc, precision=PRECISION),
-        squares=sums.squares + encoder + jnp.square(found.dec_SD).sum(),
-        projected=sums.projected + encoder + jnp.square(projected_SD).sum(),
-    )
+from sae_train.step.gradients import LatentSums, OutputGradients, Rows, added, no_sums
+from sae_train.step.tile_passes import Update, updated_rows
+from sae_train.step.tiles import varying_like
 
 
 def _at(start: Array) -> Callable[[Array, Array], Array]:
@@ -101,57 +37,60 @@ def touched_pass(
     row_P: Int[Array, " P"],
     pre_P: Float[Array, " P"],
     *,
-    pulls: Pulls,
-    bandwidth: float,
-    write: Write | None,
-) -> tuple[Rows, Sums]:
+    output: OutputGradients,
+    update: Update | None,
+    config: Config,
+) -> tuple[Rows, LatentSums]:
     """Over the latents that pairs name: (rows, sums).
 
     Args:
         segments: of each latent the pairs it has, `row_P` and `pre_P` being their rows and
             pre-activations.
-        write: makes the new rows; None leaves them, for a look at the gradients' norm.
+        update: None leaves the rows as they are; their sums then have the gradients' norm.
     """
     size, num = segments.block, segments.ids_N.shape[0]
-    width, d_model = rows.W_enc.shape
-    like = rows.W_enc[0, 0] + pre_P[0]
+    width, d_model = rows[0]["W_enc"].shape
+    like = rows[0]["W_enc"][0, 0] + pre_P[0]
 
-    def one_block(number: Array, carry: tuple[Rows, Sums]) -> tuple[Rows, Sums]:
+    def one_block(number: Array, carry: tuple[Rows, LatentSums]) -> tuple[Rows, LatentSums]:
         rows, sums = carry
         counts_S = block_of(segments.counts_N, number, size=size)
         # The last block may hold latents without a pair: they must not be written.
         ids_S = jnp.where(counts_S > 0, block_of(segments.ids_N, number, size=size), width)
-        own = Rows(*(matrix_FD.at[ids_S].get(mode="clip") for matrix_FD in rows))
-        found = _from_pairs(
-            own.W_dec,
-            jnp.minimum(ids_S, width - 1),
+        near_S = jnp.minimum(ids_S, width - 1)
+        own = jax.tree.map(lambda matrix_FD: matrix_FD.at[ids_S].get(mode="clip"), rows)
+        gradients = _from_pairs(
+            own[0]["W_dec"],
+            near_S,
             block_of(segments.starts_N, number, size=size),
             counts_S,
             row_P=row_P,
             pre_P=pre_P,
-            pulls=pulls,
-            bandwidth=bandwidth,
+            output=output,
+            bandwidth=config.sae.bandwidth,
         )
-        sums = added(sums, own, found, place=_at(number * size))
-        if write is None:
+        place = _at(number * size)
+        sums = added(sums, own[0], gradients, place=place, for_norm=update is None)
+        if update is None:
             return rows, sums
-        new = write(jnp.minimum(ids_S, width - 1), own, found)
-        written = (
-            matrix_FD.at[ids_S].set(new_SD, mode="drop")
-            for matrix_FD, new_SD in zip(rows, new, strict=True)
-        )
-        return Rows(*written), sums
+        new = updated_rows(own, gradients, near_S, update=update, config=config)
+        write = partial(_write, ids_S)
+        return jax.tree.map(write, rows, new), sums
 
     start = rows, no_sums(num, d_model, like=like)
     rows, sums = jax.lax.fori_loop(0, segments.num_blocks, one_block, start)
     back_F = jnp.argsort(segments.ids_N)[:width]
-    return rows, Sums(
+    return rows, LatentSums(
         bias_F=sums.bias_F[back_F],
         theta_F=sums.theta_F[back_F],
         encoded_D=sums.encoded_D,
         squares=sums.squares,
         projected=sums.projected,
     )
+
+
+def _write(ids_S: Array, matrix_FD: Array, new_SD: Array) -> Array:
+    return matrix_FD.at[ids_S].set(new_SD, mode="drop")
 
 
 def _from_pairs(
@@ -162,80 +101,36 @@ def _from_pairs(
     *,
     row_P: Array,
     pre_P: Array,
-    pulls: Pulls,
+    output: OutputGradients,
     bandwidth: float,
-) -> Gradients:
-    theta_S, g_count_S = pulls.theta_F[ids_S], pulls.g_count_F[ids_S]
+) -> Params:
+    """`tile_gradients` of a block of latents, from its pairs."""
+    theta_S, g_count_S = output.theta_F[ids_S], output.g_count_F[ids_S]
 
-    def add(so_far: Gradients, place_SC: Array, there_SC: Array) -> Gradients:
-        row_SC, pre_SC = row_P[place_SC], pre_P[place_SC]
-        distance_SC = pre_SC - theta_S[:, None]
+    def add(so_far: Params, position_SC: Array, there_SC: Array) -> Params:
+        row_SC, pre_SC = row_P[position_SC], pre_P[position_SC]
         active_SC = there_SC & (pre_SC > theta_S[:, None])
-        window_SC = there_SC & (jnp.abs(distance_SC) < bandwidth / 2)
-        g_f_SC = _dots(pulls.g_BD, row_SC, W_dec_SD)
+        window_SC = there_SC & (jnp.abs(pre_SC - theta_S[:, None]) < bandwidth / 2)
+        g_f_SC = _dots(output.g_BD, row_SC, W_dec_SD)
         g_pre_SC = jnp.where(active_SC, g_f_SC, 0.0)
-        step_SC = pulls.g_l0_B[row_SC] + g_count_S[:, None]
-        pull_SC = jnp.where(window_SC, theta_S[:, None] * g_f_SC + step_SC, 0.0)
+        g_step_SC = output.g_l0_B[row_SC] + g_count_S[:, None]
+        g_theta_SC = jnp.where(window_SC, theta_S[:, None] * g_f_SC + g_step_SC, 0.0)
         f_SC = jnp.where(active_SC, pre_SC, 0.0)
-        return Gradients(
-            enc_SD=so_far.enc_SD + weighted_rows(pulls.x_BD, row_SC, g_pre_SC),
-            dec_SD=so_far.dec_SD + weighted_rows(pulls.g_BD, row_SC, f_SC),
-            bias_S=so_far.bias_S + g_pre_SC.sum(axis=1),
-            theta_S=so_far.theta_S - pull_SC.sum(axis=1) / bandwidth,
-        )
+        return {
+            "W_enc": so_far["W_enc"] + weighted_rows(output.x_BD, row_SC, g_pre_SC),
+            "W_dec": so_far["W_dec"] + weighted_rows(output.g_BD, row_SC, f_SC),
+            "b_enc": so_far["b_enc"] + g_pre_SC.sum(axis=1),
+            "threshold": so_far["threshold"] - g_theta_SC.sum(axis=1) / bandwidth,
+        }
 
     like = W_dec_SD[0, 0] + pre_P[0]
     zero_SD = varying_like(jnp.zeros(W_dec_SD.shape), like=like)
     zero_S = varying_like(jnp.zeros(theta_S.shape), like=like)
-    return over_pairs(starts_S, counts_S, Gradients(zero_SD, zero_SD, zero_S, zero_S), add)
+    start = {"W_enc": zero_SD, "W_dec": zero_SD, "b_enc": zero_S, "threshold": zero_S}
+    return over_pairs(starts_S, counts_S, start, add)
 
 
 def _dots(source_BD: Array, row_SC: Array, with_SD: Array) -> Array:
     """Of each pair source[row] · with, written out for the same reason as `weighted_rows`."""
     columns = (source_BD[row_SC[:, c]] * with_SD for c in range(row_SC.shape[1]))
     return jnp.stack([column_SD.sum(axis=1) for column_SD in columns], axis=1)
-
-
-def every_pass(
-    rows: Rows,
-    wanted: Bool[Array, ""],
-    *,
-    pulls: Pulls,
-    bandwidth: float,
-    write: Write | None,
-    reduce: Callable[[Gradients], Gradients],
-) -> tuple[Rows, Sums]:
-    """Over all latents, tile by tile: (rows, sums). Each tile's pre-activations are made again.
-
-    Args:
-        wanted: False goes over none.
-        reduce: adds up the gradients of the parts of a batch.
-    """
-    width, d_model = rows.W_enc.shape
-    size = tile_of(width)
-
-    def one_tile(number: Array, carry: tuple[Rows, Sums]) -> tuple[Rows, Sums]:
-        rows, sums = carry
-        at = number * size
-        ids_S = at + jnp.arange(size, dtype=jnp.int32)
-        # Gathers: slices would be fused into what follows, and XLA then copies each whole matrix.
-        own = Rows(*(matrix_FD.at[ids_S].get(mode="clip") for matrix_FD in rows))
-        pre_SB = jnp.einsum("sd,bd->sb", own.W_enc, pulls.x_BD, precision=PRECISION)
-        found = from_products(
-            own.W_dec,
-            pre_SB + pulls.bias_F[ids_S][:, None],
-            theta_S=pulls.theta_F[ids_S],
-            g_count_S=pulls.g_count_F[ids_S],
-            pulls=pulls,
-            bandwidth=bandwidth,
-        )
-        found = reduce(found)
-        sums = added(sums, own, found, place=_at(at))
-        if write is None:
-            return rows, sums
-        new = write(ids_S, own, found)
-        place = jax.lax.dynamic_update_slice_in_dim
-        return Rows(*(place(a, b, at, axis=0) for a, b in zip(rows, new, strict=True))), sums
-
-    start = rows, no_sums(width, d_model, like=rows.W_enc[0, 0])
-    return jax.lax.fori_loop(0, jnp.where(wanted, width // size, 0), one_tile, start)

@@ -6,7 +6,7 @@ a block are about as long as each other, and of each the next few pairs are gath
 until the longest is through. The order of additions is fixed, so the same pairs give the same
 bits. Pure functions of one device's shard.
 
-Legend: B rows, D model width, F latents, P places for pairs, S segments of a block, C pairs of a
+Legend: B rows, D model width, F latents, P positions for pairs, S segments of a block, C pairs of a
 segment taken at once, N segments.
 """
 
@@ -54,19 +54,17 @@ class Segments:
         return min(BLOCK, self.ids_N.shape[0])
 
 
-def longest_first(
-    counts_N: Int[Array, " N"], *, wanted_N: Bool[Array, " N"] | None = None
-) -> Segments:
+def longest_first(counts_N: Int[Array, " N"], *, wanted: Bool[Array, ""] | None = None) -> Segments:
     """The segments of pairs that lie one segment after the other.
 
     Args:
-        wanted_N: the others are as if they were empty.
+        wanted: False takes all segments for empty.
     """
     num = counts_N.shape[0]
     padding = -num % min(BLOCK, num)
     starts_N = jnp.cumsum(counts_N, dtype=jnp.int32) - counts_N
-    if wanted_N is not None:
-        counts_N = jnp.where(wanted_N, counts_N, 0)
+    if wanted is not None:
+        counts_N = jnp.where(wanted, counts_N, 0)
     longest_N, ids_N, starts_N = jax.lax.sort(
         (-counts_N, jnp.arange(num, dtype=jnp.int32), starts_N), num_keys=1, is_stable=True
     )
@@ -91,14 +89,14 @@ def over_pairs(
     start: Carried,
     add: Callable[[Carried, Int[Array, "S C"], Bool[Array, "S C"]], Carried],
 ) -> Carried:
-    """`add` the next few pairs of each segment, given their places and which are there at all."""
+    """`add` the next few pairs of each segment, given their positions and which of them exist."""
 
     def some(state: tuple[Array, Carried]) -> tuple[Array, Carried]:
         done, carried = state
         nth_C = done + jnp.arange(AT_ONCE, dtype=jnp.int32)
         there_SC = nth_C[None, :] < counts_S[:, None]
-        place_SC = jnp.where(there_SC, starts_S[:, None] + nth_C[None, :], 0)
-        return done + AT_ONCE, add(carried, place_SC, there_SC)
+        position_SC = jnp.where(there_SC, starts_S[:, None] + nth_C[None, :], 0)
+        return done + AT_ONCE, add(carried, position_SC, there_SC)
 
     longest = counts_S.max()
     zero = varying_like(jnp.zeros((), jnp.int32), like=longest)
@@ -146,13 +144,13 @@ def _sorted(key_P: Array, *, total: Array, largest: int) -> tuple[Array, Array]:
 def _sort_keys(key_P: Array, *, largest: int) -> tuple[Array, Array]:
     size = key_P.shape[0]
     bits = max(1, (size - 1).bit_length())
-    place_P = jnp.arange(size, dtype=jnp.uint32)
+    position_P = jnp.arange(size, dtype=jnp.uint32)
     if (largest << bits) + size > 1 << 32:
-        varying = varying_like(place_P.astype(jnp.int32), like=key_P)
+        varying = varying_like(position_P.astype(jnp.int32), like=key_P)
         key, place = jax.lax.sort((key_P, varying), num_keys=1, is_stable=True)
         return key, place
     # Key and place in one word: sorting pairs of arrays takes four times as long on a CPU.
-    packed_P = jax.lax.sort((key_P.astype(jnp.uint32) << bits) | place_P)
+    packed_P = jax.lax.sort((key_P.astype(jnp.uint32) << bits) | position_P)
     return (packed_P >> bits).astype(jnp.int32), (packed_P & ((1 << bits) - 1)).astype(jnp.int32)
 
 
@@ -184,9 +182,11 @@ def decode_sorted(
         return varying_like(empty[0], like=like), varying_like(empty[1], like=like)
 
     def one_block(number: Array, so_far: tuple[Array, Array]) -> tuple[Array, Array]:
-        def add(sums: tuple[Array, Array], place_SC: Array, there_SC: Array) -> tuple[Array, Array]:
-            value_SC = jnp.where(there_SC, value_P[place_SC], 0.0)
-            decoded_SD = sums[0] + weighted_rows(W_dec_FD, latent_P[place_SC], value_SC)
+        def add(
+            sums: tuple[Array, Array], position_SC: Array, there_SC: Array
+        ) -> tuple[Array, Array]:
+            value_SC = jnp.where(there_SC, value_P[position_SC], 0.0)
+            decoded_SD = sums[0] + weighted_rows(W_dec_FD, latent_P[position_SC], value_SC)
             return decoded_SD, sums[1] + (value_SC != 0).sum(axis=1, dtype=jnp.float32)
 
         starts_S = block_of(segments.starts_N, number, size=size)

@@ -1,14 +1,14 @@
-"""The JumpReLU step by products of whole matrices: five of them, and as little else as can be.
+"""The dense step of a JumpReLU SAE: five products of whole matrices, and as little else as can be.
 
-    encoder's product, latents, decode       a tile of latents at a time; of all that is [B, F] only
-                                             the pre-activations are kept
-    penalties, what they send back
-    gradients, projection, Adam, new rows    a tile at a time, in place
+    encode     encoder product, latents, decoder product; of all arrays of size [B, F] only the
+               pre-activations are kept
+    penalty    of L0 and frequencies, and its gradients in them
+    update     gradients, projection, optimiser and new rows, a tile of latents at a time, in place
 
-Masks, latents and their gradients exist for one tile only, and on a CPU don't leave its caches; no
+Masks, latents and their gradients exist for one tile only, and on a CPU stay in its caches; no
 gradient of a weight matrix exists as a whole, unless gradients are clipped, for which the norm of
-all must be known first. All gradients are explicit (`row_passes.from_products`). Parts run under
-`shard_map`, each device on its rows and latents, with the sums over devices written out.
+all must be known first. All gradients are explicit (`gradients`). Passes run on each device's rows
+and latents, with the sums over devices written out; none is differentiated.
 
 Legend: B rows of a batch, D model width, F latents, T tiles, L latents of a tile.
 """
@@ -16,8 +16,7 @@ Legend: B rows of a batch, D model width, F latents, T tiles, L latents of a til
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,55 +25,35 @@ from jaxtyping import Array, Float
 
 from sae_train.config.run import Config
 from sae_train.model.forward import PRECISION, Params, decoded_with, threshold_of
-from sae_train.model.sharding import spec_on
-from sae_train.step.adam import Rows, RowUpdate, adam_update, tree_norm, update, update_rows
-from sae_train.step.gradients import Gradients, Pulls, from_products, small_gradients
-from sae_train.step.result import Stepped
+from sae_train.model.sharding import max_over_all, over_devices, sum_over
+from sae_train.step import optimiser
+from sae_train.step.gradients import (
+    SUM_DIMS,
+    Encoded,
+    LatentSums,
+    OutputGradients,
+    Rows,
+    output_dims,
+    small_gradients,
+    tile_gradients,
+)
+from sae_train.step.result import StepResult
 from sae_train.step.schedule import Scheduled
-from sae_train.step.sparsity_penalty import Counts, Priced, priced
+from sae_train.step.sparsity_penalty import Penalty, penalty_of
 from sae_train.step.state import TrainState
-from sae_train.step.tiles import tile_of, varying_like
+from sae_train.step.tile_passes import Update, encode_tiles, update_tiles
+from sae_train.step.tiles import tile_of
 
-# A width without divisors in reach goes as one tile: hundreds of small ones would take longer.
+# A width without divisors in reach is one tile: hundreds of small ones would take longer.
 _SMALLEST_TILE = 256
 
+MATRIX = ("F", "D")
+ROW_DIMS = ({"W_enc": MATRIX, "W_dec": MATRIX},) * 2
+ENCODER_DIMS = (MATRIX, MATRIX, ("F",), ("F",), ("B", "D"))
 _KEPT_DIMS = ("F", "whole", "B")  # pre-activations [T, L, B]
-_ROW_DIMS = Rows(*(("F", "D"),) * 4)
-_PULL_DIMS = Pulls(
-    x_BD=("B", "D"),
-    g_BD=("B", "D"),
-    g_l0_B=("B",),
-    g_count_F=("F",),
-    theta_F=("F",),
-    bias_F=("F",),
-)
 
-
-class Loss(NamedTuple):
-    """A batch's loss, what it was made of, and what it sends back.
-
-    Attributes:
-        active_F: rows of the batch that a latent is active in.
-        kept_TLB: pre-activations.
-    """
-
-    loss: Float[Array, ""]
-    penalty: Priced
-    reconstruction_BD: Float[Array, "B D"]
-    l0_B: Float[Array, " B"]
-    active_F: Float[Array, " F"]
-    kept_TLB: Float[Array, "T L B"]
-    pulls: Pulls
-
-
-class _Sums(NamedTuple):
-    """What a pass over the latents leaves besides their rows: gradients of b_enc and of θ itself,
-    W_encᵀ of the former, and the squares of both weight matrices' gradients."""
-
-    bias_F: Any
-    theta_F: Any
-    encoded_D: Any
-    squares: Any
+# W_enc, W_dec, b_enc, θ, and what the encoder multiplies.
+EncoderOperands = tuple[Array, Array, Array, Array, Array]
 
 
 def cpu_tile(width: int) -> int:
@@ -83,293 +62,306 @@ def cpu_tile(width: int) -> int:
     return tile if tile >= _SMALLEST_TILE else width
 
 
+def update_dims(update: Update | None) -> Any:
+    """The dims of an `Update`: scalars everywhere, decays with their latents."""
+    return None if update is None else (Scheduled((), (), (), ()), ("F",))
+
+
 class DenseStep:
-    """The step of a JumpReLU SAE or transcoder on a mesh."""
+    """A `Step` of a JumpReLU SAE or transcoder on a mesh."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
-        self._sae, self._train, self._mesh = config.sae, config.train, mesh
+        self._config, self._mesh = config, mesh
+        self._sae, self._train = config.sae, config.train
         width = config.sae.width // mesh.shape["model"]
-        # Elsewhere products of small tiles may not fill the device: nothing was measured.
+        # On other devices products of small tiles may not fill the device: nothing was measured.
         self._tile = cpu_tile(width) if mesh.devices.flat[0].platform == "cpu" else width
+        self._num_tiles = width // self._tile
+        self._num_rows = config.train.batch_size // mesh.shape["data"]  # of each device
 
     def __call__(
-        self, state: TrainState, x_BD: Array, *, target_BD: Array, scalars: Scheduled
-    ) -> Stepped:
+        self,
+        state: TrainState,
+        x_BD: Float[Array, "B D"],
+        *,
+        target_BD: Float[Array, "B D"],
+        scalars: Scheduled,
+    ) -> StepResult:
         """One step on scaled rows."""
-        found = self.loss(state.params, x_BD, scalars, target_BD=target_BD, log_gain=state.log_gain)
-        how = self._by_norm if self._train.gradient_clip is not None else self._in_place
-        params, second_moment, norm = how(state, x_BD, scalars, found)
-        return Stepped(
+        encoded = self._encode(state, self._encoder_operands(state.params, x_BD))
+        reconstruction_BD = decoded_with(state.params, encoded.decoded_BD, x_BD=x_BD)
+        residual_BD = target_BD - reconstruction_BD
+        penalty, output = self._output_gradients(
+            state.params, x_BD, residual_BD, encoded, scalars=scalars, log_gain=state.log_gain
+        )
+        params, second_moment, touched_F, norm = self._update(
+            state, x_BD, encoded, output, scalars=scalars
+        )
+        return StepResult(
             params=params,
             second_moment=second_moment,
-            last_touched=jnp.full_like(state.last_touched, state.step + 1),
-            loss=found.loss,
-            coefficient=found.penalty.coefficient,
-            log_gain=found.penalty.log_gain,
-            norm=norm,
-            reconstruction_BD=found.reconstruction_BD,
-            l0_B=found.l0_B,
-            fired_F=found.active_F > 0,
-            candidates=jnp.zeros(()),
+            last_touched=jnp.where(touched_F, state.step + 1, state.last_touched),
+            loss=jnp.square(residual_BD).sum(axis=1).mean() + penalty.loss,
+            penalty=penalty,
+            gradient_norm=norm,
+            reconstruction_BD=reconstruction_BD,
+            l0_B=encoded.l0_B,
+            fired_F=encoded.active_F > 0,
+            pairs_per_row=encoded.pairs_per_row,
+            is_sparse=encoded.is_sparse,
+            overflowed=jnp.zeros((), bool),
         )
 
-    def loss(
+    def loss_and_gradients(
         self,
         params: Params,
         x_BD: Float[Array, "B D"],
-        scalars: Scheduled,
         *,
         target_BD: Float[Array, "B D"],
+        scalars: Scheduled,
         log_gain: Float[Array, ""],
-    ) -> Loss:
-        """Squared error plus penalty, mean over rows (Gemma Scope, equation 4).
+    ) -> tuple[Float[Array, ""], Params]:
+        """The loss and the gradients of all parameters, the decoder's not yet projected."""
+        encoded = self._encode_tiles(self._encoder_operands(params, x_BD), keep=True)
+        residual_BD = target_BD - decoded_with(params, encoded.decoded_BD, x_BD=x_BD)
+        penalty, output = self._output_gradients(
+            params, x_BD, residual_BD, encoded, scalars=scalars, log_gain=log_gain
+        )
+        loss = jnp.square(residual_BD).sum(axis=1).mean() + penalty.loss
+        return loss, self._gradients(params, x_BD, encoded, output)
+
+    def _encoder_operands(self, params: Params, x_BD: Array) -> EncoderOperands:
+        if self._sae.pre_encoder_bias:
+            x_BD = x_BD - params["b_dec"][None, :]
+        theta_F = threshold_of(params, config=self._sae)
+        return params["W_enc"], params["W_dec"], params["b_enc"], theta_F, x_BD
+
+    def _encode(self, state: TrainState, operands: EncoderOperands) -> Encoded:
+        """Encode and decode; which path a step takes may depend on the state."""
+        return self._encode_tiles(operands, keep=True)
+
+    def _encode_tiles(self, operands: EncoderOperands, *, keep: bool) -> Encoded:
+        """By products; `keep` says whether for gradients by products, or for their count."""
+
+        def part(*operands):
+            decoded_BD, l0_B, active_F, pre_TLB, total = encode_tiles(
+                *operands, tile=self._tile, bandwidth=self._sae.bandwidth, keep=keep
+            )
+            return self._summed(decoded_BD, l0_B, active_F, None if keep else total, kept=pre_TLB)
+
+        out_dims = self._encoded_dims(_KEPT_DIMS if keep else None)
+        return self._over_devices(part, ENCODER_DIMS, out_dims)(*operands)
+
+    def _summed(
+        self, decoded_BD: Array, l0_B: Array, active_F: Array, total: Array | None, *, kept: Any
+    ) -> Encoded:
+        """Each device's sums added up.
 
         Args:
-            x_BD, target_BD: scaled rows; of an SAE the target is x.
+            total: a device's number of pairs; None if they weren't counted.
         """
-        theta_F = threshold_of(params, config=self._sae)
-        shifted_BD = x_BD - params["b_dec"][None, :] if self._sae.pre_encoder_bias else x_BD
-        product_BD, l0_B, active_F, kept_TLB = self._encode(params, theta_F, shifted_BD)
-        reconstruction_BD = decoded_with(params, product_BD, x_BD=x_BD)
-        residual_BD, num_rows = target_BD - reconstruction_BD, target_BD.shape[0]
+        mesh, pairs_per_row = self._mesh, jnp.zeros(())
+        if total is not None:
+            pairs_per_row = max_over_all(total, mesh=mesh) * (mesh.shape["model"] / self._num_rows)
+        return Encoded(
+            decoded_BD=sum_over("model", decoded_BD, mesh=mesh),
+            l0_B=sum_over("model", l0_B, mesh=mesh),
+            active_F=sum_over("data", active_F, mesh=mesh),
+            pairs_per_row=pairs_per_row,
+            kept=kept,
+            is_sparse=jnp.zeros((), bool),
+        )
 
-        def price(l0_B: Array, frequency_F: Array) -> tuple[Array, Priced]:
-            counts = Counts(l0_B=l0_B, frequency_F=frequency_F)
-            found = priced(counts, scalars, log_gain=log_gain, train=self._train)
+    @staticmethod
+    def _encoded_dims(kept: Any) -> Encoded:
+        return Encoded(
+            decoded_BD=("B", "D"),
+            l0_B=("B",),
+            active_F=("F",),
+            pairs_per_row=(),
+            kept=kept,
+            is_sparse=(),
+        )
+
+    def _output_gradients(
+        self,
+        params: Params,
+        x_BD: Array,
+        residual_BD: Array,
+        encoded: Encoded,
+        *,
+        scalars: Scheduled,
+        log_gain: Array,
+    ) -> tuple[Penalty, OutputGradients]:
+        """The penalty, and the gradients of the loss in reconstruction, L0 and frequencies."""
+        num_rows = residual_BD.shape[0]
+
+        def penalty(l0_B: Array, frequency_F: Array) -> tuple[Array, Penalty]:
+            found = penalty_of(
+                l0_B, frequency_F, scalars=scalars, log_gain=log_gain, train=self._train
+            )
             return found.loss, found
 
-        (_, penalty), (g_l0_B, g_frequency_F) = jax.value_and_grad(
-            price, argnums=(0, 1), has_aux=True
-        )(l0_B, active_F / num_rows)
-        return Loss(
-            loss=jnp.square(residual_BD).sum(axis=1).mean() + penalty.loss,
-            penalty=penalty,
-            reconstruction_BD=reconstruction_BD,
-            l0_B=l0_B,
-            active_F=active_F,
-            kept_TLB=kept_TLB,
-            pulls=Pulls(
-                x_BD=shifted_BD,
-                g_BD=-2.0 / num_rows * residual_BD,
-                g_l0_B=g_l0_B,
-                g_count_F=g_frequency_F / num_rows,
-                theta_F=theta_F,
-                bias_F=params["b_enc"],
-            ),
+        (_, found), (g_l0_B, g_frequency_F) = jax.value_and_grad(
+            penalty, argnums=(0, 1), has_aux=True
+        )(encoded.l0_B, encoded.active_F / num_rows)
+        _, _, bias_F, theta_F, encoder_input_BD = self._encoder_operands(params, x_BD)
+        return found, OutputGradients(
+            x_BD=encoder_input_BD,
+            g_BD=-2.0 / num_rows * residual_BD,
+            g_l0_B=g_l0_B,
+            g_count_F=g_frequency_F / num_rows,
+            theta_F=theta_F,
+            bias_F=bias_F,
         )
 
-    def gradients(self, params: Params, x_BD: Float[Array, "B D"], found: Loss) -> Params:
-        """Of every parameter, as a whole, the decoder's not yet projected."""
-
-        def part(W_enc_FD, W_dec_FD, kept_TLB, pulls):
-            def one_tile(tile):
-                W_dec_LD, pre_LB, theta_L, g_count_L = tile
-                return self._over_data(W_dec_LD, pre_LB, theta_L, g_count_L, pulls=pulls)
-
-            tiles = self._tiles(W_dec_FD), kept_TLB, *self._per_latent(pulls)
-            whole = jax.tree.map(_untiled, Gradients(*jax.lax.map(one_tile, tiles)))
-            encoded_D = jnp.einsum("f,fd->d", whole.bias_S, W_enc_FD, precision=PRECISION)
-            return whole, self._sum(encoded_D, "model")
-
-        out_dims = (Gradients(("F", "D"), ("F", "D"), ("F",), ("F",)), ("D",))
-        whole, encoded_D = self._map(
-            part, (("F", "D"), ("F", "D"), _KEPT_DIMS, _PULL_DIMS), out_dims
-        )(params["W_enc"], params["W_dec"], found.kept_TLB, found.pulls)
-        small = small_gradients(
-            params,
-            x_BD,
-            pulls=found.pulls,
-            bias_F=whole.bias_S,
-            theta_F=whole.theta_S,
-            encoded_D=encoded_D,
-            sae=self._sae,
-        )
-        return small | {"W_enc": whole.enc_SD, "W_dec": whole.dec_SD}
-
-    def _by_norm(
-        self, state: TrainState, x_BD: Array, scalars: Scheduled, found: Loss
-    ) -> tuple[Params, Params, Array]:
-        """New parameters, second moments and the gradient's norm, the latter first."""
-        gradients = self.gradients(state.params, x_BD, found)
-        params, second_moment = update(
+    def _update(
+        self,
+        state: TrainState,
+        x_BD: Array,
+        encoded: Encoded,
+        output: OutputGradients,
+        *,
+        scalars: Scheduled,
+    ) -> tuple[Params, Params, Array, Array]:
+        """New parameters, second moments, which latents were touched, and the gradients' norm."""
+        if self._train.gradient_clip is None:
+            return self._update_in_place(state, x_BD, encoded, output, scalars=scalars)
+        gradients = self._gradients(state.params, x_BD, encoded, output)
+        params, second_moment = optimiser.update(
             state.params,
             gradients,
             second_moment=state.second_moment,
-            learning_rate=scalars.learning_rate,
-            bias_correction=scalars.bias_correction,
+            decay_F=optimiser.waited_decay(state.step - state.last_touched, train=self._train),
+            scalars=scalars,
             sae=self._sae,
             train=self._train,
+            clip=True,
         )
-        return params, second_moment, tree_norm(gradients)
+        touched_F = jnp.ones(self._sae.width, bool)
+        return params, second_moment, touched_F, optimiser.tree_norm(gradients)
 
-    def _in_place(
-        self, state: TrainState, x_BD: Array, scalars: Scheduled, found: Loss
-    ) -> tuple[Params, Params, Array]:
-        """As `_by_norm`, each tile's rows written as soon as it has its gradients."""
+    def _update_in_place(
+        self,
+        state: TrainState,
+        x_BD: Array,
+        encoded: Encoded,
+        output: OutputGradients,
+        *,
+        scalars: Scheduled,
+    ) -> tuple[Params, Params, Array, Array]:
+        """As `_update`, each block's rows written as soon as it has its gradients.
+
+        Small parameters come last. Of untouched latents they stay as they are, waiting.
+        """
         params, moment = state.params, state.second_moment
-        rows = Rows(params["W_enc"], params["W_dec"], moment["W_enc"], moment["W_dec"])
-        rows, sums = self._update_rows(rows, scalars, found)
-        small = small_gradients(
-            params,
-            x_BD,
-            pulls=found.pulls,
-            bias_F=sums.bias_F,
-            theta_F=sums.theta_F,
-            encoded_D=sums.encoded_D,
-            sae=self._sae,
+        decay_F = optimiser.waited_decay(state.step - state.last_touched, train=self._train)
+        traced = jax.tree.map(jnp.asarray, scalars)
+        rows, sums, touched_F = self._update_latents(
+            self._rows(state), encoded, output, (traced, decay_F)
         )
-        new, new_moment = adam_update(
+        small = small_gradients(params, x_BD, output=output, sums=sums, sae=self._sae)
+        new, new_moment = optimiser.update(
             {name: params[name] for name in small},
             small,
             second_moment=moment,
-            learning_rate=scalars.learning_rate,
-            bias_correction=scalars.bias_correction,
+            decay_F=decay_F,
+            scalars=scalars,
             sae=self._sae,
             train=self._train,
         )
-        squares = sums.squares + sum(jnp.square(gradient).sum() for gradient in small.values())
-        new |= {"W_enc": rows.W_enc, "W_dec": rows.W_dec}
-        new_moment |= {"W_enc": rows.v_enc, "W_dec": rows.v_dec}
-        return new, new_moment, jnp.sqrt(squares)
+        for name in ("b_enc", "threshold"):
+            new[name] = jnp.where(touched_F, new[name], params[name])
+            new_moment[name] = jnp.where(touched_F, new_moment[name], moment[name])
+        norm = jnp.sqrt(sums.squares + optimiser.tree_norm(small) ** 2)
+        return new | rows[0], new_moment | rows[1], touched_F, norm
 
-    def _encode(
-        self, params: Params, theta_F: Array, shifted_BD: Array
-    ) -> tuple[Array, Array, Array, Array]:
-        """f W_dec, active latents of a row, active rows of a latent, and the pre-activations."""
+    @staticmethod
+    def _rows(state: TrainState) -> Rows:
+        params, moment = (
+            {name: own[name] for name in ("W_enc", "W_dec")}
+            for own in (state.params, state.second_moment)
+        )
+        return params, moment
 
-        def part(W_enc_FD, W_dec_FD, bias_F, theta_F, x_BD):
-            def one_tile(carry, tile):
-                decoded_BD, l0_B = carry
-                W_enc_LD, W_dec_LD, bias_L, theta_L = tile
-                pre_LB = jnp.einsum("ld,bd->lb", W_enc_LD, x_BD, precision=PRECISION)
-                pre_LB = pre_LB + bias_L[:, None]
-                active_LB = pre_LB > theta_L[:, None]
-                f_LB = jnp.where(active_LB, pre_LB, 0.0)
-                product_BD = jnp.einsum("lb,ld->bd", f_LB, W_dec_LD, precision=PRECISION)
-                l0_B = l0_B + active_LB.sum(axis=0, dtype=x_BD.dtype)
-                return (decoded_BD + product_BD, l0_B), (
-                    pre_LB,
-                    active_LB.sum(axis=1, dtype=x_BD.dtype),
-                )
+    def _update_latents(
+        self, rows: Rows, encoded: Encoded, output: OutputGradients, update: Update | None
+    ) -> tuple[Rows, LatentSums, Array]:
+        """New rows, sums of their gradients and which latents were touched: here all."""
+        rows, sums = self._update_tiles(rows, output, encoded.kept, self._num_tiles, update)
+        return rows, sums, jnp.ones(self._sae.width, bool)
 
-            like = W_enc_FD[0, 0] + x_BD[0, 0]
-            zeros = jnp.zeros(x_BD.shape), jnp.zeros(x_BD.shape[0])
-            start = tuple(varying_like(zero, like=like) for zero in zeros)
-            tiles = tuple(self._tiles(array) for array in (W_enc_FD, W_dec_FD, bias_F, theta_F))
-            (decoded_BD, l0_B), (pre_TLB, active_TL) = self._scan(one_tile, start, tiles)
-            return (
-                self._sum(decoded_BD, "model"),
-                self._sum(l0_B, "model"),
-                self._sum(_untiled(active_TL), "data"),
+    def _update_tiles(
+        self,
+        rows: Rows,
+        output: OutputGradients,
+        pre_TLB: Array | None,
+        num_tiles: int | Array,
+        update: Update | None,
+    ) -> tuple[Rows, LatentSums]:
+        def part(rows, output, pre_TLB, num_tiles, update):
+            rows, sums = update_tiles(
+                rows,
+                output,
                 pre_TLB,
+                self._num_tiles if num_tiles is None else num_tiles,
+                tile=self._tile,
+                update=update,
+                config=self._config,
+                mesh=self._mesh,
             )
+            return rows, self._latent_sums(sums)
 
-        in_dims = (("F", "D"), ("F", "D"), ("F",), ("F",), ("B", "D"))
-        out_dims = (("B", "D"), ("B",), ("F",), _KEPT_DIMS)
-        return self._map(part, in_dims, out_dims)(
-            params["W_enc"], params["W_dec"], params["b_enc"], theta_F, shifted_BD
+        dynamic = None if isinstance(num_tiles, int) else num_tiles
+        in_dims = (
+            ROW_DIMS,
+            output_dims(),
+            None if pre_TLB is None else _KEPT_DIMS,
+            None if dynamic is None else (),
+            update_dims(update),
+        )
+        return self._over_devices(part, in_dims, (ROW_DIMS, SUM_DIMS))(
+            rows, output, pre_TLB, dynamic, update
         )
 
-    def _update_rows(self, rows: Rows, scalars: Scheduled, found: Loss) -> tuple[Rows, _Sums]:
-        """New rows, in the old ones' place, and sums of their gradients."""
+    def _latent_sums(self, sums: LatentSums) -> LatentSums:
+        """Each device's sums over its own latents; those that no latent owns are added up."""
+        encoded_D, squares, projected = sum_over(
+            "model", (sums.encoded_D, sums.squares, sums.projected), mesh=self._mesh
+        )
+        return LatentSums(sums.bias_F, sums.theta_F, encoded_D, squares, projected)
 
-        def part(rows, kept_TLB, pulls, scalars):
-            def one_tile(carry, tile):
-                rows, encoded_D, squares = carry
-                number, pre_LB, theta_L, g_count_L = tile
-                own = self._rows_of(rows, number)
-                found = self._over_data(own.W_dec, pre_LB, theta_L, g_count_L, pulls=pulls)
-                new = update_rows(
-                    own,
-                    g_enc_FD=found.enc_SD,
-                    g_dec_FD=found.dec_SD,
-                    kept_F=jnp.full(self._tile, self._train.adam.beta2),
-                    scalars=scalars,
-                    config=self._train.adam,
+    def _gradients(
+        self, params: Params, x_BD: Array, encoded: Encoded, output: OutputGradients
+    ) -> Params:
+        """Of every parameter, as a whole, the decoder's not yet projected."""
+
+        def part(W_enc_FD, W_dec_FD, pre_TLB, output):
+            def one_tile(tile):
+                W_dec_LD, pre_LB, theta_L, g_count_L = tile
+                gradients = tile_gradients(
+                    W_dec_LD,
+                    pre_LB,
+                    theta_S=theta_L,
+                    g_count_S=g_count_L,
+                    output=output,
+                    bandwidth=self._sae.bandwidth,
                 )
-                squares = squares + jnp.square(found.enc_SD).sum() + jnp.square(found.dec_SD).sum()
-                encoded_D = encoded_D + jnp.einsum(
-                    "l,ld->d", found.bias_S, own.W_enc, precision=PRECISION
-                )
-                return (self._placed(rows, new, number), encoded_D, squares), (
-                    found.bias_S,
-                    found.theta_S,
-                )
+                return sum_over("data", gradients, mesh=self._mesh)
 
-            zeros = jnp.zeros(pulls.x_BD.shape[1]), jnp.zeros(())
-            start = rows, *(varying_like(zero, like=rows.W_enc[0, 0]) for zero in zeros)
-            numbers_T = jnp.arange(kept_TLB.shape[0], dtype=jnp.int32)
-            tiles = numbers_T, kept_TLB, *self._per_latent(pulls)
-            (rows, encoded_D, squares), per_latent = self._scan(one_tile, start, tiles)
-            encoded_D, squares = self._sum((encoded_D, squares), "model")
-            bias_F, theta_F = map(_untiled, per_latent)
-            return rows, _Sums(bias_F, theta_F, encoded_D, squares)
+            per_latent = W_dec_FD, output.theta_F, output.g_count_F
+            W_dec_TLD, *others = (a.reshape(-1, self._tile, *a.shape[1:]) for a in per_latent)
+            tiled = jax.lax.map(one_tile, (W_dec_TLD, pre_TLB, *others))
+            whole = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tiled)
+            encoded_D = jnp.einsum("f,fd->d", whole["b_enc"], W_enc_FD, precision=PRECISION)
+            return whole, sum_over("model", encoded_D, mesh=self._mesh)
 
-        everywhere = RowUpdate(learning_rate=(), bias_correction=(), scale=())
-        update = RowUpdate(
-            learning_rate=jnp.asarray(scalars.learning_rate),
-            bias_correction=jnp.asarray(scalars.bias_correction),
-            scale=jnp.ones(()),
-        )
-        in_dims = (_ROW_DIMS, _KEPT_DIMS, _PULL_DIMS, everywhere)
-        out_dims = (_ROW_DIMS, _Sums(("F",), ("F",), ("D",), ()))
-        return self._map(part, in_dims, out_dims)(rows, found.kept_TLB, found.pulls, update)
+        whole_dims = {"W_enc": MATRIX, "W_dec": MATRIX, "b_enc": ("F",), "threshold": ("F",)}
+        whole, encoded_D = self._over_devices(
+            part, (MATRIX, MATRIX, _KEPT_DIMS, output_dims()), (whole_dims, ("D",))
+        )(params["W_enc"], params["W_dec"], encoded.kept, output)
+        sums = LatentSums(whole["b_enc"], whole["threshold"], encoded_D, None, None)
+        return whole | small_gradients(params, x_BD, output=output, sums=sums, sae=self._sae)
 
-    def _over_data(
-        self, W_dec_LD: Array, pre_LB: Array, theta_L: Array, g_count_L: Array, *, pulls: Pulls
-    ) -> Gradients:
-        own = from_products(
-            W_dec_LD,
-            pre_LB,
-            theta_S=theta_L,
-            g_count_S=g_count_L,
-            pulls=pulls,
-            bandwidth=self._sae.bandwidth,
-        )
-        return Gradients(*self._sum(tuple(own), "data"))
-
-    def _rows_of(self, rows: Rows, number: Array) -> Rows:
-        if rows.W_enc.shape[0] == self._tile:
-            return rows
-        ids_L = number * self._tile + jnp.arange(self._tile, dtype=jnp.int32)
-        # Gathers: slices would be fused into what follows, and XLA then copies each whole matrix.
-        return Rows(*(matrix_FD.at[ids_L].get(mode="clip") for matrix_FD in rows))
-
-    def _placed(self, rows: Rows, new: Rows, number: Array) -> Rows:
-        place = jax.lax.dynamic_update_slice_in_dim
-        at = number * self._tile
-        return Rows(*(place(all_, own, at, axis=0) for all_, own in zip(rows, new, strict=True)))
-
-    def _per_latent(self, pulls: Pulls) -> tuple[Array, Array]:
-        return self._tiles(pulls.theta_F), self._tiles(pulls.g_count_F)
-
-    def _tiles(self, array_F: Array) -> Array:
-        return array_F.reshape(-1, self._tile, *array_F.shape[1:])
-
-    def _scan(self, body: Callable, start: Any, tiles: Any) -> Any:
-        """A loop over tiles; no loop where there is only one, for XLA to see through."""
-        return jax.lax.scan(body, start, tiles, unroll=len(tiles[0]) == 1)
-
-    def _map(self, function: Callable, in_dims: Any, out_dims: Any) -> Callable:
-        return jax.shard_map(
-            function,
-            mesh=self._mesh,
-            in_specs=self._specs(in_dims),
-            out_specs=self._specs(out_dims),
-            check_vma=True,
-        )
-
-    def _specs(self, dims: Any) -> Any:
-        return jax.tree.map(partial(spec_on, self._mesh), dims, is_leaf=_is_dims)
-
-    def _sum(self, value: Any, axis: str) -> Any:
-        """Over the devices along a mesh axis."""
-        return jax.lax.psum(value, axis) if self._mesh.shape[axis] > 1 else value
-
-
-def _untiled(array_TL: Array) -> Array:
-    return array_TL.reshape(-1, *array_TL.shape[2:])
-
-
-def _is_dims(leaf: Any) -> bool:
-    return type(leaf) is tuple and all(isinstance(dim, str) for dim in leaf)
+    def _over_devices(self, function: Callable, in_dims: Any, out_dims: Any) -> Callable:
+        return over_devices(function, mesh=self._mesh, in_dims=in_dims, out_dims=out_dims)

@@ -7,7 +7,7 @@
     l1          λ mean L1                         the ReLU and the Gated SAE's
     frequency   λ Σ ω² / ω₀ beside any of them    GDM's update on high-frequency latents (2025)
 
-each the mean over rows. Their gradients reach the threshold only (`sae`).
+each the mean over rows. Their gradients reach the threshold only (`sae_train.model.jumprelu`).
 
 Legend: B rows of a batch, F latents.
 """
@@ -28,14 +28,13 @@ from sae_train.config.run import (
     TargetL0Penalty,
     TrainConfig,
 )
-from sae_train.model.forward import Forward
 from sae_train.step.schedule import Scheduled
 
-# Beyond this distance from its target, a factor of e, an L0 pulls no harder: while an SAE is young
+# A distance from the target beyond a factor of e counts as a factor of e: while an SAE is young,
 # half of its latents are active.
 _FURTHEST = 1.0
-# λ strays from where it started by at most this factor's logarithm either way; a target that no λ
-# reaches must not end in an overflow.
+# λ moves from where it started by at most a factor of e to this power, up or down: a target that no
+# λ reaches must not end in an overflow.
 _LARGEST_LOG_GAIN = 12.0
 # Settling times in a run, where none is configured: see docs/recipes.md.
 _SETTLINGS = 50
@@ -43,7 +42,7 @@ _SETTLINGS = 50
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Priced:
+class Penalty:
     """A batch's mean penalty, the λ in force and what the controller carries to the next step."""
 
     loss: Float[Array, ""]
@@ -51,44 +50,44 @@ class Priced:
     log_gain: Float[Array, ""]
 
 
-@dataclass(frozen=True)
-class Counts:
-    """What a penalty prices, where there is no `Forward`; as its fields of these names."""
-
-    l0_B: Float[Array, " B"]
-    frequency_F: Float[Array, " F"]
-    l1_B: Float[Array, " B"] | None = None
-
-
-def priced(
-    out: Forward | Counts, scalars: Scheduled, *, log_gain: Float[Array, ""], train: TrainConfig
-) -> Priced:
+def penalty_of(
+    l0_B: Float[Array, " B"],
+    frequency_F: Float[Array, " F"],
+    *,
+    l1_B: Float[Array, " B"] | None = None,
+    scalars: Scheduled,
+    log_gain: Float[Array, ""],
+    train: TrainConfig,
+) -> Penalty:
     """The mean penalty of a batch.
 
     Args:
+        l0_B: active latents of each row.
+        frequency_F: the share of rows in which each latent is active.
+        l1_B: the L1 norm of each row, for `l1` alone.
         scalars: this step's, with the warmed-up λ.
-        log_gain: what steering has added to log λ so far; 0 but for `match_l0`.
+        log_gain: what steering has added to log λ so far; 0 except for `match_l0`.
     """
     penalty, lam = train.sparsity, jnp.asarray(scalars.sparsity_coefficient)
     if isinstance(penalty, NoPenalty):
-        return Priced(loss=jnp.zeros(()), coefficient=lam, log_gain=log_gain)
+        return Penalty(loss=jnp.zeros(()), coefficient=lam, log_gain=log_gain)
     if isinstance(penalty, L1Penalty):
-        assert out.l1_B is not None
-        return Priced(loss=lam * out.l1_B.mean(), coefficient=lam, log_gain=log_gain)
+        assert l1_B is not None
+        return Penalty(loss=lam * l1_B.mean(), coefficient=lam, log_gain=log_gain)
     if isinstance(penalty, MatchL0Penalty):
-        distance = _distance(out.l0_B, target=penalty.target)
+        distance = _distance(l0_B, target=penalty.target)
         # In proportion to this batch's own distance, which damps, and to the sum of all before.
         lam = lam * jnp.exp(log_gain + distance)
         settle_steps = penalty.settle_steps or max(1, train.steps // _SETTLINGS)
-        # Nothing is summed before the full λ has had a say.
+        # Nothing is summed while λ warms up: the distance isn't yet the full λ's doing.
         moved = log_gain + jnp.where(scalars.sparsity_warmup < 1, 0.0, distance / settle_steps)
         log_gain = jnp.clip(moved, -_LARGEST_LOG_GAIN, _LARGEST_LOG_GAIN)
-    loss = lam * _l0_term(out.l0_B, penalty)
+    loss = lam * _l0_term(l0_B, penalty)
     if penalty.frequency is not None:
         own = penalty.frequency.coefficient
-        price = lam if own is None else own * scalars.sparsity_warmup
-        loss = loss + price * jnp.square(out.frequency_F).sum() / penalty.frequency.scale
-    return Priced(loss=loss, coefficient=lam, log_gain=log_gain)
+        lam_frequency = lam if own is None else own * scalars.sparsity_warmup
+        loss = loss + lam_frequency * jnp.square(frequency_F).sum() / penalty.frequency.scale
+    return Penalty(loss=loss, coefficient=lam, log_gain=log_gain)
 
 
 def _l0_term(l0_B: Float[Array, " B"], penalty: Sparsity) -> Float[Array, ""]:

@@ -1,4 +1,4 @@
-"""The training state: what it holds, how it is born sharded, and its abstract twin."""
+"""The training state: what it holds, how it is created sharded, and its abstract shapes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Int
 
+from sae_train.config.run import TrainConfig
 from sae_train.config.sae import SaeConfig
 from sae_train.model.sharding import LAST_FIRED, Tensor, shape_of, sharding, table_of
 
@@ -32,11 +33,12 @@ class TrainState:
         log_gain: what `match_l0` has added to the logarithm of its coefficient.
         selection_threshold: of BatchTopK the mean of the smallest latents selected, its threshold
             at inference; 0 of others.
-        candidates: pairs of row and latent, per row, that the last step needed places for.
-        sparse: 1 if the last step went by pairs, 0 if by whole products.
-        overflows: steps so far that tried to go by pairs and had too many.
+        candidates: pairs of row and latent that had a gradient in the last step, per row; 0 where
+            the sparse path isn't taken into account.
+        sparse: 1 if the last step took the sparse path, 0 if the dense one.
+        overflows: steps so far that tried the sparse path and had too many pairs.
 
-    Its leaves are arrays; in its twins, their shardings or their abstract shapes.
+    Its leaves are arrays; the same class also holds their shardings or abstract shapes.
     """
 
     params: dict[str, Any]
@@ -49,6 +51,13 @@ class TrainState:
     candidates: Any
     sparse: Any
     overflows: Any
+
+
+def is_dead(
+    last_fired_F: Int[Array, " F"], *, step: Int[Array, ""], train: TrainConfig
+) -> Bool[Array, " F"]:
+    """Latents that haven't fired for `dead_after_tokens`."""
+    return step - last_fired_F >= -(-train.dead_after_tokens // train.batch_size)
 
 
 def _map_table(leaf, scalar, *, config: SaeConfig) -> TrainState:
@@ -101,7 +110,7 @@ def init_state(config: SaeConfig, *, d_model: int, seed: int, mesh: Mesh) -> Tra
     return _initialiser(config, d_model, seed, mesh)()
 
 
-# The members of a cohort begin alike but for the numbers they are compared by.
+# The members of a cohort start from the same state, and share its compiled initialiser.
 @functools.lru_cache(maxsize=8)
 def _initialiser(
     config: SaeConfig, d_model: int, seed: int, mesh: Mesh
@@ -118,7 +127,7 @@ def _initialiser(
             return jnp.zeros(shape, tensor.dtype)
 
         state = _map_table(leaf, lambda dtype: jnp.zeros((), dtype), config=config)
-        # Half of all latents are active at first (docs/numerics.md): as if all were.
+        # Half of all latents are active at first (docs/numerics.md): too many for the sparse path.
         return dataclasses.replace(state, candidates=jnp.float32(config.width))
 
     return jax.jit(init, out_shardings=state_shardings(mesh, config=config))

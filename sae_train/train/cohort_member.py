@@ -29,18 +29,18 @@ from sae_train.runs.metrics_file import MetricsLog, read_metrics
 from sae_train.step.schedule import Scheduled, scheduled
 from sae_train.step.state import TrainState, abstract_state, init_state
 from sae_train.train.initial_state import HostBatch, prepare_start
-from sae_train.train.step_log import InputClock, Journal
+from sae_train.train.step_log import InputClock, StepLog
 from sae_train.train.train_step import StepMetrics
 
 logger = logging.getLogger(__name__)
 
 
 class Member:
-    """A run on its way through a stream of batches; a context manager that leaves it in order.
+    """A run that trains on a stream of batches; a context manager that closes what it opened.
 
     Attributes:
         done: optimiser steps given to the devices; their metrics are read one step late.
-        failure: why it takes no further part, if it failed.
+        failure: why it stopped, if it failed.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Member:
         self.config, self.folder = config, storage_path(config.output)
         self.done, self.steps = 0, config.train.steps
         self.failure: str | None = None
-        self.journal = Journal(config, clock)
+        self.step_log = StepLog(config, clock)
         self._store, self._mesh = store, mesh
         infos = {tap: store.tap_info(tap) for tap in config.sae.taps}
         scales = {tap: float(np.sqrt(info.mean_squared_norm)) for tap, info in infos.items()}
@@ -130,7 +130,7 @@ class Member:
         if not self.at_work:
             logger.info("%s is trained already: %d steps", folder, self.done)
             rows = read_metrics(folder)
-            self.journal.last_row = rows[-1] if rows else {}
+            self.step_log.last_row = rows[-1] if rows else {}
             self.close()
 
     def _load(self, step: int) -> TrainState:
@@ -155,12 +155,12 @@ class Member:
     def _open_log(self) -> None:
         train = self.config.train
         log = MetricsLog(self.config.output, from_step=self.done, tensorboard=train.tensorboard)
-        self.journal.log = self._stack.enter_context(log)
+        self.step_log.log = self._stack.enter_context(log)
 
     def give(self) -> tuple[TrainState, Scheduled]:
         """The state to step from, which the step may consume, and the scalars of the step."""
         assert self._state is not None
-        self.journal.begin()
+        self.step_log.begin()
         return self._state, scheduled(self.config.train, step=self.done)
 
     def take(self, state: TrainState, metrics: StepMetrics) -> None:
@@ -178,7 +178,7 @@ class Member:
             Diverged: they are not finite.
         """
         unread, self._unread = self._unread, None
-        return unread is not None and self.journal.record(*unread)
+        return unread is not None and self.step_log.record(*unread)
 
     def save(self) -> None:
         """Save the state, unless nothing was done since it was saved or restored.
@@ -190,8 +190,8 @@ class Member:
             return
         # Judged before it is saved: a state that isn't finite never reaches a checkpoint.
         pending, self._pending = self._pending, None
-        self.journal.record(*pending)
-        self.journal.flush()
+        self.step_log.record(*pending)
+        self.step_log.flush()
         assert self._state is not None
         self.checkpoints.save(self._state, step=self.done, meta=self._meta)
 

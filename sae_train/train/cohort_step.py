@@ -1,8 +1,8 @@
-"""A step of every member of a cohort on one batch: each by its own program, or several by one.
+"""One step of every member of a cohort on one batch: a program for each, or one for several.
 
 Members whose steps differ in numbers alone (`cohort.step_key`) share a compiled program. With
 `train.stacked` those of them that stand at the same step are given to the devices together, as one
-program over all: fewer starts of programs, which small SAEs on a fast device wait for.
+program over all: fewer program launches, which small SAEs on a fast device wait for.
 """
 
 from __future__ import annotations

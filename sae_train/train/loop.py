@@ -103,7 +103,7 @@ def train_cohort(
             _steps(at_work, readers=readers, mesh=mesh, clock=clock, progress=progress, stop=stop)
     exchange.barrier("trained")
     exchange.run_on_main_and_broadcast("failures", lambda: _tell_failures(members))
-    return [TrainResult(one.folder, one.done, one.journal.last_row) for one in members]
+    return [TrainResult(one.folder, one.done, one.step_log.last_row) for one in members]
 
 
 @contextmanager

@@ -54,13 +54,13 @@ class CohortProgress:
         self._read += 1
         if self._meter is None:
             return
-        rows = {id(one): one.journal.last_row for one in self._members if one.journal.last_row}
+        rows = {id(one): one.step_log.last_row for one in self._members if one.step_log.last_row}
         if rows != self._shown:
             self._shown = rows
             self._meter.update(self._read * self._batch_size, note=self._note(step))
 
     def _note(self, step: int) -> str:
-        rows = [one.journal.last_row for one in self._members if one.journal.last_row]
+        rows = [one.step_log.last_row for one in self._members if one.step_log.last_row]
         if len(self._members) == 1:
             (row,) = rows
             return (

@@ -1,4 +1,4 @@
-"""What a run says of its steps: every one judged, those due written to metrics.jsonl."""
+"""A run's step log: every step's metrics checked, those that are due written to metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class InputClock:
 
 @dataclass
 class _Lap:
-    """What was so when a run's last row was written, and its steps since."""
+    """The clocks when a run's last row was written, and its steps since."""
 
     start: float
     waited: float
@@ -43,8 +43,8 @@ class _Lap:
 
 
 @dataclass
-class Journal:
-    """Judges every step's metrics, in every process, and where `log` is writes those due."""
+class StepLog:
+    """Checks every step's metrics, in every process; the process with a `log` writes those due."""
 
     config: Config
     clock: InputClock

@@ -1,8 +1,11 @@
-"""One optimiser step: loss, gradients, update, metrics; compiled once per shape and mesh.
+"""One optimiser step, compiled once per shape and mesh: loss, gradients, update, metrics.
 
-The loop sees only `TrainStep`, wherever gradients come from: a JumpReLU's are explicit, by products
-(`DenseStep`) or by pairs (`AdaptiveStep`); all others are autodiff's, of one program over a (data,
-model) mesh in which the compiler places the collectives.
+The loop sees only `TrainStep`. Where gradients come from is the `Step` it was made with: a
+JumpReLU's are explicit (`DenseStep`, `SparseStep`), those of other architectures autodiff's.
+
+A batch goes from the loop to new weights through `loop`, `cohort_step`, this file, then
+`sae_train.step.dense_jumprelu` (or `sae_train.sparse.jumprelu_step`, or `sae_train.step.autodiff`),
+`sae_train.step.gradients` and `sae_train.step.optimiser`.
 
 Legend: B rows of a batch, D model width, F latents.
 """
@@ -16,21 +19,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from sae_train.config.run import Config, TrainConfig
+from sae_train.config.run import Config
 from sae_train.config.sae import SaeConfig
-from sae_train.model.architectures import forward
-from sae_train.model.forward import Forward, Params, threshold_of
+from sae_train.model.forward import threshold_of
 from sae_train.model.sharding import BATCH_DIMS, sharding
-from sae_train.sparse.jumprelu_step import AdaptiveStep
-from sae_train.step.adam import tree_norm, update
+from sae_train.sparse.jumprelu_step import SparseStep
+from sae_train.step.autodiff import AutodiffStep
 from sae_train.step.dense_jumprelu import DenseStep
-from sae_train.step.path_choice import is_by_pairs
-from sae_train.step.result import Stepped
+from sae_train.step.path_choice import may_be_sparse_on
+from sae_train.step.result import Step, StepResult
 from sae_train.step.schedule import Scheduled
-from sae_train.step.sparsity_penalty import Priced, priced
-from sae_train.step.state import TrainState, state_shardings
+from sae_train.step.state import TrainState, is_dead, state_shardings
 
 
 @jax.tree_util.register_dataclass
@@ -38,13 +39,14 @@ from sae_train.step.state import TrainState, state_shardings
 class StepMetrics:
     """Scalars of one batch, measured before its update, in scaled units (E|x|² = 1).
 
-    `mse` is the squared error summed over D, mean over rows. `fvu` is the summed squared error
-    over that of always predicting the batch's mean. `sparsity_coefficient` is the λ that was in
-    force, warm-up and steering included. `sparse_candidates` are the pairs of row and latent, per
-    row, that a step by pairs must have places for: a JumpReLU's that have a gradient, a TopK's
-    that its selection collected; 0 where steps never go by pairs. `sparse_overflows` counts the
-    steps so far that had too many. `finite` covers loss and gradients, hence the
-    state after the step.
+    Attributes:
+        mse: squared error summed over D, mean over rows.
+        fvu: the summed squared error over that of always predicting the batch's mean.
+        sparsity_coefficient: the λ in force, warm-up and steering included.
+        sparse_candidates: pairs of row and latent that have a gradient, per row, which the sparse
+            path needs space for; 0 where it isn't taken into account.
+        sparse_overflows: steps so far that had too many of them.
+        finite: are loss and gradients, and so the state after the step?
     """
 
     loss: Float[Array, ""]
@@ -60,7 +62,7 @@ class StepMetrics:
     finite: Array
 
 
-# How a step's smallest selected latent fades in BatchTopK's threshold; SAELens' rate is the same.
+# The decay of past values in the mean that is BatchTopK's threshold; SAELens has the same.
 _SELECTION_DECAY = 0.99
 
 # Raw rows [B, D]: of an SAE one array; of a transcoder two, what it reads and what it predicts.
@@ -71,36 +73,6 @@ StackedStep = Callable[
     [tuple[TrainState, ...], Batch, tuple[Scheduled, ...]],
     tuple[tuple[TrainState, ...], tuple[StepMetrics, ...]],
 ]
-
-
-def loss_and_forward(
-    params: Params,
-    x_BD: Float[Array, "B D"],
-    scalars: Scheduled,
-    *,
-    target_BD: Float[Array, "B D"],
-    log_gain: Float[Array, ""],
-    dead_F: Bool[Array, " F"],
-    sae: SaeConfig,
-    train: TrainConfig,
-) -> tuple[Float[Array, ""], tuple[Forward, Priced]]:
-    """Squared error plus penalty, mean over rows, and an auxiliary loss if there is one.
-
-    Args:
-        x_BD, target_BD: scaled rows; of an SAE the target is x.
-    """
-    out = forward(params, x_BD, target_BD=target_BD, config=sae, dead_F=dead_F)
-    mse = jnp.square(target_BD - out.reconstruction_BD).sum(axis=1).mean()
-    penalty = priced(out, scalars, log_gain=log_gain, train=train)
-    loss = mse + penalty.loss
-    if out.auxiliary is not None:
-        loss = loss + out.auxiliary
-    return loss, (out, penalty)
-
-
-def _is_dead(last_fired_F: Array, *, step: Array, train: TrainConfig) -> Array:
-    """Latents that haven't fired for `dead_after_tokens`."""
-    return step - last_fired_F >= -(-train.dead_after_tokens // train.batch_size)
 
 
 def _threshold_mean(state: TrainState, *, config: SaeConfig) -> Array:
@@ -119,34 +91,40 @@ def averaged(mean: Array, smallest: Array | None, *, step: Array) -> Array:
 
 
 def _measure(
-    state: TrainState,
-    stepped: Stepped,
-    *,
-    target_BD: Array,
-    overflows: Array,
-    config: Config,
-) -> tuple[StepMetrics, Array]:
-    """The step's metrics and the new `last_fired`."""
-    loss, norm = stepped.loss, stepped.norm
-    fired_F = stepped.fired_F
-    last_fired_F = jnp.where(fired_F, state.step + 1, state.last_fired)
-    mse = jnp.square(target_BD - stepped.reconstruction_BD).sum(axis=1).mean()
+    state: TrainState, result: StepResult, *, target_BD: Array, config: Config
+) -> tuple[TrainState, StepMetrics]:
+    """The new state and the step's metrics."""
+    step = state.step + 1
+    last_fired_F = jnp.where(result.fired_F, step, state.last_fired)
+    mse = jnp.square(target_BD - result.reconstruction_BD).sum(axis=1).mean()
     variance = jnp.square(target_BD - target_BD.mean(axis=0, keepdims=True)).sum(axis=1).mean()
-    dead_F = _is_dead(last_fired_F, step=state.step + 1, train=config.train)
+    overflows = state.overflows + result.overflowed.astype(jnp.int32)
     metrics = StepMetrics(
-        loss=loss,
+        loss=result.loss,
         mse=mse,
         fvu=mse / variance,
-        l0=stepped.l0_B.mean(),
-        dead_fraction=dead_F.mean(),
+        l0=result.l0_B.mean(),
+        dead_fraction=is_dead(last_fired_F, step=step, train=config.train).mean(),
         threshold_mean=_threshold_mean(state, config=config.sae),
-        sparsity_coefficient=stepped.coefficient,
-        gradient_norm=norm,
-        sparse_candidates=stepped.candidates,
+        sparsity_coefficient=result.penalty.coefficient,
+        gradient_norm=result.gradient_norm,
+        sparse_candidates=result.pairs_per_row,
         sparse_overflows=overflows,
-        finite=jnp.isfinite(loss) & jnp.isfinite(norm),
+        finite=jnp.isfinite(result.loss) & jnp.isfinite(result.gradient_norm),
     )
-    return metrics, last_fired_F
+    new_state = TrainState(
+        params=result.params,
+        second_moment=result.second_moment,
+        last_fired=last_fired_F,
+        last_touched=result.last_touched,
+        step=step,
+        log_gain=result.penalty.log_gain,
+        selection_threshold=averaged(state.selection_threshold, result.smallest, step=step),
+        candidates=result.pairs_per_row,
+        sparse=result.is_sparse.astype(jnp.int32),
+        overflows=overflows,
+    )
+    return new_state, metrics
 
 
 def make_train_step(
@@ -162,7 +140,7 @@ def make_train_step(
     """
     states, rows, scalar = _placements(config, mesh)
     return jax.jit(
-        _plain_step(config, input_scale=input_scale, target_scale=target_scale, mesh=mesh),
+        _uncompiled_step(config, input_scale=input_scale, target_scale=target_scale, mesh=mesh),
         in_shardings=(states, rows, scalar),
         out_shardings=(states, scalar),
         donate_argnums=0,
@@ -183,7 +161,7 @@ def make_stacked_step(
     that each can be saved, or leave, without being copied; they are donated.
     """
     states, rows, scalar = _placements(config, mesh)
-    plain = _plain_step(config, input_scale=input_scale, target_scale=target_scale, mesh=mesh)
+    plain = _uncompiled_step(config, input_scale=input_scale, target_scale=target_scale, mesh=mesh)
 
     def step(
         own: tuple[TrainState, ...], batch: Batch, scalars: tuple[Scheduled, ...]
@@ -216,80 +194,22 @@ def _scaled(
     return inputs_BD * (1.0 / input_scale), targets_BD * (1.0 / (target_scale or input_scale))
 
 
-def _plain_step(
+def _step_of(config: Config, mesh: Mesh) -> Step:
+    """The step that a config asks for."""
+    if config.sae.architecture != "jumprelu":
+        return AutodiffStep(config)
+    return SparseStep(config, mesh) if may_be_sparse_on(config, mesh) else DenseStep(config, mesh)
+
+
+def _uncompiled_step(
     config: Config, *, input_scale: float, target_scale: float | None, mesh: Mesh
 ) -> TrainStep:
-    """The step as it is written, uncompiled."""
-    adaptive = AdaptiveStep(config, mesh) if is_by_pairs(config, mesh) else None
-    dense = DenseStep(config, mesh) if config.sae.architecture == "jumprelu" else None
+    """The step as it is written, from raw rows to the new state."""
+    take_step = _step_of(config, mesh)
 
     def step(state: TrainState, batch: Batch, scalars: Scheduled) -> tuple[TrainState, StepMetrics]:
         x_BD, target_BD = _scaled(batch, input_scale=input_scale, target_scale=target_scale)
-        sparse, overflows = jnp.zeros((), bool), state.overflows
-        if adaptive is not None:
-            stepped, sparse, tried = adaptive(state, x_BD, target_BD=target_BD, scalars=scalars)
-            overflows = overflows + (tried & ~sparse).astype(jnp.int32)
-        elif dense is not None:
-            stepped = dense(state, x_BD, target_BD=target_BD, scalars=scalars)
-        else:
-            stepped = _by_autodiff(state, x_BD, target_BD, scalars, config=config)
-        metrics, last_fired = _measure(
-            state, stepped, target_BD=target_BD, overflows=overflows, config=config
-        )
-        new_state = TrainState(
-            params=stepped.params,
-            second_moment=stepped.second_moment,
-            last_fired=last_fired,
-            last_touched=stepped.last_touched,
-            step=state.step + 1,
-            log_gain=stepped.log_gain,
-            selection_threshold=averaged(
-                state.selection_threshold, stepped.smallest, step=state.step + 1
-            ),
-            candidates=stepped.candidates,
-            sparse=sparse.astype(jnp.int32),
-            overflows=overflows,
-        )
-        return new_state, metrics
+        result = take_step(state, x_BD, target_BD=target_BD, scalars=scalars)
+        return _measure(state, result, target_BD=target_BD, config=config)
 
     return step
-
-
-def _by_autodiff(
-    state: TrainState, x_BD: Array, target_BD: Array, scalars: Scheduled, *, config: Config
-) -> Stepped:
-    """A step of any architecture but JumpReLU."""
-    sae, train = config.sae, config.train
-    (loss, (out, penalty)), gradients = jax.value_and_grad(loss_and_forward, has_aux=True)(
-        state.params,
-        x_BD,
-        scalars,
-        target_BD=target_BD,
-        log_gain=state.log_gain,
-        dead_F=_is_dead(state.last_fired, step=state.step, train=train),
-        sae=sae,
-        train=train,
-    )
-    params, second_moment = update(
-        state.params,
-        gradients,
-        second_moment=state.second_moment,
-        learning_rate=scalars.learning_rate,
-        bias_correction=scalars.bias_correction,
-        sae=sae,
-        train=train,
-    )
-    return Stepped(
-        params=params,
-        second_moment=second_moment,
-        last_touched=jnp.full_like(state.last_touched, state.step + 1),
-        loss=loss,
-        coefficient=penalty.coefficient,
-        log_gain=penalty.log_gain,
-        norm=tree_norm(gradients),
-        reconstruction_BD=out.reconstruction_BD,
-        l0_B=out.l0_B,
-        fired_F=(out.latents_BF > 0).any(axis=0),
-        candidates=jnp.zeros(()),
-        smallest=out.smallest,
-    )

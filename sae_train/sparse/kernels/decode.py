@@ -1,9 +1,9 @@
-"""`pair_sums.decode_pairs` in a kernel: of each row of the batch the sum over its pairs.
+"""`segment_sums.decode_pairs` in a kernel: of each row of the batch the sum over its pairs.
 
 A program makes a part of one row: it walks through the row's pairs, in the order of their latents,
 some at a time, and adds up as much of W_dec's rows as it has columns for.
 
-Legend: B rows, D model width, F latents, P places for pairs; C pairs at once, K columns.
+Legend: B rows, D model width, F latents, P positions for pairs; C pairs at once, K columns.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _WARPS = 4
 def decode_pairs(
     pairs: Pairs, latents_P: Float[Array, " P"], W_dec_FD: Float[Array, "F D"], *, num_rows: int
 ) -> tuple[Float[Array, "B D"], Float[Array, " B"]]:
-    """`pair_sums.decode_pairs`; nothing of a list that `select_pairs` left empty."""
+    """`segment_sums.decode_pairs`; nothing of a list that `select_pairs` left empty."""
     d_model = W_dec_FD.shape[1]
     order_P, counts_B = sort_by_row(pairs, num_rows=num_rows)
     # A list that was too short is empty: every place would be row 0's, of a latent that isn't.
@@ -61,9 +61,9 @@ def _one_part(
 
     def add(step: Array, so_far: tuple[Array, Array]) -> tuple[Array, Array]:
         there_C = step * AT_ONCE + nth_C < count
-        place_C = jnp.where(there_C, start + step * AT_ONCE + nth_C, 0)
-        value_C = load(value_ref.at[place_C], there_C)
-        latent_C = load(latent_ref.at[place_C], there_C)
+        position_C = jnp.where(there_C, start + step * AT_ONCE + nth_C, 0)
+        value_C = load(value_ref.at[position_C], there_C)
+        latent_C = load(latent_ref.at[position_C], there_C)
         there_CK = there_C[:, None] & inside_K[None, :]
         W_CK = load(table(W_dec_ref, latent_C, near_K), there_CK)
         nonzero = (value_C != 0).astype(jnp.float32).sum()

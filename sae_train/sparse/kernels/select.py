@@ -1,16 +1,16 @@
-"""`pairs.select_pairs` in a kernel: the encoder's product, thresholds and the list of pairs in one.
+"""`active_pairs.select_pairs` in a kernel: encoder product, thresholds and list of pairs in one.
 
 A program makes one tile of pre-activations, which never leaves the chip, finds its pairs and takes
-as many places of a common pool as it has pairs: an integer is added to where the pool ends, the
-one atomic operation here. In which order tiles find their places in the pool differs from run to
+as many positions of a common pool as it has pairs: an integer is added to where the pool ends, the
+one atomic operation here. In which order tiles take their positions in the pool differs from run to
 run, what comes of it doesn't: each pair has its latent, and its rank among those of its latent in
 its tile; with the counts of all tiles that is its place in the list by latents, to which it is
 moved.
 
 Beside the pool there is one count for each latent and each `ROWS` rows: B·F / 32 bytes.
 
-Legend: B rows, D model width, F latents, R blocks of rows, P places for pairs; of a tile M rows, L
-latents, K columns of D at a time.
+Legend: B rows, D model width, F latents, R blocks of rows, P positions for pairs; of a tile M rows,
+L latents, K columns of D at a time.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
 from sae_train.model.forward import PRECISION
-from sae_train.sparse.active_pairs import Pairs, candidates
+from sae_train.sparse.active_pairs import Pairs
 from sae_train.sparse.kernels.pallas import launch, load, store, table
+from sae_train.step.gradients import has_gradient
 
 # Accumulators are 32 registers of each of 256 threads: with 64 there is no room for what else a
 # thread holds, and the compiler spills. K columns of both operands are 24 KB of shared memory.
@@ -45,7 +46,7 @@ def select_pairs(
     capacity: int,
     precision: Any = PRECISION,
 ) -> Pairs:
-    """`pairs.select_pairs`, but that if there are more than `capacity` none is kept.
+    """`active_pairs.select_pairs`, but that if there are more than `capacity` none is kept.
 
     Args:
         precision: of the product, as `jax.lax.dot_general` takes it; by default float32's.
@@ -100,7 +101,7 @@ def _one_tile(
     near_M = jnp.minimum(row_M, x_ref.shape[0] - 1)
     product_ML = _product(x_ref, W_ref, near_M, near_L, precision=precision)
     pre_ML = product_ML + bias_ref[near_L][None, :]
-    found_ML = candidates(pre_ML, theta_ref[near_L], bandwidth=bandwidth)
+    found_ML = has_gradient(pre_ML, theta_ref[near_L][None, :], bandwidth=bandwidth)
     found_ML = found_ML & row_there_M[:, None] & there_L[None, :]
     one_ML = found_ML.astype(jnp.int32)
     counts_L = one_ML.sum(axis=0)
@@ -108,14 +109,16 @@ def _one_tile(
     before_L = jnp.cumsum(counts_L, axis=0) - counts_L
     store(counts_ref.at[pl.program_id(1), latent_L], counts_L, there_L)
     first = triton.atomic_add(end_ref, (np.int32(0),), counts_L.sum())
-    place_ML = first + before_L[None, :] + rank_ML
+    position_ML = first + before_L[None, :] + rank_ML
     # The sum of all counts may pass 2^31 and be below 0: nothing is written outside the pool.
-    held_ML = found_ML & (place_ML >= 0) & (place_ML < capacity)
-    place_ML = jnp.where(held_ML, place_ML, capacity)
-    store(row_ref.at[place_ML], jnp.broadcast_to(row_M[:, None], place_ML.shape), held_ML)
-    store(latent_ref.at[place_ML], jnp.broadcast_to(latent_L[None, :], place_ML.shape), held_ML)
-    store(pre_ref.at[place_ML], pre_ML, held_ML)
-    store(rank_ref.at[place_ML], rank_ML, held_ML)
+    held_ML = found_ML & (position_ML >= 0) & (position_ML < capacity)
+    position_ML = jnp.where(held_ML, position_ML, capacity)
+    store(row_ref.at[position_ML], jnp.broadcast_to(row_M[:, None], position_ML.shape), held_ML)
+    store(
+        latent_ref.at[position_ML], jnp.broadcast_to(latent_L[None, :], position_ML.shape), held_ML
+    )
+    store(pre_ref.at[position_ML], pre_ML, held_ML)
+    store(rank_ref.at[position_ML], rank_ML, held_ML)
 
 
 def _product(x_ref: Any, W_ref: Any, row_M: Array, latent_L: Array, *, precision: Any) -> Array:

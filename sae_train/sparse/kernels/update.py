@@ -1,4 +1,4 @@
-"""`row_passes.touched_pass` in a kernel: a latent's gradients, projection, Adam, norm in one pass.
+"""`latent_updates.touched_pass` in a kernel: gradients, projection, Adam, norm in one pass.
 
 A program takes one latent after the other. It holds the latent's decoder row and the sums of both
 gradients on the chip while it walks through the latent's pairs, of each of which it reads two rows
@@ -8,8 +8,8 @@ pair, longest first, so that a latent that fires everywhere begins at once.
 
 A row is held as pieces whose sizes are powers of two, which is all that Triton knows.
 
-Legend: B rows, D model width, F latents, P places for pairs, N segments, G programs, K columns of a
-piece.
+Legend: B rows, D model width, F latents, P positions for pairs, N segments, G programs, K columns
+of a piece.
 """
 
 from __future__ import annotations
@@ -23,19 +23,21 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from sae_train.config.run import AdamConfig
+from sae_train.config.run import AdamConfig, Config
 from sae_train.sparse.kernels.pallas import launch, load, store
-from sae_train.sparse.latent_updates import Sums
 from sae_train.sparse.segment_sums import Segments
-from sae_train.step.adam import Rows, RowUpdate, adam_step
-from sae_train.step.gradients import Pulls
+from sae_train.step.gradients import LatentSums, OutputGradients, Rows
+from sae_train.step.tile_passes import Update
 
 # Several for each multiprocessor of the largest GPUs. Each leaves a row that is yet to be added up.
 PROGRAMS = 1024
 _SMALLEST_PIECE = 128
 
-# Of a row its pieces.
+# A row is held in pieces.
 Pieces = tuple[Array, ...]
+
+# The four matrices in the order in which a kernel gets them: weights, then second moments.
+_MATRICES = (("W_enc", 0), ("W_dec", 0), ("W_enc", 1), ("W_dec", 1))
 
 
 class _Read(NamedTuple):
@@ -52,8 +54,17 @@ class _Read(NamedTuple):
     g_l0_B: Any
     g_count_F: Any
     theta_F: Any
-    kept_F: Any
+    decay_F: Any
     scalars: Any
+
+
+class _Matrices(NamedTuple):
+    """Weights and second moments, as references or, of one latent, as rows."""
+
+    W_enc: Any
+    W_dec: Any
+    v_enc: Any
+    v_dec: Any
 
 
 class _Written(NamedTuple):
@@ -72,21 +83,18 @@ def touched_pass(
     row_P: Int[Array, " P"],
     pre_P: Float[Array, " P"],
     *,
-    pulls: Pulls,
-    bandwidth: float,
-    update: tuple[RowUpdate, Float[Array, " F"]] | None,
-    config: AdamConfig,
-) -> tuple[Rows, Sums]:
-    """`row_passes.touched_pass`, its `write` being `optimiser.update_rows`.
-
-    Args:
-        update: that function's scalars, and what is left of each latent's second moments; None
-            writes no rows.
-    """
-    width, d_model = rows.W_enc.shape
+    output: OutputGradients,
+    update: Update | None,
+    config: Config,
+) -> tuple[Rows, LatentSums]:
+    """`latent_updates.touched_pass`; Adam is written out here, for optax isn't made of kernels."""
+    matrices = tuple(rows[part][name] for name, part in _MATRICES)
+    width, d_model = matrices[0].shape
     num_programs = min(PROGRAMS, segments.ids_N.shape[0])
-    nothing = RowUpdate(learning_rate=0.0, bias_correction=1.0, scale=1.0), jnp.zeros(width)
-    scalars, kept_F = nothing if update is None else update
+    scalars, decay_F = jnp.ones(2), jnp.ones(width)
+    if update is not None:
+        scalars = jnp.stack([update[0].learning_rate, update[0].bias_correction])
+        decay_F = update[1]
     read = _Read(
         ids_N=segments.ids_N,
         starts_N=segments.starts_N,
@@ -94,13 +102,13 @@ def touched_pass(
         num_touched=(segments.counts_N > 0).sum(dtype=jnp.int32)[None],
         row_P=row_P,
         pre_P=pre_P,
-        x_BD=pulls.x_BD,
-        g_BD=pulls.g_BD,
-        g_l0_B=pulls.g_l0_B,
-        g_count_F=pulls.g_count_F,
-        theta_F=pulls.theta_F,
-        kept_F=kept_F,
-        scalars=_vector(scalars),
+        x_BD=output.x_BD,
+        g_BD=output.g_BD,
+        g_l0_B=output.g_l0_B,
+        g_count_F=output.g_count_F,
+        theta_F=output.theta_F,
+        decay_F=decay_F,
+        scalars=scalars,
     )
     vectors = jnp.zeros(width), jnp.zeros(width)
     sums = [
@@ -110,30 +118,34 @@ def touched_pass(
         ((num_programs,), jnp.float32),
         ((num_programs,), jnp.float32),
     ]
-    in_place = () if update is None else tuple((array.shape, array.dtype) for array in rows)
+    in_place = tuple((array.shape, array.dtype) for array in matrices) if update is not None else ()
     aliases = {len(read): 0, len(read) + 1: 1}
     aliases |= {len(read) + 2 + nth: len(sums) + nth for nth in range(len(in_place))}
     found = launch(
-        partial(_one_program, bandwidth=bandwidth, config=config, writes=update is not None),
-        (*read, *vectors, *rows),
+        partial(
+            _one_program,
+            bandwidth=config.sae.bandwidth,
+            config=config.train.adam,
+            writes=update is not None,
+        ),
+        (*read, *vectors, *matrices),
         out=[*sums, *in_place],
         grid=(num_programs,),
         aliases=aliases,
         num_warps=_warps(d_model),
     )
     written = _Written(*found[: len(sums)])
-    return Rows(*found[len(sums) :]) if in_place else rows, Sums(
+    if in_place:
+        rows = ({}, {})
+        for (name, part), matrix_FD in zip(_MATRICES, found[len(sums) :], strict=True):
+            rows[part][name] = matrix_FD
+    return rows, LatentSums(
         bias_F=written.bias_F,
         theta_F=written.theta_F,
         encoded_D=written.encoded_GD.sum(axis=0),
         squares=written.squares_G.sum(),
         projected=written.projected_G.sum(),
     )
-
-
-def _vector(scalars: RowUpdate) -> Array:
-    values = scalars.learning_rate, scalars.bias_correction, scalars.scale
-    return jnp.stack([jnp.asarray(value, jnp.float32) for value in values])
 
 
 def _warps(d_model: int) -> int:
@@ -188,10 +200,8 @@ class _Found(NamedTuple):
 
 def _one_program(*refs: Any, bandwidth: float, config: AdamConfig, writes: bool) -> None:
     read, refs = _Read(*refs[: len(_Read._fields)]), refs[len(_Read._fields) + 2 :]
-    own, written = Rows(*refs[:4]), _Written(*refs[4:9])
-    if writes:
-        # In place: what was the rows before is no longer to be read.
-        own = Rows(*refs[9:])
+    # Rows are written in place: then the operands are no longer to be read.
+    own, written = _Matrices(*(refs[9:] if writes else refs[:4])), _Written(*refs[4:9])
     program, num_programs = pl.program_id(0), pl.num_programs(0)
     row = _Row(read.x_BD.shape[1])
 
@@ -225,7 +235,7 @@ def _one_program(*refs: Any, bandwidth: float, config: AdamConfig, writes: bool)
 def _gradients(
     read: _Read, row: _Row, *, segment: Array, W_dec: Pieces, bandwidth: float
 ) -> _Found:
-    """See `row_passes` for the formulas."""
+    """See `sae_train.step.gradients` for the formulas."""
     latent, start = read.ids_N[segment], read.starts_N[segment]
     theta, g_count = read.theta_F[latent], read.g_count_F[latent]
 
@@ -235,12 +245,12 @@ def _gradients(
         x, g = row.read(read.x_BD, b), row.read(read.g_BD, b)
         g_f = _dot(g, W_dec)
         g_pre, f = jnp.where(active, g_f, 0.0), jnp.where(active, pre, 0.0)
-        pull = jnp.where(window, theta * g_f + (read.g_l0_B[b] + g_count), 0.0)
+        g_theta = jnp.where(window, theta * g_f + (read.g_l0_B[b] + g_count), 0.0)
         return _Found(
             enc=_each(lambda total, one: total + g_pre * one, so_far.enc, x),
             dec=_each(lambda total, one: total + f * one, so_far.dec, g),
             bias=so_far.bias + g_pre,
-            theta=so_far.theta - pull,
+            theta=so_far.theta - g_theta,
         )
 
     none = _Found(row.zeros(), row.zeros(), jnp.float32(0), jnp.float32(0))
@@ -248,7 +258,7 @@ def _gradients(
 
 
 def _update(
-    own: Rows,
+    own: _Matrices,
     read: _Read,
     row: _Row,
     latent: Array,
@@ -257,28 +267,23 @@ def _update(
     *,
     config: AdamConfig,
 ) -> None:
-    """`optimiser.update_rows` of one latent, the decoder's gradient projected already."""
-    scale, kept = read.scalars[2], read.kept_F[latent]
+    """`optimiser.update` of one latent, the decoder's gradient projected already."""
+    learning_rate, bias_correction = read.scalars[0], read.scalars[1]
+    decay = config.beta2 * read.decay_F[latent]
+
+    def adam(w_K: Array, g_K: Array, v_K: Array) -> tuple[Array, Array]:
+        v_K = decay * v_K + (1.0 - config.beta2) * jnp.square(g_K)
+        root_K = jnp.sqrt(v_K / bias_correction)
+        return w_K - learning_rate * g_K / (root_K + config.epsilon), v_K
 
     def step(weights: Pieces, gradient: Pieces, moments: Pieces) -> tuple[Pieces, Pieces]:
-        stepped = [
-            adam_step(
-                w_K,
-                g_K * scale,
-                second_moment=v_K,
-                learning_rate=read.scalars[0],
-                bias_correction=read.scalars[1],
-                config=config,
-                kept=kept,
-            )
-            for w_K, g_K, v_K in zip(weights, gradient, moments, strict=True)
-        ]
+        stepped = [adam(*one) for one in zip(weights, gradient, moments, strict=True)]
         return tuple(new for new, _ in stepped), tuple(moment for _, moment in stepped)
 
     W_enc, v_enc = step(before[0], gradients[0], row.read(own.v_enc, latent))
     W_dec, v_dec = step(before[1], gradients[1], row.read(own.v_dec, latent))
     norm = jnp.sqrt(_dot(W_dec, W_dec))
-    new = Rows(W_enc, _each(lambda w: w / norm, W_dec), v_enc, v_dec)
+    new = _Matrices(W_enc, _each(lambda w: w / norm, W_dec), v_enc, v_dec)
     for ref, pieces in zip(own, new, strict=True):
         row.write(ref, latent, pieces)
 

@@ -20,9 +20,10 @@ from sae_train.model.architectures import forward
 from sae_train.model.sharding import params_table
 from sae_train.model.topk import kth_largest, kth_largest_of_all, select
 from sae_train.runs.metrics_file import read_metrics
+from sae_train.step.autodiff import loss_and_forward
 from sae_train.step.schedule import scheduled
 from sae_train.train.loop import train
-from sae_train.train.train_step import averaged, loss_and_forward
+from sae_train.train.train_step import averaged
 from tests.support.configs import make_config
 from tests.support.training import assert_same_run, make_run
 

@@ -99,8 +99,8 @@ def test_an_accelerator_needs_what_the_step_keeps_alive() -> None:
     params = 4 * (2 * 4 * 4 + 4 + 4 + 4)  # W_dec, W_enc; b_dec, b_enc, threshold
     assert memory.items == {
         "weights": params
-        + 4 * 4
-        + 16,  # last_fired; step, log_gain, selection_threshold, overflows
+        + 2 * 4 * 4
+        + 16,  # last_fired, last_touched; step, log_gain, selection_threshold, overflows
         "second moment": params,
         "batch": 4 * 8 * 4 + 12,
         "gradients": params,

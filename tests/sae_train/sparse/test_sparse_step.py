@@ -287,6 +287,17 @@ def test_forty_steps_follow_the_float64_reference(
         np.testing.assert_allclose(value, oracle.params[name], rtol=1e-4, atol=2e-5, err_msg=name)
 
 
+def test_a_dense_step_continues_what_a_sparse_one_left_waiting():
+    """As of a run that began on a CPU and goes on where `auto` is dense."""
+    options = COMMON | {"threshold_init": 1.5}
+    dense, _ = run(make_config(**options, step="dense"), 60)
+    half, _ = run(make_config(**options, step="sparse", sparse_capacity=F), 40)
+    assert (int(half.step) - np.asarray(half.last_touched) > 2).sum() > F // 4
+    found, _ = run(make_config(**options, step="dense"), 20, first=40, state=jax.device_put(half))
+    assert (np.asarray(found.last_touched) == 60).all()
+    assert_same_training(found, dense)
+
+
 def test_a_clipped_gradient_is_clipped_the_same_way():
     common = COMMON | {"gradient_clip": 0.05}
     dense, metrics = run(make_config(**common, step="dense"), 30)

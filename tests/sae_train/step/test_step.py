@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from sae_train.config.run import Config
+from sae_train.model import jumprelu
+from sae_train.model.forward import pre_activations
 from sae_train.model.sharding import make_mesh
 from sae_train.step.dense_jumprelu import DenseStep, cpu_tile
 from sae_train.step.schedule import scheduled
@@ -55,11 +57,32 @@ def test_golden_numbers_of_the_authors():
     with jax.enable_x64(True):
         here, x = jax.tree.map(jnp.asarray, params), jnp.asarray(data[0])
         scalars = jax.tree.map(jnp.float64, scheduled(config.train, step=0))
-        out = dense.loss(here, x, scalars, target_BD=x, log_gain=jnp.asarray(0.0))
-        gradients = dense.gradients(here, x, out)
-        pre = out.kept_TLB.reshape(len(params["b_enc"]), -1).T
-    np.testing.assert_allclose(out.loss, 81.98928, atol=1e-4)  # printed to five decimals
-    found = dict(gradients) | {"reconstruction": out.reconstruction_BD, "pre": pre}
+        loss, gradients = dense.loss_and_gradients(
+            here, x, target_BD=x, scalars=scalars, log_gain=jnp.asarray(0.0)
+        )
+        encoded = dense._encode_tiles(dense._encoder_operands(here, x), keep=True)
+        reconstruction = encoded.decoded_BD + here["b_dec"][None, :]
+        pre = encoded.kept.reshape(len(params["b_enc"]), -1).T
+    assert_golden(loss, gradients, reconstruction=reconstruction, pre=pre)
+
+
+def test_golden_numbers_by_autodiff():
+    """Of the equations as they are to be read, `sae_train.model.jumprelu`."""
+    config = make_config(bandwidth=0.1, parametrisation="log").sae
+    params, data = golden_inputs()
+    with jax.enable_x64(True):
+        here, x = jax.tree.map(jnp.asarray, params), jnp.asarray(data[0])
+        loss, gradients = jax.value_and_grad(jumprelu.loss)(
+            here, x, target_BD=x, penalty=lambda l0_B, _: 1.2 * l0_B.mean(), config=config
+        )
+        reconstruction = jumprelu.forward(here, x, config=config).reconstruction_BD
+        pre = pre_activations(here, x, bias=here["b_enc"], config=config)
+    assert_golden(loss, gradients, reconstruction=reconstruction, pre=pre)
+
+
+def assert_golden(loss: jax.Array, gradients: dict[str, jax.Array], **others: jax.Array) -> None:
+    np.testing.assert_allclose(loss, 81.98928, atol=1e-4)  # printed to five decimals
+    found = dict(gradients) | others
     found["W_enc"] = found["W_enc"].T
     for name, (stride, expected) in GOLDEN.items():
         values = np.asarray(found[name]).ravel()[::stride]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sae_train.model.sharding import make_mesh
-from sae_train.step.schedule import learning_rate_factor, scheduled
+from sae_train.step.schedule import learning_rate_factors, scheduled
 from sae_train.step.state import init_state
 from sae_train.train.initial_state import (
     MEAN_ROWS,
@@ -73,7 +73,7 @@ def test_learning_rate_warms_up_by_a_cosine_and_decays_linearly():
         tokens=64 * 100,
         learning_rate={"peak": 1.0, "warmup_steps": 10, "decay_steps": 20, "decay_to": 0.5},
     ).train.learning_rate
-    factors = [learning_rate_factor(config, step=step, steps=100) for step in range(100)]
+    factors = learning_rate_factors(config, steps=100).tolist()
     assert factors[0] == pytest.approx(0.1)
     assert factors[2] == pytest.approx(0.1 + 0.9 * 0.0954915)  # (1 - cos 36°) / 2; a line has 0.2
     assert factors[5] == pytest.approx(0.55)

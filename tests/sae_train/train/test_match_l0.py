@@ -11,10 +11,9 @@ import pytest
 from activation_cache.gemma.taps import Tap
 from activation_cache.store.store import open_store
 from sae_train.checkpoint.trained import load_trained
-from sae_train.model.forward import Forward
 from sae_train.runs.metrics_file import read_metrics
 from sae_train.step.schedule import Scheduled
-from sae_train.step.sparsity_penalty import Priced, priced
+from sae_train.step.sparsity_penalty import Penalty, penalty_of
 from sae_train.train.loop import train
 from tests.support.configs import make_config
 from tests.support.training import ROWS, make_run
@@ -52,17 +51,11 @@ def test_the_trained_sae_has_the_l0_asked_for(tmp_path: Path, target: float, sta
     assert found == pytest.approx(target, rel=0.05), trail
 
 
-def price(l0: float, *, warmup: float, log_gain: float = 0.5, **penalty: object) -> Priced:
+def penalty_at(l0: float, *, warmup: float, log_gain: float = 0.5, **penalty: object) -> Penalty:
     """The penalty of two rows with this L0 and one latent of frequency 1/2."""
     config = make_config(
         tokens=64 * 1000,
         sparsity={"penalty": "match_l0", "target": 10.0, "coefficient": 0.02} | penalty,
-    )
-    out = Forward(
-        reconstruction_BD=jnp.zeros((2, 3)),
-        latents_BF=jnp.zeros((2, 4)),
-        l0_B=jnp.full(2, l0),
-        frequency_F=jnp.array([0.5, 0.0, 0.0, 0.0]),
     )
     scalars = Scheduled(
         learning_rate=np.float32(1e-3),
@@ -70,11 +63,17 @@ def price(l0: float, *, warmup: float, log_gain: float = 0.5, **penalty: object)
         sparsity_warmup=np.float32(warmup),
         bias_correction=np.float32(1.0),
     )
-    return priced(out, scalars, log_gain=jnp.float32(log_gain), train=config.train)
+    return penalty_of(
+        jnp.full(2, l0),
+        jnp.array([0.5, 0.0, 0.0, 0.0]),
+        scalars=scalars,
+        log_gain=jnp.float32(log_gain),
+        train=config.train,
+    )
 
 
 def test_steering_sums_nothing_before_the_full_coefficient_is_in_force():
-    young, grown = price(20.0, warmup=0.5), price(20.0, warmup=1.0)
+    young, grown = penalty_at(20.0, warmup=0.5), penalty_at(20.0, warmup=1.0)
     assert float(young.log_gain) == 0.5
     # A fiftieth of 1,000 steps to settle in, log 2 away from the target.
     assert float(grown.log_gain) == pytest.approx(0.5 + np.log(2) / 20, rel=1e-6)
@@ -84,17 +83,17 @@ def test_steering_sums_nothing_before_the_full_coefficient_is_in_force():
 
 def test_steering_is_bounded_whatever_the_l0():
     for l0, distance in ((1e6, 1.0), (0.0, -1.0)):
-        far = price(l0, warmup=1.0, log_gain=0.0)
+        far = penalty_at(l0, warmup=1.0, log_gain=0.0)
         assert float(far.log_gain) == pytest.approx(distance / 20, rel=1e-6)
-    assert float(price(1e6, warmup=1.0, log_gain=12.0).log_gain) == 12.0
-    assert np.isfinite(float(price(1e6, warmup=1.0, log_gain=12.0).loss))
+    assert float(penalty_at(1e6, warmup=1.0, log_gain=12.0).log_gain) == 12.0
+    assert np.isfinite(float(penalty_at(1e6, warmup=1.0, log_gain=12.0).loss))
 
 
-def test_a_frequency_price_of_its_own_warms_up_with_the_penalty():
+def test_a_frequency_penalty_of_its_own_warms_up_with_the_penalty():
     for warmup in (0.0, 0.25, 1.0):
-        without = price(10.0, warmup=warmup)
-        own = price(10.0, warmup=warmup, frequency={"scale": 0.1, "coefficient": 0.3})
+        without = penalty_at(10.0, warmup=warmup)
+        own = penalty_at(10.0, warmup=warmup, frequency={"scale": 0.1, "coefficient": 0.3})
         assert float(own.loss - without.loss) == pytest.approx(warmup * 0.3 * 0.25 / 0.1, rel=1e-5)
-        shared = price(10.0, warmup=warmup, frequency={"scale": 0.1})
+        shared = penalty_at(10.0, warmup=warmup, frequency={"scale": 0.1})
         added = float(without.coefficient) * 0.25 / 0.1
         assert float(shared.loss - without.loss) == pytest.approx(added, rel=1e-5)

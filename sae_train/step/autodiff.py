@@ -1,0 +1,102 @@
+"""The step whose gradients are autodiff's: of every architecture except JumpReLU.
+
+One program over a (data, model) mesh, in which the compiler places the collectives. It can train a
+JumpReLU SAE too, for tests to hold the explicit gradients to.
+
+Legend: B rows of a batch, D model width, F latents.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from sae_train.config.run import Config, TrainConfig
+from sae_train.config.sae import SaeConfig
+from sae_train.model.architectures import forward
+from sae_train.model.forward import Forward, Params
+from sae_train.step import optimiser
+from sae_train.step.result import StepResult
+from sae_train.step.schedule import Scheduled
+from sae_train.step.sparsity_penalty import Penalty, penalty_of
+from sae_train.step.state import TrainState, is_dead
+
+
+def loss_and_forward(
+    params: Params,
+    x_BD: Float[Array, "B D"],
+    scalars: Scheduled,
+    *,
+    target_BD: Float[Array, "B D"],
+    log_gain: Float[Array, ""],
+    dead_F: Bool[Array, " F"],
+    sae: SaeConfig,
+    train: TrainConfig,
+) -> tuple[Float[Array, ""], tuple[Forward, Penalty]]:
+    """Squared error plus penalty, mean over rows, and an auxiliary loss if there is one.
+
+    Args:
+        x_BD, target_BD: scaled rows; of an SAE the target is x.
+    """
+    out = forward(params, x_BD, target_BD=target_BD, config=sae, dead_F=dead_F)
+    mse = jnp.square(target_BD - out.reconstruction_BD).sum(axis=1).mean()
+    penalty = penalty_of(
+        out.l0_B, out.frequency_F, l1_B=out.l1_B, scalars=scalars, log_gain=log_gain, train=train
+    )
+    loss = mse + penalty.loss
+    if out.auxiliary is not None:
+        loss = loss + out.auxiliary
+    return loss, (out, penalty)
+
+
+class AutodiffStep:
+    """A `Step` by `jax.grad` and one optax chain over all parameters."""
+
+    def __init__(self, config: Config) -> None:
+        self._sae, self._train = config.sae, config.train
+
+    def __call__(
+        self,
+        state: TrainState,
+        x_BD: Float[Array, "B D"],
+        *,
+        target_BD: Float[Array, "B D"],
+        scalars: Scheduled,
+    ) -> StepResult:
+        """One step on scaled rows."""
+        (loss, (out, penalty)), gradients = jax.value_and_grad(loss_and_forward, has_aux=True)(
+            state.params,
+            x_BD,
+            scalars,
+            target_BD=target_BD,
+            log_gain=state.log_gain,
+            dead_F=is_dead(state.last_fired, step=state.step, train=self._train),
+            sae=self._sae,
+            train=self._train,
+        )
+        params, second_moment = optimiser.update(
+            state.params,
+            gradients,
+            second_moment=state.second_moment,
+            decay_F=optimiser.waited_decay(state.step - state.last_touched, train=self._train),
+            scalars=scalars,
+            sae=self._sae,
+            train=self._train,
+            clip=True,
+        )
+        return StepResult(
+            params=params,
+            second_moment=second_moment,
+            last_touched=jnp.full_like(state.last_touched, state.step + 1),
+            loss=loss,
+            penalty=penalty,
+            gradient_norm=optimiser.tree_norm(gradients),
+            reconstruction_BD=out.reconstruction_BD,
+            l0_B=out.l0_B,
+            fired_F=(out.latents_BF > 0).any(axis=0),
+            pairs_per_row=jnp.zeros(()),
+            is_sparse=jnp.zeros((), bool),
+            overflowed=jnp.zeros((), bool),
+            smallest=out.smallest,
+        )

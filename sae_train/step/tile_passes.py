@@ -1,0 +1,167 @@
+"""Both passes over the latents by products, a tile of latents at a time.
+
+`encode_tiles` encodes and decodes, `update_tiles` makes each tile's gradients and writes its new
+rows in place: no gradient of a weight matrix exists as a whole. Pure functions of one device's
+rows and latents, with the sums over devices written out.
+
+Legend: B rows of a batch, D model width, F latents, T tiles, L latents of a tile.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from sae_train.config.run import Config
+from sae_train.model.forward import PRECISION, Params
+from sae_train.model.sharding import sum_over
+from sae_train.step import optimiser
+from sae_train.step.gradients import (
+    LatentSums,
+    OutputGradients,
+    Rows,
+    added,
+    has_gradient,
+    no_sums,
+    tile_gradients,
+)
+from sae_train.step.schedule import Scheduled
+from sae_train.step.tiles import varying_like
+
+# How rows are updated: by the step's scalars and each latent's `waited_decay`.
+Update = tuple[Scheduled, Float[Array, " F"]]
+
+
+def encode_tiles(
+    W_enc_FD: Float[Array, "F D"],
+    W_dec_FD: Float[Array, "F D"],
+    bias_F: Float[Array, " F"],
+    theta_F: Float[Array, " F"],
+    x_BD: Float[Array, "B D"],
+    *,
+    tile: int,
+    bandwidth: float,
+    keep: bool,
+) -> tuple[Array, Array, Array, Array | None, Array]:
+    """(f W_dec, L0 of each row, active rows of each latent, pre-activations, number of pairs).
+
+    Args:
+        x_BD: what the encoder multiplies, b_dec subtracted if it is at all.
+        keep: return the pre-activations [T, L, B], the only array of size [B, F]; else None, and
+            pairs that have a gradient are counted instead.
+    """
+
+    def one_tile(carry: Any, operands: Any) -> Any:
+        decoded_BD, l0_B, total = carry
+        W_enc_LD, W_dec_LD, bias_L, theta_L = operands
+        pre_LB = _pre_activations(W_enc_LD, bias_L, x_BD)
+        active_LB = pre_LB > theta_L[:, None]
+        f_LB = jnp.where(active_LB, pre_LB, 0.0)
+        decoded_BD += jnp.einsum("lb,ld->bd", f_LB, W_dec_LD, precision=PRECISION)
+        l0_B += active_LB.sum(axis=0, dtype=x_BD.dtype)
+        if not keep:
+            found_LB = has_gradient(pre_LB, theta_L[:, None], bandwidth=bandwidth)
+            total += found_LB.sum(dtype=jnp.int32).astype(jnp.float32)
+        active_L = active_LB.sum(axis=1, dtype=x_BD.dtype)
+        return (decoded_BD, l0_B, total), (active_L, pre_LB if keep else None)
+
+    like = W_enc_FD[0, 0] + x_BD[0, 0]
+    zeros = jnp.zeros(x_BD.shape), jnp.zeros(x_BD.shape[0]), jnp.zeros(())
+    start = tuple(varying_like(zero, like=like) for zero in zeros)
+    operands = tuple(
+        array.reshape(-1, tile, *array.shape[1:]) for array in (W_enc_FD, W_dec_FD, bias_F, theta_F)
+    )
+    # No loop where there is only one tile, for XLA to see through.
+    alone = W_enc_FD.shape[0] == tile
+    (decoded_BD, l0_B, total), (active_TL, pre_TLB) = jax.lax.scan(
+        one_tile, start, operands, unroll=alone
+    )
+    return decoded_BD, l0_B, active_TL.reshape(-1), pre_TLB, total
+
+
+def _pre_activations(W_enc_LD: Array, bias_L: Array, x_BD: Array) -> Float[Array, "L B"]:
+    pre_LB = jnp.einsum("ld,bd->lb", W_enc_LD, x_BD, precision=PRECISION)
+    return pre_LB + bias_L[:, None]
+
+
+def update_tiles(
+    rows: Rows,
+    output: OutputGradients,
+    pre_TLB: Float[Array, "T L B"] | None,
+    num_tiles: int | Array,
+    *,
+    tile: int,
+    update: Update | None,
+    config: Config,
+    mesh: Mesh,
+) -> tuple[Rows, LatentSums]:
+    """New rows, in place of the old ones, and sums of their gradients.
+
+    Args:
+        pre_TLB: pre-activations; None computes each tile's again.
+        num_tiles: all of the tiles, or 0 to do nothing.
+        update: None leaves the rows as they are; their sums then have the gradients' norm.
+    """
+    width, d_model = rows[0]["W_enc"].shape
+
+    def one_tile(number: int | Array, carry: tuple[Rows, LatentSums]) -> tuple[Rows, LatentSums]:
+        rows, sums = carry
+        at = number * tile
+        ids_L = at + jnp.arange(tile, dtype=jnp.int32)
+        # Gathers: slices would be fused into what follows, and XLA then copies each whole matrix.
+        own = rows if tile == width else jax.tree.map(partial(_gather, ids_L), rows)
+        if pre_TLB is None:
+            pre_LB = _pre_activations(own[0]["W_enc"], output.bias_F[ids_L], output.x_BD)
+        else:
+            pre_LB = pre_TLB[number]
+        gradients = tile_gradients(
+            own[0]["W_dec"],
+            pre_LB,
+            theta_S=output.theta_F[ids_L],
+            g_count_S=output.g_count_F[ids_L],
+            output=output,
+            bandwidth=config.sae.bandwidth,
+        )
+        gradients = sum_over("data", gradients, mesh=mesh)
+        place = partial(jax.lax.dynamic_update_slice_in_dim, start_index=at, axis=0)
+        sums = added(sums, own[0], gradients, place=place, for_norm=update is None)
+        if update is None:
+            return rows, sums
+        new = updated_rows(own, gradients, ids_L, update=update, config=config)
+        return jax.tree.map(place, rows, new), sums
+
+    start = rows, no_sums(width, d_model, like=rows[0]["W_enc"][0, 0])
+    if tile == width and isinstance(num_tiles, int):
+        return one_tile(0, start)
+    return jax.lax.fori_loop(0, num_tiles, one_tile, start)
+
+
+def _gather(ids_L: Array, matrix_FD: Array) -> Array:
+    return matrix_FD.at[ids_L].get(mode="clip")
+
+
+def updated_rows(
+    own: Rows, gradients: Params, ids_S: Array, *, update: Update, config: Config
+) -> Rows:
+    """The new rows of some latents.
+
+    Args:
+        gradients: of these latents; the decoder's not yet projected.
+        ids_S: which latents they are.
+    """
+    scalars, decay_F = update
+    params, second_moment = own
+    return optimiser.update(
+        params,
+        {name: gradients[name] for name in params},
+        second_moment=second_moment,
+        decay_F=decay_F[ids_S],
+        scalars=scalars,
+        sae=config.sae,
+        train=config.train,
+    )
