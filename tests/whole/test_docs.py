@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -123,3 +124,9 @@ def test_make_targets_on_the_pages_exist() -> None:
     for page in LIVING:
         named = set(MAKE_TARGET.findall(page.read_text(encoding="utf-8")))
         assert named <= targets, name_of(page)
+
+
+def test_the_picture_of_the_rooms_is_of_today_s_imports() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "draw_rooms.py"))
+    drawn = script["PICTURE"].read_text(encoding="utf-8")
+    assert script["picture"]() == drawn, "docs/rooms.svg: run make rooms"
