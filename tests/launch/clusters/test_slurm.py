@@ -182,10 +182,7 @@ def test_cancelled_requeued_and_preempted_it_ends_bit_identical(
 ) -> None:
     options: dict[str, Any] = {"width": 8192, "checkpoint": {"every_steps": 20, "keep": 2}}
     launch = {"sbatch": ["--nodelist=n2"]}
-    calm = slurm_config(make_run(tmp_path, steps=STEPS, output="calm", **options), **launch)
-    calm_job = submit(calm, tmp_path / "calm-config")
-    await_state(cluster, calm_job, "COMPLETED", log=script_folder(calm))
-
+    calm = make_run(tmp_path, steps=STEPS, output="calm", **options)
     config = slurm_config(make_run(tmp_path, steps=STEPS, output="run", **options), **launch)
     run, log = Path(config.output), script_folder(config)
     job = submit(config, tmp_path / "run-config")
@@ -203,6 +200,7 @@ def test_cancelled_requeued_and_preempted_it_ends_bit_identical(
         assert re.search(rf" {count_starts(run) - 1} .*{job} RUNNING", shown), shown
         disturb(cluster, job)
         await_state(cluster, job, "PENDING", log=log)
+    train(calm)
     await_state(cluster, job, "COMPLETED", log=log)
     assert count_starts(run) == 4
     assert "Restarts=2" in cluster.run("scontrol", "show", "job", job)

@@ -21,7 +21,7 @@ from tests.support.training import assert_same_run, lines_logged, make_run, stop
 
 pytestmark = pytest.mark.slow
 
-STEPS, WIDTH = 300, 64
+STEPS, WIDTH = 150, 64
 
 
 def by_pairs(folder: Path, output: str, **options: Any) -> Config:

@@ -115,14 +115,11 @@ def test_a_killed_process_costs_no_member_anything(folder: Path) -> None:
         text=True,
         start_new_session=True,
     )
-    for index, goal in ((1, 25), (0, 80)):
-        alive = lambda: supervisor.poll() is None  # noqa: E731
-        if not wait_for(lambda goal=goal: lines_logged(place / "a") >= goal, alive):
-            pytest.fail(str(supervisor.communicate()))
-        before = set(children(supervisor))
-        os.kill(sorted(before)[index], signal.SIGKILL)
-        assert wait_for(lambda old=before: not old & set(children(supervisor)), alive)
+    # Once b is done and the others are on their way.
+    if not wait_for(lambda: lines_logged(place / "a") >= 80, lambda: supervisor.poll() is None):
+        pytest.fail(str(supervisor.communicate()))
+    os.kill(sorted(children(supervisor))[0], signal.SIGKILL)
     output, _ = supervisor.communicate(timeout=300)
     assert supervisor.returncode == 0, output
-    assert output.count("was lost (SIGKILL)") == 2, output
+    assert output.count("was lost (SIGKILL)") == 1, output
     assert_as_alone(folder, "killed")

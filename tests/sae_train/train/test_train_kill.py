@@ -70,12 +70,12 @@ def kill(process: subprocess.Popen) -> None:
 def test_kills_in_mid_training(undisturbed: Path):
     config_file, run = make_config_file(undisturbed, "killed"), undisturbed / "killed"
     rng, killed = random.Random(0), 0
-    for _ in range(3):
+    for _ in range(2):
         process, target = start(config_file), lines_logged(run) + rng.randint(5, 35)
         if reached(lambda goal=target: lines_logged(run) >= goal, process):
             kill(process)
             killed += 1
-    assert killed == 3
+    assert killed == 2
     finish(config_file)
     assert_same_run(undisturbed / "undisturbed", run, step=STEPS)
 
@@ -100,13 +100,11 @@ def partial(run: Path) -> set[Path]:
     return {path for path in run.glob("checkpoints/*") if not path.name.isdigit()}
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_exits_75(undisturbed: Path, kind: signal.Signals):
-    config_file = make_config_file(undisturbed, kind.name)
-    run = undisturbed / kind.name
+def test_a_signal_saves_and_exits_75(undisturbed: Path):
+    config_file, run = make_config_file(undisturbed, "told"), undisturbed / "told"
     process = start(config_file)
     assert reached(lambda: lines_logged(run) >= 23, process)
-    process.send_signal(kind)
+    process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output.decode()
     assert b"Traceback" not in output
