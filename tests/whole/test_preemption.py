@@ -30,12 +30,13 @@ from tests.support.training import assert_same_run, lines_logged, make_run
 pytestmark = pytest.mark.slow
 
 STEPS = 400
+SAVES = {"every_steps": 50, "keep": 2}
 MESH = (2, 1)
 
 
 def make_file(folder: Path, name: str, **options) -> Path:
     """A config file for a run of two processes."""
-    config = make_run(folder, steps=STEPS, output=name, mesh=MESH, **options)
+    config = make_run(folder, steps=STEPS, output=name, mesh=MESH, checkpoint=SAVES, **options)
     launch = {"processes": 2, "restart_pause_seconds": 0.1, "heartbeat_seconds": 10}
     write_config(as_job(config, launch=launch), folder / f"{name}-config")
     return folder / f"{name}-config" / "config.yaml"
@@ -93,7 +94,7 @@ def test_a_signal_to_any_process_stops_all_at_one_step(folder: Path):
 def test_a_killed_process_is_recovered_from(folder: Path):
     file, run = make_file(folder, "killed"), folder / "killed"
     supervisor = start_supervised("train", str(file))
-    if not wait_for(lambda: lines_logged(run) >= 40, lambda: supervisor.poll() is None):
+    if not wait_for(lambda: lines_logged(run) >= 60, lambda: supervisor.poll() is None):
         pytest.fail(str(supervisor.communicate()))
     os.kill(sorted(children(supervisor))[0], signal.SIGKILL)
     output, _ = supervisor.communicate(timeout=300)

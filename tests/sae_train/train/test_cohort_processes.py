@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 STEPS = {"a": 120, "b": 75, "c": 120}
 MEMBERS: dict[str, dict[str, Any]] = {
-    "a": {},
+    "a": {"checkpoint": {"every_steps": 30, "keep": 2}},
     "b": {"width": 32, "checkpoint": {"every_steps": 13, "keep": 2}},
     "c": {"seed": 1, "sparsity": {"penalty": "target_l0", "target": 4.0}},
     # Diverges in its first steps, before it has saved anything.
