@@ -224,13 +224,13 @@ def _sparse(shape: Shape, *, capacity: int) -> dict[str, int]:
 def _tiled(shape: Shape) -> dict[str, int]:
     """Temporaries of the step a tile of latents at a time (`dense_step`), read off XLA's figures.
 
-    Of what is [B, F] the pre-activations alone; five arrays the size of a tile's rows (gradients,
-    weights, moments), and three more where gradients are added up over `data`.
+    One array [B, F], the pre-activations; and eight arrays of the size of a tile's rows (gradients,
+    weights, moments, old and new).
     """
     rows = shape.local(("B", "D")) * FLOAT_BYTES
     tile = cpu_tile(shape.local(("F",))) * shape.d_model * FLOAT_BYTES
     return {
-        "gradients": (5 if shape.mesh.data == 1 else 8) * tile,
+        "gradients": 8 * tile,
         "activations": shape.local(("B", "F")) * FLOAT_BYTES + (3 + shape.is_transcoder) * rows,
     }
 
