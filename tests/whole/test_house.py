@@ -45,6 +45,7 @@ ORDER = (
     "sae_train",  # `from sae_train import load_sae`
     "launch",
     "launch.config",
+    "launch.exit_codes",
     "launch.console",
     "launch.run_state",
     "launch.processes",

@@ -13,19 +13,16 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from activation_cache.runtime import processes
 from activation_cache.runtime.errors import UserError
 from launch import cli, exit_codes
-from launch.clusters.jobset import Manifest, dns_name, render, write_manifests
+from launch.clusters.jobset import Manifest, render, write_manifests
 from launch.clusters.jobset_pod import WAIT_FOR_HANDLER
 from launch.clusters.kubectl import manifest_folder
 from launch.config.job import Job, load_job
 from launch.sweep.expand import expand
 from sae_train.config.file import with_values
-from sae_train.config.strict_yaml import parse
 from tests.support.configs import as_job, make_config
 from tests.support.servers.kubernetes_checks import check
 
@@ -342,21 +339,6 @@ def test_a_harvest_has_a_mesh_of_its_own() -> None:
     render(config, command="train")
 
 
-@settings(deadline=None, max_examples=200)
-@given(st.text(), st.text(), st.text())
-def test_names_are_dns_labels_and_distinct(text: str, one: str, other: str) -> None:
-    name = dns_name(text, identity=one)
-    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name)
-    assert len(f"{name}-node-0-9999-abcde") <= 63
-    assert (dns_name(text, identity=other) == name) == (one == other)
-
-
-def test_names_stay_readable() -> None:
-    name = dns_name("Gemma2-2B, layer_12", identity="runs/x")
-    assert re.fullmatch(r"gemma2-2b-layer-12-[0-9a-f]{6}", name)
-    assert dns_name("27b", identity="x").startswith("sae-27b-")
-
-
 def test_a_manifest_s_digest_is_of_what_it_says() -> None:
     def digest(launch: dict[str, Any] | None = None, **values: Any) -> str:
         (manifest,) = render(cluster_config(launch, **values), command="train")
@@ -365,49 +347,6 @@ def test_a_manifest_s_digest_is_of_what_it_says() -> None:
     assert digest() == digest({"context": "other", "manifests": "elsewhere", "at_once": 3})
     others = [digest({"grace_seconds": 1}), digest(**{"train.seed": 5}), digest({"cpu": 1})]
     assert len({digest(), *others}) == 4
-
-
-typed = st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1)
-TRAPS = [
-    "on",
-    "1e3",
-    "0o7",
-    "0x1F",
-    "1:30",
-    "~",
-    "a: b",
-    "#",
-    "'",
-    '"',
-    "a\n---\nkind: Pod",
-    "\x85",
-]
-
-
-def with_traps(test: Any) -> Any:
-    for trap in TRAPS:
-        test = example(name=trap, value=trap, why=trap)(test)
-    return example(name="x", value="$(A) $$ $5", why="$(A)")(test)
-
-
-def expanded(value: str) -> str:
-    """What Kubernetes makes of a variable's value: $$ is $, $(NAME) another variable's."""
-    return re.sub(r"\$(\$|\([^)]*\))", lambda found: "$" if found[1] == "$" else "?", value)
-
-
-@settings(deadline=None, max_examples=40)
-@with_traps
-@given(name=typed, value=typed, why=typed)
-def test_nothing_typed_breaks_out(name: str, value: str, why: str) -> None:
-    config = cluster_config({"env": {"A": value}, "annotations": {"why": why}}, name=name)
-    (manifest,) = render(config, command="train")
-    assert list(yaml.safe_load_all(manifest.text)) == list(manifest.documents)
-    first, *documents = re.split(r"^---\n", manifest.text, flags=re.MULTILINE)
-    assert first == f"# train: kubectl apply -f {manifest.file_name}\n"
-    by_another_reader = [parse(document, name="test").value for document in documents]
-    assert by_another_reader == list(manifest.documents)
-    variable = container_of(manifest)["env"][-1]
-    assert expanded(variable["value"]) == value
 
 
 def test_files_sort_in_the_order_of_submission(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from activation_cache.runtime.errors import UserError
 from launch.config.job import Job, load_job, read_job
 from sae_train.config.file import read_run_config, resolved_yaml, with_values, write_config
 from sae_train.config.run import Config
-from tests.sae_train.config.test_config import BASE, names, positive
+from tests.sae_train.config.test_config import BASE
+from tests.sae_train.config.test_file import names, positive
 from tests.support.configs import as_job, make_config
 from tests.support.paths import ROOT
 
