@@ -24,7 +24,7 @@ test-fast: $(VENV)/test.stamp
 
 # The code broken on purpose, a line at a time: does a test of exactness turn red? docs/exactness.md.
 mutations: $(VENV)/test.stamp
-	$(BIN)/python -m tests.mutations.__main__
+	$(BIN)/python -m tests.mutations
 
 # Ratios, measured on this machine: docs/performance.md. FULL=--full takes longer.
 bench: $(VENV)/bench.stamp

@@ -29,8 +29,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 import jax
 import pytest
 
-import tests.support.typechecker  # noqa: F401 - the check named in pyproject is looked up as an attribute
-from tests.support.compiled_programs import share_compiled_programs
+import tests.support.session.typechecker  # noqa: F401 - the check named in pyproject is looked up as an attribute
+from tests.support.session.compiled_programs import share_compiled_programs
 
 if TYPE_CHECKING:
     from tests.support.servers.buckets import Server
@@ -60,7 +60,7 @@ def logging_unconfigured() -> None:
 def steps_made_once() -> Iterator[None]:
     """The runs of a test file that have one step share its compilation."""
     from sae_train.train import cohort_step
-    from tests.support.steps_made_once import StepsMadeOnce
+    from tests.support.session.steps_made_once import StepsMadeOnce
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cohort_step, "make_train_step", StepsMadeOnce())

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutations.__main__ import MUTATIONS, ROOT, Mutation
+from tests.mutations.__main__ import ROOT, Mutation
+from tests.mutations.table import MUTATIONS
 
 pytestmark = pytest.mark.slow
 

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import resource
 import shutil
-import subprocess
-import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from activation_cache.config import CacheConfig, ModelConfig, SiteConfig, TextConfig
+from activation_cache.config import ModelConfig, SiteConfig
 from activation_cache.gemma.taps import Tap
 from activation_cache.harvest import fill_bucket, worker
 from activation_cache.harvest import harvest as harvest_module
@@ -34,78 +28,10 @@ from activation_cache.storage.files import folder_lock
 from activation_cache.store import writer
 from activation_cache.store.order import bucket_order, sequence_order
 from activation_cache.store.store import Store, open_store
+from tests.support.harvests import BUCKETS, ROWS, StopAfter, interrupted, sections
 from tests.support.stores import TAP, file_hashes, make_manifest
 from tests.support.tiny_gemma import write_tiny_gemma
 from tests.support.tiny_gguf import write_gguf
-
-SITES = [
-    SiteConfig(site="resid_post", layers=[0, 2]),
-    SiteConfig(site="attn_out_prelinear", layers=[1]),
-]
-ROWS, BUCKETS = 700, 6  # five buckets of 128 rows and a short one
-
-
-@pytest.fixture(scope="module")
-def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_gemma(tmp_path_factory.mktemp("models") / "gemma")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    for number in range(40):
-        (folder / f"{number:02d}.txt").write_text(f"the {number}th state of the union " * 5)
-    return folder
-
-
-def sections(gemma: Path, corpus: Path, path: Path, **changes: Any) -> dict[str, Any]:
-    """The three sections of a small harvest; `changes` as `cache__tokens=5`."""
-    made = {
-        "model": ModelConfig(weights=str(gemma), dtype="float32"),
-        "text": TextConfig(
-            source=[str(corpus / "*.txt")], sequence_length=16, held_out_sequences=4
-        ),
-        "cache": CacheConfig(
-            path=str(path),
-            sites=SITES,
-            tokens=ROWS,
-            shuffle_rows=128,
-            block_rows=16,
-            sequences_per_batch=4,
-        ),
-    }
-    for name, value in changes.items():
-        section, field = name.split("__")
-        made[section] = made[section].model_copy(update={field: value})
-    return made
-
-
-@pytest.fixture(scope="module")
-def finished(gemma: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """A finished store that no test changes."""
-    path = tmp_path_factory.mktemp("finished") / "store"
-    harvest(**sections(gemma, corpus, path), resolved_config_yaml="name: test\n")
-    return open_store(path)
-
-
-class StopAfter:
-    """Turns true at the n-th forward pass."""
-
-    def __init__(self, passes: int) -> None:
-        self.passes = passes
-
-    def __call__(self) -> bool:
-        self.passes -= 1
-        return self.passes < 0
-
-
-def interrupted(gemma: Path, corpus: Path, path: Path) -> dict[str, Any]:
-    """Begin a harvest and stop it with some buckets committed; returns its sections."""
-    made = sections(gemma, corpus, path)
-    with pytest.raises(Interrupted, match="same command again"):
-        harvest(**made, stop=StopAfter(12), resolved_config_yaml="name: test\n")
-    assert 0 < len(list((path / "commits").iterdir())) < BUCKETS
-    return made
 
 
 def test_rows_are_the_model_s_activations_at_their_provenance(finished: Store, gemma: Path):
@@ -410,106 +336,6 @@ def test_at_most_one_bucket_is_written_while_one_is_filled(
 def test_one_process_at_a_time(gemma, corpus, tmp_path: Path):
     with folder_lock(tmp_path), pytest.raises(UserError, match="in use by another process"):
         harvest(**sections(gemma, corpus, tmp_path))
-
-
-def mounted(folder: Path, *options: str) -> bool:
-    """Mount a tmpfs at `folder`, if this process may."""
-    command = ["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder with no room for the whole store: a small file system, or else a limit on files."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    is_mounted = mounted(folder, "-o", "size=280k")
-    if not is_mounted:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT, hard))
-    yield folder
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    if is_mounted:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-FILE_LIMIT = 9000  # bytes: less than a shard of resid_post, 128 rows of 20 float32
-
-
-def make_room(folder: Path) -> None:
-    if os.path.ismount(folder):
-        subprocess.run(["mount", "-o", "remount,size=8m", str(folder)], check=True)
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-
-
-def test_a_full_disk_is_said_and_nothing_is_lost(finished: Store, gemma, corpus, small_disk):
-    path = small_disk / "store"
-    made = sections(gemma, corpus, path)
-    with pytest.raises(UserError, match=r"cannot write .*(the disk is full|limit).* is intact"):
-        harvest(**made, resolved_config_yaml="name: test\n")
-    committed = {p: p.stat().st_mtime_ns for p in (path / "commits").glob("bucket*")}
-    assert committed or not os.path.ismount(small_disk)
-    make_room(small_disk)
-    harvest(**made, resolved_config_yaml="name: test\n")
-    assert {p: p.stat().st_mtime_ns for p in committed} == committed
-    assert file_hashes(path) == file_hashes(finished.path)
-
-
-def test_a_limit_on_file_size_is_said(gemma, corpus, tmp_path: Path):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT, hard))
-    try:
-        with pytest.raises(UserError, match=r"cannot write .*limit on the size of files"):
-            harvest(**sections(gemma, corpus, tmp_path))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.fixture
-def world(gemma: Path, corpus: Path) -> Iterator[Path]:
-    """A folder that every user may walk (pytest's are closed), with the inputs in it."""
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o755)
-    shutil.copytree(gemma, folder / "gemma")
-    shutil.copytree(corpus, folder / "text")
-    (folder / "text").chmod(0o755)
-    yield folder
-    shutil.rmtree(folder)
-
-
-@contextlib.contextmanager
-def read_only(folder: Path) -> Iterator[None]:
-    """Make everything under `folder` unwritable: root becomes nobody, others lose the w bit."""
-    folders = [folder, *(p for p in folder.rglob("*") if p.is_dir())]
-    root = os.geteuid() == 0
-    for each in folders:
-        each.chmod(0o555)
-    if root:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
-        for each in folders:
-            each.chmod(0o755)
-
-
-def test_a_read_only_folder(finished: Store, world: Path):
-    fresh, begun = world / "fresh" / "store", world / "begun"
-    fresh.parent.mkdir()
-    made = interrupted(world / "gemma", world / "text", begun)
-    complete = world / "complete"
-    wanted = harvest(**sections(world / "gemma", world / "text", complete))
-    before = file_hashes(begun)
-    with read_only(world):
-        for sections_ in (sections(world / "gemma", world / "text", fresh), made):
-            with pytest.raises(UserError, match=r"permission is denied.* fix the permission"):
-                harvest(**sections_)
-        # A finished store is only read: nothing to write, nothing to complain of.
-        assert harvest(**sections(world / "gemma", world / "text", complete)) == wanted
-    assert file_hashes(begun) == before
 
 
 def test_a_damaged_commit_record_is_named(gemma, corpus, tmp_path: Path):

@@ -27,7 +27,7 @@ from tests.sae_train.step.test_step import PENALTIES, biased_rows, biased_state,
 from tests.support.configs import make_config
 from tests.support.oracles import reference
 from tests.support.oracles.rows_off_edges import off_edges
-from tests.support.steps_made_once import StepsMadeOnce
+from tests.support.session.steps_made_once import StepsMadeOnce
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from activation_cache.runtime import processes
 from sae_train.config.file import load_config
 from sae_train.train import cohort_step
 from sae_train.train.loop import train
-from tests.support.steps_made_once import StepsMadeOnce
+from tests.support.session.steps_made_once import StepsMadeOnce
 
 
 def main() -> None:

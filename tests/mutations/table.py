@@ -1,0 +1,333 @@
+"""The mutations: each names a line, what breaks it, and the test that must turn red."""
+
+from __future__ import annotations
+
+from tests.mutations.mutation import Mutation
+
+_SPARSE, _PAIRS = "sae_train/sparse/jumprelu_step.py", "sae_train/sparse/active_pairs.py"
+_ROWS, _SUMS = "sae_train/sparse/latent_updates.py", "sae_train/sparse/segment_sums.py"
+_DENSE, _TILES = "sae_train/step/dense_jumprelu.py", "sae_train/step/tile_passes.py"
+_GRADIENTS, _OPTIMISER = "sae_train/step/gradients.py", "sae_train/step/optimiser.py"
+_EQUATIONS, _T_EQUATIONS = "sae_train/model/jumprelu.py", "tests/sae_train/model/test_jumprelu.py"
+_T_PAIRS, _T_SPARSE = (
+    "tests/sae_train/sparse/test_pairs.py",
+    "tests/sae_train/sparse/test_sparse_step.py",
+)
+_KERNELS, _T_KERNELS = "sae_train/sparse/kernels", "tests/sae_train/sparse/test_kernels.py"
+_ON_MESH = f"{_T_SPARSE}::test_pairs_on_many_meshes[4-2-128]"
+_BY_REFERENCE = f"{_T_SPARSE}::test_forty_steps_follow_the_float64_reference"
+
+
+MUTATIONS = (
+    Mutation(
+        "the estimator of a threshold's gradient has the opposite sign",
+        _EQUATIONS,
+        "-theta / bandwidth",
+        "theta / bandwidth",
+        f"{_T_EQUATIONS}::test_a_step_has_the_gradients_of_the_equations[l0-log-dense]",
+    ),
+    Mutation(
+        "thresholds learn with the opposite sign by products",
+        _GRADIENTS,
+        "-g_theta_SB.sum(axis=1) / bandwidth",
+        "g_theta_SB.sum(axis=1) / bandwidth",
+        f"{_T_EQUATIONS}::test_a_step_has_the_gradients_of_the_equations[l0-log-dense]",
+    ),
+    Mutation(
+        "thresholds learn with the opposite sign by pairs",
+        _ROWS,
+        'so_far["threshold"] - g_theta_SC',
+        'so_far["threshold"] + g_theta_SC',
+        f"{_T_EQUATIONS}::test_a_step_has_the_gradients_of_the_equations[l0-log-sparse]",
+    ),
+    Mutation(
+        "the penalty's gradient in the threshold is lost",
+        _EQUATIONS,
+        "-1.0 / bandwidth, 0.0)",
+        "0.0 / bandwidth, 0.0)",
+        f"{_T_EQUATIONS}::test_a_threshold_learns_from_its_window_alone",
+    ),
+    Mutation(
+        "a dense step takes second moments that wait for Adam's",
+        _DENSE,
+        "decay_F = optimiser.waited_decay(state.step - state.last_touched",
+        "decay_F = optimiser.waited_decay(0 * state.last_touched",
+        f"{_T_SPARSE}::test_a_dense_step_continues_what_a_sparse_one_left_waiting",
+    ),
+    Mutation(
+        "pairs within the window of a threshold, not active, are left out",
+        _GRADIENTS,
+        "> -bandwidth / 2",
+        "> 0.0",
+        f"{_T_PAIRS}::test_pairs_are_all_that_are_active_or_in_the_window",
+    ),
+    Mutation(
+        "the window of a threshold has no gradient",
+        _ROWS,
+        "jnp.where(window_SC, theta_S[:, None] * g_f_SC + g_step_SC, 0.0)",
+        "jnp.where(window_SC & active_SC, theta_S[:, None] * g_f_SC + g_step_SC, 0.0)",
+        f"{_BY_REFERENCE}[l0-log-96]",
+    ),
+    Mutation(
+        "pairs without a place aren't counted",
+        _PAIRS,
+        "total = total + counts_L.sum(dtype=jnp.int32).astype(jnp.float32)",
+        "total = written.astype(jnp.float32)",
+        f"{_T_PAIRS}::test_pairs_without_a_place_are_counted",
+    ),
+    Mutation(
+        "a step with too many pairs goes by those that have a place",
+        _SPARSE,
+        "fits = found <= self._capacity",
+        "fits = found >= 0",
+        f"{_T_SPARSE}::test_too_many_pairs_fall_back_and_are_counted",
+    ),
+    Mutation(
+        "rows are updated by pairs and then by tiles again",
+        _SPARSE,
+        "longest_first(counts_F, wanted=fits)",
+        "longest_first(counts_F)",
+        f"{_T_SPARSE}::test_too_many_pairs_fall_back_and_are_counted",
+    ),
+    Mutation(
+        "the device with the fewest pairs says whether all fit",
+        "sae_train/model/sharding.py",
+        "jax.lax.pmax(value, axes)",
+        "jax.lax.pmin(value, axes)",
+        f"{_T_SPARSE}::test_one_device_with_too_many_pairs_is_enough_to_fall_back",
+    ),
+    Mutation(
+        "steps by pairs begin as late as they cease",
+        _SPARSE,
+        "_BEGIN_SPARSE, _END_SPARSE = 0.7, 0.95",
+        "_BEGIN_SPARSE, _END_SPARSE = 0.95, 0.95",
+        f"{_T_SPARSE}::test_steps_by_pairs_begin_at_fewer_than_they_cease_at[0-0.71-0]",
+    ),
+    Mutation(
+        "steps by pairs cease as soon as they may not begin",
+        _SPARSE,
+        "_BEGIN_SPARSE, _END_SPARSE = 0.7, 0.95",
+        "_BEGIN_SPARSE, _END_SPARSE = 0.7, 0.7",
+        f"{_T_SPARSE}::test_steps_by_pairs_begin_at_fewer_than_they_cease_at[1-0.71-1]",
+    ),
+    Mutation(
+        "reconstructions of the parts of the width are averaged",
+        _DENSE,
+        'sum_over("model", decoded_BD, mesh=mesh)',
+        'sum_over("model", decoded_BD / mesh.shape["model"], mesh=mesh)',
+        _ON_MESH,
+    ),
+    Mutation(
+        "frequencies are those of a part of the batch",
+        _DENSE,
+        'sum_over("data", active_F, mesh=mesh)',
+        'sum_over("data", active_F / mesh.shape["data"], mesh=mesh)',
+        _ON_MESH,
+    ),
+    Mutation(
+        "the norm that clips is that of a part of the width",
+        _DENSE,
+        "sums.squares, sums.projected), mesh",
+        "sums.squares, sums.projected / 2), mesh",
+        _ON_MESH,
+    ),
+    Mutation(
+        "all parts of the batch take their rows from the first",
+        _SPARSE,
+        "(pairs.row_P[:, 0] + first_row[:, None])",
+        "(pairs.row_P[:, 0] + 0 * first_row[:, None])",
+        _ON_MESH,
+    ),
+    Mutation(
+        "a step by tiles averages the gradients of the parts of the batch",
+        _TILES,
+        'gradients = sum_over("data", gradients, mesh=mesh)',
+        'gradients = jax.tree.map(lambda g: g / 2, sum_over("data", gradients, mesh=mesh))',
+        f"{_T_SPARSE}::test_pairs_on_many_meshes[2-4-36]",
+    ),
+    Mutation(
+        "of rows of one L0 the last is decoded as the first",
+        _SUMS,
+        "back_B = jnp.argsort(segments.ids_N)[:num_rows]",
+        "back_B = segments.ids_N[:num_rows]",
+        f"{_T_PAIRS}::test_decoding_pairs_is_the_product",
+    ),
+    Mutation(
+        "the decoder's gradient keeps its part along the row",
+        _OPTIMISER,
+        'return updates | {"W_dec": remove_parallel(updates["W_dec"], rows_FD=params["W_dec"])}',
+        "return updates",
+        f"{_BY_REFERENCE}[l0-log-96]",
+    ),
+    Mutation(
+        "touched rows of the decoder aren't made unit again",
+        _OPTIMISER,
+        'new["W_dec"] = unit_rows(new["W_dec"])',
+        'new["W_dec"] = 1.0 * new["W_dec"]',
+        f"{_BY_REFERENCE}[l0-log-96]",
+    ),
+    Mutation(
+        "the error's gradient isn't clipped",
+        _GRADIENTS,
+        "g_BD=factor * self.g_BD",
+        "g_BD=self.g_BD",
+        f"{_T_SPARSE}::test_a_clipped_gradient_is_clipped_the_same_way",
+    ),
+    Mutation(
+        "a second moment decays once, however long its latent rested",
+        _OPTIMISER,
+        "second_moment[name] * _per_row(decay_F, like=param)",
+        "second_moment[name] + 0.0 * _per_row(decay_F, like=param)",
+        f"{_T_SPARSE}::test_latents_that_rest_are_as_if_they_had_stepped",
+    ),
+    Mutation(
+        "a second moment's decay is one step short",
+        _OPTIMISER,
+        "jnp.exp(steps_F.astype(jnp.float32) * math.log(beta2))",
+        "jnp.exp((steps_F - 1).astype(jnp.float32) * math.log(beta2))",
+        f"{_T_PAIRS}::test_lazy_updates_are_optax_s_adam_over_four_thousand_steps",
+    ),
+    Mutation(
+        "when latents were last touched is lost in a checkpoint",
+        "sae_train/checkpoint/checkpoints.py",
+        '{problem}")\n        return state\n',
+        '{problem}")\n'
+        "        forgotten = dict(vars(state), last_touched=0 * state.last_touched + step)\n"
+        "        return type(state)(**forgotten)\n",
+        "tests/sae_train/sparse/test_sparse_resume.py::test_second_moments_that_wait_are_restored_on_another_mesh",
+    ),
+    Mutation(
+        "a step by pairs keeps pre-activations of the whole width",
+        "sae_train/step/tiles.py",
+        "LARGEST_TILE = 1024",
+        "LARGEST_TILE = 1 << 20",
+        "tests/sae_train/sparse/test_sparse_memory.py::"
+        "test_a_million_latents_take_little_more_than_their_state_and_the_batch",
+    ),
+    Mutation(
+        "how steps went isn't in the state",
+        "sae_train/train/train_step.py",
+        "sparse=result.is_sparse.astype(jnp.int32),",
+        "sparse=0 * result.is_sparse.astype(jnp.int32),",
+        f"{_T_SPARSE}::test_left_open_a_step_goes_by_pairs_once_they_are_few",
+    ),
+    Mutation(
+        "in a kernel every block of rows is the first",
+        f"{_KERNELS}/select.py",
+        "row_M = pl.program_id(1) * ROWS +",
+        "row_M = 0 * pl.program_id(1) +",
+        f"{_T_PAIRS}::test_pairs_are_all_that_are_active_or_in_the_window[pallas-300-70]",
+    ),
+    Mutation(
+        "a kernel's pairs of one latent lie on those of another",
+        f"{_KERNELS}/select.py",
+        "position_ML = first + before_L[None, :] + rank_ML",
+        "position_ML = first + 0 * before_L[None, :] + rank_ML",
+        f"{_T_PAIRS}::test_pairs_are_all_that_are_active_or_in_the_window[pallas-64-96]",
+    ),
+    Mutation(
+        "a kernel's pool that was too small is taken for whole",
+        f"{_KERNELS}/select.py",
+        "& (total <= capacity)",
+        "& (total >= 0)",
+        f"{_T_PAIRS}::test_pairs_without_a_place_are_counted[pallas]",
+    ),
+    Mutation(
+        "a kernel's pairs are ranked within their block of rows alone",
+        f"{_KERNELS}/select.py",
+        "jnp.cumsum(counts_RF, axis=0, dtype=jnp.int32) - counts_RF + starts_F",
+        "0 * counts_RF + starts_F",
+        f"{_T_KERNELS}::test_pairs_from_the_pool_are_the_same_in_whichever_order_they_got_there",
+    ),
+    Mutation(
+        "a kernel decodes the pairs of a row but for the last few",
+        f"{_KERNELS}/decode.py",
+        "(count + AT_ONCE - 1) // AT_ONCE",
+        "count // AT_ONCE",
+        f"{_T_PAIRS}::test_decoding_pairs_is_the_product[pallas-4]",
+    ),
+    Mutation(
+        "a kernel's program takes its first latent again and again",
+        f"{_KERNELS}/update.py",
+        "program + nth * num_programs",
+        "program + 0 * nth * num_programs",
+        f"{_T_KERNELS}::test_touched_latents_are_updated_as_by_xla[300-7-True]",
+    ),
+    Mutation(
+        "a kernel leaves out the window of a threshold",
+        f"{_KERNELS}/update.py",
+        "jnp.where(window, theta * g_f",
+        "jnp.where(window & active, theta * g_f",
+        f"{_T_KERNELS}::test_touched_latents_are_updated_as_by_xla[8-1024-True]",
+    ),
+    Mutation(
+        "a kernel keeps the gradient's part along the row",
+        f"{_KERNELS}/update.py",
+        "lambda g, w: g - along * w",
+        "lambda g, w: g - 0 * along * w",
+        f"{_T_KERNELS}::test_touched_latents_are_updated_as_by_xla[8-1024-True]",
+    ),
+    Mutation(
+        "a kernel's rows aren't made unit again",
+        f"{_KERNELS}/update.py",
+        "lambda w: w / norm",
+        "lambda w: w + 0 * norm",
+        f"{_T_KERNELS}::test_touched_latents_are_updated_as_by_xla[8-1024-True]",
+    ),
+    Mutation(
+        "a kernel's second moments decay once, however long their latent rested",
+        f"{_KERNELS}/update.py",
+        "decay = config.beta2 * read.decay_F[latent]",
+        "decay = config.beta2",
+        f"{_T_KERNELS}::test_touched_latents_are_updated_as_by_xla[8-1024-True]",
+    ),
+    Mutation(
+        "a kernel's norm leaves out what is along the row",
+        f"{_KERNELS}/update.py",
+        "squares + of_enc + _dot(found.dec, found.dec)",
+        "squares + of_enc + _dot(projected, projected)",
+        f"{_T_KERNELS}::test_touched_latents_are_updated_as_by_xla[300-7-False]",
+    ),
+    Mutation(
+        "a kernel holds less than a row",
+        f"{_KERNELS}/update.py",
+        "(left - 1).bit_length()",
+        "left.bit_length() - 1",
+        f"{_T_KERNELS}::test_pieces_cover_a_row_once",
+    ),
+    Mutation(
+        "a kernel's tile has a size that Triton doesn't know",
+        f"{_KERNELS}/select.py",
+        "ROWS, LATENTS, DEPTH = 128,",
+        "ROWS, LATENTS, DEPTH = 96,",
+        f"{_T_KERNELS}::test_kernels_lower_for_cuda",
+    ),
+    Mutation(
+        "a kernel's results are typed as the same on all devices",
+        f"{_KERNELS}/pallas.py",
+        "manual_axis_type=kind",
+        "manual_axis_type=None if kind else kind",
+        f"{_T_KERNELS}::test_a_whole_step_lowers_for_cuda_with_its_types_checked",
+    ),
+    Mutation(
+        "kernels are started where no GPU is",
+        f"{_KERNELS}/mode.py",
+        "if platform not in _GPUS and",
+        "if platform in _GPUS and",
+        f"{_T_KERNELS}::test_kernels_are_refused_where_there_is_no_gpu",
+    ),
+    Mutation(
+        "a kernel decodes a list that was too short",
+        f"{_KERNELS}/decode.py",
+        "jnp.where(pairs.total > latents_P.shape[0], 0, counts_B)",
+        "jnp.where(pairs.total < 0, 0, counts_B)",
+        f"{_T_KERNELS}::test_of_too_many_pairs_none_is_decoded",
+    ),
+    Mutation(
+        "a kernel's pairs stay in the order in which their tiles came",
+        f"{_KERNELS}/select.py",
+        "to_P = jnp.where(there_P, to_P, capacity + nth_P)",
+        "to_P = jnp.where(there_P, nth_P, capacity + nth_P)",
+        f"{_T_KERNELS}::test_programs_in_the_opposite_order_leave_the_same_bits",
+    ),
+)
