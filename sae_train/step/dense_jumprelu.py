@@ -88,11 +88,12 @@ class DenseStep:
         scalars: Scheduled,
     ) -> StepResult:
         """One step on scaled rows."""
-        encoded = self._encode(state, self._encoder_operands(state.params, x_BD))
+        operands = self._encoder_operands(state.params, x_BD)
+        encoded = self._encode(state, operands)
         reconstruction_BD = decoded_with(state.params, encoded.decoded_BD, x_BD=x_BD)
         residual_BD = target_BD - reconstruction_BD
         penalty, output = self._output_gradients(
-            state.params, x_BD, residual_BD, encoded, scalars=scalars, log_gain=state.log_gain
+            operands, residual_BD, encoded, scalars=scalars, log_gain=state.log_gain
         )
         params, second_moment, touched_F, norm = self._update(
             state, x_BD, encoded, output, scalars=scalars
@@ -122,10 +123,11 @@ class DenseStep:
         log_gain: Float[Array, ""],
     ) -> tuple[Float[Array, ""], Params]:
         """The loss and the gradients of all parameters, the decoder's not yet projected."""
-        encoded = self._encode_tiles(self._encoder_operands(params, x_BD), keep=True)
+        operands = self._encoder_operands(params, x_BD)
+        encoded = self._encode_tiles(operands, keep=True)
         residual_BD = target_BD - decoded_with(params, encoded.decoded_BD, x_BD=x_BD)
         penalty, output = self._output_gradients(
-            params, x_BD, residual_BD, encoded, scalars=scalars, log_gain=log_gain
+            operands, residual_BD, encoded, scalars=scalars, log_gain=log_gain
         )
         loss = jnp.square(residual_BD).sum(axis=1).mean() + penalty.loss
         return loss, self._gradients(params, x_BD, encoded, output)
@@ -185,8 +187,7 @@ class DenseStep:
 
     def _output_gradients(
         self,
-        params: Params,
-        x_BD: Array,
+        operands: EncoderOperands,
         residual_BD: Array,
         encoded: Encoded,
         *,
@@ -205,7 +206,7 @@ class DenseStep:
         (_, found), (g_l0_B, g_frequency_F) = jax.value_and_grad(
             penalty, argnums=(0, 1), has_aux=True
         )(encoded.l0_B, encoded.active_F / num_rows)
-        _, _, bias_F, theta_F, encoder_input_BD = self._encoder_operands(params, x_BD)
+        _, _, bias_F, theta_F, encoder_input_BD = operands
         return found, OutputGradients(
             x_BD=encoder_input_BD,
             g_BD=-2.0 / num_rows * residual_BD,
