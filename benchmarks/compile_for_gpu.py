@@ -1,4 +1,4 @@
-"""Compile the step by pairs and its kernels for an H100, on a machine without a GPU.
+"""Compile the sparse step and its kernels for an H100, on a machine without a GPU.
 
     pip install jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12
     JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 python -m benchmarks.compile_for_gpu
@@ -75,7 +75,7 @@ def described_mesh(devices: int) -> Mesh:
 def compile_step(
     mesh: Mesh, *, d_model: int, width: int, batch_size: int, kernels: str, folder: str
 ) -> jax.stages.Compiled:
-    """The step by pairs, compiled; what is given to the assembler is left in a folder."""
+    """The sparse step, compiled; what is given to the assembler is left in a folder."""
     config = config_of(width=width, batch_size=batch_size, step="sparse")
     train = config.train.model_copy(update={"kernels": kernels})
     config = config.model_copy(update={"train": train})

@@ -1,4 +1,4 @@
-"""The Pallas kernels of a step by pairs beside pure JAX and the machine's limit. Needs a GPU.
+"""The Pallas kernels of the sparse step beside pure JAX and the machine's limit. Needs a GPU.
 
     python -m benchmarks.kernels --out kernels.json
 
@@ -35,7 +35,7 @@ from sae_train.step.optimiser import unit_rows
 from sae_train.step.schedule import Scheduled
 
 BATCH, L0, BANDWIDTH = 4096, 100, 1e-3
-PLACES = BATCH * 2 * L0
+CAPACITY = BATCH * 2 * L0
 WIDTHS = (16_384, 131_072, 1_048_576)
 D_MODELS = (2304, 3584)
 NO_GPU = "kernels: no GPU here, so there is nothing to measure"
@@ -99,7 +99,7 @@ class Case:
 
     def found(self) -> active_pairs.Pairs:
         """The pairs, by pure JAX."""
-        one = partial(active_pairs.select_pairs, bandwidth=BANDWIDTH, capacity=PLACES)
+        one = partial(active_pairs.select_pairs, bandwidth=BANDWIDTH, capacity=CAPACITY)
         return jax.jit(one)(self.rows[0]["W_enc"], self.bias_F, self.theta_F, self.x_BD)
 
 
@@ -151,7 +151,7 @@ def _off(case: Case, ours: active_pairs.Pairs, theirs: active_pairs.Pairs) -> fl
 
 def _select(case: Case, found: active_pairs.Pairs, *, product: float, rounds: int) -> list[Row]:
     operands = case.rows[0]["W_enc"], case.bias_F, case.theta_F, case.x_BD
-    options: dict[str, Any] = {"bandwidth": BANDWIDTH, "capacity": PLACES}
+    options: dict[str, Any] = {"bandwidth": BANDWIDTH, "capacity": CAPACITY}
     xla = jax.jit(partial(active_pairs.select_pairs, **options))
     tf32 = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     kernels = {

@@ -1,4 +1,4 @@
-"""A training step against its own matrix products: by whole products, and by pairs.
+"""A training step against its own matrix products: the dense path and the sparse one.
 
     python -m benchmarks.step --out step.json
 

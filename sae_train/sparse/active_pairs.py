@@ -58,12 +58,12 @@ def pack_rows(found_BL: Bool[Array, "B L"]) -> UInt32[Array, "W L"]:
     if rows % WORD:
         found_BL = jnp.pad(found_BL, ((0, num_words * WORD - rows), (0, 0)))
     bits = found_BL.reshape(WORD, num_words, -1).astype(jnp.uint32)
-    place = jnp.arange(WORD, dtype=jnp.uint32)[:, None, None]
-    return (bits << place).sum(axis=0, dtype=jnp.uint32)
+    bit = jnp.arange(WORD, dtype=jnp.uint32)[:, None, None]
+    return (bits << bit).sum(axis=0, dtype=jnp.uint32)
 
 
 def nth_set_bit(word_Q: UInt32[Array, " Q"], rank_Q: Int[Array, " Q"]) -> Int[Array, " Q"]:
-    """The place of the set bit that `rank` others precede, by halving."""
+    """The position of the set bit that `rank` others precede, by halving."""
     position_Q = jnp.zeros_like(rank_Q)
     for half in (16, 8, 4, 2, 1):
         low_Q = word_Q & jnp.uint32((1 << half) - 1)

@@ -6,9 +6,9 @@
     update     touched latents: gradients, projection, optimiser, new rows, in place
 
 There is space for a fixed number of pairs. A step tries the sparse path if the step before had few
-enough; if its own turn out too many, or it didn't try, the same step is made by products of whole
-tiles: nothing is ever left out, and either way no array of size [B, F] exists. Which path a step
-takes depends on the training state alone, so a resumed run takes the same paths.
+enough; if its own turn out too many, or it didn't try, the same step is computed with products of
+whole tiles: nothing is ever left out, and either way no array of size [B, F] exists. Which path a
+step takes depends on the training state alone, so a resumed run takes the same paths.
 
 Passes run on each device's rows and latents, with the sums over devices written out; all gradients
 are explicit, none is differentiated through a `shard_map`.

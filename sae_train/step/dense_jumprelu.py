@@ -143,7 +143,7 @@ class DenseStep:
         return self._encode_tiles(operands, keep=True)
 
     def _encode_tiles(self, operands: EncoderOperands, *, keep: bool) -> Encoded:
-        """By products; `keep` says whether for gradients by products, or for their count."""
+        """The dense encoder; with `keep` pre-activations stay, else pairs are counted."""
 
         def part(*operands):
             decoded_BD, l0_B, active_F, pre_TLB, total = encode_tiles(

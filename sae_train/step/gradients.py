@@ -144,7 +144,7 @@ def tile_gradients(
     output: OutputGradients,
     bandwidth: float,
 ) -> Params:
-    """The gradients of a tile's latents by products: W_enc, W_dec [S, D], b_enc, threshold [S].
+    """A tile's gradients from matrix products: W_enc, W_dec [S, D], b_enc, threshold [S].
 
     The threshold's is that of θ itself, the decoder's is not yet projected.
 

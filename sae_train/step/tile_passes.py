@@ -1,4 +1,4 @@
-"""Both passes over the latents by products, a tile of latents at a time.
+"""Both passes over the latents on the dense path, a tile of latents at a time.
 
 `encode_tiles` encodes and decodes, `update_tiles` makes each tile's gradients and writes its new
 rows in place: no gradient of a weight matrix exists as a whole. Pure functions of one device's

@@ -6,7 +6,7 @@ devices once, and every member steps on it. A single run is a cohort of one.
 A run is a pure function of its config and its store: the batch of a step depends on the step
 number alone, so a checkpoint needs no data state, a resumed run is bit-identical, and so is one
 that trained beside others. Members needn't be at the same step: the stream begins where the one
-furthest behind stands, and each joins when it comes by.
+furthest behind stands, and each joins when its step is reached.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def train_cohort(
         fresh: delete what earlier runs left in the folders and start anew.
         stop: asked before every step; when it says yes all is saved and the loop left.
 
-    Several processes that have joined (`distributed.join`) train as one: each holds its devices'
+    Several processes that have joined (`processes.join`) train as one: each holds its devices'
     part, all stop at the same step, and only the main one writes configs and metrics.
 
     Raises:

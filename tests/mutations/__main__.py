@@ -31,7 +31,7 @@ _NOT_RUN = re.compile(r"^E +(NameError|SyntaxError|ImportError|AttributeError|Ty
 
 
 def in_copy(mutation: Mutation, copy: Path) -> str:
-    """The verdict on a mutation: "red", or what came instead; the copy is as before then."""
+    """The verdict on a mutation: "red", or what happened instead; the copy is restored."""
     path = copy / mutation.file
     text = path.read_text()
     path.write_text(text.replace(mutation.right, mutation.wrong))

@@ -27,14 +27,14 @@ MUTATIONS = (
         f"{_T_EQUATIONS}::test_a_step_has_the_gradients_of_the_equations[l0-log-dense]",
     ),
     Mutation(
-        "thresholds learn with the opposite sign by products",
+        "thresholds learn with the opposite sign on the dense path",
         _GRADIENTS,
         "-g_theta_SB.sum(axis=1) / bandwidth",
         "g_theta_SB.sum(axis=1) / bandwidth",
         f"{_T_EQUATIONS}::test_a_step_has_the_gradients_of_the_equations[l0-log-dense]",
     ),
     Mutation(
-        "thresholds learn with the opposite sign by pairs",
+        "thresholds learn with the opposite sign on the sparse path",
         _ROWS,
         'so_far["threshold"] - g_theta_SC',
         'so_far["threshold"] + g_theta_SC',
@@ -83,7 +83,7 @@ MUTATIONS = (
         f"{_T_SPARSE}::test_too_many_pairs_fall_back_and_are_counted",
     ),
     Mutation(
-        "rows are updated by pairs and then by tiles again",
+        "rows are updated on the sparse path and then on the dense one again",
         _SPARSE,
         "longest_first(counts_F, wanted=fits)",
         "longest_first(counts_F)",
@@ -97,18 +97,18 @@ MUTATIONS = (
         f"{_T_SPARSE}::test_one_device_with_too_many_pairs_is_enough_to_fall_back",
     ),
     Mutation(
-        "steps by pairs begin as late as they cease",
+        "the sparse path starts at as many pairs as it stops at",
         _SPARSE,
         "_BEGIN_SPARSE, _END_SPARSE = 0.7, 0.95",
         "_BEGIN_SPARSE, _END_SPARSE = 0.95, 0.95",
-        f"{_T_SPARSE}::test_steps_by_pairs_begin_at_fewer_than_they_cease_at[0-0.71-0]",
+        f"{_T_SPARSE}::test_the_sparse_path_starts_at_fewer_pairs_than_it_stops_at[0-0.71-0]",
     ),
     Mutation(
-        "steps by pairs cease as soon as they may not begin",
+        "the sparse path stops as soon as it may not start",
         _SPARSE,
         "_BEGIN_SPARSE, _END_SPARSE = 0.7, 0.95",
         "_BEGIN_SPARSE, _END_SPARSE = 0.7, 0.7",
-        f"{_T_SPARSE}::test_steps_by_pairs_begin_at_fewer_than_they_cease_at[1-0.71-1]",
+        f"{_T_SPARSE}::test_the_sparse_path_starts_at_fewer_pairs_than_it_stops_at[1-0.71-1]",
     ),
     Mutation(
         "reconstructions of the parts of the width are averaged",
@@ -197,7 +197,7 @@ MUTATIONS = (
         "tests/sae_train/sparse/test_sparse_resume.py::test_second_moments_that_wait_are_restored_on_another_mesh",
     ),
     Mutation(
-        "a step by pairs keeps pre-activations of the whole width",
+        "a sparse step keeps pre-activations of the whole width",
         "sae_train/step/tiles.py",
         "LARGEST_TILE = 1024",
         "LARGEST_TILE = 1 << 20",

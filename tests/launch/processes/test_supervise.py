@@ -19,7 +19,7 @@ from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow
 
-# A process of a group without JAX: what it is to do comes by its number.
+# A process of a group without JAX: its number says what it does.
 CHILD = """
 import os, signal, sys, time
 index = int(os.environ["SAE_PROCESS_ID"])

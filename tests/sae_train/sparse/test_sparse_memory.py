@@ -1,4 +1,4 @@
-"""What XLA allocates for a step by pairs: nothing that grows as the weights do, nothing [B, F].
+"""What XLA allocates for a sparse step: nothing that grows as the weights do, nothing [B, F].
 
 Compiled for shapes far too large for this machine; nothing is allocated.
 """

@@ -1,4 +1,4 @@
-"""Runs by pairs, stopped and killed: second moments that wait to decay wait in a checkpoint too."""
+"""Runs on the sparse path, stopped and killed: a checkpoint keeps what waits to decay."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps by pairs against steps by whole products, and against the float64 reference.
+"""The sparse step against the dense one, and against the float64 reference.
 
 Legend: B rows, D model width, F latents.
 """
@@ -167,7 +167,7 @@ def test_left_open_a_step_goes_by_pairs_once_they_are_few(monkeypatch: pytest.Mo
     ("before", "share", "goes"),
     [(0, 0.69, 1), (0, 0.71, 0), (0, 0.94, 0), (1, 0.71, 1), (1, 0.94, 1), (1, 0.96, 0)],
 )
-def test_steps_by_pairs_begin_at_fewer_than_they_cease_at(
+def test_the_sparse_path_starts_at_fewer_pairs_than_it_stops_at(
     idle_step: Any, before: int, share: float, goes: int
 ):
     """Far fewer pairs than places: what the step before had decides alone."""

@@ -28,7 +28,7 @@ SHAPE = re.compile(r"[a-z]+[0-9]*\[([0-9,]*)\]")
 
 
 def program(mesh: tuple[int, int], sparsity: dict, *, width: int = WIDTH) -> str:
-    """The compiled step by products, as HLO."""
+    """The compiled dense step, as HLO."""
     config = make_config(
         width=width, batch_size=BATCH, tokens=BATCH, mesh=mesh, sparsity=sparsity, step="dense"
     )
