@@ -22,6 +22,8 @@ from activation_cache.gemma.taps import Splice, Tap
 from activation_cache.language_model.model import LanguageModel, load_model
 from tests.support.tiny_gemma import write_tiny_gemma, write_tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 COMMON = {
     "vocab_size": 403,
     "hidden_size": 36,

@@ -33,6 +33,8 @@ from tests.support.stores import TAP, file_hashes, make_manifest
 from tests.support.tiny_gemma import write_tiny_gemma
 from tests.support.tiny_gguf import write_gguf
 
+pytestmark = pytest.mark.slow
+
 
 def test_rows_are_the_model_s_activations_at_their_provenance(finished: Store, gemma: Path):
     found = finished.provenance(start=0, stop=ROWS)

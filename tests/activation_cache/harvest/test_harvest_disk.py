@@ -19,6 +19,8 @@ from activation_cache.store.store import Store
 from tests.support.harvests import interrupted, sections
 from tests.support.stores import file_hashes
 
+pytestmark = pytest.mark.slow
+
 
 def mounted(folder: Path, *options: str) -> bool:
     """Mount a tmpfs at `folder`, if this process may."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -128,6 +129,7 @@ def test_an_epoch_visits_every_row_once(store, epoch):
         assert segment.count == min(block_rows, rows - segment.start)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(store=stores, start=st.integers(0, 60), count=st.integers(1, 40))
 def test_any_slice_of_the_stream_can_be_asked_for(store, start, count):

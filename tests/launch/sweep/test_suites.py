@@ -324,6 +324,7 @@ sweep:
 """
 
 
+@pytest.mark.slow
 def test_a_suite_harvests_trains_and_reports_store_by_store(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,6 +27,8 @@ from sae_train.train.train_step import averaged
 from tests.support.configs import make_config
 from tests.support.training import assert_same_run, make_run
 
+pytestmark = pytest.mark.slow
+
 B, D, F, K = 32, 12, 40, 6
 L1 = {"penalty": "l1", "coefficient": 0.03, "warmup_steps": 0}
 NONE = {"penalty": "none"}

@@ -29,6 +29,8 @@ from tests.sae_train.step.test_step import PENALTIES, biased_state
 from tests.support.configs import make_config
 from tests.support.oracles.rows_off_edges import off_edges
 
+pytestmark = pytest.mark.slow
+
 B, D, F = 64, 24, 96
 PATHS: dict[str, dict[str, Any]] = {
     "dense": {"step": "dense"},

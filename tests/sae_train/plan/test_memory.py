@@ -15,6 +15,8 @@ from sae_train.config.sae import Architecture
 from sae_train.plan.memory import PATH_BYTES, Shape, step_memory
 from tests.support.plan_shapes import compile_step, measured_bytes
 
+pytestmark = pytest.mark.slow
+
 # XLA lays buffers of several sizes into one heap; which lies in whose place is its own choice.
 TOLERANCE = 0.10
 

@@ -30,6 +30,8 @@ from sae_train.runs.folder import run_folders
 from tests.sae_train.release.test_export import write_some_evaluation
 from tests.support.saes import make_trained, save_run
 
+pytestmark = pytest.mark.slow
+
 F = 24
 FILES = {
     "gemma_scope": ["params.npz"],

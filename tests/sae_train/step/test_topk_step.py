@@ -18,6 +18,8 @@ from sae_train.train.train_step import make_train_step
 from tests.support.configs import make_config
 from tests.support.oracles import reference_topk
 
+pytestmark = pytest.mark.slow
+
 B, D, F, K = 64, 32, 128, 2
 EPSILON = 1e-6
 

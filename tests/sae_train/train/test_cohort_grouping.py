@@ -22,6 +22,8 @@ from sae_train.train.cohort import batch_key, check_cohort, group_cohorts, step_
 from sae_train.train.progress import label, steps_to_read
 from tests.support.configs import make_config
 
+pytestmark = pytest.mark.slow
+
 
 def test_what_a_cohort_shares() -> None:
     config = make_config()

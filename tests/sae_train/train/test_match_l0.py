@@ -18,6 +18,8 @@ from sae_train.train.loop import train
 from tests.support.configs import make_config
 from tests.support.training import ROWS, make_run
 
+pytestmark = pytest.mark.slow
+
 
 def l0_over_the_store(run: Path, store: Path) -> float:
     """Mean active latents of the trained SAE over every row it was trained on."""

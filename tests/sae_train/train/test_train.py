@@ -17,6 +17,8 @@ from sae_train.train.loop import train
 from tests.support.stores import make_manifest, write_store
 from tests.support.training import ROWS, assert_same_run, make_run, stop_after, untimed_metrics
 
+pytestmark = pytest.mark.slow
+
 REQUIRED = {
     "step",
     "tokens",

@@ -32,6 +32,8 @@ from tests.support.pipeline import ROOT, write_pipeline
 from tests.support.saes import make_trained
 from tests.support.training import WIDTH, make_run
 
+pytestmark = pytest.mark.slow
+
 F = 24
 NONE = {"penalty": "none"}
 L1 = {"penalty": "l1", "coefficient": 0.03, "warmup_steps": 0}
