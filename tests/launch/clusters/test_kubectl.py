@@ -20,6 +20,8 @@ from tests.launch.clusters.test_jobset import cluster_config
 from tests.support.paths import ROOT
 from tests.support.servers.kubernetes_checks import check
 
+pytestmark = pytest.mark.slow
+
 FAKE = ROOT / "tests" / "support" / "servers" / "fake_kubectl.py"
 SWEEP = {"sweep.grid": {"train.seed": [0, 1, 2]}}
 

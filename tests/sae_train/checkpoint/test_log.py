@@ -13,6 +13,8 @@ import pytest
 from sae_train.checkpoint.checkpoints import Checkpoints
 from tests.support.children.processes import child_environment
 
+pytestmark = pytest.mark.slow
+
 _PROGRAM = """
 import logging, sys
 from pathlib import Path

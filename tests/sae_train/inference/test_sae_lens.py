@@ -28,6 +28,8 @@ from tests.support.saes import (
     reference_reconstruction,
 )
 
+pytestmark = pytest.mark.slow
+
 D, F, K = 10, 24, 5
 TRANSCODER: dict[str, Any] = {"site": "mlp_in", "target": "mlp_out", "target_scale": 1.9}
 SKIPS = pytest.mark.parametrize("skip", [False, True], ids=["plain", "skip"])

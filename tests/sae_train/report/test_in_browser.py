@@ -11,6 +11,8 @@ from sae_train.report.page import write_report
 from tests.support.browser import Browser, open_browser
 from tests.support.report_pages import published_sweep
 
+pytestmark = pytest.mark.slow
+
 READY = "specs && document.querySelector('#chart-1 .main-svg')"
 MOST_BYTES = 3_000_000
 
