@@ -113,7 +113,7 @@ class LatentSums:
 
 
 def output_dims(row: str = "B") -> OutputGradients:
-    """The dims of `OutputGradients`; with `whole` every device gets all rows."""
+    """The dims of `OutputGradients`; `row="whole"` gives every device all rows."""
     return OutputGradients(
         x_BD=(row, "D"),
         g_BD=(row, "D"),
