@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -62,12 +61,7 @@ class ProgressMeter:
             self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
         elif kind is None:
@@ -90,29 +84,12 @@ class ProgressMeter:
             self._log(note)
 
     def _log(self, note: str) -> None:
-        if self.total is None:
-            logger.info(
-                "%s %s %s, %s %s/s%s",
-                self.label,
-                _amount(self.done),
-                self.unit,
-                _amount(self.rate),
-                self.unit,
-                f", {note}" if note else "",
-            )
-            return
-        left = (self.total - self.done) / self.rate if self.rate > 0 else float("inf")
-        eta = _duration(left) if left < float("inf") else "unknown"
-        percent = 100 * self.done / max(self.total, 1)
-        logger.info(
-            "%s %3.0f%% %s/%s %s, %s %s/s, eta %s%s",
-            self.label,
-            percent,
-            _amount(self.done),
-            _amount(self.total),
-            self.unit,
-            _amount(self.rate),
-            self.unit,
-            eta,
-            f", {note}" if note else "",
-        )
+        done, eta = _amount(self.done), ""
+        if self.total is not None:
+            percent = 100 * self.done / max(self.total, 1)
+            done = f"{percent:3.0f}% {done}/{_amount(self.total)}"
+            left = _duration((self.total - self.done) / self.rate) if self.rate > 0 else "unknown"
+            eta = f", eta {left}"
+        rate = f"{_amount(self.rate)} {self.unit}/s"
+        note = f", {note}" if note else ""
+        logger.info("%s %s %s, %s%s%s", self.label, done, self.unit, rate, eta, note)

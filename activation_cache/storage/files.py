@@ -172,8 +172,7 @@ def read_json(path: AnyPath) -> Any:
 def file_sizes(folder: StoragePath) -> dict[StoragePath, int]:
     """Every file below a folder, at any depth, with its size in bytes; in the order of names."""
     if isinstance(folder, BucketPath):
-        sizes = bucket.files_below(folder)
-        return {file: sizes[file] for file in sizes}
+        return {**bucket.files_below(folder)}
     return {file: file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()}
 
 

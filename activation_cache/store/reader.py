@@ -14,13 +14,13 @@ import logging
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
 
 import numpy as np
 import tensorstore as ts
 from jaxtyping import Float
 
 from activation_cache.gemma.taps import Tap
+from activation_cache.runtime.closing import Closing
 from activation_cache.storage.arrays import array_errors, start_read
 from activation_cache.storage.direct_reads import BlockReads, PendingRows, reads_blocks
 from activation_cache.store.order import BlockOrder
@@ -64,7 +64,7 @@ class _Ahead:
         return self.begun.result().result()
 
 
-class ActivationReader:
+class ActivationReader(Closing):
     """Batches of one tap of a store, read ahead from `start_step`.
 
     Its memory (`memory_bytes`, which the log gives) is that of `read_ahead` batches and the last
@@ -133,15 +133,8 @@ class ActivationReader:
             self.memory_bytes / 2**20,
         )
 
-    def __enter__(self) -> ActivationReader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Drop what is being read ahead and end the threads."""
         self._drop()
         self._planner.shutdown(wait=True)
         if self._blocks is not None:

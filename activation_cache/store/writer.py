@@ -7,25 +7,22 @@ under the same names and with the same bytes.
 
 from __future__ import annotations
 
-import logging
 import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
 
 import numpy as np
 from jaxtyping import Float, Int32
 
 from activation_cache.config import Count, NonNegative, PositiveCount, Section
 from activation_cache.gemma.taps import Tap
+from activation_cache.runtime.closing import Closing
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.arrays import write_shards
 from activation_cache.storage.files import StoragePath, make_folder
 from activation_cache.storage.records import FORMAT_VERSION, read_record, write_record
 from activation_cache.store.manifest import Manifest
 from activation_cache.store.store import PROVENANCE, provenance_layout, tap_layout
-
-logger = logging.getLogger(__name__)
 
 BUCKETS_IN_MEMORY = 2  # one being filled, one being written
 _CONCURRENT_RECORDS = 16
@@ -73,11 +70,10 @@ def sum_of_squares(rows: Float[np.ndarray, "N D"]) -> float:
     return math.fsum(float(np.square(part).sum()) for part in parts)
 
 
-class BucketWriter:
+class BucketWriter(Closing):
     """Writes buckets of one store, one at a time, in a thread.
 
-    As a context manager it ends when the last bucket is committed. If the body fails, the bucket
-    being written is still committed, and the body's error is raised.
+    A context manager: the bucket being written is committed even if the block fails.
     """
 
     def __init__(self, path: StoragePath, manifest: Manifest) -> None:
@@ -90,21 +86,10 @@ class BucketWriter:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bucket-writer")
         self._pending: Future[None] | None = None
 
-    def __enter__(self) -> BucketWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Return when the last bucket is committed; raises `UserError` if it can't be."""
         try:
             self._wait()
-        except UserError as failure:
-            if error is None:
-                raise
-            logger.error("the last bucket could not be written: %s", failure)
         finally:
             self._pool.shutdown()
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from activation_cache.runtime import exchange
+from activation_cache.runtime.closing import Closing
 from activation_cache.runtime.errors import StorageError, UserError
 from activation_cache.storage.bucket import BucketPath
 from activation_cache.storage.files import AnyPath, StoragePath, storage_path
@@ -119,11 +120,10 @@ class StoredCheckpoints:
         return None
 
 
-class Checkpoints(StoredCheckpoints):
+class Checkpoints(StoredCheckpoints, Closing):
     """The checkpoints of one run folder, for the run that writes them.
 
-    A context manager that waits for the save under way on leaving. With several processes, all call
-    everything that writes, in the same order.
+    A context manager. With several processes, all call everything that writes, in the same order.
     """
 
     def __init__(self, run_folder: AnyPath, *, keep: int | None = None) -> None:
@@ -135,10 +135,8 @@ class Checkpoints(StoredCheckpoints):
         else:
             self._files = OrbaxCheckpoints(self.folder, keep=keep)
 
-    def __enter__(self) -> Checkpoints:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Return when the save under way is over; raises `UserError` if it failed."""
         try:
             self.wait()
         finally:

@@ -7,20 +7,17 @@ is the one an uninterrupted run writes, except for the two timings.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from activation_cache.storage.bucket import BucketPath
+from activation_cache.runtime.closing import Closing
 from activation_cache.runtime.errors import UserError
+from activation_cache.storage.bucket import BucketPath
 from activation_cache.storage.files import AnyPath, disk_errors, storage_path, write_bytes
-
-logger = logging.getLogger(__name__)
 
 FILE = "metrics.jsonl"
 # To a bucket, where no object may be written more than once a second.
@@ -46,7 +43,7 @@ def read_metrics(run_folder: AnyPath) -> list[dict[str, Any]]:
     return rows
 
 
-class MetricsLog:
+class MetricsLog(Closing):
     """Adds rows to a run's metrics; a context manager."""
 
     def __init__(self, run_folder: AnyPath, *, from_step: int, tensorboard: bool) -> None:
@@ -57,21 +54,10 @@ class MetricsLog:
         self._file = _Object(path, text) if isinstance(path, BucketPath) else _File(path)
         self._board = _summary_writer(run_folder, from_step) if tensorboard else None
 
-    def __enter__(self) -> MetricsLog:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Return when every row is written; raises `UserError` if they can't be."""
         try:
             self._file.close()
-        except UserError as failure:
-            if error is None:
-                raise
-            logger.error("the last rows of the metrics are lost: %s", failure)
         finally:
             if self._board is not None:
                 self._board.close()

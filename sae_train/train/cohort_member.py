@@ -11,13 +11,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any
 
 import jax
 import numpy as np
 
 from activation_cache.runtime import exchange, processes
+from activation_cache.runtime.closing import Closing
 from activation_cache.storage.files import folder_lock, storage_path
 from activation_cache.store.store import Store
 from sae_train.checkpoint.checkpoints import Checkpoints
@@ -35,7 +35,7 @@ from sae_train.train.train_step import StepMetrics
 logger = logging.getLogger(__name__)
 
 
-class Member:
+class Member(Closing):
     """A run that trains on a stream of batches; a context manager that closes what it opened.
 
     Attributes:
@@ -66,17 +66,6 @@ class Member:
         self._state: TrainState | None = None
         self._pending: tuple[int, StepMetrics] | None = None
         self._unread: tuple[int, StepMetrics] | None = None
-
-    def __enter__(self) -> Member:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def at_work(self) -> bool:

@@ -6,7 +6,6 @@ import itertools
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any
 
 from activation_cache.runtime import processes
@@ -41,13 +40,8 @@ class CohortProgress:
             self._meter = self._stack.enter_context(meter)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.__exit__(kind, error, trace)
+    def __exit__(self, *reason: Any) -> None:
+        self._stack.__exit__(*reason)
 
     def show(self, step: int) -> None:
         """A batch was read, that of the step that makes `step` steps done."""
