@@ -15,7 +15,7 @@ import copy
 import difflib
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 import pydantic
 
@@ -112,8 +112,7 @@ def differing_fields(a: Config, b: Config) -> list[str]:
         _flatten(one.model_dump(mode="python", include=set(Config.model_fields))) for one in (a, b)
     )
     missing = object()
-    keys = list(dict.fromkeys([*left, *right]))
-    return [key for key in keys if left.get(key, missing) != right.get(key, missing)]
+    return [key for key in left | right if left.get(key, missing) != right.get(key, missing)]
 
 
 def _read_text(path: AnyPath) -> str:
@@ -195,7 +194,8 @@ def _checked_path(key: str, root: type[Config]) -> strict_yaml.Path | None:
     annotations: list[Any] = [root]
     parts = key.split(".")
     while parts:
-        if any(_is_mapping(one) for annotation in annotations for one in _options(annotation)):
+        inner = [one for annotation in annotations for one in schema.alternatives(annotation)]
+        if any(get_origin(one) is dict for one in inner):
             return (*path, ".".join(parts))  # below sweep.grid the rest is one key
         part: str | int = parts.pop(0)
         in_list = isinstance(part, str) and part.isdecimal()
@@ -205,14 +205,6 @@ def _checked_path(key: str, root: type[Config]) -> strict_yaml.Path | None:
             return None
         path = (*path, step)
     return path
-
-
-def _options(annotation: Any) -> list[Any]:
-    return schema.alternatives(annotation)
-
-
-def _is_mapping(annotation: Any) -> bool:
-    return getattr(annotation, "__origin__", None) is dict
 
 
 def _unknown(key: str, *, root: type[Config]) -> str:

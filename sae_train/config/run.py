@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -225,14 +226,13 @@ class Config(Section):
     def _consistent(self) -> Config:
         mistakes = [
             *(line for tap in self.sae.taps for line in _check_tapped(tap, self.cache.sites)),
+            *_check_text(self.text, self.cache.sites),
             *_check_target(self.train.sparsity, width=self.sae.width),
             *_check_penalty(self.sae, self.train.sparsity),
             *_check_step(self.sae, self.train),
             *_check_divisible("train.batch_size", self.train.batch_size, "data", self.mesh.data),
             *_check_divisible("sae.width", self.sae.width, "model", self.mesh.model),
         ]
-        if not self.text.source:
-            mistakes += _check_no_text(self.cache.sites, self.text)
         if self.train.tensorboard and "://" in self.output:
             mistakes.append(
                 f"train.tensorboard writes event files, which grow, and objects of a bucket can't "
@@ -243,70 +243,67 @@ class Config(Section):
         return self
 
 
-def _check_tapped(tap: Tap, sites: list[SiteConfig]) -> list[str]:
+# Each rule that several keys share yields a line for every breach of it.
+def _check_tapped(tap: Tap, sites: list[SiteConfig]) -> Iterator[str]:
     tapped = [entry.layers for entry in sites if entry.site == tap.site]
-    if any(layers == "all" or tap.layer in layers for layers in tapped):
-        return []
-    has = ", ".join(f"{entry.site} {entry.layers}" for entry in sites)
-    return [
-        f"sae reads {tap.site} of layer {tap.layer}, which cache.sites does not harvest "
-        f"(it has {has}): add it to cache.sites or change sae.site and sae.layer"
-    ]
+    if not any(layers == "all" or tap.layer in layers for layers in tapped):
+        has = ", ".join(f"{entry.site} {entry.layers}" for entry in sites)
+        yield (
+            f"sae reads {tap.site} of layer {tap.layer}, which cache.sites does not harvest "
+            f"(it has {has}): add it to cache.sites or change sae.site and sae.layer"
+        )
 
 
-def _check_no_text(sites: list[SiteConfig], text: TextConfig) -> list[str]:
+def _check_text(text: TextConfig, sites: list[SiteConfig]) -> Iterator[str]:
+    if text.source:
+        return
     if any(entry.site != "embedding" for entry in sites):
-        return ["text.source must not be empty: only the embedding is harvested without text"]
-    if text.held_out_sequences:
-        return [
+        yield "text.source must not be empty: only the embedding is harvested without text"
+    elif text.held_out_sequences:
+        yield (
             f"text.source is empty and text.held_out_sequences {text.held_out_sequences}: set it "
             "to 0, or give text for the delta loss"
-        ]
-    return []
+        )
 
 
-def _check_target(sparsity: Sparsity, *, width: int) -> list[str]:
-    if not isinstance(sparsity, TargetL0Penalty | MatchL0Penalty) or sparsity.target <= width:
-        return []
-    return [
-        f"train.sparsity.target {sparsity.target:g} is above sae.width {width}: no more latents "
-        f"can be active than there are; choose a target from 1 to {width}"
-    ]
+def _check_target(sparsity: Sparsity, *, width: int) -> Iterator[str]:
+    if isinstance(sparsity, TargetL0Penalty | MatchL0Penalty) and sparsity.target > width:
+        yield (
+            f"train.sparsity.target {sparsity.target:g} is above sae.width {width}: no more "
+            f"latents can be active than there are; choose a target from 1 to {width}"
+        )
 
 
-def _check_penalty(sae: SaeConfig, sparsity: Sparsity) -> list[str]:
+def _check_penalty(sae: SaeConfig, sparsity: Sparsity) -> Iterator[str]:
     jumprelu = ("l0", "target_l0", "match_l0")
     fitting = {"jumprelu": jumprelu, "relu": ("l1",), "gated": ("l1",)}
     expected = fitting.get(sae.architecture, ("none",))
-    if sparsity.penalty in expected:
-        return []
-    return [
-        f"train.sparsity.penalty {sparsity.penalty} does not go with sae.architecture "
-        f"{sae.architecture}: use {' or '.join(expected)}"
-    ]
+    if sparsity.penalty not in expected:
+        yield (
+            f"train.sparsity.penalty {sparsity.penalty} does not go with sae.architecture "
+            f"{sae.architecture}: use {' or '.join(expected)}"
+        )
 
 
-def _check_step(sae: SaeConfig, train: TrainConfig) -> list[str]:
+def _check_step(sae: SaeConfig, train: TrainConfig) -> Iterator[str]:
     if train.step == "sparse" and sae.architecture != "jumprelu":
-        return [
+        yield (
             f"train.step sparse is for jumprelu, and sae.architecture is {sae.architecture}: set "
             "train.step to auto or dense, which take the dense path"
-        ]
-    if train.kernels == "xla" or train.step == "sparse":
-        return []
-    return [
-        f"train.kernels pallas is for the sparse step, and sae.architecture is {sae.architecture} "
-        f"and train.step {train.step}: set train.kernels to xla, or sae.architecture to jumprelu "
-        "and train.step to sparse"
-    ]
+        )
+    elif train.kernels == "pallas" and train.step != "sparse":
+        yield (
+            "train.kernels pallas is for the sparse step, and sae.architecture is "
+            f"{sae.architecture} and train.step {train.step}: set train.kernels to xla, or "
+            "sae.architecture to jumprelu and train.step to sparse"
+        )
 
 
-def _check_divisible(name: str, value: int, axis: str, size: int) -> list[str]:
-    if value % size == 0:
-        return []
-    divisors = [d for d in range(1, 65) if value % d == 0]
-    near = sorted(divisors, key=lambda d: abs(math.log(d / size)))[:4]
-    return [
-        f"{name} {value} is not divisible by mesh axis '{axis}' (size {size}): "
-        f"use {', '.join(map(str, sorted(near)))}"
-    ]
+def _check_divisible(name: str, value: int, axis: str, size: int) -> Iterator[str]:
+    if value % size:
+        divisors = [d for d in range(1, 65) if value % d == 0]
+        near = sorted(divisors, key=lambda d: abs(math.log(d / size)))[:4]
+        yield (
+            f"{name} {value} is not divisible by mesh axis '{axis}' (size {size}): "
+            f"use {', '.join(map(str, sorted(near)))}"
+        )

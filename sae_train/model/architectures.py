@@ -33,11 +33,5 @@ def forward(
             return relu.forward(params, x_BD, config=config)
         case "gated":
             return gated.forward(params, x_BD, target_BD=target_BD, config=config)
-        case "topk":
-            return topk.forward_topk(
-                params, x_BD, target_BD=target_BD, config=config, dead_F=dead_F
-            )
-        case "batch_topk":
-            return topk.forward_batch_topk(
-                params, x_BD, target_BD=target_BD, config=config, dead_F=dead_F
-            )
+        case "topk" | "batch_topk":
+            return topk.forward(params, x_BD, target_BD=target_BD, config=config, dead_F=dead_F)

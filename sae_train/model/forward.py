@@ -14,6 +14,7 @@ Legend: B rows of a batch, D model width, F latents. Weights are latent-major, [
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,14 +100,14 @@ def product_with_decoder(params: Params, latents_BF: Float[Array, "B F"]) -> Flo
 
 
 def counted(
-    reconstruction_BD: Float[Array, "B D"], latents_BF: Float[Array, "B F"], **losses: Array
+    reconstruction_BD: Float[Array, "B D"], latents_BF: Float[Array, "B F"], **others: Any
 ) -> Forward:
-    """A pass over a batch whose L0 and frequencies have no gradients."""
+    """A pass over a batch whose L0 and frequencies have no gradients; `others` are fields."""
     active_BF = jax.lax.stop_gradient(latents_BF) > 0
     return Forward(
         reconstruction_BD=reconstruction_BD,
         latents_BF=latents_BF,
         l0_B=active_BF.sum(axis=1, dtype=latents_BF.dtype),
         frequency_F=active_BF.sum(axis=0, dtype=latents_BF.dtype) / latents_BF.shape[0],
-        **losses,
+        **others,
     )

@@ -18,7 +18,6 @@ Legend: B rows of a batch, D model width, F latents.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -85,7 +84,7 @@ def select(values_BF: Float[Array, "B F"], *, k: int) -> Float[Array, "B F"]:
     return jnp.where(values_BF >= kth_B[:, None], values_BF, 0.0)
 
 
-def forward_topk(
+def forward(
     params: Params,
     x_BD: Float[Array, "B D"],
     *,
@@ -93,68 +92,42 @@ def forward_topk(
     config: SaeConfig,
     dead_F: Bool[Array, " F"],
 ) -> Forward:
-    """Encode and decode scaled rows with k latents active per row.
+    """Encode and decode scaled rows with k latents active: per row, or in the mean of the batch.
 
     Args:
         params: W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D].
         x_BD: activations divided by the input scale, so that E|x|² = 1.
         target_BD: what is to be predicted: of an SAE, x itself.
         dead_F: latents that haven't fired for long.
+
+    Returns:
+        For BatchTopK with `smallest`.
     """
     assert config.k is not None
-    pre_BF = _positive(params, x_BD, config=config)
-    latents_BF = select(pre_BF, k=config.k)
+    pre_BF = jax.nn.relu(pre_activations(params, x_BD, bias=params["b_enc"], config=config))
+    smallest = None
+    if config.architecture == "topk":
+        latents_BF = select(pre_BF, k=config.k)
+    else:
+        smallest = kth_largest_of_all(jax.lax.stop_gradient(pre_BF), k=config.k * x_BD.shape[0])
+        latents_BF = jnp.where(pre_BF >= smallest, pre_BF, 0.0)
     reconstruction_BD = decode(params, latents_BF, x_BD=x_BD)
-    return _with_aux_k(
-        params, target_BD, pre_BF, latents_BF, reconstruction_BD, config=config, dead_F=dead_F
-    )
-
-
-def forward_batch_topk(
-    params: Params,
-    x_BD: Float[Array, "B D"],
-    *,
-    target_BD: Float[Array, "B D"],
-    config: SaeConfig,
-    dead_F: Bool[Array, " F"],
-) -> Forward:
-    """As `forward_topk`, with k active per row in the mean of the batch; has `smallest`."""
-    assert config.k is not None
-    pre_BF = _positive(params, x_BD, config=config)
-    least = kth_largest_of_all(jax.lax.stop_gradient(pre_BF), k=config.k * x_BD.shape[0])
-    latents_BF = jnp.where(pre_BF >= least, pre_BF, 0.0)
-    reconstruction_BD = decode(params, latents_BF, x_BD=x_BD)
-    out = _with_aux_k(
-        params, target_BD, pre_BF, latents_BF, reconstruction_BD, config=config, dead_F=dead_F
-    )
-    return dataclasses.replace(out, smallest=least)
-
-
-def _positive(params: Params, x_BD: Array, *, config: SaeConfig) -> Array:
-    return jax.nn.relu(pre_activations(params, x_BD, bias=params["b_enc"], config=config))
-
-
-def _with_aux_k(
-    params: Params,
-    target_BD: Array,
-    pre_BF: Array,
-    latents_BF: Array,
-    reconstruction_BD: Array,
-    *,
-    config: SaeConfig,
-    dead_F: Array,
-) -> Forward:
-    """The pass with AuxK: the D/2 largest of the dead latents predict what the others missed.
-
-    α |e - z W_dec|², e without gradient; with n < D/2 dead latents it counts n / (D/2) of that.
-    """
-    k_aux = target_BD.shape[1] // 2
 
     def aux_loss() -> Array:
+        """AuxK: the D/2 largest of the dead latents predict what the others missed.
+
+        |e - z W_dec|², e without gradient; with n < D/2 dead latents it counts n / (D/2) of that.
+        """
+        k_aux = target_BD.shape[1] // 2
         z_BF = select(jnp.where(dead_F[None, :], pre_BF, 0.0), k=k_aux)
         error_BD = jax.lax.stop_gradient(target_BD - reconstruction_BD)
         squared = jnp.square(error_BD - product_with_decoder(params, z_BF)).sum(axis=1).mean()
         return squared * jnp.minimum(dead_F.sum() / k_aux, 1.0)
 
     found = jax.lax.cond(dead_F.any(), aux_loss, lambda: jnp.zeros(()))
-    return counted(reconstruction_BD, latents_BF, auxiliary=config.aux_k_coefficient * found)
+    return counted(
+        reconstruction_BD,
+        latents_BF,
+        auxiliary=config.aux_k_coefficient * found,
+        smallest=smallest,
+    )

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from sae_train.config.run import Config
 from sae_train.model.forward import Params
@@ -37,6 +37,7 @@ from sae_train.sparse.kernels.mode import is_interpreted
 from sae_train.sparse.segment_sums import longest_first, per_latent
 from sae_train.step import optimiser
 from sae_train.step.dense_jumprelu import (
+    ENCODED_DIMS,
     ENCODER_DIMS,
     ROW_DIMS,
     DenseStep,
@@ -53,7 +54,6 @@ from sae_train.step.gradients import (
     small_gradients,
 )
 from sae_train.step.path_choice import capacity_per_row
-from sae_train.step.result import StepResult
 from sae_train.step.schedule import Scheduled
 from sae_train.step.state import TrainState
 from sae_train.step.tile_passes import Update
@@ -80,20 +80,7 @@ class SparseStep(DenseStep):
         # P: of each device, whose latents are a part of all.
         self._capacity = -(-self._num_rows * self._capacity_per_row // mesh.shape["model"])
 
-    def __call__(
-        self,
-        state: TrainState,
-        x_BD: Float[Array, "B D"],
-        *,
-        target_BD: Float[Array, "B D"],
-        scalars: Scheduled,
-    ) -> StepResult:
-        """One step on scaled rows."""
-        result = super().__call__(state, x_BD, target_BD=target_BD, scalars=scalars)
-        overflowed = self._tries(state) & ~result.is_sparse
-        return dataclasses.replace(result, overflowed=overflowed)
-
-    def _tries(self, state: TrainState) -> Bool[Array, ""]:
+    def _tries_pairs(self, state: TrainState) -> Bool[Array, ""]:
         if self._train.step == "sparse":
             return jnp.ones((), bool)
         share = jnp.where(state.sparse == 1, _END_SPARSE, _BEGIN_SPARSE)
@@ -101,7 +88,7 @@ class SparseStep(DenseStep):
 
     def _encode(self, state: TrainState, operands: EncoderOperands) -> Encoded:
         by_pairs = jax.lax.cond(
-            self._tries(state), self._encode_pairs, self._without_pairs, operands
+            self._tries_pairs(state), self._encode_pairs, self._without_pairs, operands
         )
         found = by_pairs.pairs_per_row * (self._num_rows / self._mesh.shape["model"])
         fits = found <= self._capacity
@@ -132,29 +119,14 @@ class SparseStep(DenseStep):
             stacked = jax.tree.map(lambda array: array[None, None], pairs)
             return self._summed(decoded_BD, l0_B, active_F, pairs.total, kept=stacked)
 
-        out_dims = self._encoded_dims(_PAIR_DIMS)
+        out_dims = dataclasses.replace(ENCODED_DIMS, kept=_PAIR_DIMS)
         return self._over_devices(part, ENCODER_DIMS, out_dims)(*operands)
 
     def _without_pairs(self, operands: EncoderOperands) -> Encoded:
         """Instead of an encoding that wasn't tried: infinitely many pairs."""
-        x_BD, width = operands[-1], self._sae.width
-        stacked = self._mesh.shape["data"], self._mesh.shape["model"]
-        positions = (*stacked, self._capacity)
-        pairs = Pairs(
-            row_P=jnp.zeros(positions, jnp.int32),
-            latent_P=jnp.zeros(positions, jnp.int32),
-            pre_P=jnp.zeros(positions),
-            counts_F=jnp.zeros((*stacked, width // stacked[1]), jnp.int32),
-            total=jnp.zeros(stacked),
-        )
-        return Encoded(
-            decoded_BD=jnp.zeros(x_BD.shape),
-            l0_B=jnp.zeros(x_BD.shape[0]),
-            active_F=jnp.zeros(width),
-            pairs_per_row=jnp.full((), jnp.inf),
-            kept=pairs,
-            is_sparse=jnp.zeros((), bool),
-        )
+        shapes = jax.eval_shape(self._encode_pairs, operands)
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return dataclasses.replace(nothing, pairs_per_row=jnp.full((), jnp.inf))
 
     def _update(
         self,

@@ -54,7 +54,7 @@ class AutodiffStep:
     """A `Step` by `jax.grad` and one optax chain over all parameters."""
 
     def __init__(self, config: Config) -> None:
-        self._sae, self._train = config.sae, config.train
+        self._config = config
 
     def __call__(
         self,
@@ -71,19 +71,12 @@ class AutodiffStep:
             scalars,
             target_BD=target_BD,
             log_gain=state.log_gain,
-            dead_F=is_dead(state.last_fired, step=state.step, train=self._train),
-            sae=self._sae,
-            train=self._train,
+            dead_F=is_dead(state.last_fired, step=state.step, train=self._config.train),
+            sae=self._config.sae,
+            train=self._config.train,
         )
-        params, second_moment = optimiser.update(
-            state.params,
-            gradients,
-            second_moment=state.second_moment,
-            decay_F=optimiser.waited_decay(state.step - state.last_touched, train=self._train),
-            scalars=scalars,
-            sae=self._sae,
-            train=self._train,
-            clip=True,
+        params, second_moment = optimiser.update_all(
+            state, gradients, scalars=scalars, config=self._config
         )
         return StepResult(
             params=params,

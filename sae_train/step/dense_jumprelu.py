@@ -15,13 +15,14 @@ Legend: B rows of a batch, D model width, F latents, T tiles, L latents of a til
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from sae_train.config.run import Config
 from sae_train.model.forward import PRECISION, Params, decoded_with, threshold_of
@@ -50,6 +51,7 @@ _SMALLEST_TILE = 256
 MATRIX = ("F", "D")
 ROW_DIMS = ({"W_enc": MATRIX, "W_dec": MATRIX},) * 2
 ENCODER_DIMS = (MATRIX, MATRIX, ("F",), ("F",), ("B", "D"))
+ENCODED_DIMS = Encoded(("B", "D"), ("B",), ("F",), (), None, ())
 _KEPT_DIMS = ("F", "whole", "B")  # pre-activations [T, L, B]
 
 # W_enc, W_dec, b_enc, θ, and what the encoder multiplies.
@@ -110,27 +112,12 @@ class DenseStep:
             fired_F=encoded.active_F > 0,
             pairs_per_row=encoded.pairs_per_row,
             is_sparse=encoded.is_sparse,
-            overflowed=jnp.zeros((), bool),
+            overflowed=self._tries_pairs(state) & ~encoded.is_sparse,
         )
 
-    def loss_and_gradients(
-        self,
-        params: Params,
-        x_BD: Float[Array, "B D"],
-        *,
-        target_BD: Float[Array, "B D"],
-        scalars: Scheduled,
-        log_gain: Float[Array, ""],
-    ) -> tuple[Float[Array, ""], Params]:
-        """The loss and the gradients of all parameters, the decoder's not yet projected."""
-        operands = self._encoder_operands(params, x_BD)
-        encoded = self._encode_tiles(operands, keep=True)
-        residual_BD = target_BD - decoded_with(params, encoded.decoded_BD, x_BD=x_BD)
-        penalty, output = self._output_gradients(
-            operands, residual_BD, encoded, scalars=scalars, log_gain=log_gain
-        )
-        loss = jnp.square(residual_BD).sum(axis=1).mean() + penalty.loss
-        return loss, self._gradients(params, x_BD, encoded, output)
+    def _tries_pairs(self, state: TrainState) -> Bool[Array, ""]:
+        """Does the step look for active pairs, whether or not there is space for all?"""
+        return jnp.zeros((), bool)
 
     def _encoder_operands(self, params: Params, x_BD: Array) -> EncoderOperands:
         if self._sae.pre_encoder_bias:
@@ -151,7 +138,7 @@ class DenseStep:
             )
             return self._summed(decoded_BD, l0_B, active_F, None if keep else total, kept=pre_TLB)
 
-        out_dims = self._encoded_dims(_KEPT_DIMS if keep else None)
+        out_dims = dataclasses.replace(ENCODED_DIMS, kept=_KEPT_DIMS if keep else None)
         return self._over_devices(part, ENCODER_DIMS, out_dims)(*operands)
 
     def _summed(
@@ -172,17 +159,6 @@ class DenseStep:
             pairs_per_row=pairs_per_row,
             kept=kept,
             is_sparse=jnp.zeros((), bool),
-        )
-
-    @staticmethod
-    def _encoded_dims(kept: Any) -> Encoded:
-        return Encoded(
-            decoded_BD=("B", "D"),
-            l0_B=("B",),
-            active_F=("F",),
-            pairs_per_row=(),
-            kept=kept,
-            is_sparse=(),
         )
 
     def _output_gradients(
@@ -229,15 +205,8 @@ class DenseStep:
         if self._train.gradient_clip is None:
             return self._update_in_place(state, x_BD, encoded, output, scalars=scalars)
         gradients = self._gradients(state.params, x_BD, encoded, output)
-        params, second_moment = optimiser.update(
-            state.params,
-            gradients,
-            second_moment=state.second_moment,
-            decay_F=optimiser.waited_decay(state.step - state.last_touched, train=self._train),
-            scalars=scalars,
-            sae=self._sae,
-            train=self._train,
-            clip=True,
+        params, second_moment = optimiser.update_all(
+            state, gradients, scalars=scalars, config=self._config
         )
         touched_F = jnp.ones(self._sae.width, bool)
         return params, second_moment, touched_F, optimiser.tree_norm(gradients)
@@ -268,8 +237,7 @@ class DenseStep:
             second_moment=moment,
             decay_F=decay_F,
             scalars=scalars,
-            sae=self._sae,
-            train=self._train,
+            config=self._config,
         )
         for name in ("b_enc", "threshold"):
             new[name] = jnp.where(touched_F, new[name], params[name])

@@ -16,6 +16,7 @@ Legend: B rows of a batch, D model width, F latents, S latents of a tile or bloc
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -81,13 +82,11 @@ class OutputGradients:
 
     def scaled(self, factor: Float[Array, ""]) -> OutputGradients:
         """With all gradients multiplied: those of the parameters then are too."""
-        return OutputGradients(
-            x_BD=self.x_BD,
+        return dataclasses.replace(
+            self,
             g_BD=factor * self.g_BD,
             g_l0_B=factor * self.g_l0_B,
             g_count_F=factor * self.g_count_F,
-            theta_F=self.theta_F,
-            bias_F=self.bias_F,
         )
 
 
@@ -114,14 +113,7 @@ class LatentSums:
 
 def output_dims(row: str = "B") -> OutputGradients:
     """The dims of `OutputGradients`; `row="whole"` gives every device all rows."""
-    return OutputGradients(
-        x_BD=(row, "D"),
-        g_BD=(row, "D"),
-        g_l0_B=(row,),
-        g_count_F=("F",),
-        theta_F=("F",),
-        bias_F=("F",),
-    )
+    return OutputGradients((row, "D"), (row, "D"), (row,), ("F",), ("F",), ("F",))
 
 
 SUM_DIMS = LatentSums(bias_F=("F",), theta_F=("F",), encoded_D=("D",), squares=(), projected=())

@@ -23,11 +23,12 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from sae_train.config.run import TrainConfig
-from sae_train.config.sae import SaeConfig, has_unit_decoder
+from sae_train.config.run import Config, TrainConfig
+from sae_train.config.sae import has_unit_decoder
 from sae_train.model.forward import Params
 from sae_train.model.sharding import table_of
 from sae_train.step.schedule import Scheduled
+from sae_train.step.state import TrainState
 
 
 def tree_norm(arrays: Params) -> Float[Array, ""]:
@@ -60,7 +61,7 @@ def project_decoder() -> optax.GradientTransformation:
 
 
 def transformation(
-    scalars: Scheduled, *, sae: SaeConfig, train: TrainConfig, clip: bool = False
+    scalars: Scheduled, *, config: Config, clip: bool = False
 ) -> optax.GradientTransformation:
     """The chain for one step, of any of the parameters; its state is the second moments.
 
@@ -71,6 +72,7 @@ def transformation(
     # Adam's g / (√(v / c) + ε) with the bias correction c = 1 - β₂ᵗ is √c g / (√v + ε √c). The
     # host computes c in float64; optax's own, in float32, is off by 1e-5 in the first steps.
     root = jnp.sqrt(jnp.asarray(scalars.bias_correction))
+    sae, train = config.sae, config.train
     return optax.chain(
         project_decoder() if has_unit_decoder(sae.architecture) else optax.identity(),
         optax.clip_by_global_norm(train.gradient_clip)
@@ -95,8 +97,7 @@ def update(
     second_moment: Params,
     decay_F: Float[Array, " F"],
     scalars: Scheduled,
-    sae: SaeConfig,
-    train: TrainConfig,
+    config: Config,
     clip: bool = False,
 ) -> tuple[Params, Params]:
     """New parameters and second moments, of all parameters or some, of all latents or some.
@@ -107,14 +108,14 @@ def update(
         decay_F: what has become of them since (`waited_decay`).
         clip: as for `transformation`.
     """
-    table = table_of(sae)
+    sae, table = config.sae, table_of(config.sae)
     second_moment = {
         name: second_moment[name] * _per_row(decay_F, like=param)
         if table[name].dims[0] == "F"
         else second_moment[name]
         for name, param in params.items()
     }
-    chain = transformation(scalars, sae=sae, train=train, clip=clip)
+    chain = transformation(scalars, config=config, clip=clip)
     state = optax.tree.set(chain.init(params), nu=second_moment)
     updates, state = chain.update(gradients, state, params)
     new = dict(optax.apply_updates(params, updates))
@@ -124,6 +125,21 @@ def update(
         # Released latents are relu(pre) where pre > θ: below 0 the two forms would differ.
         new["threshold"] = jnp.maximum(new["threshold"], 0.0)
     return new, optax.tree.get(state, "nu")
+
+
+def update_all(
+    state: TrainState, gradients: Params, *, scalars: Scheduled, config: Config
+) -> tuple[Params, Params]:
+    """`update` of every parameter of every latent, with gradients clipped if the config says so."""
+    return update(
+        state.params,
+        gradients,
+        second_moment=state.second_moment,
+        decay_F=waited_decay(state.step - state.last_touched, train=config.train),
+        scalars=scalars,
+        config=config,
+        clip=True,
+    )
 
 
 def _per_row(decay_F: Array, *, like: Array) -> Array:

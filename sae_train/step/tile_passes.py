@@ -162,6 +162,5 @@ def updated_rows(
         second_moment=second_moment,
         decay_F=decay_F[ids_S],
         scalars=scalars,
-        sae=config.sae,
-        train=config.train,
+        config=config,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from jaxtyping import Array
 
@@ -14,9 +16,17 @@ def varying_like(value: Array, *, like: Array) -> Array:
 
     What a loop carries must have one type before and after its body.
     """
-    missing = tuple(
-        jax.typeof(like).manual_axis_type.varying - jax.typeof(value).manual_axis_type.varying
-    )
+    return varying_on(value, varying_axes(like))
+
+
+def varying_axes(value: Array) -> frozenset[Any]:
+    """The mesh axes along which a value is typed as different, inside a `shard_map`."""
+    return jax.typeof(value).manual_axis_type.varying
+
+
+def varying_on(value: Array, axes: frozenset[Any]) -> Array:
+    """The same value, typed as different along these axes too."""
+    missing = tuple(axes - varying_axes(value))
     return jax.lax.pcast(value, missing, to="varying") if missing else value
 
 

@@ -1,8 +1,8 @@
-"""Cohorts: which runs read the same batches, and so can train side by side on each.
+"""Which runs can train side by side: those that read the same batches. A group of them is a cohort.
 
-A batch is a pure function of (store, tap, batch size, seed, step). Runs for which all of that is
-the same, and the mesh the batch is put on, share every read, whatever their widths, penalties,
-learning rates, lengths or seeds of initialisation.
+A batch depends on the store, the tap, the batch size, the seed of the order and the step, and on
+nothing else. Runs that agree in these and in the mesh share every read. They may differ in width,
+penalty, learning rate, number of tokens and seed of the initial weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Run = TypeVar("Run")
 
 
 def _what_is_read(config: Config) -> dict[str, Any]:
-    """By dotted key, all that a batch on its devices depends on."""
+    """Everything that a batch and its place on the devices depend on, by dotted key."""
     return {
         "model": config.model.model_dump(mode="json"),
         "text": config.text.model_dump(mode="json"),
@@ -34,11 +34,12 @@ def _what_is_read(config: Config) -> dict[str, Any]:
 
 
 def batch_key(config: Config) -> str:
-    """Runs with equal keys read the same batches and put them on the same devices."""
+    """A text that is equal for runs that read the same batches and put them on the same devices."""
     return json.dumps(_what_is_read(config), sort_keys=True)
 
 
-# What the step is given as arrays, or never looks at: it may differ without another compilation.
+# The step is given these as arrays, or doesn't use them: runs that differ in them alone share one
+# compiled program.
 _NOT_COMPILED_IN = (
     "sae.site",
     "sae.layer",
@@ -55,7 +56,7 @@ _NOT_COMPILED_IN = (
 
 
 def step_key(config: Config) -> str:
-    """Runs of a cohort with equal keys have one compiled step (`step.make_train_step`)."""
+    """A text that is equal for runs of a cohort that can use the same compiled step."""
     sections = config.model_dump(mode="json", include={"sae", "train"})
     for key in _NOT_COMPILED_IN:
         *path, last = key.split(".")
@@ -67,10 +68,10 @@ def step_key(config: Config) -> str:
 
 
 def group_cohorts(runs: Sequence[tuple[Run, Config]], *, max_members: int) -> list[tuple[Run, ...]]:
-    """Runs by cohort: in their order, each cohort where its first run stands.
+    """Sort runs into cohorts; runs keep their order, and a cohort has the place of its first run.
 
-    Of more than `max_members` runs that could train together as many cohorts of nearly equal size
-    are made as are needed.
+    If more than `max_members` runs read the same batches, they are split into as few cohorts as
+    possible, of nearly equal size.
     """
     alike: dict[str, list[Run]] = {}
     for run, config in runs:
@@ -86,7 +87,7 @@ def _split(group: Sequence[Run], *, max_members: int) -> list[tuple[Run, ...]]:
 
 
 def check_cohort(configs: Sequence[Config]) -> None:
-    """Check that runs can train side by side.
+    """Refuse runs that can't train side by side.
 
     Raises:
         UserError: two read different batches, or write to the same folder.

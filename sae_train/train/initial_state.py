@@ -1,9 +1,9 @@
-"""Before a run's first step: b_dec at the data's mean if asked, and a look at the thresholds.
+"""The state of a run before its first step, and a warning about thresholds that can't move far.
 
-Can they get to where the data is in the steps configured? With log θ and Adam, θ moves by at
-most the learning rate in relative terms per step: one e-fold per 14,286 steps at 7e-5. From
-0.001 to 0.05 is 3.9 of them, 56,000 steps. A short run with that parametrisation ends with the
-L0 it started with.
+Adam changes a parameter by at most about the learning rate in each step. Where log θ is trained, θ
+so changes by at most a factor of e in 1 / rate steps: 14,286 at a rate of 7e-5. From 0.001 to 0.05
+are 3.9 such factors, 56,000 steps. A shorter run ends with about the L0 it began with. The warning
+says so before the run spends its time.
 
 Legend: B rows of a batch, D model width, F latents.
 """
@@ -31,17 +31,17 @@ from sae_train.train.warm_start import starting_params
 
 logger = logging.getLogger(__name__)
 
-# What an L0 penalty is after when it names no target: the released SAEs' canonical L0.
+# The L0 that the warning assumes is wanted where the config names none: that of released SAEs.
 TYPICAL_L0 = 100.0
 
-# Pre-activations looked at for the warning: 64 MiB of them, on one device and on the host.
+# The warning looks at this many pre-activations: 64 MiB on one device and on the host.
 LOOKED_AT = 2**24
 
-# Rows that b_dec's mean is taken over: its error is then a hundredth of a standard deviation.
+# b_dec starts at the mean of this many rows: its error is a hundredth of a standard deviation.
 MEAN_ROWS = 16_384
 
 
-# Raw rows [B, D]: what is read, and of a transcoder what it predicts.
+# Raw rows [B, D]: one array of what an SAE reads; of a transcoder also one of what it predicts.
 HostBatch = tuple[np.ndarray, ...]
 
 
@@ -53,13 +53,18 @@ def prepare_start(
     input_scale: float,
     target_scale: float,
 ) -> TrainState:
-    """The state a run starts from, and a warning where its thresholds can't reach the data.
+    """The state that training starts from; logs a warning if thresholds can't rise far enough.
 
-    With `sae.start_from` that of a released SAE, whose thresholds are where they belong.
+    b_dec is set to the mean of the data if the config says so. With `sae.start_from` the parameters
+    are a released SAE's, and nothing is warned of: its thresholds fit the data.
 
     Args:
-        batch: `batch(step)` of readers of whole batches, the same in every process; the first of
-            the stream are looked at.
+        state: the initialised state.
+        batch: gives the whole batch of a step, the same in every process.
+        input_scale, target_scale: what rows are divided by before the SAE reads or predicts them.
+
+    Raises:
+        UserError: `sae.start_from` names no SAE that fits.
     """
     if config.sae.b_dec_init == "mean":
         count = -(-MEAN_ROWS // config.train.batch_size)
@@ -83,7 +88,7 @@ def prepare_start(
 
 
 def _with_params(state: TrainState, values: Mapping[str, np.ndarray]) -> TrainState:
-    """The state with these parameters, placed as those before them were."""
+    """The state with these parameters in place of its own, on the same devices."""
 
     def placed(name: str, value: np.ndarray) -> jax.Array:
         here = state.params[name].sharding
@@ -94,7 +99,7 @@ def _with_params(state: TrainState, values: Mapping[str, np.ndarray]) -> TrainSt
 
 
 def reachable_threshold(config: Config) -> float:
-    """The highest θ a steady gradient can reach within the configured steps."""
+    """The highest θ that a gradient of constant sign reaches in the configured steps."""
     threshold = config.sae.threshold
     travel = total_learning_rate(config.train) * threshold.learning_rate_multiplier
     if threshold.parametrisation == "log":
@@ -103,7 +108,7 @@ def reachable_threshold(config: Config) -> float:
 
 
 def needed_threshold(pre_BF: Float[np.ndarray, "B F"], *, l0: float) -> float:
-    """The common θ that would leave `l0` latents active per row."""
+    """The θ, the same for all latents, above which `l0` pre-activations of a row lie on average."""
     share = min(max(1.0 - l0 / pre_BF.shape[1], 0.0), 1.0)
     return float(np.quantile(np.asarray(pre_BF), share))
 
@@ -111,14 +116,14 @@ def needed_threshold(pre_BF: Float[np.ndarray, "B F"], *, l0: float) -> float:
 def _pre_activations_of_all(
     params: Params, x_BD: Float[np.ndarray, "B D"], *, config: SaeConfig
 ) -> Float[np.ndarray, "B F"]:
-    """Pre-activations on the host, whatever the mesh the parameters lie on."""
+    """Pre-activations of all latents on the host, also where the parameters are split up."""
     compute = _gathering(config, mesh_of(params["W_enc"]))
     return np.asarray(compute(params, x_BD, bias=params["b_enc"]))
 
 
 @functools.lru_cache(maxsize=8)
 def _gathering(config: SaeConfig, mesh: Mesh) -> Callable[..., jax.Array]:
-    """`pre_activations`, whole on every device of the mesh."""
+    """A compiled `pre_activations` whose result is whole on every device."""
     compute = functools.partial(pre_activations, config=config)
     return jax.jit(compute, out_shardings=sharding(mesh, ()))
 
@@ -126,11 +131,11 @@ def _gathering(config: SaeConfig, mesh: Mesh) -> Callable[..., jax.Array]:
 def threshold_warning(
     config: Config, *, params: Params, x_BD: Float[np.ndarray, "B D"]
 ) -> str | None:
-    """A warning when `reachable_threshold` falls short of what the first batch asks for.
+    """A warning if no threshold can rise to where the wanted L0 is, else None.
 
     Args:
-        params: parameters at initialisation.
-        x_BD: scaled rows.
+        params: as they were initialised.
+        x_BD: scaled rows of the first batch.
     """
     penalty = config.train.sparsity
     l0 = TYPICAL_L0

@@ -99,7 +99,7 @@ def train_cohort(
             ]
             for member in at_work:
                 member.start(anew=fresh)
-            progress = stack.enter_context(CohortProgress(at_work))
+            progress = CohortProgress(at_work, stack=stack)
             _steps(at_work, readers=readers, mesh=mesh, clock=clock, progress=progress, stop=stop)
     exchange.barrier("trained")
     exchange.run_on_main_and_broadcast("failures", lambda: _tell_failures(members))

@@ -16,10 +16,10 @@ from sae_train.train.cohort_member import Member
 class CohortProgress:
     """Counts the rows of the stream, and shows where the members' last rows lie.
 
-    A context manager; only the main process shows anything.
+    Only the main process shows anything, until `stack` closes.
     """
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    def __init__(self, members: Sequence[Member], *, stack: ExitStack) -> None:
         self._members = list(members)
         self._batch_size = members[0].config.train.batch_size
         left = steps_to_read([(member.done, member.steps) for member in members])
@@ -27,9 +27,6 @@ class CohortProgress:
         self._read = self._total - left
         self._shown: dict[int, Any] = {}
         self._meter: ProgressMeter | None = None
-        self._stack = ExitStack()
-
-    def __enter__(self) -> CohortProgress:
         if processes.is_main():
             meter = ProgressMeter(
                 label([member.config.name for member in self._members]),
@@ -37,11 +34,7 @@ class CohortProgress:
                 unit="tokens",
                 initial=self._read * self._batch_size,
             )
-            self._meter = self._stack.enter_context(meter)
-        return self
-
-    def __exit__(self, *reason: Any) -> None:
-        self._stack.__exit__(*reason)
+            self._meter = stack.enter_context(meter)
 
     def show(self, step: int) -> None:
         """A batch was read, that of the step that makes `step` steps done."""

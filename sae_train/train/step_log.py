@@ -96,22 +96,11 @@ class StepLog:
         }
 
     def _row(self, step: int, metrics: StepMetrics) -> dict[str, Any]:
+        measured = {name: value.item() for name, value in vars(metrics).items() if name != "finite"}
         scalars = scheduled(self.config.train, step=step - 1)
-        return {
-            "step": step,
-            "tokens": step * self.config.train.batch_size,
-            "loss": float(metrics.loss),
-            "mse": float(metrics.mse),
-            "fvu": float(metrics.fvu),
-            "l0": float(metrics.l0),
-            "dead_fraction": float(metrics.dead_fraction),
-            "threshold_mean": float(metrics.threshold_mean),
-            "gradient_norm": float(metrics.gradient_norm),
-            "sparse_candidates": float(metrics.sparse_candidates),
-            "sparse_overflows": int(metrics.sparse_overflows),
-            "learning_rate": float(scalars.learning_rate),
-            "sparsity_coefficient": float(metrics.sparsity_coefficient),
-        }
+        tokens = step * self.config.train.batch_size
+        rate = {"learning_rate": scalars.learning_rate.item()}
+        return {"step": step, "tokens": tokens} | measured | rate
 
     def _diverged(self, step: int, metrics: StepMetrics) -> str:
         before = "no step before it was finite"

@@ -55,10 +55,10 @@ class StepMetrics:
     l0: Float[Array, ""]
     dead_fraction: Float[Array, ""]
     threshold_mean: Float[Array, ""]
-    sparsity_coefficient: Float[Array, ""]
     gradient_norm: Float[Array, ""]
     sparse_candidates: Float[Array, ""]
     sparse_overflows: Array
+    sparsity_coefficient: Float[Array, ""]
     finite: Array
 
 
@@ -138,13 +138,8 @@ def make_train_step(
 
     The state is donated: the caller must not touch the one it passed in.
     """
-    states, rows, scalar = _placements(config, mesh)
-    return jax.jit(
-        _uncompiled_step(config, input_scale=input_scale, target_scale=target_scale, mesh=mesh),
-        in_shardings=(states, rows, scalar),
-        out_shardings=(states, scalar),
-        donate_argnums=0,
-    )
+    step = _uncompiled_step(config, input_scale=input_scale, target_scale=target_scale, mesh=mesh)
+    return _compiled(step, state_shardings(mesh, config=config.sae), mesh)
 
 
 def make_stacked_step(
@@ -160,7 +155,6 @@ def make_stacked_step(
     (states, batch, scalars of each) -> (states, metrics of each). The states stay apart, so
     that each can be saved, or leave, without being copied; they are donated.
     """
-    states, rows, scalar = _placements(config, mesh)
     plain = _uncompiled_step(config, input_scale=input_scale, target_scale=target_scale, mesh=mesh)
 
     def step(
@@ -169,18 +163,18 @@ def make_stacked_step(
         pairs = [plain(one, batch, its) for one, its in zip(own, scalars, strict=True)]
         return tuple(state for state, _ in pairs), tuple(metrics for _, metrics in pairs)
 
+    return _compiled(step, (state_shardings(mesh, config=config.sae),) * members, mesh)
+
+
+def _compiled(step: Callable[..., Any], states: Any, mesh: Mesh) -> Callable[..., Any]:
+    """The step with every argument and result in its place; `states`: where the states lie."""
+    rows, scalar = sharding(mesh, BATCH_DIMS), sharding(mesh, ())
     return jax.jit(
         step,
-        in_shardings=((states,) * members, rows, scalar),
-        out_shardings=((states,) * members, scalar),
+        in_shardings=(states, rows, scalar),
+        out_shardings=(states, scalar),
         donate_argnums=0,
     )
-
-
-def _placements(config: Config, mesh: Mesh) -> tuple[TrainState, Any, Any]:
-    """Where the state, the rows and the scalars of a step lie."""
-    states = state_shardings(mesh, config=config.sae)
-    return states, sharding(mesh, BATCH_DIMS), sharding(mesh, ())
 
 
 def _scaled(

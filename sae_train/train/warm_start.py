@@ -1,10 +1,12 @@
-"""Training that starts from a released SAE, ours or anyone's (`sae.start_from`).
+"""The parameters of a run that starts from a released SAE, ours or anyone's (`sae.start_from`).
 
-Gemma Scope 2's SAEs of instruction-tuned models are fine-tuned from those of the base models.
+Gemma Scope 2 made its SAEs of instruction-tuned models this way, from those of the base models.
 
-A release reads raw activations and has the pre-encoder bias folded in; this undoes both, the
-inverse of `release.fold`. With x = x_raw / C, what is predicted divided by T (of an SAE, C) and n
-the norms of the released decoder rows, which training holds at 1:
+Training and release differ in three things. Training divides what it reads by a scale C and what it
+predicts by a scale T (T = C for an SAE); a release takes raw activations. Training may subtract
+b_dec before the encoder; a release has that folded into b_enc. Training keeps the decoder's rows at
+norm 1; those of a release may have any norm n. This file computes training's parameters from the
+released ones, which are primed here; `sae_train.inference.fold` goes the other way:
 
     W_dec = W_dec' / n    W_enc = C/T n W_enc'    θ = n θ' / T    b_dec = b_dec' / T
     b_enc = n b_enc' / T + W_enc b_dec            W_skip = C/T W_skip'
@@ -22,17 +24,21 @@ from sae_train.config.sae import SaeConfig
 from sae_train.inference.read_formats import load_sae
 from sae_train.inference.sae import Sae, check_kind
 
-# A log-threshold has no zero; a latent that was active above 0 is so above this.
+# Training log θ can't hold θ = 0. A released latent with θ = 0 starts from this instead.
 _SMALLEST_THRESHOLD = 1e-6
 
 
 def starting_params(
     config: SaeConfig, *, d_model: int, input_scale: float, target_scale: float
 ) -> dict[str, Float[np.ndarray, "..."]]:
-    """The parameters training begins with, float32, as `sharding.table_of` has them.
+    """The parameters that training begins with, float32, by the names in `sharding.table_of`.
+
+    Args:
+        d_model: the width of the activations that the run reads.
+        input_scale, target_scale: C and T.
 
     Raises:
-        UserError: no SAE there, or one of another architecture, width or input.
+        UserError: no SAE is there, or it has another architecture, width or site.
     """
     assert config.start_from is not None
     sae = load_sae(config.start_from)
@@ -53,12 +59,11 @@ def starting_params(
         "b_enc": b_enc_F,
     }
     if config.affine_skip:
-        # One without a skip is one whose skip is 0.
+        # A released transcoder without a skip is the same as one whose skip is 0.
         D = W_enc_FD.shape[1]
         params["W_skip"] = ratio * t.get("W_skip", np.zeros((D, D)))
     if config.architecture == "jumprelu":
-        log = config.threshold.parametrisation == "log"
-        if log:
+        if config.threshold.parametrisation == "log":
             threshold_F = np.log(np.maximum(threshold_F, _SMALLEST_THRESHOLD))
         params["threshold"] = threshold_F
     return {name: value.astype(np.float32) for name, value in params.items()}
@@ -67,7 +72,7 @@ def starting_params(
 def _check(sae: Sae, config: SaeConfig, *, d_model: int) -> None:
     source = config.start_from
     D, F = sae.W_enc.shape
-    # A Gated SAE is a JumpReLU one once it is released.
+    # The release of a Gated SAE is a JumpReLU SAE.
     kind = {"gated": "jumprelu"}.get(sae.architecture, sae.architecture)
     if kind != config.architecture:
         raise UserError(

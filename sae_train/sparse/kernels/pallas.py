@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 
 from sae_train.sparse.kernels.mode import is_interpreted
+from sae_train.step.tiles import varying_axes, varying_on
 
 
 def launch(
@@ -36,8 +37,8 @@ def launch(
         aliases: from an operand to the result that is written in its place; the kernel should read
             it there too.
     """
-    varying = frozenset[Any]().union(*(_varying(operand) for operand in operands))
-    operands = [_varying_on(operand, varying) for operand in operands]
+    axes = frozenset[Any]().union(*map(varying_axes, operands))
+    operands = [varying_on(operand, axes) for operand in operands]
     kind = jax.typeof(operands[0]).manual_axis_type
     return pl.pallas_call(
         kernel,
@@ -49,15 +50,6 @@ def launch(
         interpret=is_interpreted(),
         compiler_params=triton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
     )(*operands)
-
-
-def _varying(value: Array) -> frozenset[Any]:
-    return jax.typeof(value).manual_axis_type.varying
-
-
-def _varying_on(value: Array, axes: frozenset[Any]) -> Array:
-    missing = tuple(axes - _varying(value))
-    return jax.lax.pcast(value, missing, to="varying") if missing else value
 
 
 def table(ref: Any, first: Int[Array, " M"], second: Int[Array, " N"]) -> Any:

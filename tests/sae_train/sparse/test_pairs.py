@@ -121,7 +121,7 @@ def test_lazy_updates_are_optax_s_adam_over_four_thousand_steps():
     """
     steps, width = 4000, 64
     config = make_config(width=width, tokens=64 * steps, learning_rate=DECAYING)
-    own = {"sae": config.sae, "train": config.train}
+
     schedule = learning_rate_schedule(config.train.learning_rate, steps=steps)
     adam = optax.chain(
         optax.scale_by_rms(decay=0.999, eps=1e-8, eps_in_sqrt=False, bias_correction=True),
@@ -142,7 +142,7 @@ def test_lazy_updates_are_optax_s_adam_over_four_thousand_steps():
             second_moment=v_lazy,
             decay_F=optimiser.waited_decay(t - 1 - touched_in, train=config.train),
             scalars=scalars,
-            **own,
+            config=config,
         )
         touched_F = gradient_F != 0
         keep = partial(jax.tree.map, lambda new, old: jnp.where(touched_F, new, old))

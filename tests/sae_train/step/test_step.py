@@ -57,11 +57,14 @@ def test_golden_numbers_of_the_authors():
     with jax.enable_x64(True):
         here, x = jax.tree.map(jnp.asarray, params), jnp.asarray(data[0])
         scalars = jax.tree.map(jnp.float64, scheduled(config.train, step=0))
-        loss, gradients = dense.loss_and_gradients(
-            here, x, target_BD=x, scalars=scalars, log_gain=jnp.asarray(0.0)
-        )
-        encoded = dense._encode_tiles(dense._encoder_operands(here, x), keep=True)
+        operands = dense._encoder_operands(here, x)
+        encoded = dense._encode_tiles(operands, keep=True)
         reconstruction = encoded.decoded_BD + here["b_dec"][None, :]
+        penalty, output = dense._output_gradients(
+            operands, x - reconstruction, encoded, scalars=scalars, log_gain=jnp.asarray(0.0)
+        )
+        loss = jnp.square(x - reconstruction).sum(axis=1).mean() + penalty.loss
+        gradients = dense._gradients(here, x, encoded, output)
         pre = encoded.kept.reshape(len(params["b_enc"]), -1).T
     assert_golden(loss, gradients, reconstruction=reconstruction, pre=pre)
 
