@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/uv pip install --quiet --system-certs --python $(BIN)/python
 
-.PHONY: demo test test-fast rooms mutations bench bench-quality check format lint types clean
+.PHONY: demo test test-fast fuzz rooms mutations bench bench-quality check format lint types clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m launch.demo demo-data
@@ -21,6 +21,13 @@ test: $(VENV)/test.stamp
 # For daily work: all but those marked slow.
 test-fast: $(VENV)/test.stamp
 	$(PYTEST) -n 2 -m 'not slow'
+
+# Files, words and file systems broken at random, N inputs; a failure names the words that repeat it.
+N ?= 10000
+SEED ?= 0
+fuzz: $(VENV)/test.stamp
+	$(BIN)/python -m tests.fuzz --inputs $(N) --seed $(SEED) --first $(or $(FIRST),0) \
+	    $(if $(KINDS),--kinds $(KINDS)) --minutes $(or $(MINUTES),60)
 
 # The code broken on purpose, a line at a time: does a test of exactness turn red? docs/exactness.md.
 mutations: $(VENV)/test.stamp
