@@ -56,7 +56,7 @@ def show_plan(config: Job, arguments: argparse.Namespace) -> None:
 
 def _show_suite(config: Job, arguments: argparse.Namespace) -> None:
     from launch.show.suite_tables import suite_tables
-    from sae_train.plan.suite import make_suite_plan, suite_record
+    from sae_train.plan.suite import make_suite_plan
 
     plan = make_suite_plan(
         config,
@@ -65,7 +65,7 @@ def _show_suite(config: Job, arguments: argparse.Namespace) -> None:
         assumptions=_assumptions(arguments),
     )
     if arguments.json:
-        print_line(json.dumps(suite_record(plan), indent=2, allow_nan=False))
+        print_line(json.dumps(plan_record(plan), indent=2, allow_nan=False))
         return
     for table in suite_tables(plan):
         print_table(table)

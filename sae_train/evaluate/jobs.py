@@ -35,7 +35,7 @@ from sae_train.config.run import Config, EvaluationConfig
 from sae_train.evaluate.job import Job
 from sae_train.inference.fold import fold
 from sae_train.inference.read_formats import load_sae
-from sae_train.inference.sae import Sae, check_kind
+from sae_train.inference.sae import check_kind
 from sae_train.runs.folder import newest_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -123,9 +123,15 @@ class _Run:
 
     def __init__(self, folder: StoragePath, config: Config, models: Models) -> None:
         self.folder, self.config, self.models = folder, config, models
-        found = _found_sae(folder, config)
-        self.sae, self.step, self.trained_on = found.sae, found.step, found.trained_on
-        self.sae_name = found.name
+        self.trained_on: str | None = None  # the store, if known
+        if config.sae.start_from is not None and newest_checkpoint(folder) is None:
+            # The released SAE that the run will start from.
+            self.sae, self.step = load_sae(config.sae.start_from), 0
+            self.sae_name = f"sae.start_from {config.sae.start_from}"
+        else:
+            trained = load_trained(folder)
+            self.sae, self.step, self.trained_on = fold(trained), trained.step, trained.store
+            self.sae_name = f"the SAE in {folder}"
         check_kind(self.sae, config.sae, name=self.sae_name)
         self.sae_fingerprint = self.sae.fingerprint
 
@@ -282,22 +288,3 @@ def _check_length(
         f"{table.path} holds out {len(sequences)}: lower "
         "evaluation.sequences, or harvest with a larger text.held_out_sequences"
     )
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A run's SAE, its step, its name in messages, and the store it was trained on if known."""
-
-    sae: Sae
-    step: int
-    name: str
-    trained_on: str | None = None
-
-
-def _found_sae(folder: StoragePath, config: Config) -> _Found:
-    """A run's SAE; without a checkpoint, the released SAE that the run starts from."""
-    released = config.sae.start_from
-    if released is not None and newest_checkpoint(folder) is None:
-        return _Found(load_sae(released), 0, f"sae.start_from {released}")
-    trained = load_trained(folder)
-    return _Found(fold(trained), trained.step, f"the SAE in {folder}", trained.store)

@@ -110,10 +110,6 @@ class Evaluation:
     by_subset: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     by_precision: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
-    def to_json(self) -> dict[str, Any]:
-        """The JSON object."""
-        return dataclasses.asdict(self)
-
     def __str__(self) -> str:
         def shown(value: float | None) -> str:
             return "not finite" if value is None else f"{value:.4f}"
@@ -124,11 +120,6 @@ class Evaluation:
             f"alive {self.alive_fraction:.1%}"
         )
 
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Evaluation:
-        """The reverse of `to_json`; raises `TypeError` for another version's keys."""
-        return cls(**values)
-
 
 def measures(
     *, site: SiteSums, sae: SaeSums, losses: Losses, subsets: Sequence[str] = ()
@@ -138,15 +129,12 @@ def measures(
     FVU = Σ|x - x̂|² / Σ|x - mean|² over the counted tokens (Gemma Scope, arXiv 2408.05147, section
     4.1). By position both sums run over one position, and the mean is still that of all positions.
     """
-    tokens, spread_S = int(site.count_S.sum()), site.spread_S
-    error, spread = float(sae.squared_error_S.sum()), float(spread_S.sum())
+    tokens = int(site.count_S.sum())
     return {
-        "l0": float(sae.active_S.sum() / tokens),
-        "fvu": _ratio(error, spread),
-        "mse": _finite(error / tokens),
-        "variance": spread / tokens,
+        **headline(site=site, sae=sae, base=losses.base, spliced=losses.spliced),
+        "mse": _finite(float(sae.squared_error_S.sum()) / tokens),
+        "variance": float(site.spread_S.sum()) / tokens,
         "alive_fraction": float((sae.fired_F > 0).mean()),
-        "loss": _finite(losses.base.mean),
         **_loss_measures(losses.base, losses.spliced, losses.zero, suffix=""),
         **_loss_measures(
             losses.base,
@@ -163,7 +151,7 @@ def measures(
 
 
 def headline(*, site: SiteSums, sae: SaeSums, base: LossSums, spliced: LossSums) -> dict[str, Any]:
-    """The numbers by which precisions are compared."""
+    """L0, FVU and losses: the numbers by which precisions are compared too."""
     return {
         "l0": float(sae.active_S.sum() / site.count_S.sum()),
         "fvu": _ratio(float(sae.squared_error_S.sum()), float(site.spread_S.sum())),
@@ -259,7 +247,7 @@ def write_evaluation(
         np.save(file, fired_F.astype(np.int64))
     fingerprints = evaluation.fingerprints | {"firing_counts": _sha256(path)}
     written = dataclasses.replace(evaluation, fingerprints=fingerprints)
-    write_json(folder / labelled(EVALUATION, evaluation.label), written.to_json())
+    write_json(folder / labelled(EVALUATION, evaluation.label), dataclasses.asdict(written))
 
 
 def read_evaluation(folder: StoragePath, label: str | None = None) -> Evaluation | None:
@@ -268,8 +256,8 @@ def read_evaluation(folder: StoragePath, label: str | None = None) -> Evaluation
     if not path.is_file():
         return None
     try:
-        return Evaluation.from_json(read_json(path))
-    except TypeError:
+        return Evaluation(**read_json(path))
+    except TypeError:  # other keys
         return None
 
 

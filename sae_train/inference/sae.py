@@ -138,10 +138,6 @@ _Static = tuple[int | None, Architecture]
 
 
 def _flatten(sae: Sae) -> tuple[tuple[Any, ...], _Static]:
-    return tuple(getattr(sae, name) for name in (*TENSORS, SKIP)), (sae.k, sae.architecture)
-
-
-def _flatten_with_keys(sae: Sae) -> tuple[tuple[Any, ...], _Static]:
     names = (*TENSORS, SKIP)
     children = tuple((jax.tree_util.GetAttrKey(name), getattr(sae, name)) for name in names)
     return children, (sae.k, sae.architecture)
@@ -156,7 +152,7 @@ def _unflatten(static: _Static, children: Any) -> Sae:
     return sae
 
 
-jax.tree_util.register_pytree_with_keys(Sae, _flatten_with_keys, _unflatten, _flatten)
+jax.tree_util.register_pytree_with_keys(Sae, _flatten, _unflatten)
 
 
 def check_kind(sae: Sae, config: SaeConfig, *, name: str) -> None:

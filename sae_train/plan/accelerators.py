@@ -8,6 +8,7 @@ float32 multiplier, a sixth of the bfloat16 peak, since XLA makes six bfloat16 p
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,12 +44,11 @@ class Accelerator:
         return self.float32_flops if dtype == "float32" else self.bfloat16_flops
 
 
-def _tpu(
-    name: str, *, bfloat16: float, hbm_gib: int, bandwidth: float, title: str = ""
-) -> Accelerator:
+def _tpu(title: str, *, bfloat16: float, hbm_gib: int, bandwidth: float) -> Accelerator:
+    name = title.split()[1]
     return Accelerator(
         name=name,
-        title=title or f"TPU {name}",
+        title=title,
         kind="tpu",
         bfloat16_flops=bfloat16 * TERA,
         float32_flops=bfloat16 * TERA / _TPU_FLOAT32_PASSES,
@@ -58,58 +58,39 @@ def _tpu(
     )
 
 
-def _gpu(
-    name: str,
-    *,
-    title: str,
-    bfloat16: float,
-    float32: float,
-    hbm_gb: int,
-    bandwidth: float,
-    source: str,
-) -> Accelerator:
-    return Accelerator(
-        name=name,
-        title=title,
-        kind="gpu",
-        bfloat16_flops=bfloat16 * TERA,
-        float32_flops=float32 * TERA,
-        hbm_bytes=int(hbm_gb * GIGA),
-        hbm_bandwidth=bandwidth * GIGA,
-        source=source,
-    )
-
-
+_A100 = Accelerator(
+    name="a100",
+    title="NVIDIA A100 80GB SXM",
+    kind="gpu",
+    bfloat16_flops=312 * TERA,
+    float32_flops=19.5 * TERA,
+    hbm_bytes=80 * 10**9,
+    hbm_bandwidth=2039 * GIGA,
+    source="NVIDIA A100 Tensor Core GPU data sheet (2021)",
+)
+_H100 = Accelerator(
+    name="h100",
+    title="NVIDIA H100 80GB SXM",
+    kind="gpu",
+    bfloat16_flops=989 * TERA,
+    float32_flops=67 * TERA,
+    hbm_bytes=80 * 10**9,
+    hbm_bandwidth=3350 * GIGA,
+    source="NVIDIA H100 Tensor Core GPU data sheet (half of the sparse bfloat16 figure)",
+)
 _TABLE = (
-    _tpu("v5e", bfloat16=197.0, hbm_gib=16, bandwidth=819.0),
-    _tpu("v5p", bfloat16=459.0, hbm_gib=95, bandwidth=2765.0),
-    _tpu("v6e", bfloat16=918.0, hbm_gib=32, bandwidth=1640.0, title="TPU v6e (Trillium)"),
-    _gpu(
-        "a100",
-        title="NVIDIA A100 80GB SXM",
-        bfloat16=312.0,
-        float32=19.5,
-        hbm_gb=80,
-        bandwidth=2039.0,
-        source="NVIDIA A100 Tensor Core GPU data sheet (2021)",
-    ),
-    _gpu(
-        "h100",
-        title="NVIDIA H100 80GB SXM",
-        bfloat16=989.0,
-        float32=67.0,
-        hbm_gb=80,
-        bandwidth=3350.0,
-        source="NVIDIA H100 Tensor Core GPU data sheet (half of the sparse bfloat16 figure)",
-    ),
-    _gpu(
-        "h200",
+    _tpu("TPU v5e", bfloat16=197.0, hbm_gib=16, bandwidth=819.0),
+    _tpu("TPU v5p", bfloat16=459.0, hbm_gib=95, bandwidth=2765.0),
+    _tpu("TPU v6e (Trillium)", bfloat16=918.0, hbm_gib=32, bandwidth=1640.0),
+    _A100,
+    _H100,
+    dataclasses.replace(  # an H100 with other memory
+        _H100,
+        name="h200",
         title="NVIDIA H200 141GB SXM",
-        bfloat16=989.0,
-        float32=67.0,
-        hbm_gb=141,
-        bandwidth=4800.0,
-        source="NVIDIA H200 Tensor Core GPU data sheet (half of the sparse bfloat16 figure)",
+        hbm_bytes=141 * 10**9,
+        hbm_bandwidth=4800 * GIGA,
+        source=_H100.source.replace("H100", "H200"),
     ),
 )
 ACCELERATORS: dict[str, Accelerator] = {one.name: one for one in _TABLE}

@@ -22,14 +22,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import jax.numpy as jnp
 
 from activation_cache.config import Dtype
-from sae_train.config.run import MeshConfig
+from activation_cache.gemma.config import GemmaConfig
+from activation_cache.gemma.taps import check_tap, tap_width
+from sae_train.config.run import Config, MeshConfig
 from sae_train.config.sae import Architecture
 from sae_train.model.sharding import AXIS_OF_DIM, BATCH_DIMS, LAST_FIRED, Tensor, params_table
 from sae_train.step.dense_jumprelu import cpu_tile
@@ -62,13 +64,21 @@ class Shape:
     has_skip: bool = False
     capacity: int | None = None
 
-    @property
-    def table(self) -> Iterable[Tensor]:
-        """What is trained: rows of the sharding table."""
-        table = params_table(
-            self.architecture, is_transcoder=self.is_transcoder, has_skip=self.has_skip
+    @classmethod
+    def of(cls, config: Config, gemma: GemmaConfig, *, capacity: int | None) -> Shape:
+        """A run's; raises `UserError` if the model has no such layer."""
+        tap = config.sae.tap
+        check_tap(tap, gemma)
+        return cls(
+            batch_size=config.train.batch_size,
+            d_model=tap_width(gemma, tap.site),
+            width=config.sae.width,
+            mesh=config.mesh,
+            architecture=config.sae.architecture,
+            is_transcoder=config.sae.is_transcoder,
+            has_skip=config.sae.affine_skip,
+            capacity=capacity,
         )
-        return table.values()
 
     def local(self, dims: tuple[str, ...]) -> int:
         """Elements of a tensor with these dims on one device."""
@@ -79,9 +89,16 @@ class Shape:
         axis = AXIS_OF_DIM[dim]
         return 1 if axis is None else int(getattr(self.mesh, axis))
 
-    def table_bytes(self, tensors: Iterable[Tensor]) -> int:
+    def tensor_bytes(self, *tensors: Tensor) -> int:
         """Bytes of rows of the sharding table on one device."""
         return sum(self.local(tensor.dims) * tensor.dtype.itemsize for tensor in tensors)
+
+    def params_bytes(self) -> int:
+        """Bytes of what is trained on one device."""
+        table = params_table(
+            self.architecture, is_transcoder=self.is_transcoder, has_skip=self.has_skip
+        )
+        return self.tensor_bytes(*table.values())
 
 
 @dataclass(frozen=True)
@@ -120,12 +137,12 @@ def step_memory(
         store_dtype: of the rows as they reach the device.
         backend: whose compiler: TPU and GPU, or the CPU's.
     """
-    params = shape.table_bytes(shape.table)
+    params = shape.params_bytes()
     arrays = 2 if shape.is_transcoder else 1
     batch = arrays * shape.local(BATCH_DIMS) * jnp.dtype(store_dtype).itemsize
     items = {
         # When latents last fired, and when they were last touched.
-        "weights": params + shape.table_bytes([LAST_FIRED] * 2) + STATE_SCALAR_BYTES,
+        "weights": params + shape.tensor_bytes(LAST_FIRED, LAST_FIRED) + STATE_SCALAR_BYTES,
         "second moment": params,
         "batch": batch + SCALAR_BYTES,
     }

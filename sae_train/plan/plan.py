@@ -7,9 +7,11 @@ and how good it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
+
+from pydantic import BaseModel
 
 from activation_cache.language_model.published_sizes import config_for_planning
 from sae_train.config.run import Config
@@ -81,20 +83,17 @@ def make_plan(
     )
 
 
-def plan_record(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON holds it: every field, and the sums that tables show."""
-    record = asdict(plan)
-    record["store"]["total_bytes"] = plan.store.total_bytes
-    for run, entry in zip(plan.runs, record["runs"], strict=True):
-        mesh = run.shape.mesh
-        entry["shape"]["mesh"] = mesh.model_dump()
-        entry["devices"] = run.devices
-        for key, memory in (("memory", run.memory), ("memory_cpu", run.memory_cpu)):
-            entry[key] |= {"step": memory.step, "total": memory.total, "biggest": memory.biggest}
-    for cohort, entry in zip(plan.cohorts, record["cohorts"], strict=True):
-        for key, memory in (("memory", cohort.memory), ("memory_cpu", cohort.memory_cpu)):
-            entry[key] |= {"step": memory.step, "total": memory.total, "biggest": memory.biggest}
-    for chip, entry in zip(plan.accelerators, record["accelerators"], strict=True):
-        for verdict, inner in zip(chip.verdicts, entry["verdicts"], strict=True):
-            inner["mesh"] = verdict.mesh.model_dump() if verdict.mesh else None
-    return record
+def plan_record(plan: Any) -> Any:
+    """A plan, or a suite's, as JSON holds it: every field, and the sums that are properties."""
+    if isinstance(plan, BaseModel):
+        return plan.model_dump()
+    if isinstance(plan, Mapping):
+        return {key: plan_record(value) for key, value in plan.items()}
+    if isinstance(plan, list | tuple):
+        return [plan_record(value) for value in plan]
+    if not is_dataclass(plan):
+        return plan
+    kind = type(plan)
+    sums = [name for name, value in vars(kind).items() if isinstance(value, property)]
+    names = [*(field.name for field in fields(plan)), *sums]
+    return {name: plan_record(getattr(plan, name)) for name in names}

@@ -6,12 +6,10 @@ what a device holds for all of them. `sae_train.plan.verdict` turns it into hour
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from activation_cache.gemma.config import GemmaConfig
-from activation_cache.gemma.taps import check_tap, tap_width
 from sae_train.config.run import Config
 from sae_train.plan.memory import Shape, StepMemory, cohort_memory, step_memory
 from sae_train.plan.work import (
@@ -77,24 +75,14 @@ def plan_run(config: Config, *, name: str, gemma: GemmaConfig) -> RunPlan:
     Raises:
         UserError: the model has no such layer.
     """
-    tap = config.sae.tap
-    check_tap(tap, gemma)
-    shape = Shape(
-        batch_size=config.train.batch_size,
-        d_model=tap_width(gemma, tap.site),
-        width=config.sae.width,
-        mesh=config.mesh,
-        architecture=config.sae.architecture,
-        is_transcoder=config.sae.is_transcoder,
-        has_skip=config.sae.affine_skip,
-    )
-    dtype = config.cache.dtype
-    capacity = capacity_per_row(config)
+    dtype, capacity = config.cache.dtype, capacity_per_row(config)
     sparse_path, sparse_path_cpu = (
         may_be_sparse(config, on_cpu=on_cpu) for on_cpu in (False, True)
     )
-    shape_cpu = dataclasses.replace(shape, capacity=capacity if sparse_path_cpu else None)
-    shape = dataclasses.replace(shape, capacity=capacity if sparse_path else None)
+    shape, shape_cpu = (
+        Shape.of(config, gemma, capacity=capacity if sparse else None)
+        for sparse in (sparse_path, sparse_path_cpu)
+    )
     collectives = collective_bytes(shape)
     sizes = [("data", config.mesh.data), ("model", config.mesh.model)]
     memory = step_memory(shape, store_dtype=dtype)

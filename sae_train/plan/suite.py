@@ -9,19 +9,18 @@ Legend: B rows of a batch, D width of what is read, F latents.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from activation_cache.config import MeshConfig
 from activation_cache.gemma.config import GemmaConfig
-from activation_cache.gemma.taps import check_tap, tap_width
 from activation_cache.language_model.published_sizes import config_for_planning
 from sae_train.config.run import Config
 from sae_train.plan.accelerators import Accelerator
-from sae_train.plan.memory import FLOAT_BYTES, Shape, StepMemory, nearest_mesh, step_memory
+from sae_train.plan.memory import FLOAT_BYTES, Shape, StepMemory, nearest_mesh
+from sae_train.plan.runs import plan_run
 from sae_train.plan.verdict import Assumptions, total, usable_bytes
-from sae_train.plan.work import harvest_work, step_flops, step_traffic, store_plan
-from sae_train.step.path_choice import capacity_per_row, may_be_sparse
+from sae_train.plan.work import harvest_work, step_traffic, store_plan
 
 
 @dataclass(frozen=True)
@@ -155,17 +154,8 @@ def _kind(run: Config) -> str:
 
 def _group(members: list[Config], gemma: GemmaConfig) -> CellGroup:
     run, kind = members[0], _kind(members[0])
-    check_tap(run.sae.tap, gemma)
-    shape = Shape(
-        run.train.batch_size,
-        tap_width(gemma, run.sae.site),
-        run.sae.width,
-        run.mesh,
-        architecture=run.sae.architecture,
-        is_transcoder=run.sae.is_transcoder,
-        has_skip=run.sae.affine_skip,
-        capacity=capacity_per_row(run) if may_be_sparse(run, on_cpu=False) else None,
-    )
+    plan = plan_run(run, name=run.name, gemma=gemma)
+    shape = plan.shape
     weights = 2 * shape.width * shape.d_model + 2 * shape.width + shape.d_model
     weights += shape.d_model**2 if shape.has_skip else 0
     return CellGroup(
@@ -173,9 +163,9 @@ def _group(members: list[Config], gemma: GemmaConfig) -> CellGroup:
         kind=kind,
         cells=len(members),
         shape=shape,
-        steps=run.train.steps,
-        memory=step_memory(shape, store_dtype=run.cache.dtype),
-        flops=float(len(members)) * run.train.steps * step_flops(shape),
+        steps=plan.steps,
+        memory=plan.memory,
+        flops=float(len(members)) * plan.steps * plan.flops_per_step,
         weight_bytes=len(members) * weights * FLOAT_BYTES,
     )
 
@@ -232,18 +222,3 @@ def _verdict(
     compute = group.flops / (chip.peak("float32") * assumptions.mfu)
     memory = group.cells * group.steps * devices * step_traffic(shape) / chip.hbm_bandwidth
     return GroupVerdict(fits=fits, mesh=mesh, device_hours=max(compute, memory) / 3600)
-
-
-def suite_record(plan: SuitePlan) -> dict[str, Any]:
-    """The plan as JSON holds it: every field, and the sums that tables show."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, MeshConfig):
-            return value.model_dump()
-        if isinstance(value, dict):
-            return {key: plain(inner) for key, inner in value.items()}
-        return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-    record: dict[str, Any] = plain(asdict(plan))
-    record |= {"cells": plan.cells, "store_bytes": plan.store_bytes}
-    return record

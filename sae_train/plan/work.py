@@ -190,7 +190,7 @@ def collective_bytes(shape: Shape) -> dict[str, int]:
         elements = shape.local(("B", "D")) + shape.local(("B",)) + shape.local(("D",))
         found["model"] = elements * FLOAT_BYTES
     if shape.mesh.data > 1:
-        found["data"] = shape.table_bytes(shape.table) + shape.local(("F",))
+        found["data"] = shape.params_bytes() + shape.local(("F",))
     return found
 
 

@@ -38,6 +38,9 @@ from sae_train.runs.folder import RELEASE
 
 logger = logging.getLogger(__name__)
 
+# What an entry has of the evaluation.
+_MEASURED = ("l0", "fvu", "delta_loss", "loss_recovered", "alive_fraction")
+
 
 def export_tree(
     folder: StoragePath, config: Config, runs: Sequence[StoragePath], *, suite: Tree | None
@@ -154,11 +157,7 @@ def _entry(release: Release, *, cell: str, folder: str, run: str, files: dict[st
         width=config.sae.width,
         architecture=config.sae.architecture,
         hook_name=release.sae.metadata["hook_name"],
-        l0=None if measured is None else measured.l0,
-        fvu=None if measured is None else measured.fvu,
-        delta_loss=None if measured is None else measured.delta_loss,
-        loss_recovered=None if measured is None else measured.loss_recovered,
-        alive_fraction=None if measured is None else measured.alive_fraction,
+        **{name: getattr(measured, name, None) for name in _MEASURED},
         sparsity=training["sparsity"],
         tokens=training["tokens"],
         steps=training["step"],

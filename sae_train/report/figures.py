@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from sae_train.report.charts import (
-    Axis,
-    Charts,
-    Trace,
-    curve,
-    hover_text,
-    joined,
-    mark,
-)
+from sae_train.report.charts import Axis, Charts, Trace, curve, hover_text, joined, mark
 from sae_train.report.described_runs import ReportRun, families_of
 
 Numbers = Mapping[str, Any]  # of one evaluation
@@ -82,43 +75,30 @@ def _frontier_points(
 
 def training_figures(charts: Charts, runs: Sequence[ReportRun]) -> str:
     """Loss, FVU, L0, dead fraction, threshold and learning rate against tokens, every run."""
-    return "".join(
-        [
-            _training(charts, runs, metric="loss", label="training loss"),
-            _training(charts, runs, metric="fvu", label="FVU", zero=True),
-            _training(charts, runs, metric="l0", label="L0", log=True),
-            _training(
-                charts, runs, metric="dead_fraction", label="dead latents (fraction)", zero=True
-            ),
-            _training(charts, runs, metric="threshold_mean", label="mean threshold"),
-            _training(charts, runs, metric="learning_rate", label="learning rate", zero=True),
-        ]
-    )
+    axes = {
+        "loss": Axis("training loss"),
+        "fvu": Axis("FVU", zero=True),
+        "l0": Axis("L0", log=True),
+        "dead_fraction": Axis("dead latents (fraction)", zero=True),
+        "threshold_mean": Axis("mean threshold"),
+        "learning_rate": Axis("learning rate", zero=True),
+    }
+    return "".join(_training(charts, runs, metric, y) for metric, y in axes.items())
 
 
-def _training(
-    charts: Charts,
-    runs: Sequence[ReportRun],
-    *,
-    metric: str,
-    label: str,
-    log: bool = False,
-    zero: bool = False,
-) -> str:
-    curves: list[tuple[ReportRun, list[tuple[float, float]]]] = []
+def _training(charts: Charts, runs: Sequence[ReportRun], metric: str, y: Axis) -> str:
+    """One figure; an axis that needn't begin at 0 is logarithmic where values differ 20 times."""
+    hover = f"%{{x:.3~s}} tokens<br>{y.label} %{{y:.4~g}}"
+    curves = []
     for run in runs:
         rows = [row for row in run.folder.metrics if row.get(metric) is not None]
         points = [(row["tokens"], row[metric]) for row in _thinned(rows, len(runs))]
-        curves.append((run, points))
-    values = [y for _, points in curves for _, y in points if math.isfinite(y) and y > 0]
-    log = log or (not zero and bool(values) and max(values) > 20 * min(values))
-    hover = f"%{{x:.3~s}} tokens<br>{label} %{{y:.4~g}}"
-    return charts.figure(
-        _capital(label),
-        [curve(run, points, hover=hover) for run, points in curves if points],
-        x=Axis("tokens", zero=True, ticks="~s"),
-        y=Axis(label, log=log, zero=zero),
-    )
+        if points:
+            curves.append(curve(run, points, hover=hover))
+    values = [v for one in curves for v in one["y"] if v > 0]
+    log = y.log or (not y.zero and bool(values) and max(values) > 20 * min(values))
+    y = dataclasses.replace(y, log=log)
+    return charts.figure(_capital(y.label), curves, x=Axis("tokens", zero=True, ticks="~s"), y=y)
 
 
 def _thinned(points: Sequence[_Point], runs: int) -> Sequence[_Point]:

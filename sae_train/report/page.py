@@ -40,6 +40,25 @@ from sae_train.report.paper_figures import LEGEND, published_sections, section
 from sae_train.runs.folder import EVALUATION, RunFolder, read_run, run_folders
 from sae_train.runs.metrics_file import FILE as METRICS
 
+_SECTIONS = (
+    (
+        "Training",
+        "Over the training batches, logged as they went; the loss is the reconstruction's squared "
+        "error on scaled inputs plus the sparsity penalty.",
+        training_figures,
+    ),
+    (
+        "Firing frequencies",
+        "How often each latent is active on held-out tokens; latents that never fired are left "
+        "out.",
+        frequency_figures,
+    ),
+    (
+        "By position in the sequence",
+        "Held-out averages at each position; BOS stands at position 0.",
+        position_figures,
+    ),
+)
 _PACKAGES = (
     "open-gemma-scope",
     "jax",
@@ -76,9 +95,7 @@ def _body(config: Config, runs: Sequence[ReportRun], *, charts: Charts, page: St
             _problems(runs),
             _frontier(charts, runs),
             _table(runs, page=page),
-            _training(charts, runs),
-            _frequencies(charts, runs),
-            _positions(charts, runs),
+            *(section(head, note, draw(charts, runs)) for head, note, draw in _SECTIONS),
             published_sections(charts, runs),
             _configuration(page.parent.parent / FILE_NAME),
             _footer(runs),
@@ -250,26 +267,6 @@ def _links(folder: RunFolder, *, page: StoragePath) -> str:
 
 def _relative(path: StoragePath, page: StoragePath) -> str:
     return quote(PurePath(os.path.relpath(str(path), str(page.parent))).as_posix())
-
-
-def _training(charts: Charts, runs: Sequence[ReportRun]) -> str:
-    note = (
-        "Over the training batches, logged as they went; the loss is the reconstruction's squared "
-        "error on scaled inputs plus the sparsity penalty."
-    )
-    return section("Training", note, training_figures(charts, runs))
-
-
-def _frequencies(charts: Charts, runs: Sequence[ReportRun]) -> str:
-    note = (
-        "How often each latent is active on held-out tokens; latents that never fired are left out."
-    )
-    return section("Firing frequencies", note, frequency_figures(charts, runs))
-
-
-def _positions(charts: Charts, runs: Sequence[ReportRun]) -> str:
-    note = "Held-out averages at each position; BOS stands at position 0."
-    return section("By position in the sequence", note, position_figures(charts, runs))
 
 
 def _configuration(file: StoragePath) -> str:
