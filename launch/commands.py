@@ -13,7 +13,9 @@ from launch.clusters import submit
 from launch.config.job import Job
 from launch.processes.signals import StopFlag
 from launch.targets import (
+    check_sweep_folder,
     read_target_config,
+    refuse_sweep_folder,
     released_or_trained,
     target_config,
     target_folder,
@@ -48,6 +50,8 @@ def train(arguments: argparse.Namespace, stop: StopFlag) -> int:
         Interrupted: stopped by a signal, everything saved.
     """
     configs = _training_configs(arguments)
+    for config in configs:
+        refuse_sweep_folder(config)
     if submit.is_on_cluster(configs[0], dry_run=arguments.dry_run):
         if arguments.fresh:
             raise UserError(
@@ -155,6 +159,7 @@ def sweep(arguments: argparse.Namespace, stop: StopFlag) -> int:
     if config.launch.on == "local" and arguments.dry_run:
         show_runs(config, expand(config))
         return 0
+    check_sweep_folder(config)
     if submit.is_on_cluster(config, dry_run=arguments.dry_run):
         return submit.submit(config, command="sweep", dry_run=arguments.dry_run, stop=stop)
     return run_sweep(config, stop=stop)

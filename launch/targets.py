@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import StoragePath, storage_path
 from launch.config.job import Job, load_job, read_job
 from sae_train.config.file import FILE_NAME, write_config
-from sae_train.runs.folder import newest_checkpoint, run_folders
+from sae_train.runs.folder import newest_checkpoint, run_folders, sweep_runs, sweep_section
+
+if TYPE_CHECKING:
+    from launch.sweep.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -53,20 +57,69 @@ def trained_folders(config: Job) -> list[StoragePath]:
         UserError: none has one.
     """
     folder = storage_path(config.output)
-    if config.sweep is not None and not (folder / FILE_NAME).exists():
+    wanted: list[StoragePath] = []
+    if config.sweep is None:
+        runs = run_folders(folder)
+    else:
         from launch.sweep.expand import expand
 
-        # A cluster trained the runs one by one, and wrote no config into the sweep's folder.
-        runs = [run.folder for run in expand(config)]
-    else:
-        runs = run_folders(folder)
+        # Where a cluster trains the runs one by one the sweep's folder has no config.
+        runs = sweep_runs(folder, is_suite=config.is_suite)
+        wanted = [run.folder for run in expand(config)]
     trained = [run for run in runs if newest_checkpoint(run) is not None]
     if not trained:
         raise UserError(f"{folder} holds no trained run yet: start with `sae train` or `sae sweep`")
-    for run in runs:
-        if run not in trained:
-            logger.warning("%s has no checkpoint yet and is left out", run)
+    missing = dict.fromkeys(str(run) for run in (*wanted, *runs) if run not in trained)
+    if missing:
+        logger.warning("left out, for they have no checkpoint yet: %s", ", ".join(missing))
     return trained
+
+
+def other_runs(config: Job, runs: Sequence[Run]) -> dict[str, StoragePath]:
+    """By name, the runs in a sweep's folder that are none of `runs`: an earlier config's."""
+    folder, names = storage_path(config.output), {run.name for run in runs}
+    found = sweep_runs(folder, is_suite=config.is_suite)
+    by_name = {str(path)[len(str(folder)) + 1 :]: path for path in found}
+    return {name: path for name, path in by_name.items() if name not in names}
+
+
+def check_sweep_folder(config: Job) -> None:
+    """Say what a sweep's folder holds that isn't the sweep's.
+
+    Runs of an earlier config are named in a warning; those that `sweep.only` leaves out are the
+    sweep's own.
+
+    Raises:
+        UserError: the folder is a run's.
+    """
+    from launch.sweep.expand import expand
+
+    assert config.sweep is not None
+    if newest_checkpoint(storage_path(config.output)) is not None:
+        raise UserError(
+            f"{config.output} holds a trained run, and a sweep's folder holds runs in folders of "
+            "their own: give the sweep another `output`, or move the run away"
+        )
+    whole = config.model_copy(update={"sweep": config.sweep.model_copy(update={"only": None})})
+    others = other_runs(config, expand(whole)) if storage_path(config.output).is_dir() else {}
+    if others:
+        logger.warning(
+            "%s holds %d runs that this sweep doesn't make: %s. They stay, and status, evaluate, "
+            "export and report count them. To keep two sweeps apart give this one another `output`",
+            config.output,
+            len(others),
+            ", ".join(others),
+        )
+
+
+def refuse_sweep_folder(config: Job) -> None:
+    """Raise `UserError` where training one run would write over the config of a sweep."""
+    folder = storage_path(config.output)
+    if (folder / FILE_NAME).is_file() and sweep_section(folder) is not None:
+        raise UserError(
+            f"{folder} is the folder of a sweep, and training one run there would write over the "
+            "sweep's config: add output=... with a folder of its own"
+        )
 
 
 def released_or_trained(config: Job) -> list[StoragePath]:

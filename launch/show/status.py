@@ -12,6 +12,7 @@ from launch.clusters.slurm_queue import QueueView, queue_view
 from launch.config.job import Job
 from launch.run_state import needs_evaluation, needs_release
 from launch.sweep.expand import expand
+from launch.targets import other_runs
 from sae_train.config.file import FILE_NAME
 from sae_train.runs.folder import RunFolder, State, read_run
 
@@ -19,17 +20,17 @@ _STYLES = {"trained": "green", "running": "cyan", "stopped": "yellow", "failed":
 
 
 def status_table(config: Job) -> Table:
-    """One row per run, those of a sweep that have not started included.
+    """One row per run, those of a sweep that have not started included, then an earlier config's.
 
     Raises:
         UserError: a run's folder holds damaged files.
     """
     alone = storage_path(config.output)
-    runs = (
-        [(alone.name, alone, config)]
-        if config.sweep is None
-        else [(run.name, run.folder, run.config) for run in expand(config)]
-    )
+    runs = [(alone.name, alone, config)]
+    if config.sweep is not None:
+        made = expand(config)
+        runs = [(run.name, run.folder, run.config) for run in made]
+        runs += [(name, folder, config) for name, folder in other_runs(config, made).items()]
     busy = ", a process is at work" if is_locked(storage_path(config.output)) else ""
     queue = queue_view(config)
     table = Table(title=f"{config.name} in {config.output}{busy}", title_justify="left")

@@ -115,6 +115,14 @@ def differing_fields(a: Config, b: Config) -> list[str]:
     return [key for key in left | right if left.get(key, missing) != right.get(key, missing)]
 
 
+def value_at(config: Config, key: str) -> Any:
+    """The value of a dotted key; None where the config has no such key."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part) if part in getattr(type(value), "model_fields", ()) else None
+    return value
+
+
 def _read_text(path: AnyPath) -> str:
     try:
         return storage_path(path).read_bytes().decode("utf-8-sig")

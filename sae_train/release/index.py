@@ -27,6 +27,7 @@ class Entry:
         cell: the part of `folder` that SAEs of one site, layer and width share.
         canonical: its L0 is nearest to `CANONICAL_L0` among the cell's evaluated SAEs.
         run: the run's folder, relative to the sweep's.
+        sequences: the held-out sequences it was measured on.
         files: size in bytes, by path in the tree.
     """
 
@@ -44,6 +45,7 @@ class Entry:
     delta_loss: float | None
     loss_recovered: float | None
     alive_fraction: float | None
+    sequences: int | None
     sparsity: dict[str, Any]
     tokens: int
     steps: int

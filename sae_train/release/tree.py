@@ -39,7 +39,7 @@ from sae_train.runs.folder import RELEASE
 logger = logging.getLogger(__name__)
 
 # What an entry has of the evaluation.
-_MEASURED = ("l0", "fvu", "delta_loss", "loss_recovered", "alive_fraction")
+_MEASURED = ("l0", "fvu", "delta_loss", "loss_recovered", "alive_fraction", "sequences")
 
 
 def export_tree(
@@ -65,6 +65,7 @@ def export_tree(
     remove_tree(tree)
     make_folder(tree)
     entries: list[Entry] = []
+    configs: dict[str, Config] = {}
     for run in runs:
         release = export_run(run)
         relative = PurePosixPath(str(run)[len(str(folder)) + 1 :].replace(os.sep, "/"))
@@ -72,9 +73,10 @@ def export_tree(
             relative, release, suite=suite, taken={entry.folder for entry in entries}
         )
         files = _gather(release, tree, name)
+        configs[str(relative)] = release.config
         entries.append(_entry(release, cell=cell, folder=name, run=str(relative), files=files))
     entries = with_canonical(entries)
-    write_text(tree / CARD, suite_card(config, entries))
+    write_text(tree / CARD, suite_card(config, entries, configs=configs))
     write_json(tree / INDEX, index(config, entries))
     logger.info("%s: %d SAEs, every file read back", tree, len(entries))
     return tree

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from activation_cache.language_model.names import model_name
 from activation_cache.runtime.version import package_version
-from sae_train.config.file import resolved_yaml
+from sae_train.checkpoint.same_run import numeric_differences
+from sae_train.config.file import resolved_yaml, value_at
 from sae_train.config.run import Config
 from sae_train.release.card import LICENCE, front_matter, number, table
 from sae_train.release.index import CANONICAL_L0, Entry
@@ -43,8 +44,21 @@ _HEADS = (
 )  # fmt: skip
 
 
-def suite_card(config: Config, entries: Sequence[Entry]) -> str:
-    """The text of README.md, Markdown with the front matter of a Hub model card."""
+# Of a run's own settings: what the table of SAEs shows or names, and what changes no weight.
+_SHOWN = (
+    "sae.site", "sae.layer", "sae.target", "sae.affine_skip", "sae.width", "sae.architecture",
+    "train.sparsity.penalty", "train.sparsity.coefficient", "train.sparsity.target", "train.seed",
+    "train.tokens", "sae.start_from", "cache",
+)  # fmt: skip
+
+
+def suite_card(config: Config, entries: Sequence[Entry], *, configs: Mapping[str, Config]) -> str:
+    """The text of README.md, Markdown with the front matter of a Hub model card.
+
+    Args:
+        config: of the sweep.
+        configs: of each run, by its folder: an earlier config of the sweep may have made it.
+    """
     sites = list(dict.fromkeys(f"{e.site} of layer {e.layer}" for e in entries))
     formats = sorted({name for entry in entries for name in entry.formats})
     facts = [
@@ -65,8 +79,26 @@ def suite_card(config: Config, entries: Sequence[Entry]) -> str:
         "Sparse autoencoders in the manner of Gemma Scope (arXiv 2408.05147).\n\n"
         f"{table(facts)}\n## SAEs\n\n{_measured(config, entries)}\n{_saes(entries)}\n"
         f"## Loading\n\nThe same folders in each format:\n\n{kinds}\n{loading}\n"
-        f"## Licence\n\n{LICENCE}\n## Config\n\n```yaml\n{resolved_yaml(config).rstrip()}\n```\n"
+        f"## Licence\n\n{LICENCE}\n## Config\n\n{_own_settings(config, configs)}"
+        f"```yaml\n{resolved_yaml(config).rstrip()}\n```\n"
     )
+
+
+def _own_settings(config: Config, configs: Mapping[str, Config]) -> str:
+    """Where runs differ from the sweep's config in what the table of SAEs doesn't show."""
+    rows = []
+    for run, own in configs.items():
+        keys = [
+            key
+            for key in numeric_differences(config, own)
+            if not any(key == shown or key.startswith(f"{shown}.") for shown in _SHOWN)
+        ]
+        if keys:
+            rows.append((f"`{run}`", ", ".join(f"{key} {value_at(own, key)}" for key in keys)))
+    if not rows:
+        return ""
+    words = "Runs that differ from this config in what the table of SAEs doesn't show:"
+    return f"{words}\n\n{table(rows)}\n"
 
 
 def _optimiser(config: Config) -> str:
@@ -78,10 +110,13 @@ def _optimiser(config: Config) -> str:
 
 
 def _measured(config: Config, entries: Sequence[Entry]) -> str:
-    if all(entry.l0 is None for entry in entries):
+    counts = [entry.sequences for entry in entries if entry.sequences is not None]
+    if not counts:
         return "Not evaluated.\n"
     return _MEASURED.format(
-        sequences=f"{config.evaluation.sequences:,}",
+        sequences=" to ".join(
+            f"{number:,}" for number in dict.fromkeys((min(counts), max(counts)))
+        ),
         length=config.text.sequence_length,
         canonical=CANONICAL_L0,
     )

@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from sae_train.config.file import differing_fields
+from sae_train.config.file import differing_fields, value_at
 from sae_train.config.run import Config
 from sae_train.runs.folder import RunFolder
 
@@ -141,9 +140,7 @@ def _settings(config: Config, keys: Sequence[str]) -> str:
     names = [key.rpartition(".")[2] for key in keys]
     words = []
     for key, name in zip(keys, names, strict=True):
-        value: Any = config
-        for part in key.split("."):
-            value = getattr(value, part) if part in type(value).model_fields else None
+        value = value_at(config, key)
         if name == "layer" and "sae.site" in keys:
             continue  # the site's name holds it
         if key == "sae.site":

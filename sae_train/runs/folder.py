@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePath
+from pathlib import PurePath, PurePosixPath
 from typing import Any, Literal
 
 from activation_cache.storage.bucket import BucketPath
@@ -28,6 +30,8 @@ from sae_train.config import strict_yaml
 from sae_train.config.file import FILE_NAME, read_run_config
 from sae_train.config.run import Config
 from sae_train.runs.metrics_file import read_metrics
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 EVALUATION = "evaluation.json"
@@ -118,7 +122,7 @@ def _extra_evaluations(folder: StoragePath) -> dict[str, dict[str, Any]]:
 
 
 def run_folders(folder: AnyPath) -> list[StoragePath]:
-    """The runs in a folder: itself if it is one, else the runs of the sweep it is.
+    """The runs in a folder: itself if it is one, else the runs of the sweep it is (`sweep_runs`).
 
     Raises:
         UserError: neither a run's folder nor a sweep's, or a sweep without any run yet.
@@ -128,11 +132,45 @@ def run_folders(folder: AnyPath) -> list[StoragePath]:
     sweep = sweep_section(root)
     if sweep is None:
         return [root]
-    # A suite's runs lie as deep as the released suites' folders do.
-    inside = list(_runs_below(root, depth=_SUITE_DEPTH if sweep.get("cells") else 1))
+    inside = sweep_runs(root, is_suite=bool(sweep.get("cells")))
     if not inside:
         raise UserError(f"{root} is a sweep without any run yet: start it with `sae sweep`")
-    return sorted(inside, key=lambda path: [_natural(part) for part in path.parts])
+    return inside
+
+
+def sweep_runs(root: StoragePath, *, is_suite: bool) -> list[StoragePath]:
+    """The runs of a sweep: all that were made in its folder, by its config or an earlier one.
+
+    A folder counts if the `output` in its own config ends in its path below the sweep's, so the
+    sweep may be moved. A warning names what doesn't count: copies, renamed runs, other sweeps.
+    Every command that takes a sweep goes by this rule.
+    """
+    if not root.is_dir():
+        return []
+    found, strays = [], []
+    # A suite's runs lie as deep as the released suites' folders do.
+    for path in _runs_below(root, depth=_SUITE_DEPTH if is_suite else 1):
+        (found if _was_made_at(path, name=_relative(path, root)) else strays).append(path)
+    if strays:
+        logger.warning(
+            "%s: left out, for the config inside was made for another place (a copy, a renamed "
+            "run, a sweep of its own): %s. To count one, set `output` in its config.yaml to where "
+            "it lies",
+            root,
+            ", ".join(sorted(_relative(path, root) for path in strays)),
+        )
+    return sorted(found, key=lambda path: [_natural(part) for part in path.parts])
+
+
+def _was_made_at(path: StoragePath, *, name: str) -> bool:
+    """Does the `output` of a run's config end in `name`? No for a sweep's config."""
+    text = (path / FILE_NAME).read_bytes().decode()
+    # What stands before is not parsed: a suite has thousands of configs.
+    end = max(text.find("\noutput:"), 0)
+    values = strict_yaml.parse(text[end:], name=str(path / FILE_NAME)).value
+    output = PurePosixPath(str(values.get("output")).replace(os.sep, "/"))
+    wanted = PurePosixPath(name.replace(os.sep, "/"))
+    return not values.get("sweep") and output.parts[-len(wanted.parts) :] == wanted.parts
 
 
 def sweep_section(folder: StoragePath) -> dict[str, Any] | None:

@@ -126,7 +126,7 @@ def save_run(folder: Path, trained: Trained) -> Path:
     )
     with Checkpoints(folder) as checkpoints:
         checkpoints.save(state, step=trained.step, meta=meta)
-    write_config(trained.config, folder)
+    write_config(trained.config.model_copy(update={"output": str(folder)}), folder)
     return folder
 
 

@@ -135,7 +135,8 @@ def test_a_sweep_exports_every_trained_run(tmp_path):
     write_config(as_job(config, sweep={"grid": {"train.seed": [0, 1, 2]}}), tmp_path)
     for seed in (0, 1):
         save_run(tmp_path / f"seed_{seed}", make_trained(F=F, seed=seed))
-    write_config(config, tmp_path / "seed_2")  # begun, no checkpoint yet
+    third = config.model_copy(update={"output": str(tmp_path / "seed_2")})
+    write_config(third, tmp_path / "seed_2")  # begun, no checkpoint yet
     releases = export(tmp_path)
     assert [release.folder.parent.name for release in releases] == ["seed_0", "seed_1"]
     assert not (tmp_path / "seed_2/release").exists()

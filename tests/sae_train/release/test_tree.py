@@ -22,10 +22,11 @@ from launch.config.job import Job
 from launch.run_state import needs_release
 from sae_train import load_sae
 from sae_train.checkpoint.trained import load_trained
-from sae_train.config.file import write_config
+from sae_train.config.file import read_run_config, with_values, write_config
 from sae_train.inference.fold import fold
 from sae_train.release import tree as tree_module
-from sae_train.release.index import with_canonical
+from sae_train.release.index import Entry, with_canonical
+from sae_train.release.tree_card import suite_card
 from sae_train.runs.folder import run_folders
 from tests.sae_train.release.test_export import write_some_evaluation
 from tests.support.saes import make_trained, save_run
@@ -152,6 +153,21 @@ def test_the_card_has_the_table_and_the_hub_s_front_matter(exported: Path):
     assert "L0 is nearest to 100" in card
     loading = 'load_sae("gemma_scope/res/layer_1/width_24/average_l0_82")'
     assert loading in card
+
+
+def test_the_card_names_what_an_earlier_config_had_otherwise(exported: Path):
+    """In a folder of two sweeps the config on the card is the last one's."""
+    config = read_run_config(exported)
+    entries = [
+        Entry(**one) for one in json.loads((exported / "release/saes.json").read_text())["saes"]
+    ]
+    other = with_values(config, {"train.batch_size": 32, "sae.width": 128}, source="test")
+    card = suite_card(config, entries, configs={"new": config, "old": other})
+    assert "| `old` | train.batch_size 32 |" in card, "the table has the width"
+    assert "`new`" not in card
+    assert "differ from this config" not in suite_card(config, entries, configs={"new": config})
+    counts = [dataclasses.replace(entry, sequences=n) for n, entry in enumerate(entries, 7)]
+    assert "On 7 to 10 held-out sequences" in suite_card(config, counts, configs={})
 
 
 def test_gemma_scope_2_keeps_its_names_and_other_sweeps_get_theirs(tmp_path: Path):
