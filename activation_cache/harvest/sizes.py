@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import tensorstore as ts
 
+from activation_cache.runtime.amounts import bytes_text
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.bucket import BucketPath
 from activation_cache.storage.files import StoragePath
@@ -48,8 +49,8 @@ def check_memory(plan: Manifest, machines: Sequence[tuple[str, int]]) -> None:
             each = f" in each of {processes} processes" if processes > 1 else ""
             raise UserError(
                 f"buckets of {plan.shuffling.bucket_rows} rows at {len(plan.sites)} taps need "
-                f"{needed / 2**30:.3g} GiB of memory ({BUCKETS_IN_MEMORY} at once{each}) and "
-                f"{name} has {present / 2**30:.3g}: lower cache.shuffle_rows to about {fitting}, "
+                f"{bytes_text(needed)} of memory ({BUCKETS_IN_MEMORY} at once{each}) and "
+                f"{name} has {bytes_text(present)}: lower cache.shuffle_rows to about {fitting}, "
                 "or harvest fewer sites and layers into each store."
             )
 
@@ -59,20 +60,20 @@ def log_sizes(path: StoragePath, plan: Manifest, *, rows_left: int) -> None:
     per_bucket = bucket_bytes(plan)
     to_write = per_bucket * rows_left // len(plan.bucket_span(0))
     logger.info(
-        "%d buckets of %d rows: %.3g GiB of memory for %d at once, %.3g GiB to write",
+        "%d buckets of %d rows: %s of memory for %d at once, %s to write",
         plan.num_buckets,
         len(plan.bucket_span(0)),
-        BUCKETS_IN_MEMORY * per_bucket / 2**30,
+        bytes_text(BUCKETS_IN_MEMORY * per_bucket),
         BUCKETS_IN_MEMORY,
-        to_write / 2**30,
+        bytes_text(to_write),
     )
     if isinstance(path, BucketPath):
         return
     free = shutil.disk_usage(path).free
     if to_write > free:
         logger.warning(
-            "%s has %.3g GiB free and the rest of the store takes %.3g: it will not fit",
+            "%s has %s free and the rest of the store takes %s: it will not fit",
             path,
-            free / 2**30,
-            to_write / 2**30,
+            bytes_text(free),
+            bytes_text(to_write),
         )

@@ -20,6 +20,7 @@ import tensorstore as ts
 from jaxtyping import Float
 
 from activation_cache.gemma.taps import Tap
+from activation_cache.runtime.amounts import bytes_text
 from activation_cache.runtime.closing import Closing
 from activation_cache.storage.arrays import array_errors, start_read
 from activation_cache.storage.direct_reads import BlockReads, PendingRows, reads_blocks
@@ -125,12 +126,12 @@ class ActivationReader(Closing):
         self._first = start_step  # the step at the head of the queue
         self._read_ahead()
         logger.info(
-            "reading %s: %d of %d rows of each batch, %d batches ahead, up to %.0f MiB",
+            "reading %s: %d of %d rows of each batch, %d batches ahead, up to %s",
             tap.name,
             len(wanted),
             batch_size,
             self.read_ahead,
-            self.memory_bytes / 2**20,
+            bytes_text(self.memory_bytes),
         )
 
     def close(self) -> None:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
+from activation_cache.runtime.amounts import bytes_text
 from activation_cache.runtime.errors import UserError
 from activation_cache.runtime.progress import ProgressMeter
 from activation_cache.storage.files import StoragePath, file_sizes
 from launch.console import print_table
 from launch.show.status import status_table
-from launch.show.units import bytes_text
 from launch.targets import target_config
 from sae_train.config.file import FILE_NAME
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 from rich.table import Table
 
+from activation_cache.runtime.amounts import bytes_text
 from launch.config.job import Job
 from launch.console import print_line, print_table
 from launch.show.units import (
-    bytes_text,
     flops_text,
     hours_text,
     mesh_text,

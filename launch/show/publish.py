@@ -7,11 +7,11 @@ from pathlib import Path
 
 from rich.table import Table
 
+from activation_cache.runtime.amounts import bytes_text
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage import hub
 from activation_cache.storage.files import StoragePath, file_sizes
 from launch.console import print_line, print_table
-from launch.show.units import bytes_text
 from sae_train.release.export import CARD
 from sae_train.release.index import INDEX
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from launch.show.units import bytes_text, flops_text, hours_text, mesh_text, money_text, plan_table
+from activation_cache.runtime.amounts import bytes_text
+from launch.show.units import flops_text, hours_text, mesh_text, money_text, plan_table
 from sae_train.plan.suite import CellGroup, SuiteAccelerator, SuitePlan
 
 

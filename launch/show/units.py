@@ -1,9 +1,10 @@
-"""Bytes, FLOPs, hours and money as text."""
+"""FLOPs, hours and money as text."""
 
 from __future__ import annotations
 
 from rich.table import Table
 
+from activation_cache.runtime.amounts import scaled
 from sae_train.config.run import MeshConfig
 
 
@@ -38,20 +39,7 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{seconds:,.3g} s"
 
 
-def _scaled(number: float, *, units: list[str]) -> str:
-    for unit in units[:-1]:
-        if number < 999.5:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} {units[-1]}" if number < 999.5 else f"{number:,.0f} {units[-1]}"
-
-
-def bytes_text(size: float) -> str:
-    """Bytes in words, three digits: `36.9 TB`, in powers of ten as disks are sold."""
-    return _scaled(size, units=["B", "kB", "MB", "GB", "TB", "PB"])
-
-
 def flops_text(flops: float) -> str:
     """FLOPs in words, three digits: `1.5 TFLOP`."""
     prefixes: list[str] = ["", "k", "M", "G", "T", "P", "E", "Z", "Y"]
-    return _scaled(flops, units=[f"{prefix}FLOP" for prefix in prefixes])
+    return scaled(flops, units=[f"{prefix}FLOP" for prefix in prefixes])

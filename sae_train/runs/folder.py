@@ -147,7 +147,8 @@ def sweep_runs(root: StoragePath, *, is_suite: bool) -> list[StoragePath]:
     """
     if not root.is_dir():
         return []
-    found, strays = [], []
+    found: list[StoragePath] = []
+    strays: list[StoragePath] = []
     # A suite's runs lie as deep as the released suites' folders do.
     for path in _runs_below(root, depth=_SUITE_DEPTH if is_suite else 1):
         (found if _was_made_at(path, name=_relative(path, root)) else strays).append(path)

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from activation_cache.runtime.amounts import bytes_text
 from activation_cache.runtime.errors import UserError
 from launch.cli import main
 from launch.config.job import Job
 from launch.show.plan_tables import tables
-from launch.show.units import bytes_text, flops_text
+from launch.show.units import flops_text
 from launch.sweep.expand import expand
 from sae_train.config.run import MeshConfig
 from sae_train.plan.accelerators import ACCELERATORS, accelerator
