@@ -6,10 +6,12 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from activation_cache.config import MeshConfig
 from activation_cache.storage.files import storage_path
 from launch.config.job import Job
 
 Command = Literal["harvest", "train", "sweep"]
+Stage = Literal["harvest", "train", "evaluate", "report"]
 
 
 def local_folder(config: Job, kind: str) -> Path:
@@ -24,4 +26,6 @@ def local_folder(config: Job, kind: str) -> Path:
     return Path(kind) / re.sub(r"[^A-Za-z0-9._-]+", "_", config.name)
 
 
-Stage = Literal["harvest", "train", "evaluate", "report"]
+def mesh_of(config: Job, *, stage: Stage) -> tuple[str, MeshConfig]:
+    """The mesh of a stage's processes, and its key in the config."""
+    return config.harvest_mesh if stage == "harvest" else ("mesh", config.mesh)

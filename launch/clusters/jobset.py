@@ -27,7 +27,7 @@ import yaml
 
 from activation_cache.runtime.errors import UserError
 from launch import exit_codes
-from launch.clusters.common import Command, Stage
+from launch.clusters.common import Command, Stage, mesh_of
 from launch.clusters.jobset_pod import pod_template
 from launch.config.job import Job
 from launch.config.kubernetes import OUR_PREFIX, KubernetesLaunch, TpuNodes
@@ -324,7 +324,7 @@ def _check_paths(config: Job, launch: KubernetesLaunch) -> None:
 
 def _check_mesh(config: Job, launch: KubernetesLaunch, *, stage: Stage) -> None:
     """Refuse a mesh with more devices than the nodes have, or one that leaves processes idle."""
-    key, mesh = config.harvest_mesh if stage == "harvest" else ("mesh", config.mesh)
+    key, mesh = mesh_of(config, stage=stage)
     nodes = launch.nodes
     devices = mesh.data * mesh.model
     if devices > nodes.devices or (nodes.count > 1 and devices != nodes.devices):

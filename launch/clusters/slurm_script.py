@@ -16,15 +16,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
-from activation_cache.config import MeshConfig
 from activation_cache.runtime.errors import UserError
-from launch.clusters.common import Command, Stage, local_folder
+from launch.clusters.common import Command, Stage, local_folder, mesh_of
 from launch.config.job import Job
 from launch.config.local import LocalLaunch
 from launch.config.slurm import SlurmLaunch
@@ -39,8 +38,8 @@ _LONGEST_PAUSE_SECONDS = 600
 _FUNCTIONS = r"""
 asked=
 # USR1 comes to this shell alone, before the time limit and as a notice of preemption. TERM comes
-# when Slurm ends the job, which tells the steps as well.
-trap 'asked=yes' USR1 TERM
+# when Slurm ends the job, which tells the steps as well. HUP and USR2 are other clusters' notices.
+trap 'asked=yes' HUP USR1 USR2 TERM
 
 # Ends this start of the job. It goes back into the queue, unless Slurm is ending it already:
 # cancelled by its owner it stays so, and requeued or preempted it comes back anyway.
@@ -147,40 +146,40 @@ def render(config: Job, *, command: Command) -> list[Script]:
             )
     if command != "sweep":
         _check_mesh(config, stage=command)
-        yaml_name = f"{command}.yaml"
-        saved = config.cache.path if command == "harvest" else config.output
-        body = _body(f"run {command} {_shell(_absolute(config, yaml_name))}", saved=saved)
-        text = _script(config, stage=command, body=body)
-        files = {f"{command}.sbatch": text, yaml_name: _travelling(config)}
-        return [Script(stage=command, files=files)]
+        return [_single_script(config, stage=command, config_name=f"{command}.yaml")]
     runs = expand(config)
     _check_mesh(config, stage="harvest")
     for run in runs:
         _check_mesh(run.config, stage="train")
     return [
-        _harvest_script(config),
+        _single_script(config, stage="harvest", config_name="sweep.yaml"),
         _train_script(config, cohorts_of(config, runs)),
         _evaluate_script(config),
         _report_script(config),
     ]
 
 
-def _harvest_script(config: Job) -> Script:
-    body = _body(f"run harvest {_shell(_absolute(config, 'sweep.yaml'))}", saved=config.cache.path)
-    text = _script(config, stage="harvest", body=body)
-    return Script("harvest", {"harvest.sbatch": text, "sweep.yaml": _travelling(config)})
+def _single_script(config: Job, *, stage: Stage, config_name: str) -> Script:
+    """A single command on one config; its progress is the list of files it has saved."""
+    folder = quote(_whole(config.cache.path if stage == "harvest" else config.output))
+    body = (
+        f"progress() {{ ls {folder}/checkpoints {folder}/commits 2>/dev/null; }}\n"
+        f"run {stage} {quote(_absolute(config, config_name))}\n"
+    )
+    text = _script(config, stage=stage, body=body)
+    return Script(stage, {f"{stage}.sbatch": text, config_name: _travelling(config)})
 
 
 def _train_script(config: Job, cohorts: Sequence[Cohort]) -> Script:
     """An array with a task per cohort. (Names of runs contain no spaces.)"""
-    names = "\n".join(f"    {_shell(' '.join(cohort.names))}" for cohort in cohorts)
+    names = "\n".join(f"    {quote(' '.join(cohort.names))}" for cohort in cohorts)
     body = (
         "# Runs that read the same batches train together: a cohort for each index.\n"
         f"cohorts=(\n{names}\n)\n"
         'read -ra runs <<<"${cohorts[SLURM_ARRAY_TASK_ID]}"\necho "sae: ${runs[*]}"\n'
         'configs=() saved=()\nfor name in "${runs[@]}"; do\n'
-        f'    configs+=({_shell(_absolute(config, RUNS))}/"$name".yaml)\n'
-        f'    saved+=({_shell(_whole(config.output))}/"$name"/checkpoints)\n'
+        f'    configs+=({quote(_absolute(config, RUNS))}/"$name".yaml)\n'
+        f'    saved+=({quote(_whole(config.output))}/"$name"/checkpoints)\n'
         'done\nprogress() { ls "${saved[@]}" 2>/dev/null; }\n'
         'run train "${configs[@]}"\n'
     )
@@ -195,7 +194,7 @@ def _train_script(config: Job, cohorts: Sequence[Cohort]) -> Script:
 
 def _evaluate_script(config: Job) -> Script:
     """Evaluation in all processes, then the release in one."""
-    folder = _shell(_whole(config.output))
+    folder = quote(_whole(config.output))
     body = (
         f"progress() {{ ls -l {folder}/*/evaluation.json {folder}/*/release 2>/dev/null; }}\n"
         f"run evaluate {folder}\nevaluated=$?\n"
@@ -207,15 +206,8 @@ def _evaluate_script(config: Job) -> Script:
 
 
 def _report_script(config: Job) -> Script:
-    body = f"progress() {{ :; }}\nrun report {_shell(_whole(config.output))}\n"
+    body = f"progress() {{ :; }}\nrun report {quote(_whole(config.output))}\n"
     return Script("report", {"report.sbatch": _script(config, stage="report", body=body)})
-
-
-def _body(command: str, *, saved: str) -> str:
-    """The script of a single command; its progress is the list of files it has saved."""
-    folder = _shell(_whole(saved))
-    looks = f"{folder}/checkpoints {folder}/commits 2>/dev/null"
-    return f"progress() {{ ls {looks}; }}\n{command}\n"
 
 
 def _script(config: Job, *, stage: Stage, body: str, options: Sequence[str] = ()) -> str:
@@ -223,14 +215,14 @@ def _script(config: Job, *, stage: Stage, body: str, options: Sequence[str] = ()
     lines = [*_options(config, stage=stage), *options, *_resources(launch, stage=stage)]
     several = stage != "report"
     processes = launch.processes if several else 1
-    _, mesh = _mesh_of(config, stage=stage)
+    _, mesh = mesh_of(config, stage=stage)
     devices = mesh.data * mesh.model
     tasks = [f"--nodes={launch.nodes if several else 1}", f"--ntasks={processes}"]
     if launch.cpus_per_task and stage != "report":
         tasks.append(f"--cpus-per-task={launch.cpus_per_task}")  # srun doesn't inherit it
     python = launch.python or sys.executable
     variables = [
-        f"sae=({_shell(python)} -m launch.cli)",
+        f"sae=({quote(python)} -m launch.cli)",
         f"tasks=({' '.join(tasks)})",
         f"restarts={launch.restarts} restart_pause={round(launch.restart_pause_seconds)} "
         f"longest_pause={_LONGEST_PAUSE_SECONDS}",
@@ -305,10 +297,6 @@ def sbatch_quote(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _shell(text: str) -> str:
-    return shlex.quote(text)
-
-
 def _whole(path: str) -> str:
     return path if "://" in path else os.path.abspath(path)
 
@@ -317,13 +305,8 @@ def _absolute(config: Job, name: str) -> str:
     return os.path.abspath(script_folder(config) / name)
 
 
-def _mesh_of(config: Job, *, stage: Stage) -> tuple[str, MeshConfig]:
-    """The mesh of a stage's processes, and its key in the config."""
-    return config.harvest_mesh if stage == "harvest" else ("mesh", config.mesh)
-
-
 def _check_mesh(config: Job, *, stage: Stage) -> None:
-    launch, (key, mesh) = slurm_launch(config), _mesh_of(config, stage=stage)
+    launch, (key, mesh) = slurm_launch(config), mesh_of(config, stage=stage)
     devices = mesh.data * mesh.model
     if devices % launch.processes:
         raise UserError(

@@ -18,8 +18,6 @@ from launch.sweep.suite_runs import suite_runs
 from sae_train.config.file import with_values
 
 _SWEPT_SECTIONS = ("sae", "train", "mesh", "checkpoint", "evaluation")
-
-
 _LONGEST_NAME = 100  # file systems allow 255 bytes; the rest is room for people's eyes
 
 
@@ -38,10 +36,7 @@ def expand(config: Job) -> list[Run]:
             "`sweep: {grid: {sae.width: [2048, 4096]}}`, or use `sae train` for a single run"
         )
     if config.sweep.cells:
-        return [
-            Run(name=name, settings=settings, config=run_config)
-            for name, settings, run_config in suite_runs(config)
-        ]
+        return list(suite_runs(config))
     combinations = _combinations(config)
     keys = list(combinations[0])
     _check_keys(keys)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from activation_cache.config import CacheConfig, MeshConfig, Site, SiteConfig
@@ -222,34 +223,33 @@ def _suite(config: Job) -> SweepConfig:
 
 
 def _expand(entry: CellsConfig, config: Job, gemma: GemmaConfig) -> Iterator[Cell]:
-    sweep = _suite(config)
     budgets = entry.tokens or config.train.tokens
     if isinstance(budgets, int):
         budgets = [budgets] * len(entry.widths)
     sites: list[Site | None] = [*entry.sites] or [None]
-    for site in sites:
-        for layer in _layers(entry, gemma):
-            if layer is not None:
-                check_tap(Tap(site or "mlp_out", layer), gemma)
-            for width, tokens in zip(entry.widths, budgets, strict=True):
-                for coefficient, target, label in _sparsities(entry, layer, width, gemma):
-                    for affine in entry.affine:
-                        for seed in entry.seeds:
-                            yield Cell(
-                                kind=entry.kind,
-                                site=site,
-                                layer=layer,
-                                width=width,
-                                tokens=tokens,
-                                coefficient=coefficient,
-                                target=target,
-                                label=label,
-                                seed=seed,
-                                affine=affine,
-                                mesh=entry.mesh or config.mesh,
-                                tree=sweep.tree,
-                                folder_suffix=entry.folder_suffix,
-                            )
+    sizes = list(zip(entry.widths, budgets, strict=True))
+    for site, layer, (width, tokens) in product(sites, _layers(entry, gemma), sizes):
+        if layer is not None:
+            check_tap(Tap(site or "mlp_out", layer), gemma)
+        sparsities = _sparsities(entry, layer, width, gemma)
+        for (coefficient, target, label), affine, seed in product(
+            sparsities, entry.affine, entry.seeds
+        ):
+            yield Cell(
+                kind=entry.kind,
+                site=site,
+                layer=layer,
+                width=width,
+                tokens=tokens,
+                coefficient=coefficient,
+                target=target,
+                label=label,
+                seed=seed,
+                affine=affine,
+                mesh=entry.mesh or config.mesh,
+                tree=_suite(config).tree,
+                folder_suffix=entry.folder_suffix,
+            )
 
 
 def _layers(entry: CellsConfig, gemma: GemmaConfig) -> list[int | None]:

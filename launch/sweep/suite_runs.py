@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from activation_cache.language_model.published_sizes import config_for_planning
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import storage_path
 from launch.config.job import Job
+from launch.sweep.run import Run
 from launch.sweep.suite_cells import Cell, all_cells, cache_of, cells_of
 from sae_train.config.file import with_values
 from sae_train.config.run import L0Penalty
 
 
-def suite_runs(config: Job) -> Iterator[tuple[str, Mapping[str, Any], Job]]:
-    """Name, settings and config of each run that `sweep.cells` names and `only` and `kinds` choose.
+def suite_runs(config: Job) -> Iterator[Run]:
+    """Each run that `sweep.cells` names and `only` and `kinds` choose.
 
     A name is the run's folder below the suite's.
 
@@ -41,7 +42,8 @@ def suite_runs(config: Job) -> Iterator[tuple[str, Mapping[str, Any], Job]]:
         run = with_values(base, {**settings, **own}, source=f"sweep.cells, {name}")
         if cell.taps not in caches:
             caches[cell.taps] = cache_of(cell, config, cells, gemma=gemma)
-        yield name, settings, run.model_copy(update={"cache": caches[cell.taps]})
+        whole = run.model_copy(update={"cache": caches[cell.taps]})
+        yield Run(name=name, settings=settings, config=whole)
 
 
 def stores(config: Job) -> list[Job]:
@@ -55,8 +57,8 @@ def stores(config: Job) -> list[Job]:
     if not config.is_suite:
         return [config]
     first: dict[str, Job] = {}
-    for _, _, run in suite_runs(config):
-        first.setdefault(run.cache.path, run)
+    for run in suite_runs(config):
+        first.setdefault(run.config.cache.path, run.config)
     return list(first.values())
 
 

@@ -164,8 +164,8 @@ def test_the_tuned_suites_begin_with_the_base_ones(path: Path):
     base = f"google/gemma-scope-2-{path.stem.replace('-it', '-pt')}"
     chosen = list(suite_runs(config))
     assert chosen
-    for name, _, run in chosen:
-        assert run.sae.start_from == f"{base}/{name}"
+    for run in chosen:
+        assert run.config.sae.start_from == f"{base}/{run.name}"
     with gzip.open(DATA / "gemma_scope_2_released.csv.gz", "rt", encoding="utf-8") as file:
         listed = {row["repo_path"] for row in csv.DictReader(file)}
     gemma = known_config(config.model.weights)
