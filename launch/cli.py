@@ -11,6 +11,7 @@ import argparse
 import logging
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,7 @@ from typing import Any
 from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.runtime.processes import launched_index
 from activation_cache.runtime.version import package_version
-from launch import commands, exit_codes
-from launch.console import configure_logging, set_environment_defaults
+from launch import commands, console, exit_codes
 from launch.processes import group
 from launch.processes.signals import StopFlag, stop_on_signals
 
@@ -46,9 +46,19 @@ class Command:
     overrides: bool = True
     others: tuple[str, str] = ("key=value", "config overrides")  # further words: name and help
     options: tuple[tuple[str, str], ...] = ()
-    settings: tuple[
-        tuple[str, Callable[[str], Any], Any, str], ...
-    ] = ()  # options with a value: flag, type, default, help
+    settings: tuple[tuple[str, dict[str, Any]], ...] = ()  # options with a value, as argparse's
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < threading.TIMEOUT_MAX:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of seconds above 0; a config or folder goes before --watch"
+        )
+    return seconds
 
 
 COMMANDS = (
@@ -95,7 +105,7 @@ COMMANDS = (
         overrides=False,
         options=(("--dry-run", "with --upload: list the files and their sizes, send nothing"),),
         settings=(
-            ("--upload", str, None, "a repository of the Hub, organisation/name, to send it to"),
+            ("--upload", {"help": "a repository of the Hub, organisation/name, to send it to"}),
         ),
     ),
     Command(
@@ -134,20 +144,23 @@ COMMANDS = (
         metavar="CONFIG-or-FOLDER",
         options=(("--json", "print one JSON object instead of tables"),),
         settings=(
+            ("--accelerator", {"help": "v5e, v5p, v6e, a100, h100 or h200 (default: all)"}),
             (
-                "--accelerator",
-                str,
-                None,
-                "v5e, v5p, v6e, a100, h100 or h200 (default: all)",
+                "--devices",
+                {"type": int, "help": "how many there are; else as many as the mesh has"},
             ),
-            ("--devices", int, None, "how many devices there are; else as many as the mesh has"),
             (
                 "--mfu",
-                float,
-                0.4,
-                "share of the accelerator's peak that is reached (default 0.4)",
+                {
+                    "type": float,
+                    "default": 0.4,
+                    "help": "share of the accelerator's peak that is reached (default 0.4)",
+                },
             ),
-            ("--price", float, None, "of one device for one hour; without it no cost is shown"),
+            (
+                "--price",
+                {"type": float, "help": "of one device for one hour; without it no cost is shown"},
+            ),
         ),
     ),
     Command(
@@ -155,9 +168,21 @@ COMMANDS = (
         handler=commands.status,
         summary="show how far each run has come",
         details="Reads the folders only, so it is safe while the runs are training.",
-        example="sae status runs/demo",
+        example="sae status runs/demo --watch 10",
         metavar="CONFIG-or-FOLDER",
         overrides=False,
+        settings=(
+            (
+                "--watch",
+                {
+                    "type": _seconds,
+                    "nargs": "?",
+                    "const": 5.0,
+                    "metavar": "SECONDS",
+                    "help": "show it anew every 5 or SECONDS seconds, until Ctrl-C",
+                },
+            ),
+        ),
     ),
     Command(
         name="inspect",
@@ -179,15 +204,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Exceptions that are neither the user's mistake nor a stop pass through with their traceback.
     """
+    console.prepare_process()
     try:
-        arguments = _parse(sys.argv[1:] if argv is None else argv)
+        with console.output():
+            arguments = _parse(sys.argv[1:] if argv is None else argv)
     except SystemExit as finished:  # argparse: 0 after --help, 2 after a wrong command line
         return finished.code if isinstance(finished.code, int) else exit_codes.MISTAKE
-    set_environment_defaults()
+    except console.ClosedOutput:
+        return exit_codes.DONE
     try:
         # Of several processes the first logs everything, the others warnings alone.
         quiet = max(arguments.quiet, min(1, launched_index()))
-        configure_logging(verbosity=-1 if quiet else arguments.verbose)
+        console.configure_logging(verbosity=-1 if quiet else arguments.verbose)
         with stop_on_signals() as stop:
             code = arguments.handler(arguments, stop)
     except UserError as error:
@@ -196,6 +224,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as stopped:
         group.tell(arguments.command, str(stopped), remedy=". The same command continues.")
         code = exit_codes.STOPPED
+    except console.ClosedOutput:
+        code = exit_codes.DONE
     except Exception:
         group.end_broken()
         raise
@@ -213,6 +243,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         for one in rest
         if one.startswith("-") or not takes_overrides or not ("=" in one or several)
     ]
+    if stray and not takes_overrides and not any(one.startswith("-") for one in stray):
+        parser.error(f"`sae {arguments.command}` takes no overrides: leave out {' '.join(stray)}")
     if stray:
         parser.error(f"unrecognised arguments: {' '.join(stray)} (an override is key=value)")
     if takes_overrides:
@@ -259,8 +291,8 @@ def _add_command(parsers: argparse._SubParsersAction, command: Command) -> None:
         parser.add_argument("overrides", nargs="*", metavar=metavar, help=words)
     for flag, words in command.options:
         parser.add_argument(flag, action="store_true", help=words)
-    for flag, kind, default, words in command.settings:
-        parser.add_argument(flag, type=kind, default=default, help=words)
+    for flag, how in command.settings:
+        parser.add_argument(flag, **how)
     parser.add_argument("-v", "--verbose", action="store_true", help="log more")
     parser.add_argument("-q", "--quiet", action="store_true", help="log warnings only")
     parser.set_defaults(handler=command.handler)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import logging
 import re
+from collections.abc import Sequence
 
 from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.storage.files import StoragePath, storage_path
@@ -14,15 +17,17 @@ from launch.config.job import Job
 from launch.processes.signals import StopFlag
 from launch.targets import (
     check_sweep_folder,
+    chosen_folders,
     read_target_config,
     refuse_sweep_folder,
     released_or_trained,
+    store_of,
     target_config,
     target_folder,
     trained_folders,
 )
 from sae_train.config.file import FILE_NAME, read_run_config, write_config
-from sae_train.runs.folder import RELEASE, clear_failure
+from sae_train.runs.folder import RELEASE, clear_failure, newest_checkpoint
 from sae_train.train.cohort import check_cohort
 
 logger = logging.getLogger(__name__)
@@ -111,17 +116,55 @@ def _training_configs(arguments: argparse.Namespace) -> list[Job]:
 def evaluate(arguments: argparse.Namespace, stop: StopFlag) -> int:
     """`sae evaluate`: write evaluation.json of each trained run; returns 0.
 
-    Each run is measured as its own config says, unless the command line sets a key of `evaluation`.
+    Each run is measured as its own config says. The command line may set keys of `evaluation` and
+    `launch`, choose runs, and say where stores and weights lie.
+
+    Raises:
+        UserError: an override of another key, which the runs were trained with.
     """
     config = target_config(arguments.target, arguments.overrides)
-    overridden = any(override.startswith("evaluation") for override in arguments.overrides)
-    settings = config.evaluation if overridden else None
+    keys = [override.partition("=")[0] for override in arguments.overrides]
+    folders = released_or_trained(config)
+    if any(newest_checkpoint(folder) is not None for folder in folders):
+        _refuse_overrides(arguments.overrides, config)
+    if any(key.startswith("sweep.only") for key in keys):
+        folders = chosen_folders(config, folders)
+    settings = config.evaluation if any(key.startswith("evaluation") for key in keys) else None
+    weights = [one for one in arguments.overrides if one.startswith("model.weights=")]
+    told = any(key in ("cache", "cache.path") for key in keys)
     by_store: dict[str, list[StoragePath]] = {}
-    for folder in released_or_trained(config):
-        by_store.setdefault(read_run_config(folder).cache.path, []).append(folder)
-    for folders in by_store.values():  # a suite's runs are too many to be in memory together
-        stages.evaluate(folders, config=config, settings=settings, stop=stop)
+    for folder in folders:
+        store = store_of(config, folder) if told else read_run_config(folder).cache.path
+        by_store.setdefault(store, []).append(folder)
+    for store, readers in by_store.items():  # a suite's runs are too many to be in memory together
+        places = [*weights, *([f"cache.path={json.dumps(store)}"] if told else [])]
+        stages.evaluate(readers, config=config, settings=settings, places=places, stop=stop)
     return 0
+
+
+_EVALUATION_KEYS = ("evaluation", "output", "launch", "cache.path", "model.weights", "sweep.only")
+
+
+def _refuse_overrides(overrides: Sequence[str], config: Job) -> None:
+    """Raise `UserError` for overrides that an evaluation of trained runs can't follow."""
+    for override in overrides:
+        key = override.partition("=")[0]
+        known = any(key == one or key.startswith(f"{one}.") for one in _EVALUATION_KEYS)
+        if not known and not (key == "sweep" and config.sweep is None):
+            raise UserError(
+                f"override {override}: each run is measured as it was trained, so this has no "
+                f"effect here. What can be overridden: {', '.join(_EVALUATION_KEYS)}"
+                + (
+                    "; other models and texts are entries of evaluation.also"
+                    if key.startswith(("model", "text"))
+                    else ""
+                )
+            )
+        if key.startswith("launch") and config.launch.on != "local":
+            raise UserError(
+                f"override {override}: `sae evaluate` runs on this machine; on a cluster `sae "
+                "sweep` evaluates what it has trained"
+            )
 
 
 def export(arguments: argparse.Namespace, stop: StopFlag) -> int:
@@ -167,7 +210,7 @@ def sweep(arguments: argparse.Namespace, stop: StopFlag) -> int:
 
 def report(arguments: argparse.Namespace, stop: StopFlag) -> int:
     """`sae report`: write report/index.html and print where it is; returns 0."""
-    from launch.console import print_line
+    from launch.console import print_text
 
     folder = target_folder(arguments.target)
     if not (folder / FILE_NAME).exists():
@@ -175,7 +218,7 @@ def report(arguments: argparse.Namespace, stop: StopFlag) -> int:
         if config.sweep is not None and folder.exists():
             write_config(config, folder)  # a cluster trained its runs one by one
     with stop.at_once():
-        print_line(str(stages.report(folder)))
+        print_text(str(stages.report(folder)))
     return 0
 
 
@@ -190,12 +233,16 @@ def plan(arguments: argparse.Namespace, stop: StopFlag) -> int:
 
 
 def status(arguments: argparse.Namespace, stop: StopFlag) -> int:
-    """`sae status`: print how far each run has come; returns 0."""
-    from launch.console import print_table
+    """`sae status`: print how far each run has come, with `--watch` until a signal; returns 0."""
+    from launch.console import print_table, watch
     from launch.show.status import status_table
 
     with stop.at_once():
-        print_table(status_table(target_config(arguments.target)))
+        if arguments.watch is None:
+            print_table(status_table(target_config(arguments.target)))
+            return 0
+        with contextlib.suppress(Interrupted):
+            watch(lambda: status_table(target_config(arguments.target)), seconds=arguments.watch)
     return 0
 
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import functools
+import io
 import logging
 import os
 import sys
-from typing import TextIO
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, TextIO, cast
 
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
+
+from activation_cache.runtime.errors import UserError
 
 PACKAGES = ("activation_cache", "sae_train", "launch")
 _PLAIN_WIDTH = 140  # columns of a table where there is no terminal to ask
@@ -28,7 +37,7 @@ class _StderrHandler(logging.StreamHandler[TextIO]):
 def configure_logging(*, verbosity: int) -> None:
     """Send our log lines to stderr with the time: -1 warnings only, 0 normal, 1 everything.
 
-    Of other libraries only warnings are shown; of absl, through which Orbax logs, only errors.
+    Of other libraries, absl among them, through which Orbax logs, only warnings are shown.
     """
     handler = _StderrHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
@@ -39,24 +48,101 @@ def configure_logging(*, verbosity: int) -> None:
     level = {-1: logging.WARNING, 0: logging.INFO}.get(verbosity, logging.DEBUG)
     for name in PACKAGES:
         logging.getLogger(name).setLevel(level)
-    foreign = logging.INFO if verbosity > 0 else logging.ERROR
-    for name in ("absl", "py.warnings"):
-        logging.getLogger(name).setLevel(foreign)
+    for name, least in (("absl", logging.WARNING), ("py.warnings", logging.ERROR)):
+        logging.getLogger(name).setLevel(logging.INFO if verbosity > 0 else least)
     logging.captureWarnings(True)
 
 
-def set_environment_defaults() -> None:
-    """Quiet XLA's own log, unless the user has set its level; before JAX is imported."""
+class _Unbroken(io.FileIO):
+    """Goes on taking text where the terminal is gone: the work is to be saved, not the words."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def prepare_process() -> None:
+    """Make streams that any text can be written to, and quiet XLA's log unless its level is set.
+
+    What a terminal that isn't UTF-8 can't show becomes `?`. A stream that the process was started
+    without is the null device. Call it before JAX is imported.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    if sys.stderr is sys.__stderr__:
+        raw = cast("BinaryIO", _Unbroken(sys.stderr.fileno(), "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(
+            raw, encoding=sys.stderr.encoding, errors="backslashreplace", write_through=True
+        )
+
+
+class ClosedOutput(Exception):
+    """Nobody reads our standard output any more: `sae plan | head -1`, a closed terminal."""
+
+
+@contextlib.contextmanager
+def output() -> Iterator[None]:
+    """For writing to stdout.
+
+    Raises:
+        ClosedOutput: nobody reads it any more.
+        UserError: it can't be written, to a full disk for instance.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        # What is still buffered goes nowhere, or Python would complain of it as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno in (errno.EPIPE, errno.EIO):
+            raise ClosedOutput from error
+        raise UserError(f"standard output can't be written: {error.strerror}") from error
+
+
+class _Console(Console):
+    """rich's console, which would end the process with status 1 where nobody reads on."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+def table_console() -> Console:
+    """A console on stdout whose lines are whole even where there is no terminal."""
+    terminal = _Console()
+    return terminal if terminal.is_terminal else _Console(width=_PLAIN_WIDTH)
 
 
 def print_table(table: Table) -> None:
-    """Print a table on stdout, whole lines even where there is no terminal."""
-    terminal = Console()
-    console = terminal if terminal.is_terminal else Console(width=_PLAIN_WIDTH)
-    console.print(table)
+    """Print a table on stdout."""
+    with output():
+        table_console().print(table)
 
 
-def print_line(text: str) -> None:
-    """Print one line on stdout as it is: a path or a number that a script may read."""
-    Console(soft_wrap=True).print(text, markup=False, highlight=False)
+def watch(make: Callable[[], Table], *, seconds: float) -> None:
+    """Show a table anew every so many seconds, until a signal's exception.
+
+    On a terminal it stays in its place; elsewhere one is printed below the other.
+    """
+    console = table_console()
+    with contextlib.ExitStack() as shown:
+        show = print_table
+        if console.is_terminal:
+            live = shown.enter_context(Live(console=console, auto_refresh=False))
+            show = functools.partial(live.update, refresh=True)
+        while True:
+            show(make())
+            time.sleep(seconds)
+
+
+def print_text(text: str) -> None:
+    """Print text on stdout as it is: a path, a number or a file that a script may read."""
+    with output():
+        sys.stdout.write(f"{text}\n")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
+from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import StoragePath, storage_path
 from launch.config.job import Job
 from sae_train.config.file import read_run_config
@@ -27,6 +29,35 @@ def is_trained(config: Job) -> bool:
     from sae_train.checkpoint.same_run import numeric_differences
 
     return not numeric_differences(read_run_config(folder), config)
+
+
+def needs_store(configs: Sequence[Job]) -> bool:
+    """Is one of these runs still to be trained or evaluated?"""
+    return not all(is_trained(config) for config in configs) or any(
+        needs_evaluation(storage_path(config.output)) for config in configs
+    )
+
+
+def refuse_second_harvest(configs: Sequence[Job]) -> None:
+    """Before a sweep harvests: where runs are trained already their store must be there.
+
+    Args:
+        configs: of runs that read one store.
+
+    Raises:
+        UserError: it isn't, so it has been moved or deleted, and it is needed.
+    """
+    if not needs_store(configs):
+        return
+    trained = [one for one in configs if newest_checkpoint(storage_path(one.output)) is not None]
+    for config in trained:
+        store = storage_path(config.cache.path)
+        if not any((store / name).exists() for name in ("manifest.json", "plan.json")):
+            raise UserError(
+                f"{config.output} has been trained, and its activation store isn't at {store} any "
+                "more. If it has moved, say where it is: cache.path=FOLDER. If it is gone, `sae "
+                "harvest` with the same config makes it anew"
+            )
 
 
 def needs_evaluation(folder: StoragePath) -> bool:

@@ -24,6 +24,7 @@ from launch.config.local import LocalLaunch
 from launch.processes import group
 from launch.processes.allocator import keep_freed_memory
 from launch.processes.compile_cache import keep_programs
+from launch.processes.devices import check_devices
 from launch.processes.signals import StopFlag
 from launch.run_state import is_trained
 from sae_train.config.evaluation import EvaluationConfig
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 def _prepare_process() -> None:
     keep_freed_memory()
+    check_devices()
     keep_programs()
 
 
@@ -56,7 +58,7 @@ def harvest(config: Job, *, stop: Callable[[], bool]) -> None:
             stop=stop,
         )
         return
-    group.join(config)
+    group.join(config, stop=stop)
     _prepare_process()
     from activation_cache.harvest.harvest import harvest as run_harvest
 
@@ -87,7 +89,7 @@ def train(configs: Sequence[Job], *, fresh: bool, stop: Callable[[], bool]) -> N
     if group.starts_here(configs[0]):
         _train_in_group(configs, fresh=fresh, stop=stop)
         return
-    group.join(*configs)
+    group.join(*configs, stop=stop)
     _prepare_process()
     from sae_train.train.loop import train_cohort
 
@@ -143,12 +145,15 @@ def evaluate(
     *,
     config: Job,
     settings: EvaluationConfig | None = None,
+    places: Sequence[str] = (),
     stop: StopFlag,
 ) -> None:
-    """Evaluate trained runs in one pass of the model; `settings` replace those of the runs.
+    """Evaluate trained runs in one pass of the model.
 
     Args:
         config: its `launch` says where it runs; the rest is read from the runs' folders.
+        settings: instead of those of the runs.
+        places: overrides of the runs' configs that say where their store and their weights lie.
 
     Raises:
         Interrupted: a signal came; runs that are not evaluated yet are unchanged.
@@ -160,11 +165,12 @@ def evaluate(
             len(parents) == 1 and (folders[0].parent / FILE_NAME).exists()
         ):
             for folder in folders:  # a suite's: no folder holds these runs and no others
-                evaluate([folder], config=config, settings=settings, stop=stop)
+                evaluate([folder], config=config, settings=settings, places=places, stop=stop)
             return
         # Several runs are those of one sweep; evaluations that are up to date are skipped.
         target = folders[0] if len(folders) == 1 else folders[0].parent
         options = [f"evaluation={json.dumps(settings.model_dump())}"] if settings else []
+        options += places
         group.run_stage(
             "evaluate",
             config,
@@ -174,18 +180,19 @@ def evaluate(
             stop=stop,
         )
         return
-    group.join(config)
+    group.join(config, stop=stop)
     _prepare_process()
     from sae_train.evaluate.evaluate import evaluate as run_evaluate
 
     with stop.at_once() if processes.process_count() == 1 else nullcontext():
-        run_evaluate(folders, settings=settings, stop=stop)
+        run_evaluate(folders, settings=settings, places=places, stop=stop)
 
 
 def export(folders: Sequence[StoragePath]) -> None:
     """Write and check the release of each run."""
     from sae_train.release.export import export as run_export
 
+    check_devices()
     for folder in folders:
         run_export(folder)
 
@@ -194,6 +201,7 @@ def export_tree(config: Job, folders: Sequence[StoragePath]) -> StoragePath:
     """Release a sweep's runs, and gather them in the tree of a suite; returns its folder."""
     from sae_train.release.tree import export_tree as run_export_tree
 
+    check_devices()
     tree = config.sweep.tree if config.sweep is not None and config.is_suite else None
     return run_export_tree(storage_path(config.output), config, folders, suite=tree)
 

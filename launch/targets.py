@@ -38,10 +38,7 @@ def read_target_config(target: str, overrides: Sequence[str]) -> Job:
     """As `target_config`, but a sweep is not expanded."""
     if not storage_path(target).is_dir():
         return load_job(target, overrides)
-    config = read_job(target, overrides)
-    if any(override.startswith("output=") for override in overrides):
-        return config
-    return config.model_copy(update={"output": target})  # the folder may have been moved
+    return read_job(target, overrides)
 
 
 def target_folder(target: str) -> StoragePath:
@@ -120,6 +117,31 @@ def refuse_sweep_folder(config: Job) -> None:
             f"{folder} is the folder of a sweep, and training one run there would write over the "
             "sweep's config: add output=... with a folder of its own"
         )
+
+
+def chosen_folders(config: Job, folders: Sequence[StoragePath]) -> list[StoragePath]:
+    """Those of a sweep's runs that `sweep.only` chooses.
+
+    Raises:
+        UserError: it chooses none.
+    """
+    from launch.sweep.expand import expand
+
+    chosen = {run.folder.absolute() for run in expand(config)}
+    found = [folder for folder in folders if folder.absolute() in chosen]
+    if not found:
+        raise UserError(f"sweep.only chooses no trained run of {config.output}")
+    return found
+
+
+def store_of(config: Job, folder: StoragePath) -> str:
+    """The store that a run of this config reads: a suite's has one below `cache.path`."""
+    if not config.is_suite:
+        return config.cache.path
+    from launch.sweep.expand import expand
+
+    stores = {run.folder.absolute(): run.config.cache.path for run in expand(config)}
+    return stores.get(folder.absolute(), config.cache.path)
 
 
 def released_or_trained(config: Job) -> list[StoragePath]:

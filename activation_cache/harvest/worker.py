@@ -122,10 +122,7 @@ class Share:
         else:
             stopping = asked()
         if stopping:
-            raise Interrupted(
-                f"harvest stopped: the finished buckets of {self.path} are committed; "
-                "give the same command again to go on"
-            )
+            raise Interrupted(f"harvest stopped: the finished buckets of {self.path} are committed")
 
     def _check_folder(self) -> None:
         """Check that the folder is the one that the first process prepared.

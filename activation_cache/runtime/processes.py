@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from activation_cache.runtime.errors import UserError
+from activation_cache.runtime.errors import Interrupted, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ AUTO_JOIN = "SAE_AUTO_JOIN"  # 1: let JAX find a group that no other variable sh
 
 _HEARTBEAT_SECONDS = 60
 _JOIN_SECONDS = 300  # machines of one job start minutes apart
+_TELL_SECONDS = 10  # of waiting, until it is said for whom
 
 
 @dataclasses.dataclass
@@ -43,14 +46,19 @@ class _Group:
 _group = _Group()
 
 
-def join() -> None:
+def join(*, stop: Callable[[], bool] = lambda: False) -> None:
     """Join the group of processes this one was started in, if it was started in one.
 
     Called once per command, before any device is used. The variables above name a group; on Slurm
     (in a step of several tasks) and on TPU slices of several hosts JAX finds it.
 
+    Args:
+        stop: asked while it waits for the others.
+
     Raises:
         UserError: a variable is missing or wrong.
+        Interrupted: `stop` turned true.
+        TimeoutError: the others haven't come.
     """
     if _group.joined or not _started_in_a_group():
         return
@@ -58,14 +66,61 @@ def join() -> None:
     # JAX counts a process as lost after `heartbeat_timeout_seconds`, and then tells the others.
     timings: dict[str, Any] = {
         "heartbeat_timeout_seconds": max(3, heartbeat - 5),
-        "initialization_timeout": _JOIN_SECONDS,
+        "initialization_timeout": 2 * _JOIN_SECONDS,  # when it ends the process: we do before
         "shutdown_timeout_seconds": heartbeat,
     }
     with _own_signal_handlers():
-        _initialize(timings)
+        _wait_for_others(functools.partial(_initialize, timings), stop=stop)
     _group.joined = True
     if process_count() > 1:
         logger.info("joined: process %d of %d", process_index(), process_count())
+
+
+def _wait_for_others(connect: Callable[[], None], *, stop: Callable[[], bool]) -> None:
+    """Connect, in a thread of its own, so that signals are heard and a long wait is explained."""
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            connect()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True, name="join")
+    thread.start()
+    began, told = time.monotonic(), 0
+    while thread.is_alive():
+        thread.join(0.1)
+        waited = time.monotonic() - began
+        if stop():
+            raise Interrupted(f"stopped while it waited for {_awaited()}")
+        if waited > _JOIN_SECONDS:
+            raise TimeoutError(f"{_awaited()} didn't come within {_JOIN_SECONDS} s")
+        if waited >= _TELL_SECONDS << told:  # after 10, 20, 40, ... seconds
+            told += 1
+            logger.warning(
+                "waiting for %s, for %.0f s now. To work alone, set %s=1 (Ctrl-C ends it)",
+                _awaited(),
+                waited,
+                NUM_PROCESSES,
+            )
+    if failed:
+        raise failed[0]
+
+
+def _awaited() -> str:
+    """For whom this process waits, by the environment: `3 more processes of Slurm step 12.0`."""
+    variables = os.environ
+    if variables.get(NUM_PROCESSES):
+        count, group = variables[NUM_PROCESSES], f"at {variables.get(COORDINATOR)}"
+    elif "SLURM_STEP_NUM_TASKS" in variables:
+        step = f"{variables.get('SLURM_JOB_ID')}.{variables.get('SLURM_STEP_ID')}"
+        count, group = variables["SLURM_STEP_NUM_TASKS"], f"of Slurm step {step}"
+    else:
+        hosts = variables.get("TPU_WORKER_HOSTNAMES", "")
+        count, group = str(hosts.count(",") + 1) if hosts else "", f"of the TPU slice {hosts}"
+    others = f"{int(count) - 1} more" if count.isdecimal() else "the other"
+    return f"{others} {'process' if others == '1 more' else 'processes'} {group}".strip()
 
 
 def _initialize(timings: dict[str, Any]) -> None:

@@ -177,7 +177,8 @@ def open_store(path: AnyPath) -> Store:
         raise UserError(
             f"{folder} has no {MANIFEST_FILE}: "
             + ("its harvest has not finished" if begun else "there is no activation store")
-            + ". Run `sae harvest` with this config first."
+            + ". Run `sae harvest` with this config first, or say with cache.path=FOLDER where the "
+            "store has moved."
         )
     manifest = read_record(folder / MANIFEST_FILE, Manifest)
     # The checksum as it was written. Computed again, that of an older manifest would cover the

@@ -7,24 +7,27 @@ alone what runs or has run from the same manifest, and continues.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from activation_cache.runtime.errors import Interrupted, UserError
+from activation_cache.runtime.errors import Interrupted, StorageError, UserError
+from launch import run_state
 from launch.clusters.common import Command, Stage, local_folder
 from launch.clusters.jobset import Manifest, kubernetes_launch, render, write_manifests
 from launch.config.job import Job
 from launch.config.kubernetes import OUR_PREFIX, KubernetesLaunch
+from launch.console import print_text
+from launch.sweep.expand import expand
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +72,14 @@ def submit(config: Job, *, command: Command, dry_run: bool, stop: Callable[[], b
     files = list(zip(manifests, write_manifests(manifests, folder), strict=True))
     logger.info("%d manifests are in %s", len(files), folder)
     if dry_run:
-        sys.stdout.write("".join(manifest.text for manifest in manifests))
+        print_text("".join(manifest.text for manifest in manifests).removesuffix("\n"))
         return 0
     kubectl = Kubectl(launch)
     kubectl.check(files)
-    if command != "sweep":
+    if command == "sweep":
+        with contextlib.suppress(StorageError):  # a bucket that only the cluster may read
+            run_state.refuse_second_harvest([run.config for run in expand(config)])
+    else:
         [(manifest, file)] = files
         kubectl.submit(manifest, file)
         logger.info("follow it with `%s`", kubectl.logs_command(manifest, follow=True))
@@ -133,7 +139,11 @@ class Kubectl:
     def run(self, *arguments: str) -> str:
         """Run kubectl and return its standard output; raises `UserError` with kubectl's message."""
         done = subprocess.run(
-            [*self.command, *arguments], capture_output=True, text=True, check=False
+            [*self.command, *arguments],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
         )
         if done.returncode != 0:
             words = done.stderr.strip() or f"exit status {done.returncode}"

@@ -13,7 +13,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from launch.clusters.common import Command, Stage
 from launch.clusters.slurm_script import Script, render, script_folder
 from launch.config.job import Job
 from launch.config.local import LocalLaunch
+from launch.console import print_text
 from launch.sweep.cohorts import cohorts_of
 from launch.sweep.expand import expand
 from launch.sweep.run import Run
@@ -91,7 +91,7 @@ def submit(config: Job, *, command: Command, dry_run: bool) -> int:
     if dry_run:
         write_scripts(scripts, folder)
         for script in scripts:
-            sys.stdout.write(f"# {folder / script.file_name}\n{script.text}\n")
+            print_text(f"# {folder / script.file_name}\n{script.text}")
         logger.info("nothing was submitted; %d scripts are in %s", len(scripts), folder)
         return 0
     jobs = read_jobs(folder)
@@ -201,6 +201,7 @@ def _wanted(config: Job, *, runs: Sequence[Run]) -> dict[Stage, str]:
     )
     wanted: dict[Stage, str] = {}
     if evaluating and not _has_stores(config):
+        run_state.refuse_second_harvest([run.config for run in runs])
         wanted["harvest"] = ""
     if missing:
         wanted["train"] = ",".join(map(str, missing)) if len(missing) < len(cohorts) else ""
@@ -315,7 +316,7 @@ def _slurm(program: str, *arguments: str) -> str:
         done = subprocess.run(
             [path, *arguments],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             errors="replace",
             check=False,
             timeout=_PATIENCE_SECONDS,

@@ -17,15 +17,16 @@ from activation_cache.storage.files import StoragePath
 from launch import exit_codes
 from launch.config.job import Job
 from launch.config.local import LocalLaunch
-from launch.processes.supervise import SUPERVISOR, starts_group, stop_with_supervisor, supervise
+from launch.processes.supervise import SUPERVISOR, stop_with_supervisor, supervise
 from sae_train.config.file import resolved_yaml
 
 WORDS = "SAE_WORDS"  # the file in which a process writes for its supervisor why it ended
 
 
 def starts_here(config: Job) -> bool:
-    """Does this process start a group of processes for the stages of this config?"""
-    return starts_group(config.launch)
+    """Does this process start a group for the stages of this config, not being in one itself?"""
+    alone = processes.NUM_PROCESSES not in os.environ
+    return isinstance(config.launch, LocalLaunch) and config.launch.processes > 1 and alone
 
 
 def run_stage(
@@ -87,13 +88,14 @@ def _verbosity() -> list[str]:
     return ["-v"] if level <= logging.DEBUG else ["-q"] if level >= logging.WARNING else []
 
 
-def join(*configs: Job) -> None:
+def join(*configs: Job, stop: Callable[[], bool]) -> None:
     """Join the group this process was started in, if any, and compare configs and code versions.
 
     Raises:
         UserError: the processes were started with different configs or code.
+        Interrupted: `stop` turned true while this process waited for the others.
     """
-    processes.join()
+    processes.join(stop=stop)
     if processes.process_count() > 1:
         import activation_cache
         import launch

@@ -1,4 +1,7 @@
-"""SIGTERM and SIGINT as a request: finish the step, save, and exit with 75.
+"""Signals that end a process as a request: finish the step, save, and exit with 75.
+
+SIGTERM comes from schedulers, SIGINT from Ctrl-C, SIGHUP from a terminal that is closed or a lost
+ssh, SIGUSR1 and SIGUSR2 from batch systems that announce a time limit.
 
 A stage that saves its state as it runs polls the flag and leaves when it is set. A stage that
 writes its result at the end has nothing to save, so there the signal interrupts at once.
@@ -16,7 +19,8 @@ from types import FrameType
 
 from activation_cache.runtime.errors import Interrupted
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_ALWAYS = (signal.SIGTERM, signal.SIGINT)
+_UNLESS_IGNORED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # nohup ignores SIGHUP
 
 
 class StopFlag:
@@ -64,15 +68,17 @@ _MESSAGE = "stopped by a signal; what was finished before is saved"
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopFlag]:
-    """Catch SIGTERM and SIGINT for the duration of the block.
+    """Catch the signals for the duration of the block.
 
-    Outside the main thread, where Python can't catch signals, the flag is never set.
+    Those besides SIGTERM and SIGINT stay ignored if the process was started so. Outside the main
+    thread, where Python can't catch signals, the flag is never set.
     """
     flag = StopFlag()
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
-    before = {number: signal.signal(number, flag.handle) for number in _SIGNALS}
+    asked = [one for one in _UNLESS_IGNORED if signal.getsignal(one) != signal.SIG_IGN]
+    before = {number: signal.signal(number, flag.handle) for number in (*_ALWAYS, *asked)}
     try:
         yield flag
     finally:

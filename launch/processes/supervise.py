@@ -60,13 +60,8 @@ class _Output:
             if any(written == text and other != index for other, written in self.recent):
                 return
             self.recent.append((index, text))
-            self.write(line.rstrip("\n") + "\n" if index == 0 else f"[{index}] {text}\n")
-
-
-def starts_group(launch: Any) -> bool:
-    """Is this process the one that starts a group, not one of the group?"""
-    alone = processes_module.NUM_PROCESSES not in os.environ
-    return isinstance(launch, LocalLaunch) and launch.processes > 1 and alone
+            with contextlib.suppress(OSError):  # the terminal is gone; the work isn't
+                self.write(line.rstrip("\n") + "\n" if index == 0 else f"[{index}] {text}\n")
 
 
 def supervise(

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from activation_cache.runtime.amounts import bytes_text
 from launch.config.job import Job
-from launch.console import print_line, print_table
+from launch.console import print_table, print_text
 from launch.show.units import (
     flops_text,
     hours_text,
@@ -48,7 +48,7 @@ def show_plan(config: Job, arguments: argparse.Namespace) -> None:
         assumptions=_assumptions(arguments),
     )
     if arguments.json:
-        print_line(json.dumps(plan_record(plan), indent=2, allow_nan=False))
+        print_text(json.dumps(plan_record(plan), indent=2, allow_nan=False))
         return
     for table in tables(plan):
         print_table(table)
@@ -65,7 +65,7 @@ def _show_suite(config: Job, arguments: argparse.Namespace) -> None:
         assumptions=_assumptions(arguments),
     )
     if arguments.json:
-        print_line(json.dumps(plan_record(plan), indent=2, allow_nan=False))
+        print_text(json.dumps(plan_record(plan), indent=2, allow_nan=False))
         return
     for table in suite_tables(plan):
         print_table(table)

@@ -11,7 +11,7 @@ from activation_cache.runtime.amounts import bytes_text
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage import hub
 from activation_cache.storage.files import StoragePath, file_sizes
-from launch.console import print_line, print_table
+from launch.console import print_table, print_text
 from sae_train.release.export import CARD
 from sae_train.release.index import INDEX
 
@@ -51,8 +51,8 @@ def publish(release: StoragePath, *, repository: str, dry_run: bool) -> None:
         for name, size in files.items():
             table.add_row(name, bytes_text(size))
         print_table(table)
-        print_line(f"{words}; nothing was sent")
+        print_text(f"{words}; nothing was sent")
         return
     last = [name for name in (CARD, INDEX) if name in files]
     url = hub.upload(release, repository=repository, last=last)
-    print_line(f"{words} sent to {url}")
+    print_text(f"{words} sent to {url}")

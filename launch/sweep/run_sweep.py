@@ -55,12 +55,15 @@ def run_sweep(config: Job, *, stop: StopFlag) -> int:
     """
     runs = expand(config)
     show_runs(config, runs)
+    parts = _by_store(runs)
+    for part in parts:
+        run_state.refuse_second_harvest([run.config for run in part])
     with folder_lock(config.output):
         write_config(config, config.output)
         failures = _Failures()
         for run in runs:
             clear_failure(run.folder)
-        for part in _by_store(runs):
+        for part in parts:
             _run_on_one_store(config, part, stop=stop, failures=failures)
         with stop.at_once():
             report = stages.report(storage_path(config.output))
@@ -78,8 +81,7 @@ def _by_store(runs: list[Run]) -> list[list[Run]]:
 
 def _run_on_one_store(config: Job, runs: list[Run], *, stop: StopFlag, failures: _Failures) -> None:
     """All stages of the runs that read one store, before the next store is harvested."""
-    untrained = [run for run in runs if not run_state.is_trained(run.config)]
-    if untrained or any(run_state.needs_evaluation(run.folder) for run in runs):
+    if run_state.needs_store([run.config for run in runs]):
         same = config.cache == runs[0].config.cache
         stages.harvest(config if same else runs[0].config, stop=stop)
     _train_all(config, runs, stop=stop, failures=failures)

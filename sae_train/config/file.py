@@ -20,8 +20,15 @@ from typing import Any, TypeVar, get_origin
 import pydantic
 
 from activation_cache.runtime.errors import UserError
-from activation_cache.storage.files import AnyPath, make_folder, storage_path, write_text
+from activation_cache.storage.files import (
+    AnyPath,
+    StoragePath,
+    make_folder,
+    storage_path,
+    write_text,
+)
 from sae_train.config import errors, schema, strict_yaml
+from sae_train.config.places import moved_places
 from sae_train.config.run import Config
 
 FILE_NAME = "config.yaml"
@@ -34,7 +41,13 @@ def load_config(path: AnyPath, overrides: Sequence[str] = ()) -> Config:
     return load_config_as(Config, path, overrides)
 
 
-def load_config_as(root: type[Root], path: AnyPath, overrides: Sequence[str] = ()) -> Root:
+def load_config_as(
+    root: type[Root],
+    path: AnyPath,
+    overrides: Sequence[str] = (),
+    *,
+    folder: StoragePath | None = None,
+) -> Root:
     """Read a config file, apply `key=value` overrides from left to right, check it whole.
 
     Args:
@@ -43,6 +56,8 @@ def load_config_as(root: type[Root], path: AnyPath, overrides: Sequence[str] = (
         overrides: `train.batch_size=2048`; the value is YAML in flow style, the key may name a
             whole section, an entry of a list (`cache.sites.0.layers`) or a sweep's list
             (`sweep.grid.sae.width`).
+        folder: the output folder that the file lies in, if it is a resolved one: paths that have
+            moved with it are set to where they lead now (`config.places`).
 
     Raises:
         UserError: naming the file, the line, the key's path and the rule, for every mistake.
@@ -55,6 +70,9 @@ def load_config_as(root: type[Root], path: AnyPath, overrides: Sequence[str] = (
         key: f"line {line}" for key, line in document.lines.items()
     }
     values = document.value
+    if folder is not None:
+        for key, place in moved_places(values, folder).items():
+            _set(values, _key_path(key, root=root, source=key), place, source=key)
     for override in overrides:
         key_path = _apply_override(values, override, root=root)
         origins = {
@@ -86,13 +104,17 @@ def write_config(config: Config, folder: AnyPath) -> None:
     write_text(make_folder(folder) / FILE_NAME, resolved_yaml(config))
 
 
-def read_run_config(folder: AnyPath) -> Config:
+def read_run_config(folder: AnyPath, overrides: Sequence[str] = ()) -> Config:
     """`read_run_config_as` for the config of a run."""
-    return read_run_config_as(Config, folder)
+    return read_run_config_as(Config, folder, overrides)
 
 
 def read_run_config_as(root: type[Root], folder: AnyPath, overrides: Sequence[str] = ()) -> Root:
-    """The resolved config of an output folder; raises `UserError` if it isn't one."""
+    """The resolved config of an output folder, with the places where folder and store are now.
+
+    Raises:
+        UserError: it isn't an output folder, or its config is damaged.
+    """
     path = storage_path(folder) / FILE_NAME
     if not path.is_file():
         what = "has no config.yaml" if storage_path(folder).is_dir() else "does not exist"
@@ -100,7 +122,7 @@ def read_run_config_as(root: type[Root], folder: AnyPath, overrides: Sequence[st
             f"{folder} {what}: it is not the output folder of a run or a sweep. Give the folder "
             "that `output:` names, or the config file itself."
         )
-    return load_config_as(root, path, overrides)
+    return load_config_as(root, path, overrides, folder=storage_path(folder))
 
 
 def differing_fields(a: Config, b: Config) -> list[str]:

@@ -40,6 +40,7 @@ def evaluate(
     folders: Sequence[AnyPath],
     *,
     settings: EvaluationConfig | None = None,
+    places: Sequence[str] = (),
     model: LanguageModel | None = None,
     force: bool = False,
     stop: Callable[[], bool] = lambda: False,
@@ -54,6 +55,8 @@ def evaluate(
     Args:
         folders: run folders.
         settings: replaces the `evaluation` section of each run's config.
+        places: overrides of each run's config: `cache.path=...`, `model.weights=...`, where its
+            store and its model's weights lie now.
         model: the runs' own model, if it is loaded already; else each model is loaded once for
             all runs that share it.
         force: evaluate again what is current.
@@ -71,7 +74,9 @@ def evaluate(
     jobs = [
         job
         for folder in folders
-        for job in jobs_of(storage_path(folder), settings=settings, models=models, stop=stop)
+        for job in jobs_of(
+            storage_path(folder), settings=settings, places=places, models=models, stop=stop
+        )
     ]
     waiting = []
     for job in jobs:

@@ -102,6 +102,7 @@ def jobs_of(
     folder: StoragePath,
     *,
     settings: EvaluationConfig | None,
+    places: Sequence[str] = (),
     models: Models,
     stop: Callable[[], bool],
 ) -> list[Job]:
@@ -110,7 +111,7 @@ def jobs_of(
     Raises:
         UserError: as `evaluate`.
     """
-    run = _Run(folder, read_run_config(folder), models)
+    run = _Run(folder, read_run_config(folder, places), models)
     settings = settings or run.config.evaluation
     return [
         run.own(settings),

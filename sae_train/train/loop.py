@@ -215,7 +215,7 @@ def _leave(members: Sequence[Member]) -> None:
 
 
 def _interrupted(members: Sequence[Member], *, alone: bool, step: int) -> Interrupted:
-    saved = "everything is saved, the same command goes on"
+    saved = "everything is saved"
     if alone:
         folder, steps = members[0].folder, members[0].steps
         return Interrupted(f"{folder}: stopped by a signal at step {step} of {steps}; {saved}")

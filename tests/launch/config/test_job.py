@@ -75,7 +75,7 @@ def test_mistakes_of_all_sections_are_told_at_once(tmp_path: Path) -> None:
 
 
 def test_a_folder_keeps_both_sections_and_training_reads_the_rest(tmp_path: Path) -> None:
-    config = make_config()
+    config = make_config(output=str(tmp_path))
     job = as_job(config, sweep={"grid": {"train.seed": [0, 1]}}, launch={"processes": 2})
     write_config(job, tmp_path)
     assert read_job(tmp_path) == job

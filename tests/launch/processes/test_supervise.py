@@ -13,8 +13,10 @@ import pytest
 
 from activation_cache.runtime.errors import UserError
 from launch.config.local import LocalLaunch
+from launch.processes import group
 from launch.processes import supervise as module
-from launch.processes.supervise import _Output, starts_group, supervise
+from launch.processes.supervise import _Output, supervise
+from tests.support.configs import as_job, make_config
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow
@@ -172,10 +174,12 @@ def test_output_has_one_voice():
 
 
 def test_only_the_first_process_starts_a_group(monkeypatch: pytest.MonkeyPatch):
-    assert starts_group(launch())
-    assert not starts_group(launch(1))
+    config = as_job(make_config(output="out"))
+    two = config.model_copy(update={"launch": launch()})
+    assert group.starts_here(two)
+    assert not group.starts_here(config)
     monkeypatch.setenv("SAE_NUM_PROCESSES", "2")
-    assert not starts_group(launch())
+    assert not group.starts_here(two)
 
 
 def test_processes_stop_when_their_supervisor_is_gone(tmp_path: Path):

@@ -25,7 +25,8 @@ from tests.support.configs import make_config
 
 
 def test_a_run_folder_keeps_its_config(tmp_path: Path) -> None:
-    config = load(tmp_path, "train.learning_rate.peak=1e-17", "model.revision='1e5'")
+    output = f"output={tmp_path}/run"
+    config = load(tmp_path, output, "train.learning_rate.peak=1e-17", "model.revision='1e5'")
     write_config(config, tmp_path / "run")
     assert read_run_config(tmp_path / "run") == config
     with pytest.raises(UserError, match="does not exist"):
