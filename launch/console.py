@@ -75,10 +75,11 @@ def prepare_process() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    if sys.stderr is sys.__stderr__:
-        raw = cast("BinaryIO", _Unbroken(sys.stderr.fileno(), "w", closefd=False))
+    stderr = sys.__stderr__
+    if stderr is not None and stderr is sys.stderr:
+        raw = cast("BinaryIO", _Unbroken(stderr.fileno(), "w", closefd=False))
         sys.stderr = io.TextIOWrapper(
-            raw, encoding=sys.stderr.encoding, errors="backslashreplace", write_through=True
+            raw, encoding=stderr.encoding, errors="backslashreplace", write_through=True
         )
 
 
