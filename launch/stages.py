@@ -15,7 +15,6 @@ from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import (
     StoragePath,
     folder_lock,
-    read_json,
     remove_tree,
     storage_path,
 )
@@ -35,6 +34,7 @@ from sae_train.runs.folder import (
     newest_checkpoint,
     record_failure,
 )
+from sae_train.runs.recorded import read_failure
 
 logger = logging.getLogger(__name__)
 
@@ -130,8 +130,8 @@ def training_failures(configs: Sequence[Job], error: Exception) -> dict[str, str
             continue
         if not (folder / FAILURE).exists() and (folder / FILE_NAME).exists():
             record_failure(folder, stage="train", reason=reason_of(error))
-        own = read_json(folder / FAILURE) if (folder / FAILURE).exists() else {}
-        reasons[config.output] = own.get("reason", reason_of(error))
+        own = folder / FAILURE
+        reasons[config.output] = read_failure(own)[1] if own.exists() else reason_of(error)
     return reasons
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import StoragePath, read_json, write_json
@@ -42,7 +42,7 @@ def read_record(path: StoragePath, kind: type[Record]) -> Record:
         if found != _checksum(content):
             raise KeyError("checksum")
         return kind.model_validate_json(json.dumps(content))
-    except (AttributeError, KeyError, TypeError, ValidationError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} is damaged: its fields and its checksum do not agree. Restore it from a copy, "
             "or delete the folder and make it again."

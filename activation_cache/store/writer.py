@@ -8,6 +8,7 @@ under the same names and with the same bytes.
 from __future__ import annotations
 
 import math
+import re
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -48,6 +49,9 @@ class Commit(Section):
     sum_of_squares: dict[str, NonNegative]
 
 
+_COMMIT_NAME = re.compile(r"bucket-(\d{6,})\.json")
+
+
 def commit_file(path: StoragePath, bucket: int) -> StoragePath:
     """The record that commits a bucket."""
     return path / "commits" / f"bucket-{bucket:06d}.json"
@@ -57,8 +61,10 @@ def read_commits(path: StoragePath, manifest: Manifest) -> dict[int, Commit]:
     """The records of durable buckets, by number; raises `UserError` if one is damaged."""
     folder = commit_file(path, 0).parent
     names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
-    files = {bucket: commit_file(path, bucket) for bucket in range(manifest.num_buckets)}
-    present = {bucket: file for bucket, file in files.items() if file.name in names}
+    numbers = sorted(int(found[1]) for found in map(_COMMIT_NAME.fullmatch, names) if found)
+    present = {
+        bucket: commit_file(path, bucket) for bucket in numbers if bucket < manifest.num_buckets
+    }
     with ThreadPoolExecutor(_CONCURRENT_RECORDS) as pool:  # a bucket's latency, not its rate
         records = pool.map(lambda file: read_record(file, Commit), present.values())
         return dict(zip(present, records, strict=True))

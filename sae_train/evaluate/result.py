@@ -17,9 +17,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from activation_cache.runtime.errors import UserError
-from activation_cache.storage.files import StoragePath, read_json, replacing, write_json
+from activation_cache.storage.files import StoragePath, replacing, write_json
 from sae_train.evaluate.sums import LossSums, SaeSums, SiteSums
 from sae_train.runs.folder import EVALUATION, labelled
+from sae_train.runs.recorded import read_evaluation_record
 
 FORMAT_VERSION = 1
 FIRING_COUNTS = "firing_counts.npy"
@@ -256,7 +257,7 @@ def read_evaluation(folder: StoragePath, label: str | None = None) -> Evaluation
     if not path.is_file():
         return None
     try:
-        return Evaluation(**read_json(path))
+        return Evaluation(**read_evaluation_record(path))
     except TypeError:  # other keys
         return None
 

@@ -10,9 +10,8 @@ Legend: D model width, F latents.
 
 from __future__ import annotations
 
+import errno
 import re
-import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from numpy.lib.npyio import NpzFile
 
 from activation_cache.config import Site
 from activation_cache.runtime.errors import UserError
-from activation_cache.storage.files import AnyPath, StoragePath, on_disk, storage_path
+from activation_cache.storage.files import AnyPath, StoragePath, disk_errors, on_disk, storage_path
 from sae_train.inference.hook_names import hugging_face_hook, parse_hook, transformer_lens_hook
 from sae_train.inference.hub_address import fetch_sae, is_hub_address
 from sae_train.inference.read_sae_lens import read_sae_lens
@@ -33,6 +32,7 @@ from sae_train.inference.tensors import (
     damaged,
     read_config,
     read_tensors,
+    text_of,
 )
 
 _SUPPORTED = (
@@ -68,21 +68,27 @@ def load_sae(path: AnyPath) -> Sae:
         UserError: there is nothing to read; a file is damaged; a tensor is missing, unknown, not
             finite or of a wrong shape; the architecture isn't read (a crosscoder, ...).
     """
-    given = storage_path(path)
-    if not given.exists() and is_hub_address(str(path)):
-        given = fetch_sae(str(path))
-    found = _find(given)
-    # A lone .npz may have any name: people rename Gemma Scope's files to tell them apart.
-    reader = _READERS.get(found.name, _read_gemma_scope)
+    with disk_errors(path, doing="read"):
+        given = storage_path(path)
+        if not given.exists() and is_hub_address(str(path)):
+            given = fetch_sae(str(path))
+        found = _find(given)
+        # A lone .npz may have any name: people rename Gemma Scope's files to tell them apart.
+        reader = _READERS.get(found.name, _read_gemma_scope)
+        sae = _read_on_disk(found, reader)
+    check_finite(sae.tensors, where=str(found))
+    return sae
+
+
+def _read_on_disk(found: StoragePath, reader: Callable[[Path], Sae]) -> Sae:
+    """What a reader makes of a file, which messages name as the user did."""
     with on_disk(found.parent, (found.name, "cfg.json", "config.json")) as folder:
         try:
-            sae = reader(folder / found.name)
+            return reader(folder / found.name)
         except UserError as error:
             if isinstance(found, Path):
                 raise
             raise UserError(str(error).replace(str(folder), str(found.parent))) from error
-    check_finite(sae.tensors, where=str(found))
-    return sae
 
 
 def _find(path: StoragePath) -> StoragePath:
@@ -106,7 +112,9 @@ def _read_gemma_scope(path: Path) -> Sae:
         # Not np.load: it tries other formats on a file that isn't a zip, and leaves it open.
         with open(path, "rb") as raw, NpzFile(raw, allow_pickle=False) as file:
             tensors = {name: file[name] for name in file.files}
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # NumPy and zipfile raise anything for a header that isn't theirs
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # of a seek to nowhere
+            raise
         raise damaged(path, error) from error
     return checked(capital(tensors), path=path, metadata=_metadata_from_path(path))
 
@@ -119,7 +127,9 @@ def _read_gemma_scope_2(path: Path) -> Sae:
         raise UserError(
             f"{config_path} has architecture {architecture!r}; only 'jump_relu' is read"
         )
-    hook, hook_out = config.get("hf_hook_point_in"), config.get("hf_hook_point_out")
+    hook, hook_out = (
+        text_of(config, key, path=config_path) for key in ("hf_hook_point_in", "hf_hook_point_out")
+    )
     kind = config.get("type", "sae")
     if kind not in ("sae", "transcoder"):
         raise UserError(

@@ -94,6 +94,14 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def text_of(config: dict[str, Any], key: str, *, path: Path) -> str | None:
+    """What a config says under `key`: text or nothing; raises `UserError` for anything else."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{path} has {key} {value!r}, which must be text: fetch or export it again")
+    return value
+
+
 def damaged(path: Path, error: Exception) -> UserError:
     """The error of a file that isn't what its name says."""
     return UserError(f"{path} can't be read ({error}): damaged or cut short; fetch or export again")

@@ -105,6 +105,7 @@ def _measured(evaluation: Evaluation | None) -> str:
     if evaluation is None:
         return "Not evaluated.\n"
     e = evaluation
+    frequent = e.frequency_histogram.get("fraction_above_0.1")
     rows = [
         ("L0", f"{e.l0:.2f}"),
         ("FVU (squared error over variance)", number(e.fvu)),
@@ -114,10 +115,7 @@ def _measured(evaluation: Evaluation | None) -> str:
         ("loss recovered", number(e.loss_recovered)),
         ("delta LM loss, spliced at BOS too", number(e.delta_loss_all_positions)),
         ("latents alive", f"{e.alive_fraction:.1%}"),
-        (
-            "latents firing on over 10% of tokens",
-            f"{e.frequency_histogram['fraction_above_0.1']:.2%}",
-        ),
+        ("latents firing on over 10% of tokens", "–" if frequent is None else f"{frequent:.2%}"),
     ]
     return (
         f"{table(rows)}\nOn {e.sequences:,} held-out sequences of {e.sequence_length} tokens "

@@ -22,7 +22,6 @@ from activation_cache.storage.files import (
     is_locked,
     make_folder,
     storage_path,
-    read_json,
     write_bytes,
     write_json,
 )
@@ -30,6 +29,7 @@ from sae_train.config import strict_yaml
 from sae_train.config.file import FILE_NAME, read_run_config
 from sae_train.config.run import Config
 from sae_train.runs.metrics_file import read_metrics
+from sae_train.runs.recorded import read_evaluation_record, read_failure
 
 logger = logging.getLogger(__name__)
 
@@ -97,12 +97,17 @@ def read_run(path: AnyPath) -> RunFolder:
         config=config,
         metrics=metrics,
         checkpoint_step=step,
-        evaluation=read_json(evaluation) if evaluation.exists() else None,
+        evaluation=read_evaluation_record(evaluation) if evaluation.exists() else None,
         release=release_files(folder),
-        failure="{reason} (in {stage})".format(**read_json(failure)) if failure.exists() else None,
+        failure=_failure(failure) if failure.exists() else None,
         restarts=max(0, count_starts(folder) - 1),
         extra_evaluations=_extra_evaluations(folder),
     )
+
+
+def _failure(path: StoragePath) -> str:
+    stage, reason = read_failure(path)
+    return f"{reason} (in {stage})"
 
 
 def labelled(name: str, label: str | None) -> str:
@@ -115,7 +120,7 @@ def _extra_evaluations(folder: StoragePath) -> dict[str, dict[str, Any]]:
     before, after = labelled(EVALUATION, "*").split("*")
     names = sorted(path.name for path in folder.iterdir())
     return {
-        name[len(before) : -len(after)]: read_json(folder / name)
+        name[len(before) : -len(after)]: read_evaluation_record(folder / name)
         for name in names
         if name.startswith(before) and name.endswith(after)
     }

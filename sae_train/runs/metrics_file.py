@@ -18,6 +18,7 @@ from activation_cache.runtime.closing import Closing
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.bucket import BucketPath
 from activation_cache.storage.files import AnyPath, disk_errors, storage_path, write_bytes
+from sae_train.runs.recorded import metrics_row
 
 FILE = "metrics.jsonl"
 # To a bucket, where no object may be written more than once a second.
@@ -34,12 +35,7 @@ def read_metrics(run_folder: AnyPath) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         if number == len(lines) and not line.endswith(b"\n"):
             break
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise UserError(
-                f"{path} line {number} is not JSON ({error}): mend or delete the line"
-            ) from error
+        rows.append(metrics_row(line, where=f"{path} line {number}"))
     return rows
 
 

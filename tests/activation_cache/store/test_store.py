@@ -24,7 +24,7 @@ from activation_cache.storage.arrays import (
 from activation_cache.storage.records import write_record
 from activation_cache.store.manifest import Manifest, first_difference
 from activation_cache.store.store import MANIFEST_FILE, PLAN_FILE, open_store, tap_layout
-from activation_cache.store.writer import sum_of_squares
+from activation_cache.store.writer import read_commits, sum_of_squares
 from tests.support.stores import TAP, file_hashes, make_manifest, numbered_rows, write_store
 
 
@@ -138,6 +138,21 @@ def test_a_manifest_with_one_byte_flipped_is_refused(tmp_path: Path):
             continue
         with pytest.raises(UserError, match=str(manifest)):
             open_store(tmp_path)
+
+
+def test_a_manifest_with_a_number_that_is_none_is_refused(tmp_path: Path):
+    manifest = tmp_path / MANIFEST_FILE
+    write_record(manifest, make_manifest(rows=100))
+    manifest.write_text(manifest.read_text().replace('"rows": 100', '"rows": NaN'))
+    with pytest.raises(UserError, match="is damaged"):
+        open_store(tmp_path)
+
+
+def test_records_are_looked_for_by_name_and_not_by_number(tmp_path: Path):
+    plan = make_manifest(rows=2**60)  # a plan may be anything; its buckets are more than time has
+    (tmp_path / "commits").mkdir()
+    (tmp_path / "commits/bucket-x.json").touch()
+    assert read_commits(tmp_path, plan) == {}
 
 
 def test_a_manifest_of_another_version_is_refused(tmp_path: Path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+
 import numpy as np
 import pytest
 
@@ -100,6 +102,39 @@ def test_a_flipped_byte_in_an_npz_is_called_damaged(tmp_path):
     data[len(data) // 2] ^= 1
     path.write_bytes(bytes(data))
     with pytest.raises(UserError, match="can't be read"):
+        load_sae(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (b"'<f4'", b"'|O'"),
+        (b"(10, 24)", b"(10, 9**9)"),
+        (b"(10, 24)", b"(99999999999999,)"),
+        (b"'descr'", b"'other'"),
+    ],
+)
+def test_an_array_whose_header_is_odd_is_called_damaged(tmp_path, before, after):
+    (path,) = write_gemma_scope(make_sae(), tmp_path)
+    with zipfile.ZipFile(path) as file:
+        members = {name: file.read(name) for name in file.namelist()}
+    member = members["W_enc.npy"]
+    start = member.index(b"\n")  # of the data: the header keeps its length
+    members["W_enc.npy"] = (
+        member[:start].replace(before, after).rstrip().ljust(start) + member[start:]
+    )
+    assert members["W_enc.npy"] != member
+    with zipfile.ZipFile(path, "w") as file:
+        for name, data in members.items():
+            file.writestr(name, data)
+    with pytest.raises(UserError, match="can't be read"):
+        load_sae(tmp_path)
+
+
+def test_a_hook_that_is_no_text_is_named(tmp_path):
+    write_gemma_scope_2(make_sae(), tmp_path)
+    rewrite_json(tmp_path / "config.json", hf_hook_point_in=["model.layers.1.output"])
+    with pytest.raises(UserError, match=r"hf_hook_point_in \['model.*must be text"):
         load_sae(tmp_path)
 
 
