@@ -7,8 +7,10 @@ layers count from 0:
 - `mlp_out`: the MLP's output after the post-MLP RMSNorm, width D.
 - `attn_out_prelinear`: the heads' outputs side by side, before W_O and before the
   post-attention RMSNorm, width heads x head_dim.
-- `mlp_in`: what the MLP reads, after the pre-MLP RMSNorm, width D: Gemma Scope 2's transcoders'.
-- `mlp_in_normalized`: the same before the norm's gain, E|x|² = D: Gemma Scope's transcoders'.
+- `mlp_in`: what the MLP reads, after the pre-MLP RMSNorm, width D. Gemma Scope 2's transcoders
+  read it.
+- `mlp_in_normalized`: the same before the norm's gain, so that |x|² = D. Gemma Scope's transcoders
+  read it.
 - `embedding`: the rows of the embedding table, unscaled, width D; its layer is 0.
 """
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from activation_cache.config import CacheConfig, MeshConfig, ModelConfig, TextConfig
-from activation_cache.gemma.config import GemmaConfig
+from activation_cache.gemma.config import GemmaConfig, check_context
 from activation_cache.gemma.params import check_model_axis
 from activation_cache.gemma.replicas import place_replicas
 from activation_cache.gemma.taps import EMBEDDING, resolve_taps, tap_width
@@ -169,8 +169,11 @@ class _Harvest:
         begun = self._begun()
         gemma = read_gemma_config(self.model)
         check_model_axis(gemma, self.mesh.model)
-        # Before the text is tokenised, which may take hours: a wrong layer is an error.
+        # Before the text is tokenised, which may take hours: what a wrong layer, weights that can't
+        # be read and too long sequences say.
         taps = resolve_taps(self.cache.sites, gemma)
+        check_context(gemma, self.text.sequence_length)
+        weight_fingerprint(self.model)
         tokenizer = load_tokenizer(self.model)
         table = prepare_tokens(
             self.text,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from activation_cache.config import ModelConfig
-from activation_cache.gemma.config import (
-    EMBEDDING_HF,
-    GemmaConfig,
-    config_from_hf,
-)
+from activation_cache.gemma.config import EMBEDDING_HF, GemmaConfig, config_from_hf
 from activation_cache.gemma.params import Parameter, parameter_table, placement
 from activation_cache.language_model.gguf_file import GgufFile, open_gguf
 from activation_cache.language_model.locate import (
@@ -38,25 +34,6 @@ Index = tuple[slice, ...]
 Params = dict[str, Any]
 
 
-@runtime_checkable
-class Checkpoint(Protocol):
-    """A model on disk, with the presence and shape of every tensor checked."""
-
-    @property
-    def path(self) -> Path:
-        """The folder or the file."""
-
-    @property
-    def config(self) -> GemmaConfig:
-        """The model's shape."""
-
-    def fingerprint(self) -> str:
-        """The sampled sha256 of its files (`sampled_fingerprint`)."""
-
-    def read(self, parameter: Parameter, index: Index = ()) -> np.ndarray:
-        """A tensor or a part of it, in the checkpoint's layout; norm gains are w, never 1 + w."""
-
-
 @dataclass(frozen=True)
 class FolderCheckpoint:
     """A Hugging Face folder: config.json and one or several safetensors files."""
@@ -67,12 +44,12 @@ class FolderCheckpoint:
     tensors: Mapping[str, tuple[SafetensorsFile, str]]  # by name without prefix: file, full name
 
     def fingerprint(self) -> str:
-        """See `Checkpoint.fingerprint`; config.json is part of it."""
+        """The sampled sha256 of its files (`sampled_fingerprint`), config.json included."""
         files = [(file.path, file.header_bytes) for file in self.files]
         return sampled_fingerprint(files, extra=(self.path / "config.json").read_bytes())
 
     def read(self, parameter: Parameter, index: Index = ()) -> np.ndarray:
-        """See `Checkpoint.read`."""
+        """A tensor, or a part of it, in the checkpoint's layout."""
         file, name = self.tensors[parameter.hf]
         return file.read(name, index)
 
@@ -86,14 +63,18 @@ class GgufCheckpoint:
     file: GgufFile
 
     def fingerprint(self) -> str:
-        """See `Checkpoint.fingerprint`."""
+        """The sampled sha256 of the file (`sampled_fingerprint`)."""
         return sampled_fingerprint([(self.path, self.file.header_bytes)])
 
     def read(self, parameter: Parameter, index: Index = ()) -> np.ndarray:
-        """See `Checkpoint.read`."""
+        """A tensor, or a part of it, in the checkpoint's layout; norm gains are w, not 1 + w."""
         values = self.file.read(parameter.gguf, index)
         # llama.cpp's converter stores norm gains as 1 + w.
         return values - np.float32(1) if parameter.is_norm else values
+
+
+# A model on disk, with the presence, shape and type of every tensor checked.
+Checkpoint = FolderCheckpoint | GgufCheckpoint
 
 
 def weight_fingerprint(model: ModelConfig) -> str:
@@ -106,11 +87,11 @@ def weight_fingerprint(model: ModelConfig) -> str:
 
 
 def open_checkpoint(model: ModelConfig) -> Checkpoint:
-    """Open what `model.weights` names and check every tensor's presence and shape.
+    """Open what `model.weights` names and check every tensor by the files' headers.
 
     Raises:
         UserError: missing, truncated or wrong-architecture weights; missing, unexpected or
-            mis-shaped tensors.
+            mis-shaped tensors, or some of a type that can't be read.
     """
     path = locate_weights(model)
     return open_gguf_checkpoint(path) if is_gguf(path) else open_folder_checkpoint(path)
@@ -137,6 +118,8 @@ def open_folder_checkpoint(folder: Path) -> FolderCheckpoint:
         # Old checkpoints carry RoPE's frequencies, which follow from the config.
         if name.startswith(prefix) and not name.endswith(("lm_head.weight", "inv_freq"))
     }
+    for file, full in tensors.values():
+        file.check_dtype(full)
     found = {name: file.entries[full].shape for name, (file, full) in tensors.items()}
     _check_tensors(found, {p.hf: p.shape for p in parameter_table(config)}, source=folder)
     return FolderCheckpoint(path=folder, config=config, files=files, tensors=tensors)
@@ -154,9 +137,11 @@ def _safetensors_paths(folder: Path) -> list[Path]:
         return [single]
     try:
         names = sorted(set(read_json(index)["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).is_file()]
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} has no weight_map: the file is damaged.") from error
-    missing = [name for name in names if not (folder / name).is_file()]
+        raise UserError(
+            f"{index} has no weight_map from tensors to files: it is damaged. Download it again."
+        ) from error
     if missing:
         raise UserError(
             f"{index} lists {len(names)} files of which {len(missing)} are missing: "
@@ -200,7 +185,7 @@ def _check_tensors(
         raise UserError(
             f"{source} has {len(extra)} tensors that its architecture doesn't know: "
             f"{_some(extra)}. Only plain Gemma 2 and 3 text models are read: merge adapters "
-            "first, or choose another checkpoint."
+            "first, and choose a checkpoint that isn't quantised, or a .gguf file."
         )
 
 

@@ -8,6 +8,7 @@ the header directly takes 0.3 s. The package's dequantisation is used as it is.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import math
 import struct
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from gguf.quants import dequantize
 
 from activation_cache.language_model.locate import file_identity
 from activation_cache.runtime.errors import UserError
+from activation_cache.storage.files import refuse_lfs_pointer
 
 _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
@@ -107,7 +109,8 @@ def open_gguf(path: Path) -> GgufFile:
     """Read and check a file's header; a process reads it once while the file stays as it is.
 
     Raises:
-        UserError: not a GGUF file, a version other than 2 and 3, or a truncated file.
+        UserError: not a GGUF file, a version other than 2 and 3, a truncated file, or a tensor of a
+            type that the `gguf` package can't dequantise.
     """
     return _opened(path, file_identity(path))
 
@@ -119,6 +122,7 @@ def _opened(path: Path, identity: tuple[int, ...]) -> GgufFile:
     while True:
         with open(path, "rb") as file:
             data = file.read(wanted)
+        refuse_lfs_pointer(path, data)
         if data[:4] != b"GGUF":
             raise UserError(
                 f"{path} is not a GGUF file: it must start with the bytes 'GGUF' and starts with "
@@ -134,7 +138,9 @@ def _opened(path: Path, identity: tuple[int, ...]) -> GgufFile:
                     "Download it again."
                 ) from error
             wanted *= 4
-        except (KeyError, ValueError) as error:
+        except UserError:
+            raise
+        except (KeyError, ValueError, RecursionError) as error:
             raise UserError(f"{path} has a damaged header ({error}): download it again.") from error
     expected = max((t.offset + t.num_bytes for t in parsed.tensors.values()), default=0)
     if size < expected:
@@ -162,9 +168,11 @@ def _parse(path: Path, data: bytes) -> GgufFile:
     for _ in range(num_tensors):
         name, num_dims = cursor.string(), cursor.integer("I")
         dims = cursor.scalars("Q", num_dims)
-        kind = GGMLQuantizationType(cursor.integer("I"))
+        kind = _readable(cursor.integer("I"), tensor=f"{path}: tensor {name}")
         raw.append((name, tuple(reversed(dims)), kind, cursor.integer()))
     alignment = metadata.get("general.alignment", _ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"general.alignment is {alignment!r}, and must be a number above 0")
     start = cursor.position + (-cursor.position % alignment)
     tensors = {
         name: GgufTensor(shape, kind, start + offset, _num_bytes(shape, kind))
@@ -175,4 +183,27 @@ def _parse(path: Path, data: bytes) -> GgufFile:
 
 def _num_bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
     block, block_bytes = GGML_QUANT_SIZES[kind]
+    if not shape or shape[-1] % block:
+        raise ValueError(f"a tensor of shape {list(shape)} isn't made of {kind.name} blocks")
     return math.prod(shape) // block * block_bytes
+
+
+def _readable(number: int, *, tensor: str) -> GGMLQuantizationType:
+    """The type with this number; raises `UserError` if the package can't dequantise it."""
+    try:
+        kind = GGMLQuantizationType(number)
+        _try_dequantising(kind)
+        return kind
+    except (ValueError, KeyError, NotImplementedError) as error:
+        known = GGMLQuantizationType(number).name if number in list(GGMLQuantizationType) else "new"
+        raise UserError(
+            f"{tensor} is of GGML type {number} ({known}), which the installed gguf "
+            f"{importlib.metadata.version('gguf')} can't dequantise: upgrade it with `pip install "
+            "--upgrade gguf`, or take another quantisation of the model, such as Q8_0 or BF16."
+        ) from error
+
+
+@functools.cache
+def _try_dequantising(kind: GGMLQuantizationType) -> None:
+    with np.errstate(all="ignore"):
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)

@@ -49,10 +49,6 @@ def locate_weights(model: ModelConfig, *, with_weights: bool = True) -> Path:
             f"model.weights is {model.weights}: there is no such file or folder here, and it is "
             "not a Hub id of the form organisation/name. Correct the path."
         )
-    return _from_hub(model, with_weights=with_weights)
-
-
-def _from_hub(model: ModelConfig, *, with_weights: bool) -> Path:
     patterns = _SMALL_FILES + (_WEIGHT_FILES if with_weights else [])
     return hub.fetch(
         model.weights, revision=model.revision, patterns=patterns, named_by="model.weights"

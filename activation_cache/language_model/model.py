@@ -30,6 +30,7 @@ from activation_cache.language_model.checkpoint import (
 from activation_cache.language_model.gguf_conversion import converted_checkpoint
 from activation_cache.language_model.tokenizer import Tokenizer, load_tokenizer
 from activation_cache.mesh import make_mesh
+from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import AnyPath, storage_path, user_cache
 
 
@@ -103,6 +104,13 @@ class LanguageModel:
     def _placed(self, tokens: Int[Array | np.ndarray, "B S"]) -> Int[Array, "B S"]:
         if isinstance(tokens, jax.Array):
             return tokens
+        # JAX would read the last row for an id past them, without a word.
+        rows = self.config.vocab_size
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < rows:
+            raise UserError(
+                f"token ids are {tokens.min()} to {tokens.max()} and the model embeds 0 to "
+                f"{rows - 1}: tokenise the text with the model's own tokenizer"
+            )
         # Not `device_put`, which in a group of processes would wait for all of them to compare.
         return jax.make_array_from_callback(
             tokens.shape, on_all(self.mesh), lambda index: tokens[index]

@@ -10,11 +10,7 @@ from activation_cache.gemma.config import (
     config_from_hf,
 )
 from activation_cache.language_model.gguf_file import GgufFile, open_gguf
-from activation_cache.language_model.locate import (
-    is_gguf,
-    locate_weights,
-    read_config_json,
-)
+from activation_cache.language_model.locate import is_gguf, locate_weights, read_config_json
 
 
 def read_gemma_config(model: ModelConfig) -> GemmaConfig:
@@ -33,5 +29,5 @@ def gguf_config(file: GgufFile) -> GemmaConfig:
     """The model's shape in a GGUF file; raises `UserError` for another architecture."""
     # The vocabulary is the embedding's rows: a converter may cut those to the tokenizer's size.
     embedding = file.tensors.get(EMBEDDING_GGUF)
-    vocab_size = embedding.shape[0] if embedding else 1
+    vocab_size = embedding.shape[0] if embedding and embedding.shape else 1
     return config_from_gguf(file.metadata, vocab_size=vocab_size, source=str(file.path))

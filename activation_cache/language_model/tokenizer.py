@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -23,6 +26,8 @@ from activation_cache.language_model.tokenizer_vocabulary import (
 )
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import read_json
+
+logger = logging.getLogger(__name__)
 
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 
@@ -70,68 +75,102 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
             doesn't match the model (more ids than the embedding has rows, another BOS).
     """
     path = locate_weights(model, with_weights=False)
-    config = read_gemma_config(model)
     files = [path] if is_gguf(path) else [path / name for name in _FILES]
-    tokenizer = _loaded(path, tuple(file_identity(file) for file in files))
-    check_matches(tokenizer, config, source=path)
-    return tokenizer
+    identity = tuple(file_identity(file) for file in files)
+    return _loaded(path, identity, read_gemma_config(model))
 
 
 # A harvest needs it to tokenise, to convert the weights and to load the model.
 @functools.lru_cache(maxsize=2)
-def _loaded(path: Path, identity: tuple[tuple[int, ...], ...]) -> Tokenizer:
-    return tokenizer_from_gguf(open_gguf(path)) if is_gguf(path) else _from_folder(path)
+def _loaded(path: Path, identity: tuple[tuple[int, ...], ...], config: GemmaConfig) -> Tokenizer:
+    tokenizer = tokenizer_from_gguf(open_gguf(path)) if is_gguf(path) else _from_folder(path)
+    return _fitted(tokenizer, config, source=path)
 
 
-def check_matches(tokenizer: Tokenizer, config: GemmaConfig, *, source: Path) -> None:
-    """Raises `UserError` when the tokenizer can't be the model's."""
-    if tokenizer.vocab_size > config.vocab_size:
+def _fitted(tokenizer: Tokenizer, config: GemmaConfig, *, source: Path) -> Tokenizer:
+    """The tokenizer without added tokens past the model's embedding.
+
+    Every Gemma 3 tokenizer has `<image_soft_token>` with the id 262144, and the models without
+    vision have 262,144 rows. Without it a text that spells it out is tokenised as any other.
+
+    Raises:
+        UserError: the tokenizer can't be the model's.
+    """
+    rows = config.vocab_size
+    special = {"BOS": tokenizer.bos_id, "EOS": tokenizer.eos_id, "padding": tokenizer.pad_id}
+    for name, token_id in special.items():
+        if token_id >= rows:
+            raise UserError(
+                f"the tokenizer of {source} has {name} id {token_id} and the model embeds {rows} "
+                "ids, from 0 on: resize the embedding, or name a token that the model knows in "
+                "tokenizer_config.json."
+            )
+    added = tokenizer.backend.get_added_tokens_decoder()
+    past = {token.content for token_id, token in added.items() if token_id >= rows}
+    if past:
+        tokenizer = replace(tokenizer, backend=_without(past, tokenizer.backend))
+        logger.info(
+            "the tokenizer of %s has %d added tokens that the model doesn't embed (%s): text that "
+            "spells one out is read as plain text",
+            source,
+            len(past),
+            ", ".join(sorted(past)[:3]),
+        )
+    if tokenizer.vocab_size > rows:
         raise UserError(
             f"the tokenizer of {source} has ids up to {tokenizer.vocab_size - 1} and the model "
-            f"embeds {config.vocab_size}: they don't belong together. Use the model's tokenizer."
+            f"embeds {rows}: they don't belong together. Use the model's tokenizer."
         )
-    if tokenizer.bos_id != config.bos_id:
+    if config.bos_id not in (None, tokenizer.bos_id):
         raise UserError(
             f"the tokenizer of {source} has BOS id {tokenizer.bos_id} and the model's config says "
             f"{config.bos_id}: they don't belong together. Use the model's tokenizer."
         )
+    return tokenizer
+
+
+def _without(tokens: set[str], backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """A tokenizer without some of its added tokens; the package can add tokens, not remove any."""
+    definition = json.loads(backend.to_str())
+    definition["added_tokens"] = [
+        token for token in definition["added_tokens"] if token["content"] not in tokens
+    ]
+    model = definition["model"]
+    model["vocab"] = {piece: one for piece, one in model["vocab"].items() if piece not in tokens}
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair) not in tokens]
+    return tokenizers.Tokenizer.from_str(json.dumps(definition))
 
 
 def tokenizer_from_gguf(file: GgufFile) -> Tokenizer:
     """Build the tokenizer from a GGUF file's vocabulary; raises `UserError` if it has none."""
-    keys = {key: f"tokenizer.ggml.{key}" for key in ("tokens", "scores", "token_type")}
-    missing = [key for key in keys.values() if key not in file.metadata]
+    keys = {"tokens": str, "scores": (float, int), "token_type": int}
+    found = [file.metadata.get(f"tokenizer.ggml.{key}") for key in keys]
+    missing = [
+        f"tokenizer.ggml.{key}"
+        for values, (key, kind) in zip(found, keys.items(), strict=True)
+        if not isinstance(values, list) or not all(isinstance(one, kind) for one in values)
+    ]
     if missing or file.metadata.get("tokenizer.ggml.model") != "llama":
         raise UserError(
             f"{file.path} holds no SentencePiece vocabulary (tokenizer.ggml.model is "
             f"'{file.metadata.get('tokenizer.ggml.model')}', missing keys: {missing or 'none'}). "
             "Use a GGUF file converted with its tokenizer."
         )
-    pieces = Pieces(
-        # llama.cpp's converter writes runs of spaces as they are, SentencePiece as runs of "▁".
-        pieces=[piece.replace(" ", SPACE) for piece in file.metadata[keys["tokens"]]],
-        scores=file.metadata[keys["scores"]],
-        types=file.metadata[keys["token_type"]],
-    )
+    tokens, scores, types = found
+    # llama.cpp's converter writes runs of spaces as they are, SentencePiece as runs of "▁".
+    pieces = Pieces([piece.replace(" ", SPACE) for piece in tokens], scores, types)
     backend = tokenizer_from_pieces(pieces, source=str(file.path))
-    ids = {
-        name: file.metadata.get(f"tokenizer.ggml.{key}_token_id", backend.token_to_id(name))
+    ids = (
+        (name, file.metadata.get(f"tokenizer.ggml.{key}_token_id", backend.token_to_id(name)))
         for name, key in ((BOS, "bos"), (EOS, "eos"), (PAD, "padding"))
-    }
+    )
     return _with_special_ids(backend, ids, source=file.path)
 
 
 def _from_folder(folder: Path) -> Tokenizer:
     definition, model, _ = (folder / name for name in _FILES)
     if definition.is_file():
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(definition))
-        except Exception as error:  # the package raises bare Exception
-            raise UserError(
-                f"{definition} is not a tokenizer definition ({error}). Download it again."
-            ) from error
-        backend.no_truncation()
-        backend.no_padding()
+        backend = _from_definition(definition)
     elif model.is_file():
         backend = tokenizer_from_pieces(pieces_from_model_file(model), source=str(model))
     else:
@@ -142,26 +181,58 @@ def _from_folder(folder: Path) -> Tokenizer:
     return _with_special_ids(backend, _named_ids(folder, backend), source=folder)
 
 
-def _named_ids(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, int | None]:
-    """Ids of BOS, EOS and padding: as tokenizer_config.json names them, else by Gemma's names."""
+def _from_definition(path: Path) -> tokenizers.Tokenizer:
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises bare Exception
+        definition = read_json(path)
+        whole = isinstance(definition, dict) and "model" in definition
+        raise UserError(
+            f"{path} is not a tokenizer definition that tokenizers {tokenizers.__version__}, as "
+            f"installed here, reads ({error}). "
+            + ("Upgrade it: `pip install --upgrade tokenizers`." if whole else "Download it again.")
+        ) from error
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _named_ids(folder: Path, backend: tokenizers.Tokenizer) -> list[tuple[str, int | None]]:
+    """BOS, EOS and padding: as tokenizer_config.json names them, else by Gemma's names.
+
+    A name is text, or an object that has it as `content` (an `AddedToken` of `transformers`).
+    """
     path = folder / _FILES[-1]
     named = read_json(path) if path.is_file() else {}
-    ids = {}
+    if not isinstance(named, dict):
+        raise UserError(
+            f"{path} is not a JSON object with keys such as bos_token: the file is damaged. "
+            "Download it again."
+        )
+    ids = []
     for default, key in ((BOS, "bos_token"), (EOS, "eos_token"), (PAD, "pad_token")):
-        token = named.get(key) or default
-        text = token["content"] if isinstance(token, dict) else token
-        ids[text] = backend.token_to_id(text)
+        given = named.get(key) or default
+        text = given.get("content") if isinstance(given, dict) else given
+        if not isinstance(text, str):
+            raise UserError(
+                f"{path} has {key} = {given!r}: one token's text is needed, or an object with it "
+                "as 'content'. Correct it there."
+            )
+        ids.append((text, backend.token_to_id(text)))
     return ids
 
 
 def _with_special_ids(
-    backend: tokenizers.Tokenizer, ids: dict[str, int | None], *, source: Path
+    backend: tokenizers.Tokenizer, ids: Iterable[tuple[str, Any]], *, source: Path
 ) -> Tokenizer:
-    missing = [name for name, token_id in ids.items() if token_id is None]
+    """A tokenizer with these names and ids of BOS, EOS and padding; two of them may coincide."""
+    ids = list(ids)
+    missing = [name for name, token_id in ids if not isinstance(token_id, int) or token_id < 0]
     if missing:
         raise UserError(
-            f"the tokenizer of {source} has no {', '.join(missing)} token: every sequence begins "
-            "with BOS, and EOS and padding are told apart. Use the model's own tokenizer."
+            f"the tokenizer of {source} has no {', '.join(missing)} token: sequences begin with "
+            "BOS, documents end with EOS, and the last sequence is filled with padding. Use the "
+            "model's own tokenizer, or name its tokens in tokenizer_config.json."
         )
-    bos_id, eos_id, pad_id = (token_id for token_id in ids.values() if token_id is not None)
+    (_, bos_id), (_, eos_id), (_, pad_id) = ids
     return Tokenizer(backend=backend, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id)

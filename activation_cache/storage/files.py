@@ -161,12 +161,20 @@ def append_line(path: AnyPath, line: str) -> None:
 
 def read_json(path: AnyPath) -> Any:
     """Read a JSON file; raises `UserError` naming the file when it isn't JSON."""
+    data = storage_path(path).read_bytes()
+    refuse_lfs_pointer(path, data)
     try:
-        return json.loads(storage_path(path).read_bytes())
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): the file is damaged") from error
+
+
+def refuse_lfs_pointer(path: AnyPath, data: bytes) -> None:
+    """Raises `UserError` if a file's first bytes say that Git LFS keeps its content elsewhere."""
+    if data.startswith(b"version https://git-lfs.github.com/spec/") and b"\noid " in data[:200]:
+        raise UserError(
+            f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder."
+        )
 
 
 def file_sizes(folder: StoragePath) -> dict[StoragePath, int]:

@@ -11,11 +11,12 @@ in memory: a converted 27B is 108 GB.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -52,19 +53,22 @@ class SafetensorsFile:
         """A read-only view of one tensor, or of the part that `index` selects.
 
         Raises:
-            UserError: a dtype other than F64, F32, F16 and BF16.
+            UserError: as `check_dtype`.
         """
+        self.check_dtype(name)
         entry = self.entries[name]
-        dtype = _DTYPES.get(entry.dtype)
-        if dtype is None:
-            raise UserError(
-                f"{self.path}: tensor {name} is stored as {entry.dtype}; one of "
-                f"{', '.join(_DTYPES)} is needed. Use an unquantised checkpoint, or a .gguf file."
-            )
         data = np.memmap(
             self.path, mode="r", offset=entry.offset, shape=(entry.num_bytes,), dtype=np.uint8
         )
-        return data.view(dtype).reshape(entry.shape)[index]
+        return data.view(_DTYPES[entry.dtype]).reshape(entry.shape)[index]
+
+    def check_dtype(self, name: str) -> None:
+        """Raises `UserError` for a tensor of a dtype other than F64, F32, F16 and BF16."""
+        if self.entries[name].dtype not in _DTYPES:
+            raise UserError(
+                f"{self.path}: tensor {name} is stored as {self.entries[name].dtype}; one of "
+                f"{', '.join(_DTYPES)} is needed. Use an unquantised checkpoint, or a .gguf file."
+            )
 
 
 def open_safetensors(path: Path) -> SafetensorsFile:
@@ -81,16 +85,11 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     try:
         header = json.loads(header_bytes)
         entries = {
-            name: TensorEntry(
-                dtype=value["dtype"],
-                shape=tuple(value["shape"]),
-                offset=8 + length + value["data_offsets"][0],
-                num_bytes=value["data_offsets"][1] - value["data_offsets"][0],
-            )
+            name: _entry(value, start=8 + length)
             for name, value in header.items()
             if name != "__metadata__"
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(_not_safetensors(path, size=size, start=start, length=length)) from error
     expected = max((e.offset + e.num_bytes for e in entries.values()), default=8 + length)
     if size != expected:
@@ -101,12 +100,24 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     return SafetensorsFile(path=path, entries=entries, header_bytes=header_bytes)
 
 
+def _entry(value: Any, *, start: int) -> TensorEntry:
+    """A tensor's entry; its data is counted from `start`. Raises `ValueError` for nonsense."""
+    (first, last), shape = value["data_offsets"], tuple(value["shape"])
+    entry = TensorEntry(value["dtype"], shape, offset=start + first, num_bytes=last - first)
+    dtype = _DTYPES.get(entry.dtype)
+    sound = first >= 0 and all(type(size) is int and size >= 0 for size in shape)
+    if not sound or (dtype and entry.num_bytes != math.prod(shape) * dtype.itemsize):
+        raise ValueError("a shape that its bytes don't have")
+    return entry
+
+
 def _not_safetensors(path: Path, *, size: int, start: bytes, length: int) -> str:
     if start == b"version ":
         return f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its folder."
     return (
-        f"{path} is not a whole safetensors file: it must start with the length of a JSON header, "
-        f"and says {length} bytes of header in a file of {size}. Download it again."
+        f"{path} is not a whole safetensors file: it must start with the length of a JSON header "
+        f"that gives each tensor's type, shape and bytes, and says {length} bytes of header in a "
+        f"file of {size}. Download it again."
     )
 
 

@@ -26,12 +26,9 @@ def pack(
     After each batch it yields the sequences that are complete, so that memory holds one batch and
     less than one sequence.
     """
-    stream = _Stream(length, special)
-    for documents in batches:
-        for document in documents:
-            stream.add(document)
-        yield stream.take()
-    yield stream.end()
+    of_one_subset = ([(0, document) for document in documents] for documents in batches)
+    for rows, _ in pack_by_subset(of_one_subset, length=length, special=special):
+        yield rows
 
 
 def pack_by_subset(

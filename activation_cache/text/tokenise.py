@@ -89,7 +89,7 @@ def prepare_tokens(
     Args:
         vocabulary: a number of ids to harvest, each once, instead of text; text is then read for
             the held-out sequences alone.
-        keep: a harvest depends on the table that is there, so it is never replaced.
+        keep: refuse to replace a table of other text, because a harvest depends on it.
 
     Raises:
         UserError: bad text; too few sequences; a disk error; or, with `keep`, a table of other
@@ -164,7 +164,7 @@ def _regroup(parts: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
 
 
 def _batches(sources: list[Source]) -> Iterator[tuple[list[Document], int]]:
-    """Documents in batches for the tokenizer, with the position reached over all sources."""
+    """Documents in batches for the tokenizer, and how many bytes of all sources lie before."""
     documents: list[Document] = []
     characters = position = before = 0
     for source in sources:
@@ -225,18 +225,15 @@ class _TableBuilder:
         return summary
 
     def _packed(self, sources: list[Source]) -> Iterator[np.ndarray]:
-        """Sequences; the subset of each is noted if documents have subsets."""
+        """Yield sequences; if documents have subsets, note the subset of each sequence."""
         encoded = self._encoded(sources)
         if self.recipe.vocabulary is not None:
             yield from self._vocabulary_and_text(encoded)
             return
-        if self.recipe.text.subset_field is None:
-            ids = ([ids for _, ids in documents] for documents in encoded)
-            yield from pack(ids, length=self.length, special=self.special)
-            return
         numbered = ([(self._number(name), ids) for name, ids in batch] for batch in encoded)
         for rows, subsets in pack_by_subset(numbered, length=self.length, special=self.special):
-            self.subset_of.append(subsets)
+            if self.subsets:
+                self.subset_of.append(subsets)
             yield rows
 
     def _vocabulary_and_text(
@@ -259,7 +256,9 @@ class _TableBuilder:
             )
 
     def _number(self, subset: str | None) -> int:
-        assert subset is not None
+        """A number for a subset, in the order in which they are met; 0 without subsets."""
+        if subset is None:
+            return 0
         number = self.subsets.setdefault(subset, len(self.subsets))
         if number >= _MOST_SUBSETS:
             raise UserError(
@@ -288,7 +287,7 @@ class _TableBuilder:
                     return
 
     def _enough(self) -> bool:
-        """Whether a stream can be left off, whatever the held-out sequences hold."""
+        """Whether a stream has given the rows asked for, besides all that may be held out."""
         if self.recipe.rows_wanted is None:
             return False
         held_out = self.held_out * (self.length - 1)

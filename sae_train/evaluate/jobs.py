@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh
 
 from activation_cache.config import ModelConfig, TextConfig
-from activation_cache.gemma.config import GemmaConfig
+from activation_cache.gemma.config import GemmaConfig, check_context
 from activation_cache.gemma.taps import EMBEDDING, check_tap, tap_width
 from activation_cache.language_model.checkpoint import open_checkpoint
 from activation_cache.language_model.model import LanguageModel, conversion_folder, load_model
@@ -171,6 +171,9 @@ class _Run:
             )
         model = entry.model or self.config.model
         self._fitting(model)
+        length = (entry.text or self.config.text).sequence_length
+        gemma, _ = self.models.config_and_fingerprint(model, self.config)
+        check_context(gemma, length, key=f"evaluation.also, {entry.called}: text.sequence_length")
         wanted = entry.sequences or settings.sequences
         if entry.text is None:
             table = open_store(self.config.cache.path).tokens

@@ -53,6 +53,34 @@ def test_rows_are_the_model_s_activations_at_their_provenance(finished: Store, g
         assert info.width == rows.shape[1]
 
 
+@pytest.mark.parametrize(
+    ("length", "change", "message"),
+    [
+        (16, (b"[401, 20]", b"[401, 19]"), "not a whole safetensors file"),
+        (16, (b'"F32"', b'"F8_E4M3"'), "is stored as F8_E4M3"),
+        (257, (b"", b""), r"sequence_length is 257 and the model's context has 256 tokens"),
+    ],
+)
+def test_what_no_harvest_can_use_is_told_before_the_text_is_read(
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    length: int,
+    change: tuple[bytes, bytes],
+    message: str,
+):
+    made = sections(write_tiny_gemma(tmp_path / "gemma"), corpus, tmp_path / "store")
+    made["text"] = made["text"].model_copy(update={"sequence_length": length})
+    weights = tmp_path / "gemma" / "model.safetensors"
+    data = weights.read_bytes()
+    header = data[8 : 8 + int.from_bytes(data[:8], "little")]
+    changed = header.replace(*change, 1)
+    weights.write_bytes(len(changed).to_bytes(8, "little") + changed + data[8 + len(header) :])
+    monkeypatch.setattr(harvest_module, "prepare_tokens", None)
+    with pytest.raises(UserError, match=message):
+        harvest(**made)
+
+
 def test_the_tokenizer_is_built_once(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Although it is asked for to tokenise, to convert the weights and to load the model."""
     build, built = tokenizer.tokenizer_from_pieces, []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from activation_cache.config import ModelConfig
-from activation_cache.language_model.tokenizer import Tokenizer, load_tokenizer
+from activation_cache.language_model.gguf_file import GgufFile
+from activation_cache.language_model.tokenizer import (
+    Tokenizer,
+    load_tokenizer,
+    tokenizer_from_gguf,
+)
 from activation_cache.language_model.tokenizer_vocabulary import (
     Pieces,
     pieces_from_model_file,
@@ -159,6 +165,71 @@ def test_files_are_read_once_while_they_stay_as_they_are(tmp_path: Path) -> None
     _refused(folder, "<none>")
 
 
+SOFT_TOKEN = {
+    "id": 369, "content": "<image_soft_token>", "single_word": False, "lstrip": False,
+    "rstrip": False, "normalized": False, "special": True,
+}  # fmt: skip
+
+
+def _edit(file: Path, change: Callable[[Any], Any]) -> None:
+    definition = json.loads(file.read_text())
+    change(definition)
+    file.write_text(json.dumps(definition))
+
+
+@pytest.mark.parametrize("in_vocabulary", [False, True])
+def test_an_added_token_past_the_embedding_is_plain_text(
+    tmp_path: Path, in_vocabulary: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As every Gemma 3 tokenizer has one: the tokenizer is the one without the token."""
+    folder = write_tiny_gemma(tmp_path, vocab_size=369)
+    plain = load_tokenizer(ModelConfig(weights=str(folder)))
+
+    def add(definition: Any) -> None:
+        definition["added_tokens"].append(SOFT_TOKEN)
+        if in_vocabulary:
+            definition["model"]["vocab"][SOFT_TOKEN["content"]] = 369
+
+    _edit(folder / "tokenizer.json", add)
+    with caplog.at_level("INFO"):
+        found = load_tokenizer(ModelConfig(weights=str(folder)))
+    assert "1 added tokens that the model doesn't embed (<image_soft_token>)" in caplog.text
+    assert found.fingerprint == plain.fingerprint
+    text = "the <image_soft_token> and<bos>"
+    (ids,) = found.encode_batch([text])
+    assert found.encode_batch([*PROBES, text]) == plain.encode_batch([*PROBES, text])
+    assert max(ids) < 369
+    assert ids[-1] == 2
+    assert found.decode(ids) == text
+
+
+def test_an_added_token_that_the_model_embeds_stays(tmp_path: Path) -> None:
+    folder = write_tiny_gemma(tmp_path)  # 401 rows
+    _edit(folder / "tokenizer.json", lambda one: one["added_tokens"].append(SOFT_TOKEN))
+    found = load_tokenizer(ModelConfig(weights=str(folder)))
+    assert found.encode_batch(["<image_soft_token>"]) == [[369]]
+
+
+@pytest.mark.parametrize(
+    ("named", "ids"),
+    [
+        ({"pad_token": "<eos>"}, (2, 1, 1)),
+        ({"bos_token": "<eos>", "pad_token": "<eos>"}, (1, 1, 1)),
+        ({"bos_token": None, "pad_token": ""}, (2, 1, 0)),
+        ({"eos_token": {"__type": "AddedToken", "content": "\n\n", "lstrip": False}}, (2, 4, 0)),
+        ({"eos_token_id": [1, 106], "additional_special_tokens": ["<bos>"]}, (2, 1, 0)),
+    ],
+)
+def test_special_tokens_as_fine_tunes_have_them(
+    tmp_path: Path, named: dict[str, Any], ids: tuple[int, int, int]
+) -> None:
+    folder = write_tiny_gemma(tmp_path)
+    _edit(folder / "config.json", lambda raw: raw.update(bos_token_id=None, eos_token_id=[1, 106]))
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    found = load_tokenizer(ModelConfig(weights=str(folder)))
+    assert (found.bos_id, found.eos_id, found.pad_id) == ids
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 
@@ -174,8 +245,14 @@ def _write_pieces(folder: Path, pieces: Pieces) -> None:
 
 def test_missing_or_damaged(tmp_path: Path) -> None:
     folder = write_tiny_gemma(tmp_path)
-    (folder / "tokenizer.json").write_text("{}")
+    definition = folder / "tokenizer.json"
+    _edit(definition, lambda one: one["model"].update(type="BPE2"))
+    _refused(folder, "Upgrade it: `pip install --upgrade tokenizers`")
+    definition.write_text("{}")
     _refused(folder, "is not a tokenizer definition")
+    _refused(folder, "Download it again")
+    definition.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    _refused(folder, "git lfs pull")
     (folder / "tokenizer.json").unlink()
     _refused(folder, "neither tokenizer.json nor tokenizer.model")
     (folder / "tokenizer.model").write_bytes(b"\xff\xff\xff")
@@ -185,6 +262,30 @@ def test_missing_or_damaged(tmp_path: Path) -> None:
 def test_larger_than_the_embedding(tmp_path: Path) -> None:
     folder = write_tiny_gemma(tmp_path, vocab_size=300)
     _refused(folder, "has ids up to 368 and the model embeds 300")
+
+
+def test_a_special_token_past_the_embedding_is_refused(tmp_path: Path) -> None:
+    folder = write_tiny_gemma(tmp_path, vocab_size=369)
+    _edit(folder / "tokenizer.json", lambda one: one["added_tokens"].append(SOFT_TOKEN))
+    named = {"pad_token": SOFT_TOKEN["content"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    _refused(folder, "has padding id 369 and the model embeds 369 ids, from 0 on")
+
+
+@pytest.mark.parametrize(
+    ("named", "fragment"),
+    [
+        ({"bos_token": ["<bos>"]}, "bos_token = ['<bos>']: one token's text is needed"),
+        ({"eos_token": {"id": 1}}, "eos_token = {'id': 1}"),
+        ({"pad_token": 5}, "pad_token = 5"),
+        ({"pad_token": "<|pad|>"}, "has no <|pad|> token"),
+        (["<bos>"], "is not a JSON object with keys such as bos_token"),
+    ],
+)
+def test_odd_names_of_special_tokens(tmp_path: Path, named: Any, fragment: str) -> None:
+    folder = write_tiny_gemma(tmp_path)
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    _refused(folder, fragment)
 
 
 def test_no_bos(tmp_path: Path) -> None:
@@ -238,3 +339,10 @@ def test_gguf_with_another_kind_of_tokenizer(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", num_layers=1)
     path.write_bytes(path.read_bytes().replace(b"llama", b"gpt-2"))
     _refused(path, "tokenizer.ggml.model is 'gpt-2'")
+
+
+@pytest.mark.parametrize("values", [7, ["a", 5], None])
+def test_gguf_with_a_damaged_vocabulary(tmp_path: Path, values: Any) -> None:
+    metadata = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": values}
+    with pytest.raises(UserError, match=r"missing keys: \['tokenizer.ggml.tokens'"):
+        tokenizer_from_gguf(GgufFile(tmp_path, metadata, {}, b""))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -75,14 +76,19 @@ def test_another_field(tmp_path: Path):
 
 
 BAD_LINES = {
-    "empty": (b'{"text": ""}', r"line 2 holds no text"),
-    "blank": (b'{"text": " \\n"}', r"line 2 holds no text"),
     "not UTF-8": (b'{"text": "\xff"}', r"line 2 is not UTF-8 \(byte 10 is 0xff\)"),
     "half a surrogate": (b'{"text": "\\ud800"}', r"line 2 is not UTF-8"),
-    "missing field": (b'{"body": "x"}', r"line 2 has no field 'text' .* it has \['body'\]"),
     "not text": (b'{"text": 5}', r"line 2: field 'text' holds int"),
     "not JSON": (b'{"text": "cut sho', r"line 2 is not JSON"),
-    "not an object": (b'["text"]', r"line 2 has no field 'text'"),
+    "not an object": (b'["text"]', r"line 2 is list, not an object with a field 'text'"),
+    "deep": (
+        b'{"text": "x", "m": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+        r"line 2 is JSON that can't be read .*Remove that field or the line",
+    ),
+    "a number of 6,000 digits": (
+        b'{"text": "x", "m": ' + b"9" * 6000 + b"}",
+        r"line 2 is JSON that can't be read \(Exceeds the limit .*numbers may have 4,300 digits",
+    ),
 }
 
 
@@ -99,10 +105,9 @@ def test_a_bad_line_is_named(tmp_path: Path, kind: str, ending: str):
 
 def test_a_bad_txt_file_is_named(tmp_path: Path):
     file = tmp_path / "a.txt"
-    for content, message in ((b"", "no text"), (b" \n", "no text"), (b"ab\xfe", "byte 2 is 0xfe")):
-        file.write_bytes(content)
-        with pytest.raises(UserError, match=f"{file}.*{message}"):
-            documents(file)
+    file.write_bytes(b"ab\xfe")
+    with pytest.raises(UserError, match=rf"{file} is not UTF-8 \(byte 2 is 0xfe\)"):
+        documents(file)
 
 
 def test_a_txt_file_too_large_for_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -112,16 +117,16 @@ def test_a_txt_file_too_large_for_one_document(tmp_path: Path, monkeypatch: pyte
         documents(tmp_path / "a.txt")
 
 
-def test_a_bad_parquet_row_is_named(tmp_path: Path):
-    file = tmp_path / "c.parquet"
-    write_parquet(file, ["x", None])
-    with pytest.raises(UserError, match=r"c\.parquet, row 2: field 'text' holds NoneType"):
-        documents(file)
-    write_parquet(file, ["x", "y", ""])
-    with pytest.raises(UserError, match=r"c\.parquet, row 3 holds no text"):
-        documents(file)
-    with pytest.raises(UserError, match=r"no field 'body' .* it has \['id', 'text'\]"):
+def test_a_parquet_file_without_the_column_or_with_two_is_named(tmp_path: Path):
+    file = write_parquet(tmp_path / "c.parquet", ["x", "y"])
+    with pytest.raises(UserError, match=r"no column 'body' .* it has \['id', 'text'\]"):
         documents(file, field="body")
+    with pytest.raises(UserError, match=r"c\.parquet, row 1: field 'id' holds int, not text"):
+        documents(file, field="id")
+    twice = pa.Table.from_arrays([pa.array(["x"])] * 2, names=["text", "text"])
+    pyarrow.parquet.write_table(twice, file)
+    with pytest.raises(UserError, match=r"c\.parquet has 2 columns named 'text'"):
+        documents(file)
 
 
 def test_damaged_files_are_named(tmp_path: Path):
@@ -141,6 +146,107 @@ def test_a_zstandard_file_cut_short_is_noticed(tmp_path: Path):
     (tmp_path / "b.jsonl.zst").write_bytes(packed[: len(packed) // 2])
     with pytest.raises(UserError, match=r"b\.jsonl\.zst"):
         documents(tmp_path / "b.jsonl.zst")
+
+
+ROWS_WITHOUT_TEXT = [{}, {"text": None}, {"text": ""}, {"text": " \n"}]
+
+
+def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:
+    if file.suffix == ".parquet":
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), file)
+        return file
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    file.write_bytes(zstandard.compress(content) if file.suffix == ".zst" else content)
+    return file
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "a.parquet"])
+def test_rows_without_text_are_skipped_and_counted(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+):
+    good = [{"text": text, "id": 1} for text in TEXTS]
+    file = write_rows(tmp_path / name, [good[0], *ROWS_WITHOUT_TEXT, *good[1:]])
+    assert documents(file) == TEXTS
+    assert f"{name}: 4 of 7 documents have no text and are skipped" in caplog.text
+    write_rows(file, [{"text": None, "id": 1}] * 3)
+    with pytest.raises(UserError, match=r"3 rows and no text in field 'text' .*'text'"):
+        documents(file)
+
+
+def test_a_field_that_no_row_has_is_told_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(text_module, "_ROWS_IN_VAIN", 5)
+    file = write_rows(tmp_path / "a.jsonl", [{"body": "x"}] * 6 + [{"text": 5}])
+    with pytest.raises(UserError, match=r"5 rows and no text in field 'text' .* has \['body'\]"):
+        documents(file)
+
+
+def test_an_empty_txt_file_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    for name, content in (("a", "x"), ("b", ""), ("c", " \n"), ("d", "y")):
+        (tmp_path / f"{name}.txt").write_text(content)
+    assert documents(tmp_path / "*.txt") == ["x", "y"]
+    assert caplog.text.count("1 of 1 documents have no text") == 2
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path):
+    """It begins a file, and in a .jsonl that was put together of several any of its lines."""
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.txt").write_bytes(mark + "a\ufeffb".encode())
+    assert documents(tmp_path / "a.txt") == ["a\ufeffb"]
+    content = mark + jsonl(TEXTS[:1]) + mark + jsonl(TEXTS[1:])
+    (tmp_path / "a.jsonl").write_bytes(content)
+    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress(content))
+    for name in ("a.jsonl", "b.jsonl.zst"):
+        assert documents(tmp_path / name) == TEXTS
+
+
+def test_a_git_lfs_pointer_is_named(tmp_path: Path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    for name in ("a.txt", "a.jsonl", "a.jsonl.zst", "a.parquet"):
+        (tmp_path / name).write_bytes(pointer)
+        with pytest.raises(UserError, match=rf"{name} is a Git LFS pointer, .*`git lfs pull`"):
+            find_sources(TextConfig(source=[str(tmp_path / name)]))
+    (tmp_path / "a.txt").write_bytes(
+        b"version https://git-lfs.github.com/spec/v1 is its first line"
+    )
+    assert len(documents(tmp_path / "a.txt")) == 1
+
+
+def test_what_exists_is_taken_literally(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for folder in ("[2024]", "2", "what?"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a*.txt").write_text(folder)
+        (tmp_path / folder / "ab.txt").write_text(f"{folder}, ab")
+    for root in (f"{tmp_path}/", ""):
+        monkeypatch.chdir(tmp_path)
+        assert documents(f"{root}[2024]/a*.txt") == ["[2024]"]
+        assert documents(f"{root}[2024]/?b.txt") == ["[2024], ab"]
+        assert documents(f"{root}what?/*.txt") == ["what?", "what?, ab"]
+        assert documents(f"{root}[1-3]/ab.txt") == ["2, ab"]
+
+
+def test_a_folder_is_all_its_readable_files(tmp_path: Path):
+    inside = tmp_path / "corpus" / "b"
+    inside.mkdir(parents=True)
+    (tmp_path / "corpus" / "c.txt").write_text("c")
+    (inside / "a.jsonl").write_bytes(jsonl(["a"]))
+    for name in ("README.md", ".hidden.txt"):
+        (inside / name).write_text("not text to read")
+    assert documents(tmp_path / "corpus") == documents(f"{tmp_path}/corpus/") == ["a", "c"]
+    (inside / "a.jsonl").unlink()
+    with pytest.raises(UserError, match=r"is a folder without files that end in \.txt, \.jsonl"):
+        documents(inside)
+    with pytest.raises(UserError, match=r"matches folders only, such as .*corpus/b: name the"):
+        documents(f"{tmp_path}/corpus/b*")
+
+
+def test_a_file_named_twice_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    file, link = tmp_path / "a.txt", tmp_path / "b.txt"
+    file.write_text("x")
+    assert documents(file, file) == ["x"]
+    assert "names 1 sources more than once, such as" in caplog.text
+    link.symlink_to(file)
+    assert documents(file, link) == ["x", "x"]
+    assert f"{file} and {link} are one file, which is read twice" in caplog.text
 
 
 def test_a_glob_without_files_and_an_unknown_ending(tmp_path: Path):
@@ -169,20 +275,24 @@ def hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A dataset where `datasets` looks before it asks the Hub: a folder under the current one."""
     folder = tmp_path / "some-org" / "some-set"
     folder.mkdir(parents=True)
-    (folder / "train.jsonl").write_bytes(jsonl([TEXTS[0], "", *TEXTS[1:]]))
+    rows = [{"id": 1, "text": text} for text in TEXTS]
+    write_rows(folder / "train.jsonl", [rows[0], *ROWS_WITHOUT_TEXT, *rows[1:]])
     (folder / "test.jsonl").write_bytes(jsonl(["of the test split"]))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     return "hf://some-org/some-set"
 
 
-def test_a_hub_dataset_is_streamed_and_its_empty_rows_skipped(hub_dataset: str):
+def test_a_hub_dataset_is_streamed_and_its_empty_rows_skipped(
+    hub_dataset: str, caplog: pytest.LogCaptureFixture
+):
     assert documents(hub_dataset) == TEXTS
+    assert "some-set: 4 of 7 documents have no text and are skipped" in caplog.text
     assert documents(f"{hub_dataset}?split=test") == ["of the test split"]
     (source,) = find_sources(TextConfig(source=[hub_dataset]))
     assert source.streamed
     assert source.content_hash() is None
-    with pytest.raises(UserError, match=r"row 1 has no field 'body' .* it has \['id', 'text'\]"):
+    with pytest.raises(UserError, match=r"no text in field 'body' .* has \['id', 'text'\]"):
         documents(hub_dataset, field="body")
 
 

@@ -355,6 +355,10 @@ def test_a_missing_extra_evaluation_is_wanted(world: World, tuned: ModelConfig, 
     [
         ({"num_layers": 2, "global_layers": (False, True)}, "layer 2 of site resid_post"),
         ({"d_model": 24}, r"reads vectors of 20, and resid_post.2 of .* has 24"),
+        (
+            {"context_length": 8},
+            r"also, other: .* the model's context has 8 tokens",
+        ),
     ],
 )
 def test_a_model_the_sae_does_not_fit(world: World, tmp_path: Path, changes: Any, words: str):
