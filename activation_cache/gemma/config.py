@@ -91,7 +91,7 @@ class GemmaConfig:
     num_kv_heads: int
     head_dim: int
     query_scalar: float  # attention logits are q.k / sqrt(query_scalar)
-    window: int | None  # a local layer sees keys with 0 <= query - key < window
+    window: int  # a local layer sees keys with 0 <= query - key < window
     global_layers: tuple[bool, ...]  # per layer: full attention instead of local
     rope_base_global: float
     rope_base_local: float
@@ -140,15 +140,21 @@ def config_from_hf(raw: Mapping[str, Any], *, source: str) -> GemmaConfig:
         return _valid(kind, value[key], key=key, source=source)
 
     fields = {name: get(key, kind) for name, kind, key, _ in _FIELDS}
+    kinds = _global_layers_from_hf(value, family, num_layers=fields["num_layers"], source=source)
+    if fields["window"] is None:
+        if not all(kinds):
+            raise UserError(
+                f"{source} has sliding_window = null and {kinds.count(False)} layers of kind "
+                "sliding_attention: their window is needed. The file is damaged."
+            )
+        fields["window"] = fields["context_length"]  # no layer reads it
     base_global, base_local, factor = _rope_from_hf(value, family, source=source)
     return _checked(
         GemmaConfig(
             family=family,
             vocab_size=get("vocab_size", PositiveCount),
             query_scalar=float(get("query_pre_attn_scalar", Positive)),
-            global_layers=_global_layers_from_hf(
-                value, family, num_layers=fields["num_layers"], source=source
-            ),
+            global_layers=kinds,
             rope_base_global=base_global,
             rope_base_local=base_local,
             rope_factor_global=factor,
@@ -372,10 +378,5 @@ def _checked(config: GemmaConfig, *, source: str) -> GemmaConfig:
         raise UserError(
             f"{source} gives the attention kind of {len(config.global_layers)} layers and has "
             f"{config.num_layers}: each layer needs one. The file is damaged."
-        )
-    if config.window is None and not all(config.global_layers):
-        raise UserError(
-            f"{source} has sliding_window = null and {config.global_layers.count(False)} layers "
-            "of kind sliding_attention: their window is needed. The file is damaged."
         )
     return config

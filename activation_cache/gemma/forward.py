@@ -221,7 +221,9 @@ class Gemma(nn.Module):
         h_BSD, found = self._trunk(tokens, taps=taps, splice=splice, num_layers=num_layers)
         if not logits:
             return GemmaOutput(taps=found, logits=None)
-        return GemmaOutput(taps=found, logits=self._logits(self.final_norm(h_BSD)))
+        h_BSD = self.final_norm(h_BSD)
+        logits_BSV = _project(h_BSD, self.embedding, softcap=self.config.final_softcap)
+        return GemmaOutput(taps=found, logits=logits_BSV)
 
     def scores(
         self, tokens: Int[Array, "B S"], *, score: Score, splice: Splice | None = None
@@ -280,9 +282,6 @@ class Gemma(nn.Module):
         for layer, block in enumerate(self.layers[:num_layers]):
             h_BSD = block(h_BSD, functools.partial(visit, layer=layer))
         return h_BSD, found
-
-    def _logits(self, h_BSD: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
-        return _project(h_BSD, self.embedding, softcap=self.config.final_softcap)
 
 
 def _project(

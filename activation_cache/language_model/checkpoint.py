@@ -100,6 +100,12 @@ def open_checkpoint(model: ModelConfig) -> Checkpoint:
 def open_gguf_checkpoint(path: Path) -> GgufCheckpoint:
     """Open a GGUF file; see `open_checkpoint`."""
     file = open_gguf(path)
+    parts = file.metadata.get("split.count", 1)
+    if parts != 1:
+        raise UserError(
+            f"{path} is one of {parts} parts of a model, and one file is read: join them with "
+            "llama.cpp's `llama-gguf-split --merge FIRST_PART WHOLE.gguf`."
+        )
     config = gguf_config(file)
     found = {name: tensor.shape for name, tensor in file.tensors.items()}
     _check_tensors(found, {p.gguf: p.shape for p in parameter_table(config)}, source=path)

@@ -143,8 +143,8 @@ def _without(tokens: set[str], backend: tokenizers.Tokenizer) -> tokenizers.Toke
 
 def tokenizer_from_gguf(file: GgufFile) -> Tokenizer:
     """Build the tokenizer from a GGUF file's vocabulary; raises `UserError` if it has none."""
-    keys = {"tokens": str, "scores": (float, int), "token_type": int}
-    found = [file.metadata.get(f"tokenizer.ggml.{key}") for key in keys]
+    keys: dict[str, Any] = {"tokens": str, "scores": (float, int), "token_type": int}
+    found: list[Any] = [file.metadata.get(f"tokenizer.ggml.{key}") for key in keys]
     missing = [
         f"tokenizer.ggml.{key}"
         for values, (key, kind) in zip(found, keys.items(), strict=True)

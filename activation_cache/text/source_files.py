@@ -39,8 +39,11 @@ def files_of(entry: str) -> list[str]:
         matches = sorted(glob.glob(pattern, recursive=True))
         names = [name for name in matches if os.path.isfile(name)]
         wanted = "matches no file: each entry must match at least one"
-        if matches:
-            wanted = f"matches folders only, such as {matches[0]}: name the folder, or add /*.txt"
+        folders = [name for name in matches if os.path.isdir(name)]
+        if folders:
+            wanted = f"matches folders only, such as {folders[0]}: name the folder, or add /*.txt"
+        elif matches:
+            wanted = f"matches {matches[0]}, which is a link to nothing or no file"
     if not names:
         raise UserError(
             f"text.source {entry!r} {wanted} (looked from {Path.cwd()}). Check the path; the "

@@ -20,6 +20,7 @@ def write_gguf(
     architecture: str | None = None,
     tensors: dict[str, np.ndarray] | None = None,
     leave_out: str = "",
+    split: int = 1,
     **changes: Any,
 ) -> Path:
     """A GGUF file as llama.cpp's converter writes it: norm gains as 1 + w."""
@@ -41,6 +42,8 @@ def write_gguf(
     writer.add_sliding_window(config.window)
     if family == "gemma3":
         writer.add_rope_freq_base(config.rope_base_global)
+    if split != 1:
+        writer.add_uint16("split.count", split)
     pieces = tiny_pieces()
     writer.add_tokenizer_model("llama")
     writer.add_token_list(list(pieces.pieces))

@@ -202,6 +202,11 @@ def test_a_gguf_type_that_cannot_be_undone_is_named(tmp_path: Path, kind: int, n
     _refused(path, f"blk.0.ffn_up.weight is of GGML type {kind} ({name})", "--upgrade gguf")
 
 
+def test_one_part_of_a_gguf_is_told(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m-00001-of-00003.gguf", num_layers=1, split=3)
+    _refused(path, "is one of 3 parts of a model", "llama-gguf-split --merge")
+
+
 def test_a_gguf_row_that_is_not_made_of_blocks(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", num_layers=1)  # rows of 20
     data, tensor = bytearray(path.read_bytes()), b"blk.0.ffn_up.weight"

@@ -237,6 +237,10 @@ def test_a_folder_is_all_its_readable_files(tmp_path: Path):
         documents(inside)
     with pytest.raises(UserError, match=r"matches folders only, such as .*corpus/b: name the"):
         documents(f"{tmp_path}/corpus/b*")
+    (inside / "link.txt").symlink_to(tmp_path / "nothing")
+    for entry in (inside / "link.txt", inside / "*.txt"):
+        with pytest.raises(UserError, match=r"link\.txt, which is a link to nothing"):
+            documents(entry)
 
 
 def test_a_file_named_twice_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
