@@ -311,7 +311,7 @@ def _read_parquet(name: str, fields: _Fields) -> Iterator[tuple[Any, int, str]]:
                     plain = (_python(value, where=where) for value in values)
                     row = dict(zip(columns, plain, strict=True))
                     yield row, size * number // total, where
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowIOError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{name} is not readable parquet ({error}): the file is damaged") from error
 
 

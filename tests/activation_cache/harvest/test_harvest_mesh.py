@@ -95,7 +95,8 @@ def test_what_cannot_be_cut_is_kept_whole(tmp_path: Path, family: Family, size: 
     assert shard_shapes(cut)["embedding"] == (401, 20)
     assert shard_shapes(cut)["layers_0.attention.W_Q"] == (20, 48 // size)
     assert shard_shapes(cut)["layers_0.attention.W_K"] == (20, 12 // size if size == 2 else 12)
-    found, wanted = cut.activations(TOKENS, TAPS), alone.activations(TOKENS, TAPS)
+    tokens = np.minimum(TOKENS, 400)
+    found, wanted = cut.activations(tokens, TAPS), alone.activations(tokens, TAPS)
     for tap in TAPS:
         np.testing.assert_allclose(found[tap], wanted[tap], rtol=1e-5, atol=2e-5)
     splice = Splice(Tap("mlp_out", 1), zero)

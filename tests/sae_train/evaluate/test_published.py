@@ -369,7 +369,8 @@ def test_a_model_the_sae_does_not_fit(world: World, tmp_path: Path, changes: Any
 
 def test_too_little_text_of_an_extra_evaluation(world: World, tuned: ModelConfig, tmp_path: Path):
     (tmp_path / "few.txt").write_text("only a few words")
-    entry = {"model": tuned.model_dump(), "text": {"source": [str(tmp_path / "few.txt")]}}
+    text = {"source": [str(tmp_path / "few.txt")], "sequence_length": 16}
+    entry = {"model": tuned.model_dump(), "text": text}
     with pytest.raises(UserError, match=r"also, gemma-it: 24 sequences are asked .* makes 1 of"):
         extra(world, entry)
 
