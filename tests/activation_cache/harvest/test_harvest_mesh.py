@@ -101,7 +101,7 @@ def test_what_cannot_be_cut_is_kept_whole(tmp_path: Path, family: Family, size: 
         np.testing.assert_allclose(found[tap], wanted[tap], rtol=1e-5, atol=2e-5)
     splice = Splice(Tap("mlp_out", 1), zero)
     for one in (None, splice):
-        np.testing.assert_allclose(cut.losses(TOKENS, one), alone.losses(TOKENS, one), rtol=1e-5)
+        np.testing.assert_allclose(cut.losses(tokens, one), alone.losses(tokens, one), rtol=1e-5)
 
 
 def zero(acts: jax.Array, _: Any) -> jax.Array:
