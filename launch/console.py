@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, TextIO, cast
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.live import Live
@@ -77,9 +77,11 @@ def prepare_process() -> None:
         sys.stdout.reconfigure(errors="replace")
     stderr = sys.__stderr__
     if stderr is not None and stderr is sys.stderr:
-        raw = cast("BinaryIO", _Unbroken(stderr.fileno(), "w", closefd=False))
         sys.stderr = io.TextIOWrapper(
-            raw, encoding=stderr.encoding, errors="backslashreplace", write_through=True
+            io.BufferedWriter(_Unbroken(stderr.fileno(), "w", closefd=False)),
+            encoding=stderr.encoding,
+            errors="backslashreplace",
+            line_buffering=True,
         )
 
 
@@ -102,7 +104,8 @@ def output() -> Iterator[None]:
             sys.stdout.flush()
     except OSError as error:
         # What is still buffered goes nowhere, or Python would complain of it as it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with open(os.devnull, "w", encoding="utf-8") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
         if error.errno in (errno.EPIPE, errno.EIO):
             raise ClosedOutput from error
         raise UserError(f"standard output can't be written: {error.strerror}") from error

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from activation_cache.runtime.coordination import client
 from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.runtime.processes import is_main, process_count, process_index
+from activation_cache.runtime.waiting import Waiting
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,11 +93,13 @@ def wait_for_main(
         TimeoutError: it published nothing in `patience_ms`.
     """
     published, waited = None, 0
+    waiting = Waiting(f"process 0, for the {key.rpartition('/')[2]}")
     while published is None:
         if waited >= patience_ms:
             raise TimeoutError(f"process 0 published nothing in {patience_ms} ms: {key}")
         published = poll(key, wait_ms=POLL_MS)
         waited += POLL_MS
+        waiting.tell()
         if stop is not None:
             stop_asked(stop)
     if "mistake" in published:
@@ -269,7 +272,9 @@ def shared(
             work()
             for index in range(1, process_count()):
                 key = f"{folder}/done/{index}"
+                waiting = Waiting(f"process {index}, which does its share of the {name}")
                 while poll(key, wait_ms=POLL_MS) is None:
+                    waiting.tell()
                     if stop_asked(stop):
                         raise Interrupted(f"stopped: process {index} has not done its share")
         except UserError as error:

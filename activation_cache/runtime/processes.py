@@ -15,12 +15,12 @@ import logging
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from activation_cache.runtime.errors import Interrupted, UserError
+from activation_cache.runtime.waiting import Waiting
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,6 @@ AUTO_JOIN = "SAE_AUTO_JOIN"  # 1: let JAX find a group that no other variable sh
 
 _HEARTBEAT_SECONDS = 60
 _JOIN_SECONDS = 300  # machines of one job start minutes apart
-_TELL_SECONDS = 10  # of waiting, until it is said for whom
 
 
 @dataclasses.dataclass
@@ -88,22 +87,15 @@ def _wait_for_others(connect: Callable[[], None], *, stop: Callable[[], bool]) -
 
     thread = threading.Thread(target=run, daemon=True, name="join")
     thread.start()
-    began, told = time.monotonic(), 0
+    remedy = f"To work alone set {NUM_PROCESSES}=1; Ctrl-C ends the wait"
+    waiting = Waiting(_awaited(), remedy=remedy, level=logging.WARNING)
     while thread.is_alive():
         thread.join(0.1)
-        waited = time.monotonic() - began
         if stop():
-            raise Interrupted(f"stopped while it waited for {_awaited()}")
-        if waited > _JOIN_SECONDS:
-            raise TimeoutError(f"{_awaited()} didn't come within {_JOIN_SECONDS} s")
-        if waited >= _TELL_SECONDS << told:  # after 10, 20, 40, ... seconds
-            told += 1
-            logger.warning(
-                "waiting for %s, for %.0f s now. To work alone, set %s=1 (Ctrl-C ends it)",
-                _awaited(),
-                waited,
-                NUM_PROCESSES,
-            )
+            raise Interrupted(f"stopped while it waited for {waiting.whom}")
+        if waiting.seconds > _JOIN_SECONDS:
+            raise TimeoutError(f"{waiting.whom} didn't come within {_JOIN_SECONDS} s. {remedy}")
+        waiting.tell()
     if failed:
         raise failed[0]
 

@@ -317,3 +317,40 @@ def test_one_process_at_a_time(finished: Path, capsys: pytest.CaptureFixture[str
     with folder_lock(finished / "out"):
         assert main(["sweep", str(finished / "config.yaml")]) == 2
     assert "is in use by another process" in capsys.readouterr().err
+
+
+def test_a_moved_sweep_goes_on_and_harvests_nothing_anew(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of it in a folder that was moved twice, seen through a link; then without the store."""
+    shutil.copytree(finished, tmp_path / "first")
+    (tmp_path / "first").rename(tmp_path / "second")
+    (tmp_path / "second").rename(tmp_path / "third")
+    out = tmp_path / "link"
+    out.symlink_to(tmp_path / "third" / "out")
+    run = out / "coefficient_0.01-seed_0"
+    before = (run / "evaluation.json").read_bytes()
+    kept = stamps(out / "store", run / "checkpoints", out / "coefficient_0.001-seed_0")
+    (run / "evaluation.json").unlink()
+    shutil.rmtree(run / "release")
+    assert main(["sweep", str(out)]) == 0
+    assert (run / "evaluation.json").read_bytes() == before
+    assert (run / "release").is_dir()
+    assert stamps(out / "store", run / "checkpoints", out / "coefficient_0.001-seed_0") == kept
+
+    store, hidden = finished / "out" / "store", finished / "hidden"
+    (out / "store").rename(tmp_path / "elsewhere")
+    store.rename(hidden)  # the old place, which would serve as well
+    (run / "evaluation.json").unlink()
+    capsys.readouterr()
+    try:
+        assert main(["sweep", str(out)]) == 2
+        assert "If it has moved, say where it is: cache.path=FOLDER" in capsys.readouterr().err
+        assert main(["evaluate", str(out)]) == 2
+        assert "say with cache.path=FOLDER where the store has moved" in capsys.readouterr().err
+        assert not store.exists(), "nothing is harvested anew"
+        assert not (out / "store").exists()
+        assert main(["sweep", str(out), f"cache.path={tmp_path}/elsewhere"]) == 0
+        assert (run / "evaluation.json").read_bytes() == before
+    finally:
+        hidden.rename(store)
