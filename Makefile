@@ -22,12 +22,13 @@ test: $(VENV)/test.stamp
 test-fast: $(VENV)/test.stamp
 	$(PYTEST) -n 2 -m 'not slow'
 
-# Files, words and file systems broken at random, N inputs; a failure names the words that repeat it.
+# Files, words and file systems broken at random, N inputs; each failure names the command that
+# repeats it.
 N ?= 10000
 SEED ?= 0
 fuzz: $(VENV)/test.stamp
-	$(BIN)/python -m tests.fuzz --inputs $(N) --seed $(SEED) --first $(or $(FIRST),0) \
-	    $(if $(KINDS),--kinds $(KINDS)) --minutes $(or $(MINUTES),60)
+	$(BIN)/python -m tests.fuzz --inputs $(N) --seed $(SEED) --minutes $(or $(MINUTES),60) \
+	    $(if $(KINDS),--kinds $(KINDS)) $(if $(REPLAY),--replay $(REPLAY))
 
 # The code broken on purpose, a line at a time: does a test of exactness turn red? docs/exactness.md.
 mutations: $(VENV)/test.stamp

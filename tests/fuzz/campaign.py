@@ -14,6 +14,7 @@ import numpy as np
 
 from tests.fuzz import configs, faults, models, runs, saes, stores, texts
 from tests.fuzz.outcome import Input, Outcome, run
+from tests.fuzz.replay import save
 from tests.fuzz.values import Random
 from tests.fuzz.world import World
 
@@ -65,11 +66,14 @@ class Findings:
     inputs: Counter[str] = field(default_factory=Counter)
     statuses: Counter[int | None] = field(default_factory=Counter)
     failures: dict[tuple[str, ...], list[Failure]] = field(default_factory=dict)
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
 
-    def add(self, kind: str, number: int, given: Input, outcome: Outcome) -> None:
+    def add(
+        self, kind: str, number: int, given: Input, outcome: Outcome, *, seconds: float
+    ) -> None:
         """Count an input."""
         self.inputs[kind] += 1
+        self.seconds[kind] = self.seconds.get(kind, 0.0) + seconds
         self.statuses[outcome.status] += 1
         if outcome.wrong:
             failure = Failure(kind, number, given, outcome)
@@ -82,51 +86,43 @@ def make(kind: str, number: int, *, seed: int, world: World) -> Input:
     return KINDS[kind].make(np.random.default_rng([seed, own, number]), world)
 
 
-def plan(inputs: int, kinds: Sequence[str], *, first: int = 0) -> Iterator[tuple[str, int]]:
+def plan(inputs: int, kinds: Sequence[str]) -> Iterator[tuple[str, int]]:
     """Kind and number of so many inputs, the kinds mixed as their shares say."""
     done = dict.fromkeys(kinds, 0)
     for _ in range(inputs):
         kind = min(kinds, key=lambda one: (done[one] + 1) / KINDS[one].share)
-        yield kind, first + done[kind]
+        yield kind, done[kind]
         done[kind] += 1
 
 
 def campaign(
-    world: World, *, inputs: int, seed: int, kinds: Sequence[str] = tuple(KINDS), first: int = 0,
-    until: float = float("inf"),
-) -> Findings:  # fmt: skip
+    world: World, *, inputs: int, seed: int, kinds: Sequence[str], until: float
+) -> Findings:
     """Run so many inputs, or as many as fit until a time of the monotonic clock."""
     found = Findings()
-    for kind, number in plan(inputs, kinds, first=first):
+    for kind, number in plan(inputs, kinds):
         begun = time.monotonic()
         if begun > until:
             break
         given = make(kind, number, seed=seed, world=world)
         outcome = run(given, world)
-        found.add(kind, number, given, outcome)
-        found.seconds[kind] += time.monotonic() - begun  # type: ignore[assignment]
-        if sum(found.inputs.values()) % 500 == 0:
-            logger.info("%d inputs, %d sorts of failures", sum(found.inputs.values()),
-                        len(found.failures))  # fmt: skip
+        found.add(kind, number, given, outcome, seconds=time.monotonic() - begun)
+        if found.inputs.total() % 500 == 0:
+            logger.info(
+                "%d inputs, %d sorts of failures", found.inputs.total(), len(found.failures)
+            )
     return found
 
 
-def described(failure: Failure, *, seed: int, folder: Path | None = None) -> str:
-    """What went wrong, with the command that makes the input again; its files into `folder`."""
-    again = f"make fuzz KINDS={failure.kind} FIRST={failure.number} N=1 SEED={seed}"
-    words = shlex.join(("sae", *failure.given.words))
-    lines = [f"{failure.outcome.wrong}", f"  at {failure.outcome.place}", f"  again: {again}",
-             f"  words: {words[:600]}", f"  fault: {failure.given.fault}"]  # fmt: skip
-    if folder is not None:
-        own = folder / f"{failure.kind}-{seed}-{failure.number}"
-        for name, data in failure.given.changes.items():
-            path = own / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data or b"")
-        own.mkdir(parents=True, exist_ok=True)
-        (own / "words.txt").write_text(words + "\n", encoding="utf-8", errors="backslashreplace")
-        (own / "printed.txt").write_text(
-            failure.outcome.printed, encoding="utf-8", errors="backslashreplace"
-        )
-        lines.append(f"  files: {own}")
-    return "\n".join(lines)
+def described(failures: Sequence[Failure], *, seed: int, folder: Path) -> str:
+    """What goes wrong, how often, and how to see the first of them again; its files in `folder`."""
+    first = failures[0]
+    own = folder / f"{first.kind}-{seed}-{first.number}"
+    save(first.given, first.outcome, own)
+    words = shlex.join(("sae", *first.given.words))
+    lines = [f"{len(failures)} x {first.outcome.wrong}", f"  words: {words[:600]}"]
+    if first.outcome.place:
+        lines.append(f"  at {first.outcome.place}")
+    if first.given.fault is not None:
+        lines.append(f"  file system: {first.given.fault}")
+    return "\n".join([*lines, f"  again: make fuzz REPLAY={own}"])

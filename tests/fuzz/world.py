@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+_RANDOM = re.compile("[0-9a-f]{32}")  # names that TensorStore gives at random
 
 
 @dataclass
@@ -62,8 +65,12 @@ class World:
             self._stamps[own] = _stamp(path.lstat())
 
     def matching(self, *ends: str) -> list[str]:
-        """The names of files that begin with or contain one of these, sorted."""
-        return sorted(name for name in self.files if any(end in name for end in ends))
+        """The names of files with one of these in them, in an order that each world has."""
+
+        def key(name: str) -> tuple[str, int]:
+            return _RANDOM.sub("", name), len(self.files[name])
+
+        return sorted((name for name in self.files if any(end in name for end in ends)), key=key)
 
 
 def _stamp(found: os.stat_result) -> tuple[int, int, int]:
