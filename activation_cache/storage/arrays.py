@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,9 +65,7 @@ class ArrayLayout:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
-        return (
-            int(np.prod(self.shape[1:], dtype=np.int64)) * ts.dtype(self.dtype).numpy_dtype.itemsize
-        )
+        return math.prod(self.shape[1:]) * ts.dtype(self.dtype).numpy_dtype.itemsize
 
     @property
     def stored_bytes(self) -> int:

@@ -170,10 +170,13 @@ def sweep_runs(root: StoragePath, *, is_suite: bool) -> list[StoragePath]:
 
 def _was_made_at(path: StoragePath, *, name: str) -> bool:
     """Does the `output` of a run's config end in `name`? No for a sweep's config."""
-    text = (path / FILE_NAME).read_bytes().decode()
+    text = (path / FILE_NAME).read_bytes().decode(errors="replace")
     # What stands before is not parsed: a suite has thousands of configs.
     end = max(text.find("\noutput:"), 0)
     values = strict_yaml.parse(text[end:], name=str(path / FILE_NAME)).value
+    if not isinstance(values, dict):
+        read_run_config(path)  # says what is wrong
+        return False
     output = PurePosixPath(str(values.get("output")).replace(os.sep, "/"))
     wanted = PurePosixPath(name.replace(os.sep, "/"))
     return not values.get("sweep") and output.parts[-len(wanted.parts) :] == wanted.parts

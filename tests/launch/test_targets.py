@@ -79,6 +79,15 @@ def test_copies_renamed_runs_and_other_sweeps_are_named_and_left_out(two_sweeps:
     assert reported(two_sweeps) == 3
 
 
+@pytest.mark.parametrize("data", [b"- 1\n", b"3", b"", b"\xae: ["])
+def test_a_run_s_config_that_is_none_is_named(two_sweeps: Path, data: bytes, capsys):
+    damaged = two_sweeps / "coefficient_0.001-width_16/config.yaml"
+    damaged.write_bytes(data)
+    for command in ("status", "report", "export"):
+        assert main([command, str(two_sweeps)]) == 2
+        assert str(damaged) in capsys.readouterr().err
+
+
 def test_a_moved_sweep_keeps_its_runs(two_sweeps: Path, caplog):
     moved = two_sweeps.rename(two_sweeps.parent / "elsewhere")
     with caplog.at_level(logging.WARNING):

@@ -176,3 +176,6 @@ def test_a_changed_meta_is_damaged():
     assert unseal_meta(json.dumps(sealed).encode())["checksums"] == {"x": 7}
     with pytest.raises(DamagedCheckpoint):
         unseal_meta(json.dumps(sealed | {"a": 2}).encode())
+    for data in (b"[" * 5000, b"[]", b"{}", b'{"a": ' + b"9" * 5000 + b"}"):
+        with pytest.raises(DamagedCheckpoint, match="not the JSON that was written"):
+            unseal_meta(data)
