@@ -40,8 +40,13 @@ def hugging_face_hook(site: Site, layer: int) -> str:
     return _HUGGING_FACE[site].format(layer=layer)
 
 
-def parse_hook(name: str) -> tuple[Site, int] | None:
-    """The site and layer that a name of either kind stands for; None for a hook we don't tap."""
+def parse_hook(name: object) -> tuple[Site, int] | None:
+    """The site and layer that a name of either kind stands for; None for a hook we don't tap.
+
+    It comes out of other people's JSON and may be anything.
+    """
+    if not isinstance(name, str):
+        return None
     for table in (_TRANSFORMER_LENS, _HUGGING_FACE):
         for site, template in table.items():
             pattern = re.escape(template).replace(re.escape("{layer}"), r"(\d+)")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +22,10 @@ from activation_cache.config import Dtype
 from activation_cache.runtime.errors import UserError
 from sae_train.config.sae import Architecture, SaeConfig
 from sae_train.model.forward import PRECISION
-from sae_train.model.topk import select
 
 HostOrDevice = np.ndarray | Array
+# What a user has: an array of NumPy or JAX, a list, or a torch tensor of any dtype and device.
+ArrayLike = Any
 
 TENSORS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 SKIP = "W_skip"  # a sixth tensor, of transcoders with an affine skip
@@ -62,28 +64,46 @@ class Sae:
     metadata: dict[str, Any] = field(default_factory=dict, compare=False)
     W_skip: Float[HostOrDevice, "D D"] | None = None
 
-    def encode(self, x: Float[HostOrDevice, "... D"]) -> Float[Array, "... F"]:
-        """Latents of raw activations, in the weights' dtype; 0 where a latent isn't active."""
-        pre = _product(x, self.W_enc)
+    def encode(self, x: ArrayLike) -> Float[Array, "... F"]:
+        """Latents of raw activations, in the weights' dtype; 0 where a latent isn't active.
+
+        Args:
+            x: [..., D], of NumPy, JAX or torch (the gradient isn't kept), of any real dtype.
+
+        Returns:
+            An array of JAX. A row that holds NaN gives NaN.
+
+        Raises:
+            UserError: the last dim isn't D, or the values are no real numbers.
+        """
+        pre = _product(_as_array(x, self.W_enc, "activations"), self.W_enc)
         pre = pre + _last(self.b_enc, pre.ndim)
-        latents = jnp.where(pre > _last(self.threshold, pre.ndim), jax.nn.relu(pre), 0.0)
+        # Not `pre > threshold`, which is false for NaN.
+        latents = jnp.where(pre <= _last(self.threshold, pre.ndim), 0.0, jax.nn.relu(pre))
         if self.k is None:
             return latents
-        return select(latents.reshape(-1, latents.shape[-1]), k=self.k).reshape(latents.shape)
+        # NaN is the largest, as in torch; a NaN with a minus sign would be the smallest.
+        ranked = jnp.where(jnp.isnan(latents), jnp.nan, latents)
+        largest, places = jax.lax.top_k(ranked, self.k)
+        zeros = jnp.zeros_like(latents)
+        return jnp.put_along_axis(zeros, places, largest, axis=-1, inplace=False)
 
-    def decode(self, latents: Float[HostOrDevice, "... F"]) -> Float[Array, "... D"]:
-        """f W_dec + b_dec, in the weights' dtype: the reconstruction without an affine skip."""
-        decoded = _product(latents, self.W_dec)
+    def decode(self, latents: ArrayLike) -> Float[Array, "... D"]:
+        """f W_dec + b_dec, in the weights' dtype: the reconstruction without an affine skip.
+
+        Takes latents [..., F] as `encode` takes activations.
+        """
+        decoded = _product(_as_array(latents, self.W_dec, "latents"), self.W_dec)
         return decoded + _last(self.b_dec, decoded.ndim)
 
-    def predict(
-        self, x: Float[HostOrDevice, "... D"], *, latents: Float[HostOrDevice, "... F"]
-    ) -> Float[Array, "... D"]:
+    def predict(self, x: ArrayLike, *, latents: ArrayLike) -> Float[Array, "... D"]:
         """The reconstruction from latents that `encode` gave for x, an affine skip included."""
         decoded = self.decode(latents)
-        return decoded if self.W_skip is None else decoded + _product(x, self.W_skip)
+        if self.W_skip is None:
+            return decoded
+        return decoded + _product(_as_array(x, self.W_skip, "activations"), self.W_skip)
 
-    def __call__(self, x: Float[HostOrDevice, "... D"]) -> Float[Array, "... D"]:
+    def __call__(self, x: ArrayLike) -> Float[Array, "... D"]:
         """Reconstruct raw activations; of a transcoder, predict its target's."""
         return self.predict(x, latents=self.encode(x))
 
@@ -115,6 +135,24 @@ class Sae:
             digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
             digest.update(np.ascontiguousarray(tensor).data)
         return digest.hexdigest()
+
+
+def _as_array(x: ArrayLike, weight: HostOrDevice, what: str) -> HostOrDevice:
+    """`x` as an array whose last dim is the first of `weight`; `what` names it in messages."""
+    if hasattr(x, "detach"):  # torch's: NumPy has no bfloat16 and takes no gradient or GPU's memory
+        x = x.detach()
+        x = (x.to_dense() if x.is_sparse else x).cpu()
+        x = (x if x.is_complex() else x.float()).numpy()
+    x = x if isinstance(x, jax.Array) else np.asarray(x)
+    if not (jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool) or jnp.iscomplexobj(x):
+        raise UserError(f"{what} must be real numbers; they are {x.dtype}")
+    width, shape = weight.shape[0], list(x.shape)
+    if x.ndim == 0 or x.shape[-1] != width:
+        hint = ""
+        if math.prod(shape[-2:]) == width:
+            hint = f". If the last two are heads, join them: x.reshape(*x.shape[:-2], {width})"
+        raise UserError(f"{what} must end in a dim of {width}, and their shape is {shape}{hint}")
+    return x
 
 
 def _product(x: HostOrDevice, weight: HostOrDevice) -> Array:

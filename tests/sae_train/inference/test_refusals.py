@@ -45,7 +45,6 @@ def test_tensors_that_are_no_jumprelu_sae_are_refused(tmp_path, case):
     [
         ({"architecture": "matryoshka"}, "architecture 'matryoshka'"),
         ({"architecture": "jump_relu"}, "architecture 'jump_relu'"),
-        ({"normalize_activations": "expected_average_only_in"}, "expected_average_only_in"),
         ({"d_in": 11}, "says d_in 11, the tensors have 10"),
         ({"d_sae": 25}, "says d_sae 25, the tensors have 24"),
     ],
@@ -61,7 +60,6 @@ def test_saelens_configs_we_cannot_honour_are_refused(tmp_path, changes, message
     ("changes", "message"),
     [
         ({"architecture": "topk", "k": None}, "whole k of at least 1"),
-        ({"architecture": "standard", "activation_fn": "tanh-relu"}, "activation 'tanh-relu'"),
         ({"architecture": "gated"}, r"lack \['b_gate', 'b_mag', 'r_mag'\]"),
     ],
 )
@@ -78,6 +76,7 @@ def test_architectures_of_saelens_we_cannot_express_are_refused(tmp_path, change
         ({"architecture": "topk"}, "only 'jump_relu'"),
         ({"type": "crosscoder"}, "describes a crosscoder"),
         ({"affine_connection": True}, "affine_connection True, and the tensors lack"),
+        ({"hf_hook_point_in": 5, "affine_connection": True}, "and the tensors lack"),
     ],
 )
 def test_gemma_scope_2_configs_we_cannot_honour_are_refused(tmp_path, changes, message):
