@@ -95,7 +95,8 @@ class BucketFiller:
         self, sequences: Int64[np.ndarray, " N"], before: Callable[[], None]
     ) -> Iterator[_Batch]:
         """Forward passes, each replica one ahead: the host copies rows while devices compute."""
-        size = self.manifest.sequences_per_batch
+        # One shape for all buckets, and none larger than all there is.
+        size = min(self.manifest.sequences_per_batch, len(self._sequences))
         ahead: collections.deque[_Batch] = collections.deque()
         for start, replica in zip(
             range(0, len(sequences), size), itertools.cycle(self.replicas), strict=False

@@ -78,7 +78,7 @@ class Evaluation:
     l0: float
     fvu: float | None
     mse: float | None
-    variance: float
+    variance: float | None
     alive_fraction: float
     loss: float | None
     loss_spliced: float | None
@@ -134,7 +134,7 @@ def measures(
     return {
         **headline(site=site, sae=sae, base=losses.base, spliced=losses.spliced),
         "mse": _finite(float(sae.squared_error_S.sum()) / tokens),
-        "variance": float(site.spread_S.sum()) / tokens,
+        "variance": _finite(float(site.spread_S.sum()) / tokens),
         "alive_fraction": float((sae.fired_F > 0).mean()),
         **_loss_measures(losses.base, losses.spliced, losses.zero, suffix=""),
         **_loss_measures(

@@ -97,6 +97,12 @@ def sae_batch(
 
 
 @jax.jit
+def are_finite(x_BSD: Float[Array, "B S D"], counted_BS: Bool[HostOrDevice, "B S"]) -> Array:
+    """Are the activations of all counted tokens finite?"""
+    return (jnp.isfinite(x_BSD).all(axis=2) | ~jnp.asarray(counted_BS)).all()
+
+
+@jax.jit
 def _site_batch(
     x_BSD: Float[Array, "B S D"], counted_BS: Bool[Array, "B S"], shift_D: Float[Array, " D"]
 ) -> tuple[Float[Array, "S D"], Float[Array, "B D"], Float[Array, "B S"]]:

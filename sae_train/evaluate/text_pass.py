@@ -30,7 +30,7 @@ from sae_train.evaluate.importance import ImportanceSums, uniformity
 from sae_train.evaluate.job import Job, masked_tokens
 from sae_train.evaluate.result import Losses
 from sae_train.evaluate.splice import splice_of, splice_zero
-from sae_train.evaluate.sums import LossSums, SaeSums, SiteSums, Subsets, sae_batch
+from sae_train.evaluate.sums import LossSums, SaeSums, SiteSums, Subsets, are_finite, sae_batch
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -40,7 +40,7 @@ _GRADIENT_PASSES = 4
 
 @dataclass(frozen=True)
 class _Batch:
-    """Tokens and which of them are counted; a short batch is filled up with padding."""
+    """Tokens and which of them are counted; a short last batch is filled up with padding."""
 
     tokens_BS: Int[np.ndarray, "B S"]
     usable_BS: Bool[np.ndarray, "B S"]
@@ -175,17 +175,18 @@ class Pass:
 
     def _batches(self) -> Iterator[_Batch]:
         """The first held-out sequences in order, in batches of one shape."""
-        size, text = self.settings.sequences_per_batch, self.jobs[0].sequences
-        text = text[: self.settings.sequences]
         if self.of_embedding:
-            vocabulary = range(self.table.num_harvestable)
-            for start in range(0, len(vocabulary), size):
-                yield self._batch(start, vocabulary[start : start + size], of_text=False)
-        for start in range(0, len(text), size):
-            yield self._batch(start, text[start : start + size])
+            yield from self._batches_of(range(self.table.num_harvestable), of_text=False)
+        yield from self._batches_of(self.jobs[0].sequences[: self.settings.sequences])
 
-    def _batch(self, start: int, indices: range, *, of_text: bool = True) -> _Batch:
-        size, pad = self.settings.sequences_per_batch, self.table.summary.special_ids.pad
+    def _batches_of(self, sequences: range, *, of_text: bool = True) -> Iterator[_Batch]:
+        size = min(self.settings.sequences_per_batch, len(sequences))
+        for start in range(0, len(sequences), size or 1):
+            chosen = sequences[start : start + size]
+            yield self._batch(start, chosen, size=size, of_text=of_text)
+
+    def _batch(self, start: int, indices: range, *, size: int, of_text: bool) -> _Batch:
+        pad = self.table.summary.special_ids.pad
         filling = size - len(indices)
         tokens_BS = self.table.read(indices)
         tokens_BS = np.pad(tokens_BS, ((0, filling), (0, 0)), constant_values=pad)
@@ -218,6 +219,13 @@ class Pass:
             return {}
         read = (*self.taps, *(job.tap for job in self.jobs))
         acts = self.model.activations(batch.tokens_BS, read)
+        for tap, values in acts.items():
+            if not are_finite(values, batch.usable_BS):
+                raise UserError(
+                    f"{tap.name} of {self.jobs[0].model.weights} holds NaN or infinity on the text "
+                    "measured: activations must be finite. Check the weights, or set its dtype to "
+                    "float32."
+                )
         for tap in self.taps:
             self.sites[tap].start(acts[tap], batch.usable_BS)
             if mine:
