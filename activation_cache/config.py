@@ -48,6 +48,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 def _folder_or_bucket(text: str) -> str:
     """A folder, or a URL of a bucket: what can be neither is refused before anything is read."""
+    if "\0" in text:
+        raise ValueError("no path can have the character NUL")
     if is_url(text):
         try:
             parse_address(text)

@@ -8,6 +8,7 @@ traceback.
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import sys
 import textwrap
@@ -19,6 +20,7 @@ from typing import Any
 from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.runtime.processes import launched_index
 from activation_cache.runtime.version import package_version
+from activation_cache.storage.files import disk_refusal
 from launch import commands, console, exit_codes
 from launch.processes import group
 from launch.processes.signals import StopFlag, stop_on_signals
@@ -226,10 +228,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = exit_codes.STOPPED
     except console.ClosedOutput:
         code = exit_codes.DONE
-    except Exception:
-        group.end_broken()
-        raise
+    except Exception as error:
+        told = _disk_words(error)
+        if told is None:
+            group.end_broken()
+            raise
+        group.tell(arguments.command, told)
+        code = exit_codes.MISTAKE
     return group.end(code)
+
+
+def _disk_words(error: Exception) -> str | None:
+    """What a disk refused where no message of ours says it; None for any other error.
+
+    A file that isn't there is a bug, or hasn't reached this machine yet: it keeps its traceback.
+    """
+    if not isinstance(error, OSError) or error.filename is None or error.errno == errno.ENOENT:
+        return None
+    refusal = disk_refusal(error.errno, error.filename, doing="use")
+    return None if refusal is None else str(refusal)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -12,12 +12,8 @@ from contextlib import nullcontext
 
 from activation_cache.runtime import processes
 from activation_cache.runtime.errors import UserError
-from activation_cache.storage.files import (
-    StoragePath,
-    folder_lock,
-    remove_tree,
-    storage_path,
-)
+from activation_cache.storage.files import StoragePath, remove_tree, storage_path
+from activation_cache.storage.locks import folder_lock
 from launch.config.job import Job
 from launch.config.local import LocalLaunch
 from launch.processes import group

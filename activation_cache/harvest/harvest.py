@@ -36,13 +36,8 @@ from activation_cache.runtime import exchange, processes
 from activation_cache.runtime.errors import UserError
 from activation_cache.runtime.exchange import shared
 from activation_cache.storage.arrays import bucket_rows, remove_stray_files
-from activation_cache.storage.files import (
-    StoragePath,
-    folder_lock,
-    remove_tree,
-    storage_path,
-    write_text,
-)
+from activation_cache.storage.files import StoragePath, remove_tree, storage_path, write_text
+from activation_cache.storage.locks import folder_lock
 from activation_cache.storage.records import FORMAT_VERSION, read_record, write_record
 from activation_cache.store.manifest import (
     Manifest,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,10 +179,13 @@ def conversion_folder(store: AnyPath) -> Path:
     """The folder of GGUF conversions: `weights/` beside the activation store.
 
     They are mapped into memory. If the store is in a bucket, they are kept in the user's cache
-    folder on this machine.
+    folder on this machine, or among its temporary files if the user has no home.
     """
     folder = storage_path(store)
-    return (folder.parent if isinstance(folder, Path) else user_cache()) / "weights"
+    if isinstance(folder, Path):
+        return folder.parent / "weights"
+    cache = user_cache() or Path(tempfile.gettempdir(), f"open-gemma-scope-{os.getuid()}")
+    return cache / "weights"
 
 
 def convert_once(model: ModelConfig, *, folder: Path) -> None:

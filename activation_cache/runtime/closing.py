@@ -35,7 +35,8 @@ class Closing(ABC):
         except UserError as failure:
             if error is None or isinstance(error, Interrupted):
                 raise
-            logger.error("%s", failure)
+            if str(failure) != str(error):
+                logger.error("%s", failure)
 
     @abstractmethod
     def close(self) -> None:

@@ -14,16 +14,24 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
 from activation_cache.runtime.errors import UserError
-from activation_cache.storage.bucket import BucketPath, guard
+from activation_cache.storage.bucket import BucketPath
 from activation_cache.storage.bucket_client import key_value_spec
 from activation_cache.storage.bucket_errors import array_error
-from activation_cache.storage.files import StoragePath, disk_errors
+from activation_cache.storage.files import (
+    StoragePath,
+    disk_errors,
+    disk_refusal,
+    remove_file,
+    sync,
+)
+from activation_cache.storage.guard import guard
 from activation_cache.storage.row_range import Segment
 
 SHARD_BYTES = 256 * 2**20  # no shard is larger, unless its bucket is few and wide blocks
@@ -105,7 +113,11 @@ class ArrayLayout:
     def _key_value_spec(self) -> dict[str, Any]:
         if isinstance(self.path, BucketPath):
             return key_value_spec(self.path)
-        return {"driver": "file", "path": f"{self.path}/"}
+        # No shard has two writers, so TensorStore needs no locks, which some file systems lack. It
+        # doesn't sync either (`_sync` does), because some can't sync a folder.
+        locking = {"mode": "none"}
+        path = f"{self.path}/"
+        return {"driver": "file", "path": path, "file_io_locking": locking, "file_io_sync": False}
 
     def open(
         self, *, create: bool = False, assume: bool = False, context: ts.Context | None = None
@@ -128,9 +140,12 @@ class ArrayLayout:
             "store_data_equal_to_fill_value": True,
         }
         with array_errors(self.path, doing="create" if create else "open"):
-            return ts.open(
+            array = ts.open(
                 spec, open=True, create=create, assume_metadata=assume, context=context
             ).result()
+        if create:
+            _sync(self.path / "zarr.json")
+        return array
 
 
 def write_shards(
@@ -145,8 +160,7 @@ def write_shards(
         UserError: the disk or the bucket refuses, or another process has taken the folder.
     """
     assert start % layout.shard_rows == 0, (start, layout.shard_rows)
-    if isinstance(layout.path, BucketPath):
-        guard(layout.path)
+    guard(layout.path)
     with array_errors(layout.path, doing="write"):
         for first in range(0, len(rows), layout.shard_rows):
             part = rows[first : first + layout.shard_rows]
@@ -154,6 +168,15 @@ def write_shards(
             begin = start + first
             array.with_transaction(transaction)[begin : begin + len(part)].write(part).result()
             transaction.commit_sync()
+            _sync(layout.shard_file(begin))
+
+
+def _sync(file: StoragePath) -> None:
+    """Return when a file, and its name in its folder, are on the disk."""
+    if isinstance(file, Path):
+        with disk_errors(file, doing="write"):
+            sync(file)
+            sync(file.parent)
 
 
 def start_read(array: ts.TensorStore, segments: list[Segment]) -> ts.Future:
@@ -179,10 +202,9 @@ def remove_stray_files(folder: StoragePath) -> None:
     """
     if isinstance(folder, BucketPath):
         return
-    with disk_errors(folder, doing="clean up"):
-        for pattern in ("*.__lock", ".*.tmp"):
-            for stray in folder.rglob(pattern):
-                stray.unlink(missing_ok=True)
+    for pattern in ("[!.]*.__lock", ".*.tmp"):  # a lease's file begins with a dot
+        for stray in folder.rglob(pattern):
+            remove_file(stray)
 
 
 _ERRNO_BY_STATUS = {"RESOURCE_EXHAUSTED": errno.ENOSPC, "PERMISSION_DENIED": errno.EACCES}
@@ -190,7 +212,7 @@ _ERRNO_BY_STATUS = {"RESOURCE_EXHAUSTED": errno.ENOSPC, "PERMISSION_DENIED": err
 
 @contextlib.contextmanager
 def array_errors(path: StoragePath, *, doing: str) -> Iterator[None]:
-    """Turn TensorStore's errors (a `ValueError` that begins with a status) into a `UserError`.
+    """Turn TensorStore's errors, whose text begins with a status, into a `UserError`.
 
     Raises:
         UserError: the disk or the bucket refused, or a shard is damaged; names the file. Other
@@ -198,24 +220,48 @@ def array_errors(path: StoragePath, *, doing: str) -> Iterator[None]:
     """
     try:
         yield
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         if isinstance(error, UserError):
             raise
         text = str(error)
         status = text.split(":", 1)[0]
         named = re.search(r'(?:local file|at|key) "([^"]+)"', text)
         file = named.group(1) if named else str(path)
-        if status in ("DATA_LOSS", "NOT_FOUND", "FAILED_PRECONDITION") and doing != "write":
+        reading = doing in ("read", "open", "create")
+        if status in ("DATA_LOSS", "NOT_FOUND", "FAILED_PRECONDITION") and reading:
             found = text.split(" [", 1)[0]
             raise damaged_shard(file, found, missing=status == "NOT_FOUND") from error
         if isinstance(path, BucketPath):
             raise array_error(str(path), text, doing=doing) or error from error
-        code = re.search(r"os_error_code='(\d+)'", text)
-        number = int(code.group(1)) if code else _ERRNO_BY_STATUS.get(status)
-        if number is None:
+        number = _os_error_code(text) or _ERRNO_BY_STATUS.get(status)
+        told = disk_refusal(number, file, doing=doing)
+        if told is None:
             raise
-        with disk_errors(file, doing=doing):
-            raise OSError(number, text) from error
+        raise told from error
+
+
+def refused_number(error: BaseException | None) -> int | None:
+    """The `errno` of a disk's refusal that an error of Orbax came from; None if none did.
+
+    Orbax passes TensorStore's errors on, alone, as causes, or in a group.
+    """
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+            return error.errno
+        if number := _os_error_code(str(error)):
+            return number
+        if isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        else:
+            error = error.__cause__ or error.__context__
+    return None
+
+
+def _os_error_code(text: str) -> int | None:
+    code = re.search(r"os_error_code='(\d+)'", text)
+    return int(code.group(1)) if code else None
 
 
 def damaged_shard(file: StoragePath | str, found: str, *, missing: bool = False) -> UserError:

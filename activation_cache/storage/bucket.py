@@ -7,13 +7,13 @@ the requests.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from activation_cache.runtime.addresses import Address, parse_address
 from activation_cache.storage.bucket_client import check_bucket, file_system, plain, request
+from activation_cache.storage.guard import guard
 
 
 @dataclass(frozen=True)
@@ -169,27 +169,6 @@ def delete_below(path: BucketPath) -> None:
     names = [plain(file) for file in files_below(path)]
     if names:
         request(path, lambda: file_system(path.scheme).rm(names), doing="delete")
-
-
-_guards: dict[BucketPath, Callable[[], None]] = {}
-
-
-def set_guard(folder: BucketPath, check: Callable[[], None] | None) -> None:
-    """Have `check` called before each write below a folder; None ends that.
-
-    A lease sets it: `check` raises `UserError` once another process holds the folder.
-    """
-    if check is None:
-        _guards.pop(folder, None)
-    else:
-        _guards[folder] = check
-
-
-def guard(path: BucketPath) -> None:
-    """Raises `UserError` if another process has taken a folder that `path` is in."""
-    for folder, check in list(_guards.items()):
-        if path == folder or str(path).startswith(f"{folder}/"):
-            check()
 
 
 def _from_plain(like: BucketPath, name: str) -> BucketPath:

@@ -1,4 +1,4 @@
-"""Small files and folders, on a disk or in a bucket: atomic writes, locks, messages for errors.
+"""Small files and folders, on a disk or in a bucket: atomic writes, messages for errors.
 
 Arrays go through TensorStore (`arrays.py`), every other write through here. A `StoragePath` is a
 `pathlib.Path` or a `BucketPath`, which has the same methods as far as buckets allow.
@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
+import logging
 import os
-import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -22,65 +21,114 @@ from activation_cache.runtime.addresses import is_url
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage import bucket
 from activation_cache.storage.bucket import BucketPath
+from activation_cache.storage.guard import guard
 
 StoragePath = Path | BucketPath
 AnyPath = str | os.PathLike[str] | BucketPath
 
+logger = logging.getLogger(__name__)
+
+_ROOM, _ACCESS, _NAME = "free space", "fix the permission", "choose another path"
+_BACK, _LATER = "bring the disk back", "wait until it is free"
+_GONE = "the file system it is on has gone away"
+_SILENT = "the file system's server doesn't answer"
+# What a disk refuses, and what the user can do about it.
 _DISK_ERRORS = {
-    errno.ENOENT: "a folder above it is gone",
-    errno.ESTALE: "the file system it is on has gone away",
-    errno.ENOTCONN: "the file system it is on has gone away",
-    errno.ENODEV: "the disk it is on has gone away",
-    errno.EIO: "the disk fails (input/output error)",
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "it passes the limit on the size of files (ulimit -f)",
-    errno.EACCES: "permission is denied",
-    errno.EPERM: "permission is denied",
-    errno.EROFS: "the file system is read-only",
-    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.ENOSPC: ("the disk is full", _ROOM),
+    errno.EDQUOT: ("the disk quota is used up", _ROOM),
+    errno.EFBIG: ("it passes the limit on the size of files (ulimit -f)", "raise the limit"),
+    errno.EMFILE: ("this process has too many files open (ulimit -n)", "raise the limit"),
+    errno.EACCES: ("permission is denied", _ACCESS),
+    errno.EPERM: ("permission is denied", _ACCESS),
+    errno.EKEYEXPIRED: ("the ticket for the file system has run out", "renew it (kinit)"),
+    errno.ENOKEY: ("there is no ticket for the file system", "get one (kinit)"),
+    errno.EROFS: ("the file system is read-only", _NAME),
+    errno.ENOTDIR: ("a part of the path is a file, not a folder", _NAME),
+    errno.EEXIST: ("a file, or a link that leads nowhere, has that name", _NAME),
+    errno.EISDIR: ("it is a folder, not a file", _NAME),
+    errno.ENAMETOOLONG: ("the name is too long for the file system", _NAME),
+    errno.ELOOP: ("its symbolic links go round in a circle", _NAME),
+    errno.EINVAL: ("the file system can't do it (invalid argument)", _NAME),
+    errno.ENOSYS: ("the file system can't do it", _NAME),
+    errno.EOPNOTSUPP: ("the file system can't do it", _NAME),
+    errno.ENOLCK: ("the file system has no locks", _NAME),
+    errno.ENOENT: ("a folder above it is gone", _BACK),
+    errno.ESTALE: (_GONE, _BACK),
+    errno.ENOTCONN: (_GONE, _BACK),
+    errno.ENODEV: ("the disk it is on has gone away", _BACK),
+    errno.ENXIO: ("the disk it is on has gone away", _BACK),
+    errno.EIO: ("the disk fails (input/output error)", "replace or mend the disk"),
+    errno.ETIMEDOUT: (_SILENT, _BACK),
+    errno.EHOSTDOWN: (_SILENT, _BACK),
+    errno.EHOSTUNREACH: (_SILENT, _BACK),
+    errno.EREMOTEIO: (_SILENT, _BACK),
+    errno.EBUSY: ("another process uses it", _LATER),
+    errno.ENOTEMPTY: ("another process uses what is in it", _LATER),
+    errno.ETXTBSY: ("another process uses it", _LATER),
 }
+_IN_USE = (errno.EBUSY, errno.ENOTEMPTY)
+NOT_OFFERED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def storage_path(path: AnyPath) -> StoragePath:
     """The folder or file that a text names: `gs://...` and `s3://...` are in a bucket.
 
     Raises:
-        UserError: a URL of another kind, or one without a bucket.
+        UserError: a URL of another kind, one without a bucket, or a NUL in the text.
     """
     if isinstance(path, BucketPath):
         return path
     text = os.fspath(path)
+    if "\0" in text:
+        raise UserError(f"{text!r} has the character NUL in it, which no path can have")
     return BucketPath.parse(text) if is_url(text) else Path(text)
 
 
-def user_cache() -> Path:
-    """This machine's folder for files that can be made again: `~/.cache/open-gemma-scope`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "open-gemma-scope"
+def user_cache() -> Path | None:
+    """This machine's folder for files that can be made again: `~/.cache/open-gemma-scope`.
+
+    None for a user without a home folder: containers run with user numbers that nobody has.
+    """
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except (RuntimeError, KeyError):
+        return None
+    return root / "open-gemma-scope"
+
+
+def disk_refusal(
+    number: int | None, path: object, *, doing: str, note: str = ""
+) -> UserError | None:
+    """The error for what a disk refused, by its `errno`; None if the user can't mend it.
+
+    Args:
+        doing: a verb for the message, as in "cannot write /data/x".
+        note: a sentence more, such as how much room there is.
+    """
+    reason, remedy = _DISK_ERRORS.get(number or 0, (None, ""))
+    if reason is None:
+        return None
+    return UserError(
+        f"cannot {doing} {path}: {reason}.{f' {note}' if note else ''} What was finished before is "
+        f"intact: {remedy} and give the same command again."
+    )
 
 
 @contextlib.contextmanager
 def disk_errors(path: AnyPath, *, doing: str) -> Iterator[None]:
-    """Turn the disk errors that a user can mend into a `UserError` naming `path`.
-
-    Args:
-        doing: a verb for the message, as in "cannot write /data/x".
+    """Turn the disk errors that a user can mend (`disk_refusal`) into a `UserError` naming `path`.
 
     Raises:
         UserError: for a full or failing disk, one that has gone away, a used-up quota, a missing
-            permission, a read-only file system or a file where a folder belongs. Other errors
-            pass through.
+            permission, a file where a folder belongs, and their like. Other errors pass through.
     """
     try:
         yield
     except OSError as error:
-        reason = _DISK_ERRORS.get(error.errno or 0)
-        if reason is None:
+        told = disk_refusal(error.errno, path, doing=doing)
+        if told is None:
             raise
-        raise UserError(
-            f"cannot {doing} {path}: {reason}. What was finished before is intact: free space or "
-            "fix the permission and give the same command again."
-        ) from error
+        raise told from error
 
 
 @overload
@@ -119,8 +167,8 @@ def replacing(path: AnyPath) -> Iterator[Path]:
     with disk_errors(target, doing="write"):
         try:
             yield temporary
-            with open(temporary, "rb+") as written:
-                os.fsync(written.fileno())
+            guard(target)
+            sync(temporary)
             os.replace(temporary, target)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -155,8 +203,25 @@ def append_line(path: AnyPath, line: str) -> None:
         before = target.read_bytes() if target.is_file() else b""
         write_bytes(target, before + line.encode() + b"\n")
         return
+    guard(target)
     with disk_errors(target, doing="write"), target.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
+
+
+def sync(path: Path) -> None:
+    """Return when a file, or the names in a folder, are on the disk.
+
+    Some file systems can't sync folders, and say so; what they keep they keep without.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NOT_OFFERED:
+            raise
+        logger.debug("%s can't be synced: %s", path, error)
+    finally:
+        os.close(handle)
 
 
 def read_json(path: AnyPath) -> Any:
@@ -180,17 +245,54 @@ def refuse_lfs_pointer(path: AnyPath, data: bytes) -> None:
 def file_sizes(folder: StoragePath) -> dict[StoragePath, int]:
     """Every file below a folder, at any depth, with its size in bytes; in the order of names."""
     if isinstance(folder, BucketPath):
-        return {**bucket.files_below(folder)}
+        return dict(bucket.files_below(folder).items())
     return {file: file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 def remove_tree(folder: StoragePath) -> None:
-    """Delete a folder with all that is in it; nothing if there is none."""
+    """Delete a folder with all that is in it; nothing if there is none.
+
+    A folder that is a symbolic link is emptied and stays; of the links in it only the links are
+    deleted. What another process uses stays too, with a warning: NFS keeps a deleted file under
+    another name until the last process has closed it.
+    """
     if isinstance(folder, BucketPath):
         bucket.delete_below(folder)
-    elif folder.exists():
-        with disk_errors(folder, doing="delete"):
-            shutil.rmtree(folder)
+        return
+    guard(folder)
+    left: list[OSError] = []
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    with disk_errors(folder, doing="delete"):
+        for place, folders, files in os.walk(folder, topdown=False, onerror=refuse):
+            left += filter(None, (_delete(Path(place, name)) for name in (*files, *folders)))
+        if not folder.is_symlink():
+            left += filter(None, [_delete(folder)])
+    if left:
+        logger.warning("%s isn't wholly deleted, as another process uses it: %s", folder, left[0])
+
+
+def remove_file(path: Path) -> None:
+    """Delete a file that nobody needs; one that another process uses stays, with a warning."""
+    with disk_errors(path, doing="delete"):
+        if error := _delete(path):
+            logger.warning("%s isn't deleted, as another process uses it: %s", path, error)
+
+
+def _delete(path: Path) -> OSError | None:
+    """Delete a file, a link or an empty folder; returns the error if another process uses it."""
+    try:
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno not in _IN_USE:
+            raise
+        return error
+    return None
 
 
 @contextlib.contextmanager
@@ -211,59 +313,3 @@ def on_disk(folder: StoragePath, names: tuple[str, ...]) -> Iterator[Path]:
                 if (folder / name).is_file():
                     bucket.download(folder / name, copy / name)
         yield copy
-
-
-@contextlib.contextmanager
-def folder_lock(path: AnyPath) -> Iterator[None]:
-    """Hold `path` for this process alone; the kernel releases it when the process dies.
-
-    In a bucket a lease takes the lock's part (`lease.held`).
-
-    Raises:
-        UserError: another process holds the folder, or it can't be written.
-    """
-    folder = make_folder(path)
-    if isinstance(folder, BucketPath):
-        # Imported here because it loads TensorStore, which takes a while.
-        from activation_cache.storage import lease
-
-        with lease.held(folder):
-            yield
-        return
-    with disk_errors(folder, doing="write in"):
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{folder} is in use by another process: one process writes a folder at a time. "
-                "Wait for it to end, stop it, or choose another folder."
-            ) from error
-        yield
-    finally:
-        os.close(handle)
-
-
-def is_locked(folder: StoragePath) -> bool:
-    """Does a process hold this folder (`folder_lock`)?
-
-    It takes a shared lock for an instant. A writer that starts in that instant finds the folder in
-    use, says so and can be started again. In a bucket the answer is as old as the last renewal of
-    the lease.
-    """
-    if isinstance(folder, BucketPath):
-        from activation_cache.storage import lease
-
-        return lease.is_held(folder)
-    try:
-        handle = os.open(folder / ".lock", os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False

@@ -1,14 +1,16 @@
-"""One writer per folder of a bucket: a lease, an object that its holder keeps renewing.
+"""One writer per folder where there are no locks: a lease, which its holder keeps renewing.
 
-On a disk the kernel releases a dead process's lock; a bucket has no kernel. The holder writes
-`.lock` every few seconds. A lease that hasn't changed for `LEASE_SECONDS` is free, and so is one
-whose holder was a process of this machine that has ended.
+On most disks the kernel releases a dead process's lock; a bucket has no kernel, and some network
+file systems have no locks. There the holder writes a small object or file every few seconds. A
+lease that hasn't changed for `LEASE_SECONDS` is free, and so is one whose holder was a process of
+this machine that has ended.
 
 A lease is taken and renewed with conditional writes: the server writes only if the object is still
 the one that was read. Google Cloud Storage and Amazon S3 offer that, so that of two processes one
 wins. A holder that was cut off until another took over learns of it before its next write
-(`bucket.guard`). On a server that ignores conditions, of two that begin in the same instant the
-last wins, and the other stops at its next renewal.
+(`guard`). On a server that ignores conditions, of two that begin in the same instant the last
+wins, and the other stops at its next renewal. On a disk TensorStore makes the condition hold with a
+file beside the lease, which only one process can create.
 """
 
 from __future__ import annotations
@@ -29,26 +31,28 @@ from typing import Any
 import tensorstore as ts
 
 from activation_cache.runtime.errors import UserError
-from activation_cache.storage.bucket import BucketPath, set_guard
+from activation_cache.storage.arrays import array_errors
+from activation_cache.storage.bucket import BucketPath
 from activation_cache.storage.bucket_client import key_value_spec
-from activation_cache.storage.bucket_errors import array_error
+from activation_cache.storage.files import StoragePath
+from activation_cache.storage.guard import set_guard
 
 logger = logging.getLogger(__name__)
 
-FILE = ".lock"
 LEASE_SECONDS = 60.0
 _RENEW_SECONDS = 10.0
 _LOOK_SECONDS = 1.0
+_CREATING_SECONDS = 5
 
 
 @contextlib.contextmanager
-def held(folder: BucketPath) -> Iterator[None]:
+def held(folder: StoragePath) -> Iterator[None]:
     """Hold a folder for this process alone, for as long as the block lasts.
 
     Where the last holder may be dead it waits up to `LEASE_SECONDS` for a renewal.
 
     Raises:
-        UserError: another process holds it, or the bucket can't be used.
+        UserError: another process holds it, or the bucket or the disk refuses.
     """
     lease = _Lease(folder)
     lease.take()
@@ -64,10 +68,15 @@ def held(folder: BucketPath) -> Iterator[None]:
         lease.give_back()
 
 
-def is_held(folder: BucketPath) -> bool:
+def file_name(folder: StoragePath) -> str:
+    """The lease's name in a folder; on a disk `.lock` is the file that is locked."""
+    return ".lock" if isinstance(folder, BucketPath) else ".lease"
+
+
+def is_held(folder: StoragePath) -> bool:
     """Was the lease of this folder renewed in the last `LEASE_SECONDS`, by this machine's clock?"""
     try:
-        changed = (folder / FILE).stat().st_mtime
+        changed = (folder / file_name(folder)).stat().st_mtime
     except FileNotFoundError:
         return False
     return time.time() - changed < LEASE_SECONDS
@@ -84,13 +93,18 @@ class _Lease:
         lock: of the renewals, which come from a thread and from `check`.
     """
 
-    folder: BucketPath
+    folder: StoragePath
     owner: str = field(default_factory=lambda: uuid.uuid4().hex)
     renewals: int = 0
     renewed: float = 0.0
     lost: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
     done: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def name(self) -> str:
+        """The name of its object or file in the folder."""
+        return file_name(self.folder)
 
     def take(self) -> None:
         """Take the lease; one that may have been left behind is given time to run out.
@@ -147,7 +161,7 @@ class _Lease:
         with self.lock:
             found = self._read()
             if not found.value:
-                self.lost = f"its {FILE} was deleted"
+                self.lost = f"its {self.name} was deleted"
             elif not self._is_ours(found):
                 self.lost = f"{_holder(found.value)} took it"
             elif not self._write(found):
@@ -158,14 +172,14 @@ class _Lease:
 
     def give_back(self) -> None:
         """Delete the object, if it is still ours."""
-        with contextlib.suppress(UserError):  # it runs out without this
+        with contextlib.suppress(UserError, OSError):  # it runs out without this
             found = self._read()
             if self._is_ours(found):
-                (self.folder / FILE).unlink(missing_ok=True)
+                (self.folder / self.name).unlink(missing_ok=True)
 
     def _read(self) -> Any:
         """What TensorStore reads: the object's generation and its value, empty if there is none."""
-        return self._ask(lambda store: store.read(FILE).result(), doing="read the lease of")
+        return self._ask(lambda store: store.read(self.name).result(), doing="read the lease of")
 
     def _write(self, before: Any) -> bool:
         """Write our lease over the one that was read; False if that had changed by then."""
@@ -182,7 +196,7 @@ class _Lease:
         # A missing object has a generation too; an emulator may give none, all zeros.
         condition = before.stamp.generation if before.stamp.generation.strip(b"\0") else None
         written = self._ask(
-            lambda store: store.write(FILE, data, if_equal=condition).result(),
+            lambda store: store.write(self.name, data, if_equal=condition).result(),
             doing="take the lease of",
         )
         if not written.generation:
@@ -196,11 +210,27 @@ class _Lease:
     def _ask(self, call: Any, *, doing: str) -> Any:
         """Make a request of TensorStore, which retries what is transient."""
         try:
-            return call(ts.KvStore.open(key_value_spec(self.folder)).result())
+            with array_errors(self.folder, doing=doing):
+                return call(ts.KvStore.open(self._spec()).result())
         except ValueError as error:
-            if isinstance(error, UserError):
+            if not str(error).startswith("DEADLINE_EXCEEDED"):
                 raise
-            raise array_error(str(self.folder), str(error), doing=doing) or error from error
+            raise UserError(
+                f"cannot {doing} {self.folder}: another process is writing it, or was killed while "
+                f"it did ({self.name}.__lock is there). Give the same command again in "
+                f"{LEASE_SECONDS:.0f} s."
+            ) from error
+
+    def _spec(self) -> dict[str, Any]:
+        if isinstance(self.folder, BucketPath):
+            return key_value_spec(self.folder)
+        creating = self.folder / f"{self.name}.__lock"  # TensorStore's, while it writes
+        with contextlib.suppress(OSError):
+            if time.time() - creating.stat().st_mtime > LEASE_SECONDS:
+                creating.unlink()  # its process was killed in that moment
+        locking = {"mode": "lockfile", "acquire_timeout": f"{_CREATING_SECONDS}s"}
+        path = f"{self.folder.absolute()}/"
+        return {"driver": "file", "path": path, "file_io_locking": locking, "file_io_sync": False}
 
 
 def _holder(value: bytes) -> str:

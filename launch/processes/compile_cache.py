@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import platform
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,16 @@ def keep_programs() -> None:
     chosen: Any = jax.config  # whose attributes no type checker knows
     if chosen.jax_compilation_cache_dir or not chosen.jax_enable_compilation_cache:
         return
-    folder = user_cache() / "compiled" / _processor_key()
+    cache = user_cache()
+    if cache is None:
+        logger.info("compiled programs aren't kept, as this user has no home: set XDG_CACHE_HOME")
+        return
+    folder = cache / "compiled" / _processor_key()
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # a folder may be there and not be writable
     except OSError as error:
-        logger.debug("compiled programs aren't kept: %s", error)
+        logger.info("compiled programs aren't kept: %s", error)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING_SECONDS)

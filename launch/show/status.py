@@ -7,7 +7,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from activation_cache.storage.files import is_locked, storage_path
+from activation_cache.storage.files import storage_path
+from activation_cache.storage.locks import is_locked
 from launch.clusters.slurm_queue import QueueView, queue_view
 from launch.config.job import Job
 from launch.run_state import needs_evaluation, needs_release

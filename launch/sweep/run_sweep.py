@@ -13,7 +13,8 @@ from functools import partial
 from typing import Any
 
 from activation_cache.runtime.errors import Interrupted, UserError
-from activation_cache.storage.files import folder_lock, storage_path
+from activation_cache.storage.files import storage_path
+from activation_cache.storage.locks import folder_lock
 from launch import exit_codes, run_state, stages
 from launch.config.job import Job
 from launch.processes.signals import StopFlag

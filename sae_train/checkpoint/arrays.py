@@ -1,12 +1,13 @@
-"""A training state as arrays in a bucket: written by all processes, committed by one.
+"""A training state as arrays where Orbax can't work: written by all processes, committed by one.
 
 Orbax commits a checkpoint by renaming its folder, which a bucket can't do, and it can't write to
-s3://. So in a bucket a checkpoint is written the way the activation store is (`ArrayLayout`). Each
-process writes the shards its devices hold, as objects that no other process writes. When all have,
-the main process writes the meta, which commits the checkpoint. One without a meta was cut off; the
-next run that writes in the folder deletes it.
+s3://. On a disk it needs locks of files, which some network file systems lack. There a checkpoint
+is written the way the activation store is (`ArrayLayout`). Each process writes the shards its
+devices hold, as objects or files that no other process writes. When all have, the main process
+writes the meta. That commits the checkpoint in a bucket; on a disk its folder gets its name then.
+What was cut off is deleted by the next run that writes in the folder.
 
-The arrays are plain zarr3, so a run copied from a bucket to a disk is read there too.
+The arrays are plain zarr3, read on any disk and in any bucket.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,7 +30,15 @@ from activation_cache.runtime import exchange, processes
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.arrays import ArrayLayout, array_errors, start_read, write_shards
 from activation_cache.storage.bucket import BucketPath
-from activation_cache.storage.files import StoragePath, remove_tree, write_bytes
+from activation_cache.storage.files import (
+    StoragePath,
+    disk_errors,
+    make_folder,
+    remove_file,
+    remove_tree,
+    sync,
+    write_bytes,
+)
 from activation_cache.storage.row_range import Segment
 from sae_train.step.state import TrainState
 
@@ -38,24 +48,25 @@ META = "meta/metadata"
 ARRAYS = "arrays"  # the key of the meta that says how the arrays are cut into objects
 _OBJECT_BYTES, _CHUNK_BYTES = 64 * 2**20, 4 * 2**20
 _CONCURRENT_WRITES = 8
+_UNFINISHED = ".unfinished"  # ends the name of a checkpoint on a disk that isn't whole yet
 
 _saves = itertools.count()  # numbers saves; the same in all processes, which save in one order
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """Rows of one array that this process writes."""
+class _Shard:
+    """Rows of one array, from row `start` of a file on, that this process writes."""
 
     layout: ArrayLayout
     start: int
     rows: np.ndarray
 
 
-class BucketCheckpoints:
-    """The checkpoints under one folder of a bucket, saved in the background."""
+class ArrayCheckpoints:
+    """The checkpoints under one folder, saved in the background."""
 
-    def __init__(self, folder: BucketPath, *, keep: int | None) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: StoragePath, *, keep: int | None) -> None:
+        self.folder, self.keep = make_folder(folder), keep
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
         if processes.is_main():
@@ -73,28 +84,33 @@ class BucketCheckpoints:
 
     def steps(self) -> list[int]:
         """Steps that have a committed checkpoint."""
-        return [int(one.name) for one in self._folders() if (one / META).is_file()]
+        return [
+            int(one.name)
+            for one in self.folder.iterdir()
+            if one.name.isdecimal() and not self._is_unfinished(one)
+        ]
 
     def save(self, step: int, state: TrainState, sealed: Mapping[str, Any]) -> None:
         """Copy this process's part of a state off its devices and begin to write it."""
         self.wait()
-        target = self.folder / str(step)
+        on_disk = isinstance(self.folder, Path)
+        target = self.folder / f"{step}{_UNFINISHED if on_disk else ''}"
         exchange.run_on_main_and_broadcast("clear the checkpoint", lambda: self.delete(step))
-        pieces = list(_own_pieces(state, target))
+        shards = list(_own_shards(state, target))  # a copy, as the next step overwrites the state
         name = f"saved/{next(_saves)}"
-        self._saving = self._pool.submit(self._write, target, pieces, dict(sealed), name)
+        self._saving = self._pool.submit(self._write, target, shards, dict(sealed), name)
 
     def delete(self, step: int) -> None:
-        """Delete a checkpoint, its meta first: killed halfway it is unfinished, not damaged."""
-        (self.folder / str(step) / META).unlink(missing_ok=True)
-        remove_tree(self.folder / str(step))
+        """Delete a checkpoint."""
+        delete_checkpoint(self.folder / str(step))
 
     def _write(
-        self, target: BucketPath, pieces: list[_Piece], sealed: dict[str, Any], name: str
+        self, target: StoragePath, shards: list[_Shard], sealed: dict[str, Any], name: str
     ) -> None:
         mistake: str | None = None
         try:
-            _write_pieces(pieces)
+            with ThreadPoolExecutor(_CONCURRENT_WRITES) as pool:
+                list(pool.map(_write_shard, shards))
             if processes.is_main():
                 for path, cutting in sealed[ARRAYS].items():
                     _layout(target, path, cutting).open(create=True)
@@ -103,7 +119,9 @@ class BucketCheckpoints:
         self._agree(f"{name}/arrays", mistake)
         if processes.is_main():
             try:
+                make_folder((target / META).parent)
                 write_bytes(target / META, json.dumps(sealed).encode())
+                self._name(target)
                 self._delete_old()
             except UserError as error:
                 mistake = str(error)
@@ -120,14 +138,38 @@ class BucketCheckpoints:
         for step in steps[: -self.keep] if self.keep else []:
             self.delete(step)
 
+    def _name(self, target: StoragePath) -> None:
+        """Give a whole checkpoint on a disk its name."""
+        if isinstance(target, Path):
+            with disk_errors(target, doing="name a checkpoint"):
+                target.rename(target.with_name(target.name.removesuffix(_UNFINISHED)))
+                sync(target.parent)
+
     def _clear_unfinished(self) -> None:
-        for one in self._folders():
-            if not (one / META).is_file():
-                logger.warning("deleting %s: a checkpoint that was only half uploaded", one)
+        for one in self.folder.iterdir():
+            if self._is_unfinished(one):
+                logger.warning("deleting %s: a checkpoint that was only half written", one)
                 remove_tree(one)
 
-    def _folders(self) -> list[BucketPath]:
-        return [one for one in self.folder.iterdir() if one.name.isdecimal()]
+    def _is_unfinished(self, one: StoragePath) -> bool:
+        if isinstance(one, Path):
+            return one.name.endswith(_UNFINISHED)
+        return one.name.isdecimal() and not (one / META).is_file()
+
+
+def delete_checkpoint(folder: StoragePath) -> None:
+    """Delete a checkpoint, its meta first: killed halfway it is unfinished, not damaged.
+
+    Of one that was moved elsewhere, and linked from here, the link alone is deleted.
+    """
+    if isinstance(folder, BucketPath):
+        (folder / META).unlink(missing_ok=True)
+    elif folder.is_symlink():
+        remove_file(folder)
+        return
+    else:
+        remove_file(folder / META)
+    remove_tree(folder)
 
 
 def cutting_of(state: TrainState) -> dict[str, Any]:
@@ -212,8 +254,8 @@ def _part(
     return rows[(slice(None), *index[1:])] if shape else rows.reshape(())
 
 
-def _own_pieces(state: TrainState, target: BucketPath) -> Iterator[_Piece]:
-    """The shards of this process's devices, copied because the next step overwrites them."""
+def _own_shards(state: TrainState, target: StoragePath) -> Iterator[_Shard]:
+    """What this process's devices hold, copied off them."""
     for name, array in _named(state):
         layout = _layout(target, name, _cut(array))
         for shard in array.addressable_shards:
@@ -222,23 +264,13 @@ def _own_pieces(state: TrainState, target: BucketPath) -> Iterator[_Piece]:
             assert shard.data.shape[1:] == array.shape[1:], (name, shard.data.shape)
             start, _ = _span(shard.index, array.shape)
             rows = np.array(shard.data, copy=True).reshape(-1, *layout.shape[1:])
-            yield _Piece(layout, start, rows)
+            for first in range(0, len(rows), layout.shard_rows):
+                yield _Shard(layout, start + first, rows[first : first + layout.shard_rows])
 
 
-def _write_pieces(pieces: list[_Piece]) -> None:
-    parts = [
-        (piece.layout, piece.start + first, piece.rows[first : first + piece.layout.shard_rows])
-        for piece in pieces
-        for first in range(0, len(piece.rows), piece.layout.shard_rows)
-    ]
-    arrays = {piece.layout: piece.layout.open(assume=True) for piece in pieces}
-
-    def write(part: tuple[ArrayLayout, int, np.ndarray]) -> None:
-        layout, start, rows = part
-        write_shards(arrays[layout], layout, start=start, rows=rows)
-
-    with ThreadPoolExecutor(_CONCURRENT_WRITES) as pool:
-        list(pool.map(write, parts))
+def _write_shard(shard: _Shard) -> None:
+    array = shard.layout.open(assume=True)
+    write_shards(array, shard.layout, start=shard.start, rows=shard.rows)
 
 
 def _start_reads(layout: ArrayLayout, array: Any) -> dict[tuple[int, int], Any]:

@@ -3,9 +3,9 @@
 Layout: `<run>/checkpoints/<step>/{state,meta}`. `state` holds the arrays of a
 `sae_train.step.state.TrainState`, `meta` the JSON that says which run they belong to. On a disk
 Orbax writes a checkpoint under a temporary name and renames it when it is whole (`orbax_files`). In
-a bucket, which can't rename a folder, the meta is written last (`arrays`). So a checkpoint that can
-be seen was complete when it was written. What happens to it later is found out by checksums
-(`checksum`): the meta holds one of itself and one of each array.
+a bucket, which can't rename a folder, and on a disk that can't lock files, the meta is written last
+(`arrays`). So a checkpoint that can be seen was complete when it was written. What happens to it
+later is found out by checksums (`checksum`): the meta holds one of itself and one of each array.
 
 Saved by any number of processes on any mesh, a checkpoint restores on any other.
 """
@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from activation_cache.runtime import exchange
 from activation_cache.runtime.closing import Closing
 from activation_cache.runtime.errors import StorageError, UserError
 from activation_cache.storage.bucket import BucketPath
-from activation_cache.storage.files import AnyPath, StoragePath, storage_path
+from activation_cache.storage.files import AnyPath, StoragePath, make_folder, storage_path
+from activation_cache.storage.locks import locks_files
 from sae_train.checkpoint import arrays, orbax_files
-from sae_train.checkpoint.arrays import ARRAYS, META, BucketCheckpoints
+from sae_train.checkpoint.arrays import ARRAYS, META, ArrayCheckpoints
 from sae_train.checkpoint.checksum import DamagedCheckpoint, seal_meta, state_checksums, unseal_meta
 from sae_train.checkpoint.orbax_files import OrbaxCheckpoints
 from sae_train.checkpoint.same_run import FORMAT_VERSION
@@ -129,11 +131,14 @@ class Checkpoints(StoredCheckpoints, Closing):
     def __init__(self, run_folder: AnyPath, *, keep: int | None = None) -> None:
         """Clear away what a kill left half written; `keep` newest stay (None: all)."""
         super().__init__(run_folder)
-        self._files: BucketCheckpoints | OrbaxCheckpoints
-        if isinstance(self.folder, BucketPath):
-            self._files = BucketCheckpoints(self.folder, keep=keep)
+        self._files: ArrayCheckpoints | OrbaxCheckpoints
+        folder = make_folder(self.folder)
+        if isinstance(folder, Path) and exchange.run_on_main_and_broadcast(
+            "locks", lambda: locks_files(folder)
+        ):
+            self._files = OrbaxCheckpoints(folder, keep=keep)
         else:
-            self._files = OrbaxCheckpoints(self.folder, keep=keep)
+            self._files = ArrayCheckpoints(folder, keep=keep)
 
     def close(self) -> None:
         """Return when the save under way is over; raises `UserError` if it failed."""
@@ -152,7 +157,7 @@ class Checkpoints(StoredCheckpoints, Closing):
 
     def save(self, state: TrainState, *, step: int, meta: Mapping[str, Any]) -> None:
         """Copy the state off the devices and write it in the background."""
-        if isinstance(self.folder, BucketPath):
+        if isinstance(self._files, ArrayCheckpoints):
             meta = {**meta, ARRAYS: arrays.cutting_of(state)}
         self._files.save(step, state, seal_meta(meta, checksums=state_checksums(state)))
 

@@ -1,23 +1,31 @@
 """Checkpoints on a disk: every call into Orbax, which writes and reads them.
 
 Orbax narrates through absl's logger, a hundred lines a checkpoint, and a process that shows INFO
-would drown in them. While we have a folder open or read from one, what Orbax logs below WARNING is
-dropped; its warnings and errors pass, and at DEBUG (`sae -v`) so does everything.
+would drown in them. It also logs the tracebacks of errors that it raises to us afterwards. While we
+have a folder open or read from one, such records are dropped; Orbax's other warnings and errors
+pass, and at DEBUG (`sae -v`) so does everything.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
+import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
+from activation_cache.runtime.amounts import bytes_text
 from activation_cache.runtime.errors import UserError
-from activation_cache.storage.files import disk_errors, make_folder
+from activation_cache.storage.arrays import refused_number
+from activation_cache.storage.files import disk_refusal
+from sae_train.checkpoint.arrays import delete_checkpoint
 from sae_train.step.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -30,12 +38,10 @@ class OrbaxCheckpoints:
     """The checkpoints under one folder of a disk, saved in the background."""
 
     def __init__(self, folder: Path, *, keep: int | None) -> None:
-        """Make the folder and clear away what a kill left half written there.
-
-        Raises:
-            UserError: the folder can't be made.
-        """
-        self.folder = make_folder(folder)
+        """Clear away what a kill left half written in the folder."""
+        self.folder, self.keep = folder, keep
+        self._saving: int | None = None  # the step that was last saved, and its state's size
+        self._bytes = 0
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             enable_async_checkpointing=True,
@@ -48,20 +54,29 @@ class OrbaxCheckpoints:
         )
         with ExitStack() as stack:
             stack.enter_context(_without_narration())  # the background threads' too
-            self._manager = ocp.CheckpointManager(
-                folder, options=options, item_names=("state", "meta")
-            )
+            with self._errors():
+                self._manager = ocp.CheckpointManager(
+                    folder, options=options, item_names=("state", "meta")
+                )
             stack.callback(self._manager.close)
             self._open = stack.pop_all()
 
     def close(self) -> None:
         """End the background threads."""
-        self._open.close()
+        with self._errors():
+            self._open.close()
 
     def wait(self) -> None:
         """Return when the save under way has its final name; raises `UserError` if it failed."""
-        with self._save_errors():
-            self._manager.wait_until_finished()
+        with self._errors():
+            try:
+                self._manager.wait_until_finished()
+            except OSError as error:
+                # Orbax deletes the oldest when the newest has its name: then nothing is lost.
+                if self._saving is None or not (self.folder / str(self._saving)).is_dir():
+                    raise
+                logger.debug("Orbax can't delete the oldest checkpoint: %s", error)
+                self._delete_oldest()
 
     def steps(self) -> list[int]:
         """Steps that have a whole checkpoint, or will have when the save under way is over."""
@@ -72,29 +87,54 @@ class OrbaxCheckpoints:
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(sealed))
         )
-        with self._save_errors():
+        self.wait()
+        self._saving = step
+        self._bytes = sum(array.nbytes for array in jax.tree.leaves(state))
+        with self._errors():
             self._manager.save(step, args=arguments)
 
     def delete(self, step: int) -> None:
         """Delete a checkpoint."""
-        self._manager.delete(step)
+        try:
+            self._manager.delete(step)
+        except OSError as error:  # Orbax can delete neither links nor what another process uses
+            logger.debug("Orbax can't delete the checkpoint at step %d: %s", step, error)
+            delete_checkpoint(self.folder / str(step))
+
+    def _delete_oldest(self) -> None:
+        assert self.keep is not None
+        steps = sorted(int(one.name) for one in self.folder.iterdir() if one.name.isdecimal())
+        for step in steps[: -self.keep]:
+            delete_checkpoint(self.folder / str(step))
 
     @contextmanager
-    def _save_errors(self) -> Iterator[None]:
+    def _errors(self) -> Iterator[None]:
         """A disk that refuses, or that has gone away under a save, as a `UserError`."""
         try:
-            with disk_errors(self.folder, doing="save a checkpoint in"):
-                yield
+            yield
         except UserError:
             raise
-        except Exception as error:  # Orbax has no error of its own for files that vanish
-            if self.folder.exists():
+        except Exception as error:  # Orbax has no error of its own for what a disk refuses
+            if not self.folder.exists():
+                raise UserError(
+                    f"cannot save a checkpoint in {self.folder}: that folder is gone. Bring it "
+                    "back (is its disk mounted?) and give the same command again: it goes on from "
+                    "what is in there."
+                ) from error
+            doing, number = "save a checkpoint in", refused_number(error)
+            told = disk_refusal(number, self.folder, doing=doing, note=self._room(number))
+            if told is None:
                 raise
-            raise UserError(
-                f"cannot save a checkpoint in {self.folder}: that folder is gone. Bring it back "
-                "(is its disk mounted?) and give the same command again: it goes on from what is "
-                "in there."
-            ) from error
+            raise told from error
+
+    def _room(self, number: int | None) -> str:
+        """How much room the state needs, and how much there is, where that is the trouble."""
+        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return ""
+        needed = f"A checkpoint takes up to {bytes_text(self._bytes)}"
+        if number != errno.ENOSPC:
+            return f"{needed}."
+        return f"{needed}, and {bytes_text(shutil.disk_usage(self.folder).free)} are free."
 
 
 def read_state(folder: Path, abstract: TrainState) -> TrainState:
@@ -109,14 +149,29 @@ def read_state(folder: Path, abstract: TrainState) -> TrainState:
 
 @contextmanager
 def _without_narration() -> Iterator[None]:
-    """Keep what Orbax's files log below WARNING out of the user's log, unless ours is at DEBUG."""
+    """Keep out of the user's log what Orbax tells us otherwise, unless ours is at DEBUG.
+
+    That is what its files log below WARNING or with a traceback, and the complaints of
+    TensorStore's threads about Orbax's event loop, which ends at the first of several errors.
+    """
 
     def passes(record: logging.LogRecord) -> bool:
-        narrated = record.levelno < logging.WARNING and record.pathname.startswith(_ORBAX_FOLDER)
+        # absl names the file that logs only if nobody asked for its logger before absl was there.
+        trace = record.exc_info[2] if record.exc_info else None
+        file = trace.tb_frame.f_code.co_filename if trace else record.pathname
+        told = record.levelno < logging.WARNING or trace is not None
+        narrated = told and file.startswith(_ORBAX_FOLDER)
         return not narrated or logger.isEnabledFor(logging.DEBUG)
 
+    def complain(unraisable: sys.UnraisableHookArgs) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    before, sys.unraisablehook = sys.unraisablehook, complain
     _ABSL.addFilter(passes)
     try:
         yield
     finally:
         _ABSL.removeFilter(passes)
+        if sys.unraisablehook is complain:
+            sys.unraisablehook = before

@@ -12,19 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import PurePath, PurePosixPath
 from typing import Any, Literal
 
-from activation_cache.storage.bucket import BucketPath
 from activation_cache.runtime.errors import UserError
-from activation_cache.storage.files import (
-    AnyPath,
-    StoragePath,
-    append_line,
-    file_sizes,
-    is_locked,
-    make_folder,
-    storage_path,
-    write_bytes,
-    write_json,
-)
+from activation_cache.storage.bucket import BucketPath
+from activation_cache.storage.files import (AnyPath, StoragePath, append_line, disk_errors, file_sizes, make_folder, storage_path, write_bytes, write_json)
+from activation_cache.storage.locks import is_locked
 from sae_train.config import strict_yaml
 from sae_train.config.file import FILE_NAME, read_run_config
 from sae_train.config.run import Config
@@ -240,13 +231,25 @@ def _relative(path: StoragePath, folder: StoragePath) -> str:
 
 
 def record_failure(folder: AnyPath, *, stage: str, reason: str) -> None:
-    """Leave the reason of a failure in the run's folder, for `sae status` and the report."""
-    write_json(make_folder(folder) / FAILURE, {"stage": stage, "reason": reason})
+    """Leave the reason of a failure in the run's folder, for `sae status` and the report.
+
+    Where that is refused, as on a full disk, a warning says so: the failure itself must be told.
+    """
+    try:
+        write_json(make_folder(folder) / FAILURE, {"stage": stage, "reason": reason})
+    except UserError as error:
+        logger.warning("the reason of the failure isn't kept: %s", error)
 
 
 def clear_failure(folder: AnyPath) -> None:
-    """A new attempt starts: forget why the last one failed."""
-    (storage_path(folder) / FAILURE).unlink(missing_ok=True)
+    """A new attempt starts: forget why the last one failed.
+
+    Raises:
+        UserError: the disk refuses. It is the first write of a command in a run's folder.
+    """
+    file = storage_path(folder) / FAILURE
+    with disk_errors(folder, doing="write in"):
+        file.unlink(missing_ok=True)
 
 
 def record_start(folder: AnyPath, *, step: int, from_scratch: bool = False) -> None:

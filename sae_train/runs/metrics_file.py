@@ -6,8 +6,8 @@ is the one an uninterrupted run writes, except for the two timings.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +17,8 @@ from typing import Any
 from activation_cache.runtime.closing import Closing
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.bucket import BucketPath
-from activation_cache.storage.files import AnyPath, disk_errors, storage_path, write_bytes
+from activation_cache.storage.files import AnyPath, disk_errors, storage_path, sync, write_bytes
+from activation_cache.storage.guard import guard
 from sae_train.runs.recorded import metrics_row
 
 FILE = "metrics.jsonl"
@@ -85,15 +86,17 @@ class _File:
             self._file.flush()
 
     def flush(self) -> None:
+        guard(self._path)
         with disk_errors(self._path, doing="write"):
             self._file.flush()
-            os.fsync(self._file.fileno())
+            sync(self._path)
 
     def close(self) -> None:
-        try:
+        with contextlib.ExitStack() as stack:
+            # What the disk has refused is still in the file's buffer, and closing tries it again.
+            stack.enter_context(disk_errors(self._path, doing="write"))
+            stack.callback(self._file.close)
             self.flush()
-        finally:
-            self._file.close()
 
 
 class _Object:

@@ -18,7 +18,8 @@ import numpy as np
 
 from activation_cache.runtime import exchange, processes
 from activation_cache.runtime.closing import Closing
-from activation_cache.storage.files import folder_lock, storage_path
+from activation_cache.storage.files import storage_path
+from activation_cache.storage.locks import folder_lock
 from activation_cache.store.store import Store
 from sae_train.checkpoint.checkpoints import Checkpoints
 from sae_train.checkpoint.same_run import checkpoint_meta, refuse_difference

@@ -24,7 +24,7 @@ from activation_cache.language_model.model import load_model
 from activation_cache.language_model.tokenizer_vocabulary import Pieces
 from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.storage import safetensors_file
-from activation_cache.storage.files import folder_lock
+from activation_cache.storage.locks import folder_lock
 from activation_cache.store import writer
 from activation_cache.store.order import bucket_order, sequence_order
 from activation_cache.store.store import Store, open_store

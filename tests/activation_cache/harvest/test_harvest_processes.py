@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from activation_cache.gemma.params import parameter_table
-from activation_cache.storage.files import folder_lock
+from activation_cache.storage.locks import folder_lock
 from activation_cache.storage.safetensors_file import write_safetensors
 from launch.cli import main
 from tests.support.children.processes import Group, child_environment, start_group

@@ -14,9 +14,10 @@ import pytest
 
 from activation_cache.harvest.harvest import harvest
 from activation_cache.runtime.errors import Interrupted, StorageError, UserError
-from activation_cache.storage import bucket, bucket_client, lease
+from activation_cache.storage import bucket, bucket_client, guard, lease
 from activation_cache.storage.bucket import BucketPath, files_below
-from activation_cache.storage.files import folder_lock, is_locked, storage_path, write_text
+from activation_cache.storage.files import storage_path, write_text
+from activation_cache.storage.locks import folder_lock, is_locked
 from activation_cache.store.store import open_store
 from launch.cli import main
 from sae_train.checkpoint.checkpoints import Checkpoints
@@ -128,7 +129,7 @@ def test_the_checkpoint_before_is_gone_on_from(
         caplog.clear()
         assert load_trained(config.output).step == 30, damage
         assert train(config).step == 40
-        words = "half uploaded" if damage is half_uploaded else "skipping the damaged"
+        words = "half written" if damage is half_uploaded else "skipping the damaged"
         assert words in caplog.text, damage
         assert "going on from the checkpoint at step 30" in caplog.text, damage
         assert_same_run(finished_run / "whole", storage_path(config.output), step=40)
@@ -217,7 +218,7 @@ def test_who_lost_the_folder_writes_no_more(bucket_server: Server):
         write_text(folder / "before", "ours")
         other = lease._Lease(folder)
         assert other._write(other._read())  # as if this process had been cut off for long
-        bucket._guards[folder].__self__.renewed = 0.0  # type: ignore[attr-defined]
+        guard._guards[str(folder)].__self__.renewed = 0.0  # type: ignore[attr-defined]
         with pytest.raises(UserError, match=r"is no longer this process's"):
             write_text(folder / "after", "not ours")
         assert not (folder / "after").exists()

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from activation_cache.runtime.errors import UserError
-from activation_cache.storage.files import folder_lock
+from activation_cache.storage.locks import folder_lock
 from launch.cli import main
 from launch.config.job import Job
 from launch.sweep.expand import expand

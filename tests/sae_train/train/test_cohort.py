@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from activation_cache.runtime.errors import Interrupted, UserError
-from activation_cache.storage.files import folder_lock
+from activation_cache.storage.locks import folder_lock
 from sae_train.checkpoint.trained import load_trained
 from sae_train.config.run import Config
 from sae_train.runs.folder import is_locked, newest_checkpoint, read_run

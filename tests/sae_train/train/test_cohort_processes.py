@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from activation_cache.storage.files import folder_lock
+from activation_cache.storage.locks import folder_lock
 from sae_train.config.file import write_config
 from sae_train.runs.folder import newest_checkpoint
 from tests.support.children.processes import (

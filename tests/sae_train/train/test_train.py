@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from activation_cache.runtime.errors import Interrupted, UserError
-from activation_cache.storage.files import folder_lock
+from activation_cache.storage.locks import folder_lock
 from sae_train.checkpoint.checkpoints import Checkpoints
 from sae_train.checkpoint.trained import load_trained
 from sae_train.runs.metrics_file import read_metrics

@@ -135,6 +135,21 @@ OF_FILE(int, flock, "flock", (int file, int operation), (file, operation))
 OF_FILE(int, ftruncate, "write", (int file, off_t size), (file, size))
 OF_FILE(int, ftruncate64, "write", (int file, off64_t size), (file, size))
 
+/* A file system without flock has no locks of ranges either. */
+#define LOCKS(name)                                                                                \
+    int name(int file, int command, ...) {                                                         \
+        REAL(name);                                                                                \
+        va_list rest;                                                                              \
+        va_start(rest, command);                                                                   \
+        void *argument = va_arg(rest, void *);                                                     \
+        va_end(rest);                                                                              \
+        int locks = command == F_SETLK || command == F_SETLKW || command == F_OFD_SETLK ||         \
+                    command == F_OFD_SETLKW;                                                       \
+        return locks && fails_at("flock", file, NULL) ? -1 : real(file, command, argument);        \
+    }
+LOCKS(fcntl)
+LOCKS(fcntl64)
+
 #define OF_PATH(name, call, parameters, arguments)                                                 \
     int name parameters {                                                                          \
         REAL(name);                                                                                \
