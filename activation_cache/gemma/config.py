@@ -228,7 +228,10 @@ def config_from_gguf(metadata: Mapping[str, Any], *, vocab_size: int, source: st
     pattern = get(
         "attention.sliding_window_pattern", PositiveCount | list[bool], 6 if gemma3 else 2
     )
-    linear = metadata.get(f"{arch}.rope.scaling.type") == "linear"
+    scaling = metadata.get(f"{arch}.rope.scaling.type", "none")
+    linear = scaling == "linear"
+    if not (scaling == "none" or (linear and gemma3)):
+        raise _unknown_rope({"rope.scaling.type": scaling}, source=source)
     return _checked(
         GemmaConfig(
             family=family,

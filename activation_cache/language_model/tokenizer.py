@@ -136,6 +136,8 @@ def _without(tokens: set[str], backend: tokenizers.Tokenizer) -> tokenizers.Toke
         token for token in definition["added_tokens"] if token["content"] not in tokens
     ]
     model = definition["model"]
+    if model["type"] != "BPE":  # no Gemma's; `_fitted` then refuses it for its ids
+        return backend
     model["vocab"] = {piece: one for piece, one in model["vocab"].items() if piece not in tokens}
     model["merges"] = [pair for pair in model["merges"] if "".join(pair) not in tokens]
     return tokenizers.Tokenizer.from_str(json.dumps(definition))

@@ -180,7 +180,7 @@ def _file_source(name: str, fields: _Fields) -> Source:
     return Source(name, size, lambda: _documents(name, _read_jsonl(name), fields))
 
 
-_OF_TXT = _Fields("text", None)
+_OF_TXT = _Fields("text", None)  # a .txt file is read as one row
 
 
 def _documents(

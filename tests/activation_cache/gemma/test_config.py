@@ -168,6 +168,12 @@ def test_gguf_metadata():
         ("gemma3.attention.sliding_window_pattern", "2", "sliding_window_pattern = '2'"),
         ("gemma3.attention.sliding_window_pattern", [True], "of 1 layers and has 7"),
         ("gemma3.rope.freq_base", float("inf"), "gemma3.rope.freq_base = inf"),
+        ("gemma3.rope.scaling.type", "yarn", "RoPE settings .*yarn"),
+        (
+            "gemma3.rope.scaling.type",
+            "linear",
+            "lacks the metadata key 'gemma3.rope.scaling.factor'",
+        ),
         ("tokenizer.ggml.bos_token_id", -1, "tokenizer.ggml.bos_token_id = -1"),
     ],
 )
