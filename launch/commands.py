@@ -14,6 +14,7 @@ from activation_cache.storage.files import StoragePath, storage_path
 from launch import stages
 from launch.clusters import submit
 from launch.config.job import Job
+from launch.processes import group
 from launch.processes.signals import StopFlag
 from launch.targets import (
     check_sweep_folder,
@@ -127,7 +128,8 @@ def evaluate(arguments: argparse.Namespace, stop: StopFlag) -> int:
     folders = released_or_trained(config)
     if any(newest_checkpoint(folder) is not None for folder in folders):
         _refuse_overrides(arguments.overrides, config)
-    if any(key.startswith("sweep.only") for key in keys):
+    only = any(key.startswith("sweep.only") for key in keys)
+    if only:
         folders = chosen_folders(config, folders)
     settings = config.evaluation if any(key.startswith("evaluation") for key in keys) else None
     weights = [one for one in arguments.overrides if one.startswith("model.weights=")]
@@ -138,7 +140,10 @@ def evaluate(arguments: argparse.Namespace, stop: StopFlag) -> int:
         by_store.setdefault(store, []).append(folder)
     for store, readers in by_store.items():  # a suite's runs are too many to be in memory together
         places = [*weights, *([f"cache.path={json.dumps(store)}"] if told else [])]
-        stages.evaluate(readers, config=config, settings=settings, places=places, stop=stop)
+        # A group of processes is given a sweep's folder or a run's, and would take the whole sweep.
+        parts = [[one] for one in readers] if only and group.starts_here(config) else [readers]
+        for part in parts:
+            stages.evaluate(part, config=config, settings=settings, places=places, stop=stop)
     return 0
 
 

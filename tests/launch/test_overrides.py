@@ -161,6 +161,10 @@ def test_an_evaluation_of_chosen_runs(
     calls = kept(monkeypatch, stages, "evaluate")
     assert main(["evaluate", str(tmp_path), "sweep.only=['*_1']"]) == 0
     assert [[path.name for path in folders] for folders in calls] == [["seed_1"]]
+    calls.clear()
+    both = ["sweep.only=['seed_*']", "launch.processes=2"]
+    assert main(["evaluate", str(tmp_path), *both]) == 0
+    assert [len(folders) for folders in calls] == [1, 1], "no group is given the whole sweep"
     assert main(["evaluate", str(tmp_path), "sweep.grid.train.seed=[0]"]) == 2
     assert "override sweep.grid.train.seed=[0]: " in capsys.readouterr().err
     assert main(["evaluate", str(tmp_path), "launch={on: slurm}"]) == 2

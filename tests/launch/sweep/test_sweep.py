@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -320,9 +322,21 @@ def test_one_process_at_a_time(finished: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_a_moved_sweep_goes_on_and_harvests_nothing_anew(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """All of it in a folder that was moved twice, seen through a link; then without the store."""
+    """All of it moved twice, seen through a link, without locks; then without its store.
+
+    A run that is missing is trained again from the store where it lies now, to the same bits.
+    """
+
+    def no_locks(*arguments: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    for call in ("flock", "lockf"):
+        monkeypatch.setattr(fcntl, call, no_locks)
     shutil.copytree(finished, tmp_path / "first")
     (tmp_path / "first").rename(tmp_path / "second")
     (tmp_path / "second").rename(tmp_path / "third")
@@ -330,13 +344,13 @@ def test_a_moved_sweep_goes_on_and_harvests_nothing_anew(
     out.symlink_to(tmp_path / "third" / "out")
     run = out / "coefficient_0.01-seed_0"
     before = (run / "evaluation.json").read_bytes()
-    kept = stamps(out / "store", run / "checkpoints", out / "coefficient_0.001-seed_0")
-    (run / "evaluation.json").unlink()
-    shutil.rmtree(run / "release")
+    others = [out / "store", out / "coefficient_0.001-seed_0"]
+    kept = stamps(*others)
+    shutil.rmtree(run)
     assert main(["sweep", str(out)]) == 0
     assert (run / "evaluation.json").read_bytes() == before
     assert (run / "release").is_dir()
-    assert stamps(out / "store", run / "checkpoints", out / "coefficient_0.001-seed_0") == kept
+    assert stamps(*others) == kept
 
     store, hidden = finished / "out" / "store", finished / "hidden"
     (out / "store").rename(tmp_path / "elsewhere")
