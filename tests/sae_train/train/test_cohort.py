@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from activation_cache.runtime.errors import Interrupted, UserError
-from activation_cache.storage.locks import folder_lock
+from activation_cache.storage.locks import folder_lock, is_locked
 from sae_train.checkpoint.trained import load_trained
 from sae_train.config.run import Config
-from sae_train.runs.folder import is_locked, newest_checkpoint, read_run
+from sae_train.runs.folder import newest_checkpoint, read_run
 from sae_train.runs.metrics_file import read_metrics
 from sae_train.train import cohort_step, loop
 from sae_train.train.loop import train, train_cohort
