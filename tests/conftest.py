@@ -30,7 +30,7 @@ import jax
 import pytest
 
 import tests.support.session.typechecker  # noqa: F401 - the check named in pyproject is looked up as an attribute
-from tests.support.session.compiled_programs import share_compiled_programs
+from tests.support.session import compiled_programs
 
 if TYPE_CHECKING:
     from tests.support.servers.buckets import Server
@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 sys.dont_write_bytecode = False
 if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
-share_compiled_programs()
+# The flags count from the first array on.
+os.environ["XLA_FLAGS"] = compiled_programs.QUICK_FLAGS
+compiled_programs.share_compiled_programs()
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -64,6 +66,13 @@ def steps_made_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cohort_step, "make_train_step", StepsMadeOnce())
+        yield
+
+
+@pytest.fixture
+def optimised_programs() -> Iterator[None]:
+    """The test computes with the machine code that users have (other tests: XLA's quick one)."""
+    with compiled_programs.optimised():
         yield
 
 

@@ -16,9 +16,6 @@ from sae_train.step.state import abstract_state
 from sae_train.train.train_step import make_train_step
 from tests.support.configs import make_config
 
-# What is read from these programs (HLO, sizes of buffers) is settled before XLA makes machine code.
-QUICKLY = {"xla_backend_optimization_level": "0"}
-
 
 def compile_step(
     shape: Shape,
@@ -48,7 +45,7 @@ def compile_step(
     lowered: jax.stages.Lowered = compile_ready.lower(  # type: ignore[attr-defined]
         state, rows, scheduled(config.train, step=0)
     )
-    return lowered.compile(QUICKLY)
+    return lowered.compile()
 
 
 def measured_bytes(compiled: jax.stages.Compiled) -> tuple[int, int]:

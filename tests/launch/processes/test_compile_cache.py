@@ -45,7 +45,7 @@ def train(config: Path, *, devices: int = 1, **environment: str) -> int:
         [sys.executable, "-m", "launch.cli", "train", str(config), "--fresh"],
         env=inherited
         | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(devices)}
-        | {"JAX_DEBUG_LOG_MODULES": "jax._src.compiler"}
+        | {"JAX_DEBUG_LOG_MODULES": "jax._src.compiler", "XLA_FLAGS": ""}
         | environment,
         capture_output=True,
         text=True,

@@ -112,6 +112,7 @@ def assert_same_training(a: TrainState, b: TrainState, *, atol: float = 1e-5) ->
     np.testing.assert_array_equal(a.last_fired, b.last_fired)
 
 
+@pytest.mark.usefixtures("optimised_programs")
 def test_two_hundred_steps_by_pairs_are_those_by_products():
     dense, dense_metrics = run(make_config(**COMMON, step="dense"), 200)
     sparse, metrics = run(make_config(**COMMON, step="sparse", sparse_capacity=F), 200)
@@ -250,8 +251,10 @@ def test_one_device_with_too_many_pairs_is_enough_to_fall_back():
     ],
 )
 def test_forty_steps_follow_the_float64_reference(
-    parametrisation: str, penalty: str, capacity: int
+    parametrisation: str, penalty: str, capacity: int, request: pytest.FixtureRequest
 ):
+    if penalty == "l0":
+        request.getfixturevalue("optimised_programs")
     config_penalty, oracle_penalty = copy.deepcopy(PENALTIES[penalty])
     config = make_config(
         width=96,

@@ -14,7 +14,6 @@ from sae_train.step.schedule import scheduled
 from sae_train.step.state import abstract_state
 from sae_train.train.train_step import make_train_step
 from tests.support.configs import make_config
-from tests.support.plan_shapes import QUICKLY
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +37,7 @@ def program(mesh: tuple[int, int], sparsity: dict, *, width: int = WIDTH) -> str
     rows = jax.ShapeDtypeStruct(
         (BATCH, D_MODEL), jnp.float32, sharding=sharding(devices, BATCH_DIMS)
     )
-    return step.lower(state, rows, scheduled(config.train, step=0)).compile(QUICKLY).as_text()
+    return step.lower(state, rows, scheduled(config.train, step=0)).compile().as_text()
 
 
 def collectives(mesh: tuple[int, int], sparsity: dict) -> list[tuple[str, int]]:

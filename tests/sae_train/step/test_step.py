@@ -50,6 +50,7 @@ def golden_inputs() -> tuple[dict[str, np.ndarray], np.ndarray]:
     return params | {"threshold": threshold}, data
 
 
+@pytest.mark.usefixtures("optimised_programs")
 def test_golden_numbers_of_the_authors():
     config = make_config(bandwidth=0.1, parametrisation="log", sparsity={"coefficient": 1.2})
     params, data = golden_inputs()
@@ -151,7 +152,11 @@ def biased_rows(rng: np.random.Generator) -> np.ndarray:
 
 @pytest.mark.parametrize("parametrisation", ["log", "direct"])
 @pytest.mark.parametrize("penalty", sorted(PENALTIES))
-def test_forty_steps_follow_the_float64_reference(parametrisation: str, penalty: str):
+def test_forty_steps_follow_the_float64_reference(
+    parametrisation: str, penalty: str, request: pytest.FixtureRequest
+):
+    if penalty == "l0":
+        request.getfixturevalue("optimised_programs")
     follow_the_reference(parametrisation, penalty, width=96, steps=40)
 
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from sae_train.config.run import Config
 from sae_train.train.cohort import step_key
 from sae_train.train.train_step import TrainStep, make_train_step
+from tests.support.session.compiled_programs import overrides
 
 
 class StepsMadeOnce:
@@ -23,7 +24,8 @@ class StepsMadeOnce:
         self._made: dict[Any, TrainStep] = {}
 
     def __call__(self, config: Config, *, mesh: Mesh, **scales: Any) -> TrainStep:
-        program = step_key(config), mesh, tuple(sorted(scales.items()))
+        made_with = *sorted(scales.items()), *overrides
+        program = step_key(config), mesh, made_with
         if program not in self._made:
             self._made[program] = make_train_step(config, mesh=mesh, **scales)
         return self._made[program]
