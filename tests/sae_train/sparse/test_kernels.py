@@ -150,7 +150,7 @@ def test_pairs_from_the_pool_are_the_same_in_whichever_order_they_got_there():
         np.testing.assert_array_equal(getattr(found, name), expected)
 
 
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("interpreted", "optimised_programs")
 def test_programs_in_the_opposite_order_leave_the_same_bits(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(update_module, "PROGRAMS", 7)
     case = Touched(8, num_rows=150, width=96)  # two by two tiles
