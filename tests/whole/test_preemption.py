@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.cli import main
 from sae_train.config.file import write_config
 from sae_train.runs.folder import newest_checkpoint
 from sae_train.train.loop import train
@@ -63,10 +64,8 @@ def start_supervised(*command: str) -> subprocess.Popen[str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the runs are, an undisturbed one among them."""
     folder = tmp_path_factory.mktemp("preemption")
-    process = start_supervised("train", str(make_file(folder, "undisturbed")))
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    assert output.count("joined") <= 1, "one process speaks"
+    # In this process, which has the two devices of the mesh: sums of two have one order.
+    train(make_run(folder, steps=STEPS, output="undisturbed", mesh=MESH, checkpoint=SAVES))
     return folder
 
 
@@ -91,9 +90,11 @@ def test_a_signal_to_any_process_stops_all_at_one_step(folder: Path):
     assert_same_run(folder / "undisturbed", run, step=STEPS)
 
 
-def test_a_killed_process_is_recovered_from(folder: Path):
+def test_a_killed_process_is_recovered_from_and_fresh_is_done_once(folder: Path):
+    """The folder has another run, which `--fresh` deletes: at the start, not after the kill."""
     file, run = make_file(folder, "killed"), folder / "killed"
-    supervisor = start_supervised("train", str(file))
+    train(make_run(folder, steps=20, output="killed", mesh=MESH, bandwidth=0.1))
+    supervisor = start_supervised("train", str(file), "--fresh")
     if not wait_for(lambda: lines_logged(run) >= 60, lambda: supervisor.poll() is None):
         pytest.fail(str(supervisor.communicate()))
     os.kill(sorted(children(supervisor))[0], signal.SIGKILL)
@@ -101,6 +102,8 @@ def test_a_killed_process_is_recovered_from(folder: Path):
     assert supervisor.returncode == 0, output
     assert output.count("was lost (SIGKILL)") == 1, output
     assert output.count("restarting all 2 processes") == 1, output
+    assert output.count("joined") <= 2, "one process speaks at each start"
+    assert "going on from the checkpoint at step 50" in output, output
     assert_same_run(folder / "undisturbed", run, step=STEPS)
 
 
@@ -155,22 +158,14 @@ def test_processes_of_different_code_are_refused(folder: Path):
     assert not (folder / "coded").exists()
 
 
-def test_a_mistake_in_a_group_is_told_once_and_in_words(folder: Path):
+def test_a_mistake_in_a_group_is_told_once_and_in_words(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+):
     file = make_file(folder, "mistaken")
     process = start_supervised("train", str(file), f"cache.path={folder}/nowhere")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2, output
     assert output.count("sae harvest") == 1, output
-    process = start_supervised("train", str(file), "mesh.data=3", "train.batch_size=3")
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2, output
-    assert "launch.processes 2 does not divide the mesh's 3 devices" in output
-
-
-def test_fresh_starts_anew(folder: Path):
-    file, run = make_file(folder, "fresh"), folder / "fresh"
-    train(make_run(folder, steps=20, output="fresh", mesh=MESH, bandwidth=0.1))
-    process = start_supervised("train", str(file), "--fresh")
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    assert_same_run(folder / "undisturbed", run, step=STEPS)
+    assert main(["train", str(file), "mesh.data=3", "train.batch_size=3"]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "launch.processes 2 does not divide the mesh's 3 devices" in told

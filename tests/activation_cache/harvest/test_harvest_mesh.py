@@ -233,3 +233,5 @@ def test_replicas_in_parts_of_processes_are_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UserError, match=r"make mesh\.model a multiple or a divisor of 3"):
         place_replicas(MeshConfig(data=3, model=2))
+    with pytest.raises(UserError, match="needs 3 devices, equally many of each of 2 processes"):
+        place_replicas(MeshConfig(data=3, model=1))

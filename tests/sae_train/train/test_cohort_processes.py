@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from activation_cache.storage.locks import folder_lock
-from sae_train.config.file import write_config
+from sae_train.config.file import load_config, write_config
 from sae_train.runs.folder import newest_checkpoint
+from sae_train.train.loop import train
 from tests.support.children.processes import (
     Group,
     child_environment,
@@ -61,11 +62,10 @@ def make_files(folder: Path, place: str, *names: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where each member was trained alone, by two processes."""
+    """Where each member was trained alone, by this process, which has the mesh's two devices."""
     folder = tmp_path_factory.mktemp("cohort")
-    files = make_files(folder, "alone", *STEPS)
-    group = start_group([["-m", "tests.support.children.train_child", *files]] * 2)
-    assert group.wait() == [0, 0], "\n".join(group.logs)
+    for name in STEPS:
+        train(load_config(make_file(folder, "alone", name)))
     return folder
 
 

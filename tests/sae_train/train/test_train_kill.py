@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from sae_train.config.file import write_config
+from sae_train.config.file import load_config, write_config
+from sae_train.train.loop import train
 from tests.support.children.processes import wait_for
 from tests.support.training import assert_same_run, lines_logged, make_run
 
@@ -53,7 +54,7 @@ def make_config_file(folder: Path, output: str) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kill")
-    finish(make_config_file(folder, "undisturbed"))
+    train(load_config(make_config_file(folder, "undisturbed")))
     return folder
 
 
