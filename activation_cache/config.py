@@ -6,6 +6,8 @@ Every section forbids unknown keys and silent casts. Defaults are Gemma Scope's 
 
 from __future__ import annotations
 
+import os
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -39,11 +41,57 @@ def _whole_number(value: Any) -> Any:
     return value
 
 
-Count = Annotated[int, BeforeValidator(_whole_number), Field(ge=0)]
-PositiveCount = Annotated[int, BeforeValidator(_whole_number), Field(ge=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Whole = Annotated[int, BeforeValidator(_whole_number)]
+# Of rows and tokens, and whatever else may be more than two thousand million.
+Count = Annotated[Whole, Field(ge=0, le=2**63 - 1)]
+PositiveCount = Annotated[Whole, Field(ge=1, le=2**63 - 1)]
+# Of what is counted or indexed in 32 bits: sizes of arrays, steps, layers, devices, seconds.
+LARGEST_INT32 = 2**31 - 1
+SmallCount = Annotated[Whole, Field(ge=0, le=LARGEST_INT32)]
+PositiveSmallCount = Annotated[Whole, Field(ge=1, le=LARGEST_INT32)]
+Seed = Annotated[Whole, Field(ge=0, le=2**64 - 1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Of what becomes a float32, in which 1e300 would be infinite and 1e-300 be 0.
+NonNegative32 = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
+Positive32 = Annotated[float, Field(ge=1e-30, le=1e30, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})", re.ASCII)
+
+
+def expanded(path: str) -> str:
+    """A path with `~`, `$NAME` and `${NAME}` replaced, as a shell would; a URL as it is.
+
+    What comes out has nothing left to replace: a resolved config is read back as it was written.
+
+    Raises:
+        ValueError: a variable isn't set, a user is unknown, or a variable's value names another.
+    """
+    if "://" in path or is_url(path):
+        return path
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if name not in os.environ:
+            raise ValueError(
+                f"the environment variable {name} is not set: set it, or write the path without it"
+            )
+        return os.environ[name]
+
+    found = _VARIABLE.sub(value, path)
+    if left := _VARIABLE.search(found):
+        raise ValueError(
+            f"{path} becomes {found}, which has {left[0]} in it: only what the config itself "
+            "says is replaced. Write the whole path"
+        )
+    home = os.path.expanduser(found)
+    if home.startswith("~"):
+        user = found.partition("/")[0]
+        raise ValueError(
+            f"there is no home folder for {user}: write the whole path, or ./{found} for a file of "
+            "this name"
+        )
+    return home
 
 
 def _folder_or_bucket(text: str) -> str:
@@ -58,13 +106,16 @@ def _folder_or_bucket(text: str) -> str:
     return text
 
 
-Location = Annotated[str, Field(min_length=1), AfterValidator(_folder_or_bucket)]
+# A path of the config, whichever key has it. A Hub id or a URL may stand there too.
+FilePath = Annotated[str, Field(min_length=1), AfterValidator(expanded)]
+Location = Annotated[FilePath, AfterValidator(_folder_or_bucket)]
 
 
 class ModelConfig(Section):
     """Which language model is read, and the dtype it computes in."""
 
-    weights: str  # a Hub id, a folder (config.json, safetensors, tokenizer.json) or a .gguf file
+    # A Hub id, a folder (config.json, safetensors, tokenizer.json) or a .gguf file.
+    weights: FilePath
     revision: str | None = None
     dtype: Dtype = "bfloat16"
 
@@ -72,18 +123,18 @@ class ModelConfig(Section):
 class TextConfig(Section):
     """Where the text comes from and how it is cut into sequences."""
 
-    source: list[str]  # globs, or hf://org/dataset?split=train; empty for the embedding alone
+    source: list[FilePath]  # globs, or hf://org/dataset?split=train; empty for the embedding alone
     field: str = "text"
     subset_field: str | None = None  # names a document's subset; dots lead into nested fields
-    sequence_length: Annotated[PositiveCount, Field(ge=2)] = 1024
-    held_out_sequences: Count = 2048
+    sequence_length: Annotated[SmallCount, Field(ge=2)] = 1024
+    held_out_sequences: SmallCount = 2048
 
 
 class SiteConfig(Section):
     """One tap site and the layers (counted from 0) it is tapped at."""
 
     site: Site
-    layers: list[Count] | Literal["all"]
+    layers: list[SmallCount] | Literal["all"]
 
     @field_validator("layers")
     @classmethod
@@ -96,8 +147,8 @@ class SiteConfig(Section):
 class MeshConfig(Section):
     """Devices per mesh axis: batches are split over `data`, weights over `model`."""
 
-    data: PositiveCount = 1
-    model: PositiveCount = 1
+    data: PositiveSmallCount = 1
+    model: PositiveSmallCount = 1
 
 
 class CacheConfig(Section):
@@ -108,7 +159,7 @@ class CacheConfig(Section):
     tokens: PositiveCount  # rows per site and layer; only usable tokens count
     dtype: Dtype = "float32"
     shuffle_rows: PositiveCount = 1_000_000  # rows per shuffle bucket
-    block_rows: PositiveCount = 256  # rows per chunk: the unit the reader permutes
-    sequences_per_batch: PositiveCount = 8  # per forward pass of one replica of the model
-    seed: Count = 0
+    block_rows: PositiveSmallCount = 256  # rows per chunk: the unit the reader permutes
+    sequences_per_batch: PositiveSmallCount = 8  # per forward pass of one replica of the model
+    seed: Seed = 0
     mesh: MeshConfig | None = None  # of the language model; None: the section `mesh`

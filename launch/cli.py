@@ -136,6 +136,18 @@ COMMANDS = (
         overrides=False,
     ),
     Command(
+        name="log",
+        handler=commands.log,
+        summary="send the metrics of a run or a sweep to Weights & Biases",
+        details="Sends the rows of metrics.jsonl that W&B hasn't got, under the id that is kept in "
+        "the run's folder. While a run trains, train.wandb sends them.",
+        example="sae log runs/demo --wandb train.wandb.project=my-saes",
+        metavar="FOLDER",
+        target="the output folder of a run or a sweep",
+        options=(("--wandb", "to Weights & Biases (extra wandb)"),),
+        others=("key=value", "keys of train.wandb"),
+    ),
+    Command(
         name="plan",
         handler=commands.plan,
         summary="show what a config will cost before anything is spent",

@@ -27,8 +27,9 @@ from launch.targets import (
     target_folder,
     trained_folders,
 )
-from sae_train.config.file import FILE_NAME, read_run_config, write_config
-from sae_train.runs.folder import RELEASE, clear_failure, newest_checkpoint
+from sae_train.config.file import FILE_NAME, read_run_config, read_run_config_as, write_config
+from sae_train.config.run import Config
+from sae_train.runs.folder import RELEASE, clear_failure, newest_checkpoint, run_folders
 from sae_train.train.cohort import check_cohort
 
 logger = logging.getLogger(__name__)
@@ -211,6 +212,27 @@ def sweep(arguments: argparse.Namespace, stop: StopFlag) -> int:
     if submit.is_on_cluster(config, dry_run=arguments.dry_run):
         return submit.submit(config, command="sweep", dry_run=arguments.dry_run, stop=stop)
     return run_sweep(config, stop=stop)
+
+
+def log(arguments: argparse.Namespace, stop: StopFlag) -> int:
+    """`sae log`: send the metrics of a run, or of a sweep's runs, to W&B; returns 0.
+
+    Raises:
+        UserError: no service was named, an override isn't of `train.wandb`, or W&B failed.
+    """
+    from launch.console import print_text
+    from sae_train.runs.wandb_log import send_finished
+
+    if not arguments.wandb:
+        raise UserError("say where the metrics are to be sent: `sae log RUN --wandb`")
+    stray = [one for one in arguments.overrides if not one.startswith("train.wandb")]
+    if stray:
+        raise UserError(f"'{stray[0]}' has no effect here: give keys of train.wandb")
+    with stop.at_once():
+        for folder in run_folders(target_folder(arguments.target)):
+            config = read_run_config_as(Config, folder, arguments.overrides)
+            print_text(f"{folder}: {send_finished(folder, config=config)} rows sent to W&B")
+    return 0
 
 
 def report(arguments: argparse.Namespace, stop: StopFlag) -> int:

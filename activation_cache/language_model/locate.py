@@ -36,7 +36,7 @@ def locate_weights(model: ModelConfig, *, with_weights: bool = True) -> Path:
     Raises:
         UserError: no such path, another kind of file, or the Hub doesn't give it.
     """
-    path = Path(model.weights).expanduser()
+    path = Path(model.weights)
     if path.is_dir() or (path.is_file() and is_gguf(path)):
         return path
     if path.is_file():

@@ -70,7 +70,7 @@ def config_for_planning(model: ModelConfig) -> tuple[GemmaConfig, str]:
     Raises:
         UserError: a damaged checkpoint, or neither a checkpoint nor a known name.
     """
-    if Path(model.weights).expanduser().exists():
+    if Path(model.weights).exists():
         return read_gemma_config(model), model.weights
     known = known_config(model.weights)
     if known is not None:

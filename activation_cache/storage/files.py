@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import tempfile
 import uuid
@@ -191,9 +192,22 @@ def write_text(path: AnyPath, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """The value as JSON, keys in the order given. JSON has no NaN and no infinity: null instead."""
+    return json.dumps(_with_nulls(value), indent=indent, allow_nan=False)
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_nulls(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_nulls(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: AnyPath, value: Any) -> None:
-    """Write JSON atomically, indented, keys in the order given, NaN refused."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    """Write `json_text` atomically, indented."""
+    write_text(path, json_text(value, indent=2) + "\n")
 
 
 def append_line(path: AnyPath, line: str) -> None:

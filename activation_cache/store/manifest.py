@@ -17,6 +17,7 @@ from activation_cache.config import (
     NonNegative,
     PositiveCount,
     Section,
+    Seed,
     Site,
     SiteConfig,
     TextConfig,
@@ -52,7 +53,7 @@ class ShufflingEntry(Section):
     """What the order of rows depends on; `bucket_rows` is `shuffle_rows` rounded up."""
 
     algorithm: str
-    seed: Count
+    seed: Seed
     shuffle_rows: PositiveCount
     bucket_rows: PositiveCount
     block_rows: PositiveCount

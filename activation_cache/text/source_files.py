@@ -26,12 +26,11 @@ def files_of(entry: str) -> list[str]:
     Raises:
         UserError: there is no such file.
     """
-    path = os.path.expanduser(entry)
-    literal = path
+    literal = entry
     while literal and not os.path.lexists(literal) and literal != os.path.dirname(literal):
         literal = os.path.dirname(literal)
-    pattern = glob.escape(literal) + path[len(literal) :]
-    if os.path.isdir(path):
+    pattern = glob.escape(literal) + entry[len(literal) :]
+    if os.path.isdir(entry):
         inside = sorted(glob.glob(os.path.join(pattern, "**", "*"), recursive=True))
         names = [name for name in inside if name.endswith(ENDINGS) and os.path.isfile(name)]
         wanted = f"is a folder without files that end in {', '.join(ENDINGS)}: name one with some"

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from activation_cache.config import Count, PositiveCount, Section
+from activation_cache.config import PositiveSmallCount, Section, SmallCount, expanded
 
 OUR_PREFIX = "open-gemma-scope/"  # of the labels and annotations that we set ourselves
 CONFIG_FOLDER = "/etc/open-gemma-scope"  # where the pods find their config
@@ -78,7 +78,7 @@ class TpuNodes(Section):
     kind: Literal["tpu"]
     accelerator: Name
     topology: Annotated[str, AfterValidator(_topology)]
-    per_node: PositiveCount = 4
+    per_node: PositiveSmallCount = 4
 
     @model_validator(mode="after")
     def _whole_nodes(self) -> TpuNodes:
@@ -106,8 +106,8 @@ class GpuNodes(Section):
 
     kind: Literal["gpu"]
     accelerator: Name | None = None  # of the node label cloud.google.com/gke-accelerator
-    per_node: PositiveCount = 8
-    count: PositiveCount = 1
+    per_node: PositiveSmallCount = 8
+    count: PositiveSmallCount = 1
 
     @property
     def devices(self) -> int:
@@ -119,7 +119,7 @@ class CpuNodes(Section):
     """Nodes without accelerators, for trying things out."""
 
     kind: Literal["cpu"]
-    count: PositiveCount = 1
+    count: PositiveSmallCount = 1
 
     @property
     def devices(self) -> int:
@@ -191,10 +191,11 @@ class KubernetesLaunch(Section):
     nodes: Nodes
     context: Name | None = None  # null: kubectl's current one
     namespace: Name | None = None
-    at_once: PositiveCount | None = None  # runs of a sweep; null: all
-    restarts: Count = 10  # over a stage's whole life: the JobSet controller never resets its count
-    heartbeat_seconds: Annotated[PositiveCount, Field(ge=5)] = 60
-    grace_seconds: PositiveCount = 120  # from SIGTERM to SIGKILL: what a save may take
+    at_once: PositiveSmallCount | None = None  # runs of a sweep; null: all
+    # Over a stage's whole life: the JobSet controller never resets its count.
+    restarts: SmallCount = 10
+    heartbeat_seconds: Annotated[PositiveSmallCount, Field(ge=5)] = 60
+    grace_seconds: PositiveSmallCount = 120  # from SIGTERM to SIGKILL: what a save may take
     working_dir: FolderPath | None = None  # relative paths of the config are below it
     volumes: list[Volume] = Field(default_factory=list)
     cpu: Quantity | None = None
@@ -213,7 +214,7 @@ class KubernetesLaunch(Section):
     )
     secrets: dict[EnvironmentName, SecretKey] = Field(default_factory=dict)
     env_from_secrets: list[Name] = Field(default_factory=list)
-    manifests: Name | None = None  # null: <output>/kubernetes
+    manifests: Annotated[Name, AfterValidator(expanded)] | None = None  # null: <output>/kubernetes
 
     @model_validator(mode="after")
     def _coherent(self) -> KubernetesLaunch:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from activation_cache.config import Count, NonNegative, PositiveCount, Section
+from activation_cache.config import NonNegative, PositiveSmallCount, Section, SmallCount
 
 
 class LocalLaunch(Section):
@@ -16,8 +16,9 @@ class LocalLaunch(Section):
     """
 
     on: Literal["local"] = "local"
-    processes: PositiveCount = 1
-    restarts: Count = 3
-    restart_pause_seconds: NonNegative = 5.0  # before the first restart; doubles with each
+    processes: PositiveSmallCount = 1
+    restarts: SmallCount = 3
+    # Before the first restart; doubles with each.
+    restart_pause_seconds: Annotated[NonNegative, Field(le=86_400)] = 5.0
     # Within this time the others notice that a process is gone.
-    heartbeat_seconds: Annotated[PositiveCount, Field(ge=5)] = 60
+    heartbeat_seconds: Annotated[PositiveSmallCount, Field(ge=5)] = 60

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from activation_cache.config import Count, NonNegative, PositiveCount, Section
+from activation_cache.config import NonNegative, PositiveSmallCount, Section, SmallCount, expanded
 
 # Options that the scripts set themselves; restarts and order depend on them.
 _OURS = (
@@ -109,18 +109,19 @@ class SlurmLaunch(Section):
     constraint: Word | None = None
     gres: Word | None = None  # for each node, such as gpu:8
     time: Annotated[str, BeforeValidator(_as_text), AfterValidator(_time)] | None = None
-    nodes: PositiveCount = 1
-    tasks_per_node: PositiveCount = 1  # processes; with several, one per GPU
-    cpus_per_task: PositiveCount | None = None
+    nodes: PositiveSmallCount = 1
+    tasks_per_node: PositiveSmallCount = 1  # processes; with several, one per GPU
+    cpus_per_task: PositiveSmallCount | None = None
     memory: Annotated[str, BeforeValidator(_as_text), AfterValidator(_memory)] | None = None
     sbatch: list[Annotated[Line, AfterValidator(_sbatch_option)]] = Field(default_factory=list)
     setup: list[Line] = Field(default_factory=list)  # shell lines before the command
-    python: Annotated[Line, Field(min_length=1)] | None = None  # null: the one that submits
-    at_once: PositiveCount | None = None  # runs of a sweep; null: all
-    signal_seconds: PositiveCount = 120  # before the time limit: what a save may take
-    restarts: Count = 3  # of a stage in its allocation, since the last checkpoint
-    restart_pause_seconds: NonNegative = 5.0
-    heartbeat_seconds: Annotated[PositiveCount, Field(ge=5)] = 60
+    # Null: the one that submits.
+    python: Annotated[Line, AfterValidator(expanded), Field(min_length=1)] | None = None
+    at_once: PositiveSmallCount | None = None  # runs of a sweep; null: all
+    signal_seconds: PositiveSmallCount = 120  # before the time limit: what a save may take
+    restarts: SmallCount = 3  # of a stage in its allocation, since the last checkpoint
+    restart_pause_seconds: Annotated[NonNegative, Field(le=86_400)] = 5.0
+    heartbeat_seconds: Annotated[PositiveSmallCount, Field(ge=5)] = 60
 
     @model_validator(mode="after")
     def _coherent(self) -> SlurmLaunch:

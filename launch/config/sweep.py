@@ -7,19 +7,22 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from activation_cache.config import (
-    Count,
+    FilePath,
     MeshConfig,
     NonNegative,
     PositiveCount,
+    PositiveSmallCount,
     Section,
+    Seed,
     Site,
+    SmallCount,
 )
 
 
 class CohortConfig(Section):
     """The most runs that read the same batches and train together, sharing every read."""
 
-    max_members: PositiveCount = 8
+    max_members: PositiveSmallCount = 8
 
 
 Kind = Literal["sae", "transcoder", "embedding"]
@@ -34,13 +37,13 @@ class CellsConfig(Section):
 
     kind: Kind = "sae"
     sites: list[Site] = Field(default_factory=list)  # of kind `sae`
-    layers: list[Count] | Literal["all"] = Field(default_factory=list)  # of all but `embedding`
-    except_layers: list[Count] = Field(default_factory=list)
-    widths: Annotated[list[PositiveCount], Field(min_length=1)]
+    layers: list[SmallCount] | Literal["all"] = Field(default_factory=list)  # not of `embedding`
+    except_layers: list[SmallCount] = Field(default_factory=list)
+    widths: Annotated[list[PositiveSmallCount], Field(min_length=1)]
     tokens: PositiveCount | list[PositiveCount] | None = None  # None: train.tokens; or one a width
     coefficients: list[NonNegative] = Field(default_factory=list)
-    targets: dict[str, list[PositiveCount]] = Field(default_factory=dict)
-    seeds: Annotated[list[Count], Field(min_length=1)] = Field(default_factory=lambda: [0])
+    targets: dict[str, list[PositiveSmallCount]] = Field(default_factory=dict)
+    seeds: Annotated[list[Seed], Field(min_length=1)] = Field(default_factory=lambda: [0])
     affine: Annotated[list[bool], Field(min_length=1)] = Field(default_factory=lambda: [False])
     mesh: MeshConfig | None = None  # None: the config's own
     folder_suffix: str = ""
@@ -83,7 +86,7 @@ class SweepConfig(Section):
     kinds: list[Kind] | None = None  # None: all that `cells` has
     only: list[str] | None = None  # patterns of names, * for anything; None: all
     stores: Literal["one", "per_layer", "per_tap"] = "one"
-    start_from: Annotated[str, Field(min_length=1)] | None = None  # of cells; {folder} is theirs
+    start_from: FilePath | None = None  # of cells; {folder} is theirs
     cohort: CohortConfig = CohortConfig()
 
     @model_validator(mode="after")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 
 from rich.table import Table
 
 from activation_cache.runtime.amounts import bytes_text
+from activation_cache.storage.files import json_text
 from launch.config.job import Job
 from launch.console import print_table, print_text
 from launch.show.units import (
@@ -48,7 +48,7 @@ def show_plan(config: Job, arguments: argparse.Namespace) -> None:
         assumptions=_assumptions(arguments),
     )
     if arguments.json:
-        print_text(json.dumps(plan_record(plan), indent=2, allow_nan=False))
+        print_text(json_text(plan_record(plan), indent=2))
         return
     for table in tables(plan):
         print_table(table)
@@ -65,7 +65,7 @@ def _show_suite(config: Job, arguments: argparse.Namespace) -> None:
         assumptions=_assumptions(arguments),
     )
     if arguments.json:
-        print_text(json.dumps(plan_record(plan), indent=2, allow_nan=False))
+        print_text(json_text(plan_record(plan), indent=2))
         return
     for table in suite_tables(plan):
         print_table(table)

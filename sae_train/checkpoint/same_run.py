@@ -26,6 +26,7 @@ FREE_FIELDS = (
     "train.stacked",
     "train.log_every_steps",
     "train.tensorboard",
+    "train.wandb",
 )
 
 

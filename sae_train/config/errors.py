@@ -126,7 +126,7 @@ def _broken_rule(detail: Any, location: Location) -> str:
         return f"missing; it must be given ({schema.describe(location.annotation)})"
     if kind in _BOUNDS:
         bound, words = _BOUNDS[kind]
-        return f"{shown(value)} is out of range: it must be {words} {context[bound]:g}"
+        return f"{shown(value)} is out of range: it must be {words} {_bound(context[bound])}"
     if kind == "finite_number":
         return f"{shown(value)} is not a finite number"
     if kind in ("too_short", "string_too_short"):
@@ -134,6 +134,10 @@ def _broken_rule(detail: Any, location: Location) -> str:
     if kind == "value_error":
         return str(context["error"])
     return _wrong_type(value, schema.describe(location.annotation))
+
+
+def _bound(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def _unknown_key(name: str, location: Location) -> str:

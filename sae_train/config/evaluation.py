@@ -10,17 +10,23 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from activation_cache.config import Count, ModelConfig, PositiveCount, Section
+from activation_cache.config import (
+    FilePath,
+    ModelConfig,
+    PositiveSmallCount,
+    Section,
+    SmallCount,
+)
 from activation_cache.language_model.names import model_name
 
 
 class EvaluationText(Section):
     """The text of an extra evaluation, all of it held out; keys as in `text`."""
 
-    source: Annotated[list[str], Field(min_length=1)]
+    source: Annotated[list[FilePath], Field(min_length=1)]
     field: str = "text"
     subset_field: str | None = None
-    sequence_length: Annotated[PositiveCount, Field(ge=2)] = 1024
+    sequence_length: Annotated[SmallCount, Field(ge=2)] = 1024
 
 
 class ExtraEvaluationConfig(Section):
@@ -32,7 +38,7 @@ class ExtraEvaluationConfig(Section):
     label: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
     model: ModelConfig | None = None  # None: the run's own
     text: EvaluationText | None = None  # None: the held-out text of the run's store
-    sequences: PositiveCount | None = None  # None: evaluation.sequences
+    sequences: PositiveSmallCount | None = None  # None: evaluation.sequences
     masked_text: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")
@@ -56,10 +62,10 @@ class ExtraEvaluationConfig(Section):
 class EvaluationConfig(Section):
     """How many held-out sequences are measured, and how many of them in the spliced model."""
 
-    sequences: PositiveCount = 2048
-    loss_sequences: PositiveCount | None = None  # None: all of `sequences`
-    importance_sequences: Count = 64  # of them, for the gradients of appendix C.3; 0: none
-    sequences_per_batch: PositiveCount = 8
+    sequences: PositiveSmallCount = 2048
+    loss_sequences: PositiveSmallCount | None = None  # None: all of `sequences`
+    importance_sequences: SmallCount = 64  # of them, for the gradients of appendix C.3; 0: none
+    sequences_per_batch: PositiveSmallCount = 8
     compare_precision: bool = False  # SAE and model in float32 and in bfloat16 (section 4.7)
     masked_text: list[str] = Field(default_factory=list)  # excluded from the metrics
     also: list[ExtraEvaluationConfig] = Field(default_factory=list)

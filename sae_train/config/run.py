@@ -15,17 +15,20 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from activation_cache.config import (
+    LARGEST_INT32,
     CacheConfig,
-    Count,
     Fraction,
     Location,
     MeshConfig,
     ModelConfig,
-    NonNegative,
-    Positive,
+    NonNegative32,
+    Positive32,
     PositiveCount,
+    PositiveSmallCount,
     Section,
+    Seed,
     SiteConfig,
+    SmallCount,
     TextConfig,
 )
 from activation_cache.gemma.taps import Tap
@@ -44,10 +47,10 @@ class LearningRateConfig(Section):
     Gemma Scope states no decay; `decay_steps` counts back from the last step.
     """
 
-    peak: Positive = 7e-5
-    warmup_steps: Count = 1000
+    peak: Positive32 = 7e-5
+    warmup_steps: SmallCount = 1000
     warmup_from: Fraction = 0.1
-    decay_steps: Count = 0
+    decay_steps: SmallCount = 0
     decay_to: Fraction = 0.0
 
 
@@ -56,7 +59,7 @@ class AdamConfig(Section):
 
     beta1: Annotated[float, Field(ge=0, le=0)] = 0.0
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    epsilon: Positive = 1e-8
+    epsilon: Positive32 = 1e-8
 
 
 class FrequencyPenalty(Section):
@@ -66,16 +69,16 @@ class FrequencyPenalty(Section):
     progress update on high-frequency latents (2025), which used 0.1 and 0.01.
     """
 
-    scale: Positive = 0.1
-    coefficient: NonNegative | None = None  # None: the coefficient of the penalty above it
+    scale: Positive32 = 0.1
+    coefficient: NonNegative32 | None = None  # None: the coefficient of the penalty above it
 
 
 class L0Penalty(Section):
     """Gemma Scope's penalty: coefficient times L0, per token."""
 
     penalty: Literal["l0"] = "l0"
-    coefficient: NonNegative
-    warmup_steps: Count = 10_000
+    coefficient: NonNegative32
+    warmup_steps: SmallCount = 10_000
     frequency: FrequencyPenalty | None = None
 
 
@@ -88,10 +91,10 @@ class TargetL0Penalty(Section):
     """
 
     penalty: Literal["target_l0"]
-    target: Annotated[Positive, Field(ge=1)]
+    target: Annotated[Positive32, Field(ge=1)]
     form: Literal["batch_mean", "per_token"] = "batch_mean"
-    coefficient: NonNegative = 1.0
-    warmup_steps: Count = 10_000
+    coefficient: NonNegative32 = 1.0
+    warmup_steps: SmallCount = 10_000
     frequency: FrequencyPenalty | None = None
 
     @model_validator(mode="after")
@@ -112,10 +115,10 @@ class MatchL0Penalty(Section):
     """
 
     penalty: Literal["match_l0"]
-    target: Annotated[Positive, Field(ge=1)]
-    coefficient: Positive = 1e-3
-    warmup_steps: Count = 10_000
-    settle_steps: PositiveCount | None = None  # None: a fiftieth of the run
+    target: Annotated[Positive32, Field(ge=1)]
+    coefficient: Positive32 = 1e-3
+    warmup_steps: SmallCount = 10_000
+    settle_steps: PositiveSmallCount | None = None  # None: a fiftieth of the run
     frequency: FrequencyPenalty | None = None
 
 
@@ -125,8 +128,8 @@ class L1Penalty(Section):
     """
 
     penalty: Literal["l1"]
-    coefficient: NonNegative
-    warmup_steps: Count = 10_000
+    coefficient: NonNegative32
+    warmup_steps: SmallCount = 10_000
 
 
 class NoPenalty(Section):
@@ -143,26 +146,38 @@ Sparsity = Annotated[
 ]
 
 
+class WandbConfig(Section):
+    """Where Weights & Biases shows the run's metrics; training never depends on it."""
+
+    project: Annotated[str, Field(min_length=1)]
+    entity: str | None = None  # None: the account's own
+    name: str | None = None  # None: the run's `name`
+    group: str | None = None
+    tags: list[str] = Field(default_factory=list)
+    mode: Literal["online", "offline"] | None = None  # None: WANDB_MODE, or online
+
+
 class TrainConfig(Section):
     """The optimisation: batch, budget, seed, schedules, penalty."""
 
-    batch_size: PositiveCount = 4096
+    batch_size: PositiveSmallCount = 4096
     tokens: PositiveCount
-    seed: Count = 0
-    data_seed: Count | None = None  # of the order of batches; None: `seed` is that too
+    seed: Seed = 0
+    data_seed: Seed | None = None  # of the order of batches; None: `seed` is that too
     learning_rate: LearningRateConfig = LearningRateConfig()
     adam: AdamConfig = AdamConfig()
     sparsity: Sparsity
-    gradient_clip: Positive | None = None  # global norm; Gemma Scope clips nothing
+    gradient_clip: Positive32 | None = None  # global norm; Gemma Scope clips nothing
     dead_after_tokens: PositiveCount = 10_000_000  # a latent silent for so long counts as dead
     # What a step's gradients are made from (docs/performance.md): products of whole matrices, pairs
     # of a row and an active latent where there are few, or one of the two by the SAE's shape.
     step: Literal["auto", "dense", "sparse"] = "auto"
-    sparse_capacity: PositiveCount | None = None  # None: `path_choice.capacity_per_row`
+    sparse_capacity: PositiveSmallCount | None = None  # None: `path_choice.capacity_per_row`
     kernels: Literal["xla", "pallas"] = "xla"  # what the sparse step is compiled from
     stacked: bool = False  # one compiled program for members of a cohort with the same step
-    log_every_steps: PositiveCount = 100
+    log_every_steps: PositiveSmallCount = 100
     tensorboard: bool = False
+    wandb: WandbConfig | None = None
 
     @field_validator("sparsity", mode="before")
     @classmethod
@@ -186,8 +201,8 @@ class TrainConfig(Section):
 class CheckpointConfig(Section):
     """How often the training state is saved and how many saves are kept."""
 
-    every_steps: PositiveCount = 5000
-    keep: PositiveCount = 3
+    every_steps: PositiveSmallCount = 5000
+    keep: PositiveSmallCount = 3
 
 
 class Config(Section):
@@ -230,6 +245,7 @@ class Config(Section):
             *_check_target(self.train.sparsity, width=self.sae.width),
             *_check_penalty(self.sae, self.train.sparsity),
             *_check_step(self.sae, self.train),
+            *_check_limits(self.train, self.mesh),
             *_check_divisible("train.batch_size", self.train.batch_size, "data", self.mesh.data),
             *_check_divisible("sae.width", self.sae.width, "model", self.mesh.model),
         ]
@@ -296,6 +312,23 @@ def _check_step(sae: SaeConfig, train: TrainConfig) -> Iterator[str]:
             "train.kernels pallas is for the sparse step, and sae.architecture is "
             f"{sae.architecture} and train.step {train.step}: set train.kernels to xla, or "
             "sae.architecture to jumprelu and train.step to sparse"
+        )
+
+
+def _check_limits(train: TrainConfig, mesh: MeshConfig) -> Iterator[str]:
+    """What is counted in 32 bits though no key has it."""
+    if train.steps > LARGEST_INT32:
+        yield (
+            f"train.tokens {train.tokens} in batches of {train.batch_size} are {train.steps} "
+            f"steps, and at most {LARGEST_INT32} can be counted: lower train.tokens or raise "
+            "train.batch_size"
+        )
+    places = train.batch_size * (train.sparse_capacity or 0) // (mesh.data * mesh.model)
+    if places > LARGEST_INT32:
+        yield (
+            f"train.sparse_capacity {train.sparse_capacity} for {train.batch_size} rows are "
+            f"{places} places for active pairs on each device, and at most {LARGEST_INT32} can be "
+            "counted: lower train.sparse_capacity, or leave it out"
         )
 
 

@@ -5,11 +5,19 @@ Numbers come from the Gemma Scope paper (arXiv 2408.05147, section 3) unless sai
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from activation_cache.config import Count, NonNegative, Positive, PositiveCount, Section, Site
+from activation_cache.config import (
+    FilePath,
+    NonNegative32,
+    Positive32,
+    PositiveSmallCount,
+    Section,
+    Site,
+    SmallCount,
+)
 from activation_cache.gemma.taps import Tap
 
 
@@ -20,9 +28,9 @@ class ThresholdConfig(Section):
     for a logarithm to move (docs/numerics.md).
     """
 
-    init: Positive = 0.001
+    init: Positive32 = 0.001
     parametrisation: Literal["log", "direct"] = "log"
-    learning_rate_multiplier: Positive = 1.0
+    learning_rate_multiplier: Positive32 = 1.0
 
 
 Architecture = Literal["jumprelu", "relu", "gated", "topk", "batch_topk"]
@@ -58,16 +66,16 @@ class SaeConfig(Section):
     """
 
     site: Site
-    layer: Count
+    layer: SmallCount
     target: Site | None = None
     target_scale: Literal["input", "own"] = "input"
     affine_skip: bool = False
     architecture: Architecture = "jumprelu"
-    width: PositiveCount = 16_384
-    k: PositiveCount | None = None
-    aux_k_coefficient: NonNegative = 1 / 32
-    start_from: Annotated[str, Field(min_length=1)] | None = None
-    bandwidth: Positive = 0.001
+    width: PositiveSmallCount = 16_384
+    k: PositiveSmallCount | None = None
+    aux_k_coefficient: NonNegative32 = 1 / 32
+    start_from: FilePath | None = None
+    bandwidth: Positive32 = 0.001
     threshold: ThresholdConfig = ThresholdConfig()
     pre_encoder_bias: bool = True
     # Gemma Scope starts b_dec at zero; a run of a few hundred steps can't carry it to the mean.

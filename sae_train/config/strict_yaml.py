@@ -2,8 +2,9 @@
 
 PyYAML follows YAML 1.1, where `7e-5` is text, `on` and `yes` are booleans, `010` is eight and
 `1:30` is ninety. Here scalars follow YAML 1.2's core schema with underscores allowed in numbers;
-repeated keys, tags beyond the plain types, non-text keys and cycles are refused. Every value's
-line is kept, so that an error can name it.
+repeated keys, tags beyond the plain types, non-text keys and cycles are refused. Anchors, aliases
+and merge keys (`<<: *defaults`) are read as YAML 1.1 defines them. Every value's line is kept, so
+that an error can name it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ _RESOLVERS = (
     ),
 )
 _PREFIX = "tag:yaml.org,2002:"
+_MERGE = "<<"
+# Aliases of aliases can stand for more values than any memory holds.
+_MOST_VALUES = 100_000
 
 
 class _Loader(yaml.SafeLoader):
@@ -83,7 +87,8 @@ def parse(text: str, *, name: str) -> Document:
 
     Raises:
         UserError: not YAML, more than one document, a repeated key, a key that isn't text, a tag
-            other than the plain types, or a value that contains itself. Says name, line and path.
+            other than the plain types, a value that contains itself, or a merge of what isn't a
+            mapping. Says name, line and path.
     """
     try:
         node = yaml.compose(text, Loader=_Loader)
@@ -91,6 +96,8 @@ def parse(text: str, *, name: str) -> Document:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = ", ".join(part for part in (error.context, error.problem) if part)
+        if "\\t" in problem:
+            problem += ". Indent with spaces: YAML takes no tabs there"
         raise UserError(f"{name}{where}: not valid YAML: {problem}") from error
     except (yaml.YAMLError, UnicodeEncodeError) as error:
         raise UserError(f"{name}: not valid YAML: {error}") from error
@@ -110,12 +117,18 @@ def dump(value: Any) -> str:
     )
 
 
+def _is_merge(key: yaml.Node) -> bool:
+    """Is this the merge key, and not a text in quotes?"""
+    return isinstance(key, yaml.ScalarNode) and key.value == _MERGE and key.style is None
+
+
 class _NodeReader:
     """Turns PyYAML's node tree into plain data, noting the line of every path."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.lines: dict[Path, int] = {}
+        self.read_so_far = 0
 
     def fail(self, node: yaml.Node, path: Path, message: str) -> UserError:
         at = f", {dotted(path)}" if path else ""
@@ -124,6 +137,9 @@ class _NodeReader:
     def read(self, node: yaml.Node, *, path: Path, inside: tuple[int, ...]) -> Any:
         if id(node) in inside:
             raise self.fail(node, path, "the value contains itself")
+        self.read_so_far += 1
+        if self.read_so_far > _MOST_VALUES:
+            raise self.fail(node, path, f"aliases repeat more than {_MOST_VALUES} values")
         self.lines.setdefault(path, node.start_mark.line + 1)
         inside = (*inside, id(node))
         kind = node.tag.removeprefix(_PREFIX)
@@ -141,21 +157,43 @@ class _NodeReader:
     def _mapping(
         self, node: yaml.MappingNode, *, path: Path, inside: tuple[int, ...]
     ) -> dict[str, Any]:
+        merges = [pair for pair in node.value if _is_merge(pair[0])]
+        if len(merges) > 1:
+            raise self.fail(
+                merges[1][0], (*path, _MERGE), f"the key is given twice: write {_MERGE}: [*a, *b]"
+            )
+        # The mapping's own keys win over merged ones, and of those the first.
         result: dict[str, Any] = {}
+        for other in reversed(self._merged(merges[0][1], path) if merges else []):
+            result |= self.read(other, path=path, inside=inside)
+        own: set[str] = set()
         for key_node, value_node in node.value:
+            if _is_merge(key_node):
+                continue
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != _PREFIX + "str":
                 found = getattr(key_node, "value", "")
                 shown = f"{found!r}" if isinstance(found, str) else "a list or mapping"
                 raise self.fail(key_node, path, f"a key must be text, not {shown}")
             key = key_node.value
-            if key in result:
+            if key in own:
                 first = self.lines[(*path, key)]
                 raise self.fail(
                     key_node, (*path, key), f"the key is given twice (first on line {first})"
                 )
+            own.add(key)
             self.lines[(*path, key)] = key_node.start_mark.line + 1
             result[key] = self.read(value_node, path=(*path, key), inside=inside)
         return result
+
+    def _merged(self, node: yaml.Node, path: Path) -> list[yaml.Node]:
+        """The mappings that a merge key names: one, or a list of them."""
+        found = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        for one in found:
+            if not isinstance(one, yaml.MappingNode):
+                raise self.fail(
+                    one, (*path, _MERGE), f"{_MERGE} merges mappings: write {_MERGE}: *anchor"
+                )
+        return found
 
     def _scalar(self, node: yaml.ScalarNode, kind: str, *, path: Path) -> Any:
         text = node.value

@@ -54,7 +54,7 @@ def kth_largest_of_all(values_BF: Float[Array, "B F"], *, k: int) -> Float[Array
 
     def enough(least: Array) -> Array:
         # Counted in float32: B·F may pass 2^31, and up to k, at most 2^24, the sum is exact.
-        return (bits_BF >= least).sum(axis=1, dtype=jnp.int32).astype(jnp.float32).sum() >= k
+        return (bits_BF >= least).sum(axis=1, dtype=jnp.int32).astype(jnp.float32).sum() >= float(k)
 
     return _bisect(enough, jnp.zeros((), jnp.int32))
 

@@ -17,7 +17,14 @@ from typing import Any
 from activation_cache.runtime.closing import Closing
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.bucket import BucketPath
-from activation_cache.storage.files import AnyPath, disk_errors, storage_path, sync, write_bytes
+from activation_cache.storage.files import (
+    AnyPath,
+    disk_errors,
+    json_text,
+    storage_path,
+    sync,
+    write_bytes,
+)
 from activation_cache.storage.guard import guard
 from sae_train.runs.recorded import metrics_row
 
@@ -27,7 +34,11 @@ _SECONDS_BETWEEN_WRITES = 30.0
 
 
 def read_metrics(run_folder: AnyPath) -> list[dict[str, Any]]:
-    """Every whole line of a run's metrics; a last line cut short by a kill is left out."""
+    """Every whole line of a run's metrics; a last line cut short by a kill is left out.
+
+    Raises:
+        UserError: a line isn't a row of metrics.
+    """
     path = storage_path(run_folder) / FILE
     rows: list[dict[str, Any]] = []
     if not path.exists():
@@ -46,7 +57,7 @@ class MetricsLog(Closing):
     def __init__(self, run_folder: AnyPath, *, from_step: int, tensorboard: bool) -> None:
         path = storage_path(run_folder) / FILE
         kept = [row for row in read_metrics(run_folder) if row["step"] <= from_step]
-        text = "".join(json.dumps(row) + "\n" for row in kept)
+        text = "".join(json_text(row) + "\n" for row in kept)
         write_bytes(path, text.encode())
         self._file = _Object(path, text) if isinstance(path, BucketPath) else _File(path)
         self._board = _summary_writer(run_folder, from_step) if tensorboard else None
@@ -60,8 +71,8 @@ class MetricsLog(Closing):
                 self._board.close()
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Add one row; it must have `step`, and its numbers must be finite."""
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        """Add one row; it must have `step`."""
+        self._file.write(json_text(row) + "\n")
         if self._board is not None:
             for name, value in row.items():
                 if name != "step":

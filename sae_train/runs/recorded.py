@@ -6,6 +6,7 @@ Of an evaluation most keys may be missing, as in files of earlier versions, and 
 from __future__ import annotations
 
 import json
+import math
 from typing import Annotated, Any
 
 from pydantic import (
@@ -108,6 +109,8 @@ def read_failure(path: StoragePath) -> tuple[str, str]:
 def metrics_row(line: bytes, *, where: str) -> dict[str, Any]:
     """A line of metrics.jsonl: numbers by name, `step` and `tokens` among them.
 
+    A null is read as NaN: that number wasn't finite.
+
     Raises:
         UserError: it isn't; `where` says which line.
     """
@@ -117,7 +120,7 @@ def metrics_row(line: bytes, *, where: str) -> dict[str, Any]:
         steps = [row[name] for name in ("step", "tokens")]
         if not all(isinstance(one, int) and one >= 0 for one in steps):
             raise KeyError("whole numbers of step and tokens")
-        return row
+        return {name: math.nan if value is None else value for name, value in row.items()}
     except ValidationError as error:
         reason = f"is not a row of metrics: {_first(error)}"
     except KeyError as error:

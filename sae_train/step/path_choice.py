@@ -36,5 +36,5 @@ def may_be_sparse_on(config: Config, mesh: Mesh) -> bool:
 def capacity_per_row(config: Config) -> int:
     """How many pairs per row, in the mean of a batch, the sparse path has space for."""
     if config.train.sparse_capacity is not None:
-        return config.train.sparse_capacity
+        return min(config.train.sparse_capacity, config.sae.width)
     return max(1, min(_LARGEST_CAPACITY, config.sae.width // _LATENTS_PER_PAIR))

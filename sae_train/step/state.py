@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
+from activation_cache.config import LARGEST_INT32
 from sae_train.config.run import TrainConfig
 from sae_train.config.sae import SaeConfig
 from sae_train.model.sharding import LAST_FIRED, Tensor, shape_of, sharding, table_of
@@ -57,7 +58,8 @@ def is_dead(
     last_fired_F: Int[Array, " F"], *, step: Int[Array, ""], train: TrainConfig
 ) -> Bool[Array, " F"]:
     """Latents that haven't fired for `dead_after_tokens`."""
-    return step - last_fired_F >= -(-train.dead_after_tokens // train.batch_size)
+    steps = -(-train.dead_after_tokens // train.batch_size)
+    return step - last_fired_F >= min(steps, LARGEST_INT32)  # no run has more steps
 
 
 def _map_table(leaf, scalar, *, config: SaeConfig) -> TrainState:
@@ -102,7 +104,7 @@ def abstract_state(config: SaeConfig, *, d_model: int, mesh: Mesh) -> TrainState
 
 
 def init_state(config: SaeConfig, *, d_model: int, seed: int, mesh: Mesh) -> TrainState:
-    """Gemma Scope's initialisation, each shard made on its own device.
+    """Gemma Scope's initialisation, each shard made on its own device; `seed` has 64 bits.
 
     W_dec and W_enc are drawn from one key, so W_enc starts as W_dec's transpose; of a transcoder
     they are drawn apart.
@@ -118,7 +120,10 @@ def _initialiser(
     table = table_of(config)
 
     def init() -> TrainState:
-        key = jax.random.key(seed)
+        # JAX takes the lower 32 bits of a seed and forgets the others.
+        high, low = divmod(seed, 2**32)
+        key = jax.random.key(low)
+        key = jax.random.fold_in(key, high) if high else key
 
         def leaf(name: str, tensor: Tensor) -> Array:
             shape = shape_of(tensor, width=config.width, d_model=d_model)

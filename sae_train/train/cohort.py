@@ -52,6 +52,7 @@ _NOT_COMPILED_IN = (
     "train.sparsity.warmup_steps",
     "train.log_every_steps",
     "train.tensorboard",
+    "train.wandb",
 )
 
 

@@ -27,6 +27,7 @@ from sae_train.config.file import FILE_NAME, write_config
 from sae_train.config.run import Config
 from sae_train.runs.folder import record_failure, record_start
 from sae_train.runs.metrics_file import MetricsLog, read_metrics
+from sae_train.runs.wandb_log import WandbSender
 from sae_train.step.schedule import Scheduled, scheduled
 from sae_train.step.state import TrainState, abstract_state, init_state
 from sae_train.train.initial_state import HostBatch, prepare_start
@@ -63,6 +64,7 @@ class Member(Closing):
             store=store.identity,
         )
         self._stack = ExitStack()
+        self._sender = WandbSender(config)
         self._checkpoints: Checkpoints | None = None
         self._state: TrainState | None = None
         self._pending: tuple[int, StepMetrics] | None = None
@@ -96,6 +98,7 @@ class Member(Closing):
             UserError: the folder is in use or holds another run, or its checkpoints are damaged.
         """
         config, folder = self.config, self.folder
+        self._stack.enter_context(self._sender)  # the last to close: its rows may take a while
         exchange.run_on_main_and_broadcast(
             "lock", lambda: self._stack.enter_context(folder_lock(folder))
         )
@@ -137,15 +140,16 @@ class Member(Closing):
 
     def start(self, *, anew: bool) -> None:
         """Open the metrics and write down that training starts."""
-        exchange.run_on_main_and_broadcast("metrics", self._open_log)
+        exchange.run_on_main_and_broadcast("metrics", lambda: self._open_log(anew=anew))
         exchange.run_on_main_and_broadcast(
             "start", lambda: record_start(self.folder, step=self.done, from_scratch=anew)
         )
 
-    def _open_log(self) -> None:
+    def _open_log(self, *, anew: bool) -> None:
         train = self.config.train
         log = MetricsLog(self.config.output, from_step=self.done, tensorboard=train.tensorboard)
         self.step_log.log = self._stack.enter_context(log)
+        self._sender.start(from_step=self.done, anew=anew)
 
     def give(self) -> tuple[TrainState, Scheduled]:
         """The state to step from, which the step may consume, and the scalars of the step."""

@@ -108,16 +108,20 @@ def train_cohort(
 
 @contextmanager
 def _memory_in_words(count: int) -> Iterator[None]:
-    """Say what to do where devices hold one run, perhaps, but not `count`."""
+    """Say what to do where the devices' memory doesn't hold `count` runs."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if count == 1 or "RESOURCE_EXHAUSTED" not in str(error):
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
+        runs, remedy = "this run", "lower sae.width or train.batch_size"
+        if count > 1:
+            runs = f"{count} runs that train together"
+            remedy = f"set sweep.cohort.max_members below {count}"
         raise UserError(
-            f"the devices have too little memory for {count} runs that train together: set "
-            f"sweep.cohort.max_members below {count} (`sae plan` says how many fit) or raise "
-            f"mesh.model. What was saved stays. ({str(error).splitlines()[0]})"
+            f"the devices have too little memory for {runs}: {remedy} or raise mesh.model "
+            "(`sae plan` says what is needed and what fits). What was saved stays. "
+            f"({str(error).splitlines()[0]})"
         ) from error
 
 

@@ -71,6 +71,7 @@ AT_HOME = {
     "datasets": {"activation_cache/text/sources.py"},
     "huggingface_hub": {"activation_cache/storage/hub.py"},
     "tensorboardX": {"sae_train/runs/metrics_file.py"},
+    "wandb": {"sae_train/runs/wandb_log.py"},
     "gcsfs": {"activation_cache/storage/bucket_client.py"},
     "s3fs": {"activation_cache/storage/bucket_client.py"},
     "matplotlib": set(),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from activation_cache.runtime.errors import UserError
 from sae_train.config.file import (
@@ -36,6 +37,12 @@ train:
 output: runs/demo
 launch: {on: local}
 """
+
+
+# Ten of ten of ten ...: a text of a few lines that stands for 10⁹ values.
+MANY_ALIASES = "a0: &a0 [1]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)
+)
 
 
 def load(tmp_path: Path, *overrides: str, text: str = BASE) -> Config:
@@ -109,7 +116,7 @@ def test_scalars(text: str, value: Any) -> None:
         ("train.tensorboard=yes", "'yes' is not true or false"),
         ("train.learning_rate.peak=fast", "'fast' is not a number"),
         ("train.learning_rate.peak=.inf", "inf is not a finite number"),
-        ("train.learning_rate.peak=0", "must be greater than 0"),
+        ("train.learning_rate.peak=0", "0 is out of range: it must be at least 1e-30"),
         ("train.sparsity.coefficient=-1", "-1 is out of range: it must be at least 0"),
         ("name=5", "5 is a number, not text: put it in quotes"),
         ("name=''", "must not be empty"),
@@ -174,6 +181,13 @@ def test_values_that_do_not_fit_together(tmp_path: Path, override: str, words: s
         ("true: x\n", "a key must be text"),
         ("? [a]\n: b\n", "a key must be text, not a list or mapping"),
         ("mesh: {data: 1\n", "line 18, column 1: not valid YAML"),
+        ("mesh:\n\tdata: 1\n", "line 18, column 1: not valid YAML"),
+        ("mesh:\n\tdata: 1\n", "Indent with spaces: YAML takes no tabs there"),
+        ("mesh: {<<: 3}\n", "line 17, mesh.<<: << merges mappings: write <<: *anchor"),
+        ("mesh: {<<: [{data: 1}, 3]}\n", "line 17, mesh.<<: << merges mappings"),
+        ("mesh: {<<: {data: 1}, <<: {}}\n", "line 17, mesh.<<: the key is given twice"),
+        ("mesh: &m {<<: *m}\n", "line 17, mesh: the value contains itself"),
+        (MANY_ALIASES, "aliases repeat more than 100000 values"),
         ("---\nname: second\n", "not valid YAML"),
         ("mesh: {data: !!int x}\n", "line 17, mesh.data: 'x' is not a valid int"),
         (
@@ -186,6 +200,32 @@ def test_bad_files_are_refused_by_line(tmp_path: Path, addition: str, words: str
     message = refusal(tmp_path, text=BASE + addition)
     assert words in message
     assert str(tmp_path / "config.yaml") in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a {x: 1, y: {z: 2}}\nb: {<<: *a, x: 3}",
+        "a: &a {x: 1}\nb: &b {x: 2, y: 3}\nc: {z: 4, <<: [*a, *b]}",
+        "a: &a {x: 1}\nb: &b {<<: *a, y: 2}\nc: {<<: *b}",
+        "a: {<<: {x: 1}, x: 2}",
+        "a: {'<<': 1}",
+        "a: &a [1, {x: 2}]\nb: [*a, *a]",
+    ],
+)
+def test_merge_keys_and_aliases_are_read_as_yaml_has_them(text: str) -> None:
+    assert parse(text, name="test").value == yaml.safe_load(text)
+
+
+def test_a_merged_section_and_its_lines(tmp_path: Path) -> None:
+    text = BASE.replace("sparsity: {penalty: l0, coefficient: .5}", "sparsity: {<<: &p {}}")
+    text = text.replace("{<<: &p {}}", "{<<: &p {penalty: l0, coefficient: .5}, warmup_steps: 7}")
+    sparsity = load(tmp_path, text=text).train.sparsity
+    assert (sparsity.penalty, sparsity.coefficient, sparsity.warmup_steps) == ("l0", 0.5, 7)
+    text = BASE + "mesh:\n  <<: &m {data: x}\ncheckpoint:\n  <<: {keep: 1}\n  keep: 1.5\n"
+    message = refusal(tmp_path, text=text)
+    assert "line 18, mesh.data: 'x' is not" in message
+    assert "line 21, checkpoint.keep: 1.5 is not" in message, "the line of its own key"
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,7 @@ def test_too_many_for_the_devices_is_told(folder: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(cohort_step, "make_train_step", full)
     with pytest.raises(UserError, match=r"set sweep\.cohort\.max_members below 3"):
         train_cohort(cohort(folder, place="full"))
-    with pytest.raises(jax.errors.JaxRuntimeError):
+    with pytest.raises(UserError, match=r"too little memory for this run: lower sae\.width"):
         train(member(folder, "a", place="full"))
 
 

@@ -106,6 +106,7 @@ def test_one_key_is_one_program(sparsity: dict[str, Any]) -> None:
         "train.sparsity.warmup_steps": 77,
         "train.log_every_steps": 9,
         "train.tensorboard": True,
+        "train.wandb": {"project": "saes"},
         "cache.sites": [{"site": "resid_post", "layers": [1, 2]}],
         "checkpoint.every_steps": 3,
     }

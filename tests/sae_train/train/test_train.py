@@ -205,9 +205,12 @@ def test_load_trained_gives_the_plain_threshold(tmp_path: Path):
     assert trained.params["W_enc"].shape == (64, 16)
 
 
-def test_tensorboard_files_on_request(tmp_path: Path):
-    train(make_run(tmp_path, tensorboard=True))
+def test_tensorboard_and_wandb_files_on_request(tmp_path: Path):
+    train(make_run(tmp_path, tensorboard=True, wandb={"project": "saes", "mode": "offline"}))
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+    [sent] = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    last = read_metrics(tmp_path / "run")[-1]
+    assert str(last["loss"]).encode() in sent.read_bytes(), "the last row too"
 
 
 def test_a_line_cut_short_is_dropped_and_a_damaged_one_is_told(tmp_path: Path):
