@@ -36,7 +36,7 @@ _RESOLVERS = (
 _PREFIX = "tag:yaml.org,2002:"
 _MERGE = "<<"
 # Aliases of aliases can stand for more values than any memory holds.
-_MOST_VALUES = 100_000
+_MOST_VALUES = 50_000
 
 
 class _Loader(yaml.SafeLoader):

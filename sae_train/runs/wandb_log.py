@@ -39,7 +39,8 @@ class WandbSender(Closing):
     """The other process, from `start` to `close`; whatever becomes of it, training goes on."""
 
     def __init__(self, config: Config) -> None:
-        self._config, self._process = config, None
+        self._config = config
+        self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, *, from_step: int, anew: bool) -> None:
         """Begin to send, if the config asks for it.

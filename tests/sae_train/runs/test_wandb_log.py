@@ -63,10 +63,13 @@ def board(monkeypatch: pytest.MonkeyPatch) -> Board:
 
 @pytest.mark.slow
 def test_the_real_package_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import wandb
+
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
     run = tmp_path / "run"
     config = make_run(run, wandb={"project": "saes", "mode": "offline", "tags": ["small"]})
     assert send(run, config=config) == 5
+    wandb.teardown()  # as at a process's end: what is buffered is written
     own = json.loads((run / "wandb.json").read_text())["id"]
     [first] = run.glob(f"wandb/offline-run-*/run-{own}.wandb")
     written = first.read_bytes()
@@ -74,6 +77,7 @@ def test_the_real_package_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert expected in written
     time.sleep(1.1)  # W&B names the folder after the second
     assert send(run, config=config, from_step=3) == 2, "a resumed run has sent the others"
+    wandb.teardown()
     assert len([*run.glob(f"wandb/offline-run-*/run-{own}.wandb")]) == 2
 
 
