@@ -52,8 +52,8 @@ PositiveSmallCount = Annotated[Whole, Field(ge=1, le=LARGEST_INT32)]
 Seed = Annotated[Whole, Field(ge=0, le=2**64 - 1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 # Of what becomes a float32, in which 1e300 would be infinite and 1e-300 be 0.
-NonNegative32 = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
-Positive32 = Annotated[float, Field(ge=1e-30, le=1e30, allow_inf_nan=False)]
+NonNegative32 = Annotated[float, Field(ge=0, le=1e38, allow_inf_nan=False)]
+Positive32 = Annotated[float, Field(ge=1e-30, le=1e38, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})", re.ASCII)

@@ -149,7 +149,7 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_state(tmp_path: Path):
         tmp_path,
         parametrisation="direct",
         checkpoint={"every_steps": 1, "keep": 10},
-        learning_rate={"peak": 1e30, "warmup_steps": 20, "warmup_from": 0.0},
+        learning_rate={"peak": 1e37, "warmup_steps": 20, "warmup_from": 0.0},
     )
     with pytest.raises(
         UserError, match=r"training stopped at step (\d+).*last finite metrics"
