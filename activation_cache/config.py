@@ -50,6 +50,7 @@ LARGEST_INT32 = 2**31 - 1
 SmallCount = Annotated[Whole, Field(ge=0, le=LARGEST_INT32)]
 PositiveSmallCount = Annotated[Whole, Field(ge=1, le=LARGEST_INT32)]
 Seed = Annotated[Whole, Field(ge=0, le=2**64 - 1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 # Of what becomes a float32, in which 1e300 would be infinite and 1e-300 be 0.
 NonNegative32 = Annotated[float, Field(ge=0, le=1e38, allow_inf_nan=False)]

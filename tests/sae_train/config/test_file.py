@@ -71,6 +71,8 @@ def test_plain_data_round_trip(value: Any) -> None:
 # What people name things; YAML's traps among them.
 names = st.text(min_size=1) | st.sampled_from(["on", "no", "1e5", "007", "1:30", "~", "a: b", "#"])
 
+paths = names.filter(lambda text: "$" not in text and not text.startswith("~"))
+
 
 positive = st.floats(min_value=1e-30, max_value=1e30)
 
@@ -78,7 +80,7 @@ positive = st.floats(min_value=1e-30, max_value=1e30)
 @settings(deadline=None, max_examples=100)
 @given(
     name=names,
-    source=st.lists(names, min_size=1, max_size=3),
+    source=st.lists(paths, min_size=1, max_size=3),
     peak=positive,
     coefficient=positive,
     tokens=st.integers(min_value=1, max_value=10**11),
