@@ -116,7 +116,8 @@ class ArrayLayout:
         # No shard has two writers, so TensorStore needs no locks, which some file systems lack. It
         # doesn't sync either (`_sync` does), because some can't sync a folder.
         locking = {"mode": "none"}
-        path = f"{self.path}/"
+        # It refuses a path with `..` in it, which may lead from a link to another folder's parent.
+        path = f"{self.path.resolve() if '..' in self.path.parts else self.path}/"
         return {"driver": "file", "path": path, "file_io_locking": locking, "file_io_sync": False}
 
     def open(

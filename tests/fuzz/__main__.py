@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from activation_cache.storage.files import folder_lock
+from activation_cache.storage.locks import folder_lock
 from tests.fuzz.campaign import KINDS, Findings, campaign, described
 from tests.fuzz.outcome import run
 from tests.fuzz.pipeline import environment, make_world

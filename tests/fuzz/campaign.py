@@ -78,6 +78,8 @@ class Findings:
         if outcome.wrong:
             failure = Failure(kind, number, given, outcome)
             self.failures.setdefault(failure.sort, []).append(failure)
+            if len(self.failures[failure.sort]) == 1:
+                logger.info("%s %d: %s", kind, number, outcome.wrong[:200])
 
 
 def make(kind: str, number: int, *, seed: int, world: World) -> Input:

@@ -126,6 +126,19 @@ def test_a_missing_and_an_unfinished_store(tmp_path: Path):
         open_store(tmp_path)
 
 
+def test_a_store_may_be_named_by_way_of_the_folder_above(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "far/here").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far/here")
+    monkeypatch.chdir(tmp_path / "far/here")
+    written = write_store(Path("../store"), make_manifest(rows=20))
+    assert written.read(TAP, start=0, stop=1).shape == (1, 8)
+    for name in (tmp_path / "link/../store", tmp_path / "far/store"):
+        assert open_store(name).identity == written.identity
+        assert open_store(name).read(TAP, start=19, stop=20)[0, 0] == 19
+
+
 def test_a_manifest_with_one_byte_flipped_is_refused(tmp_path: Path):
     manifest = tmp_path / MANIFEST_FILE
     write_record(manifest, make_manifest(rows=100))
