@@ -23,8 +23,13 @@ def test_a_mutation_finds_its_line(mutation: Mutation):
     assert mutation.right != mutation.wrong
 
 
-def test_the_tests_of_all_mutations_exist():
-    tests = sorted({one.test for one in MUTATIONS})
+def test_the_tests_of_all_mutations_exist(request: pytest.FixtureRequest):
+    collected = {item.nodeid for item in request.session.items}
+    collected |= {name.partition("[")[0] for name in collected}
+    # Alone this file collects no others: then those are looked for here.
+    tests = sorted({one.test for one in MUTATIONS} - collected)
+    if not tests:
+        return
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider"]
     found = subprocess.run([*command, *tests], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
