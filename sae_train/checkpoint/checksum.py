@@ -56,7 +56,7 @@ def unseal_meta(data: bytes) -> dict[str, Any]:
     try:
         content = json.loads(data)
         seal = content.pop(_SEAL)
-    except (ValueError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint("its meta is not the JSON that was written") from error
     if seal != _hash(content):
         raise DamagedCheckpoint("its meta failed the checksum")

@@ -82,11 +82,8 @@ def kill_at_random(inputs: Path, path: Path, generator: random.Random) -> None:
 
 
 def kill_within_a_shard(inputs: Path, path: Path) -> None:
-    for _ in range(4):
-        assert run(inputs, path, "lock") == -signal.SIGKILL
-        if list(path.rglob("*.__lock")):  # else it was renamed in the instant before the kill
-            return
-    pytest.fail("no kill left a shard half written")
+    assert run(inputs, path, "lock") == -signal.SIGKILL
+    assert list(path.rglob("*.__lock"))
 
 
 def test_killed_at_every_stage_the_store_ends_the_same(inputs: Path, tmp_path: Path):

@@ -1,7 +1,7 @@
 """`python -m tests.support.children.harvest_child SECTIONS [KILL]`: a harvest that may kill itself.
 
 KILL is `name:n` (before the n-th small file whose name begins with `name` gets its name, say
-`bucket:3`) or `lock` (as soon as TensorStore has begun to write a shard of a new bucket).
+`bucket:3`) or `lock` (with half of a shard of a new bucket written).
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ import json
 import os
 import signal
 import sys
-import threading
 from pathlib import Path
+
+import numpy as np
 
 from activation_cache.config import CacheConfig, ModelConfig, TextConfig
 from activation_cache.harvest.harvest import harvest
 from activation_cache.storage import files
+from activation_cache.storage.arrays import ArrayLayout
+from activation_cache.store import writer
 
 
 def die() -> None:
@@ -35,22 +38,23 @@ def kill_before_replacing(name: str, number: int) -> None:
     files.os.replace = counted
 
 
-def kill_within_a_shard(folder: Path) -> None:
-    def watch() -> None:
-        while True:
-            for shards in folder.glob("*.*/c"):
-                for shard in os.scandir(shards):
-                    if os.path.exists(f"{shard.path}/0.__lock"):
-                        die()
+def kill_within_a_shard() -> None:
+    """Die with half of the first shard under TensorStore's temporary name, as in mid-write."""
 
-    threading.Thread(target=watch, daemon=True).start()
+    def half(array: object, layout: ArrayLayout, *, start: int, rows: np.ndarray) -> None:
+        shard = Path(str(layout.shard_file(start)))
+        shard.parent.mkdir(parents=True, exist_ok=True)
+        written = rows.tobytes()[: rows.nbytes // 2]
+        shard.with_name(f"{shard.name}_0123abcd.__lock").write_bytes(written)
+        die()
+
+    writer.write_shards = half
 
 
 def main(sections: str, kill: str = "") -> None:
     given = json.loads(sections)
-    folder = Path(given["cache"]["path"])
     if kill == "lock":
-        kill_within_a_shard(folder)
+        kill_within_a_shard()
     elif kill:
         name, number = kill.split(":")
         kill_before_replacing(name, int(number))
