@@ -24,8 +24,8 @@ from tests.support.training import assert_same_run, lines_logged, make_run
 
 pytestmark = pytest.mark.slow
 
-STEPS = 800  # seconds of work: a signal needs one to be agreed upon
-SAVES = {"every_steps": 200, "keep": 2}
+STEPS = 400  # seconds of work: a signal needs one to be agreed upon
+SAVES = {"every_steps": 100, "keep": 2}
 _DEADLINE_SECONDS = 400
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from activation_cache.runtime.errors import Interrupted
 from launch.cli import main
 from launch.clusters import slurm
 from launch.clusters.slurm_script import script_folder
@@ -32,7 +33,7 @@ from tests.support.configs import as_job
 from tests.support.pipeline import ROOT, write_pipeline
 from tests.support.servers.slurm_cluster import Cluster, is_installed, running_cluster
 from tests.support.stores import file_hashes
-from tests.support.training import assert_same_run, make_run, untimed_metrics
+from tests.support.training import assert_same_run, make_run, stop_after, untimed_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -217,7 +218,8 @@ def test_two_nodes_find_each_other_and_stop_together(cluster: Cluster, tmp_path:
     await_progress(run, log=log)
     cluster.run("scancel", "--signal=USR1", "--batch", job)  # as before a time limit
     await_state(cluster, job, "PENDING", log=log)
-    train(alone)
+    with pytest.raises(Interrupted):
+        train(alone, stop=stop_after(60))
     await_state(cluster, job, "COMPLETED", log=log)
     said = read_logs(config)
     assert "joined: process 0 of 2" in said
@@ -226,7 +228,7 @@ def test_two_nodes_find_each_other_and_stop_together(cluster: Cluster, tmp_path:
     assert "going on from the checkpoint at step" in said
     assert len(read_metrics(run)) == 200
     # Two processes sum in another order than one; later steps would show that, not a mistake.
-    pairs = zip(untimed_metrics(run)[:60], untimed_metrics(Path(alone.output))[:60], strict=True)
+    pairs = zip(untimed_metrics(run)[:60], untimed_metrics(Path(alone.output)), strict=True)
     for one, other in pairs:
         np.testing.assert_allclose(list(one.values()), list(other.values()), rtol=1e-5)
 
