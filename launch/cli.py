@@ -250,14 +250,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return group.end(code)
 
 
+_OF_OPEN_FILES = (
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+)
+
+
 def _disk_words(error: Exception) -> str | None:
     """What a disk refused where no message of ours says it; None for any other error.
 
     A file that isn't there is a bug, or hasn't reached this machine yet: it keeps its traceback.
+    An error of an open file has no name, and only some of those numbers can't be a socket's.
     """
-    if not isinstance(error, OSError) or error.filename is None or error.errno == errno.ENOENT:
+    if not isinstance(error, OSError) or error.errno == errno.ENOENT:
         return None
-    refusal = disk_refusal(error.errno, error.filename, doing="use")
+    if error.filename is None and error.errno not in _OF_OPEN_FILES:
+        return None
+    refusal = disk_refusal(error.errno, error.filename or "an open file", doing="use")
     return None if refusal is None else str(refusal)
 
 

@@ -9,6 +9,7 @@ pass, and at DEBUG (`sae -v`) so does everything.
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import logging
 import shutil
@@ -151,9 +152,10 @@ def read_state(folder: Path, abstract: TrainState) -> TrainState:
 def _without_narration() -> Iterator[None]:
     """Keep out of the user's log what Orbax tells us otherwise, unless ours is at DEBUG.
 
-    That is what its files log below WARNING or with a traceback, and the complaints of
-    TensorStore's threads about Orbax's event loop, which ends at the first of several errors.
+    That is what its files log below WARNING or with a traceback, and from now on what is left of
+    several errors at once (`_drop_leftovers`).
     """
+    _drop_leftovers()
 
     def passes(record: logging.LogRecord) -> bool:
         # absl names the file that logs only if nobody asked for its logger before absl was there.
@@ -163,15 +165,30 @@ def _without_narration() -> Iterator[None]:
         narrated = told and file.startswith(_ORBAX_FOLDER)
         return not narrated or logger.isEnabledFor(logging.DEBUG)
 
-    def complain(unraisable: sys.UnraisableHookArgs) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
-
-    before, sys.unraisablehook = sys.unraisablehook, complain
     _ABSL.addFilter(passes)
     try:
         yield
     finally:
         _ABSL.removeFilter(passes)
-        if sys.unraisablehook is complain:
-            sys.unraisablehook = before
+
+
+@functools.cache
+def _drop_leftovers() -> None:
+    """Drop what comes after the first of several errors of Orbax, which is the one it raises.
+
+    Its event loop ends at the first. TensorStore's threads then complain about the loop, and its
+    other tasks about nobody asking for their result: at once, or when Python frees them.
+    """
+
+    def complain(unraisable: sys.UnraisableHookArgs) -> None:
+        code = getattr(unraisable.object, "cr_code", None)
+        of_orbax = code is not None and code.co_filename.startswith(_ORBAX_FOLDER)
+        if not of_orbax and str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    def passes(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return "never retrieved" not in text or not ("orbax" in text or "OCDBT" in text)
+
+    before, sys.unraisablehook = sys.unraisablehook, complain
+    logging.getLogger("asyncio").addFilter(passes)

@@ -82,6 +82,9 @@ def test_what_a_disk_refuses_anywhere_is_said_in_words(
     fail(OSError(errno.EDQUOT, "", "/data/x"))
     assert main(["status", str(harvested / "out")]) == 2
     assert "cannot use /data/x: the disk quota is used up" in capsys.readouterr().err
+    fail(OSError(errno.ESTALE, ""))  # read from an open file, an error names none
+    assert main(["status", str(harvested / "out")]) == 2
+    assert "cannot use an open file: the file system it is on" in capsys.readouterr().err
     for error in (FileNotFoundError(errno.ENOENT, "", "/gone"), OSError(errno.ETIMEDOUT, "")):
         fail(error)
         with pytest.raises(OSError, match=r"\[Errno"):  # bugs, and what has no file
