@@ -167,9 +167,12 @@ def write_shards(
             part = rows[first : first + layout.shard_rows]
             transaction = ts.Transaction()
             begin = start + first
+            file = layout.shard_file(begin)
+            if isinstance(file, Path):  # TensorStore would read the array's short last one first
+                remove_file(file)
             array.with_transaction(transaction)[begin : begin + len(part)].write(part).result()
             transaction.commit_sync()
-            _sync(layout.shard_file(begin))
+            _sync(file)
 
 
 def _sync(file: StoragePath) -> None:

@@ -139,6 +139,20 @@ def test_a_store_may_be_named_by_way_of_the_folder_above(
         assert open_store(name).read(TAP, start=19, stop=20)[0, 0] == 19
 
 
+def test_a_shard_cut_short_before_its_bucket_was_committed_is_written_anew(tmp_path: Path):
+    manifest = make_manifest(rows=100)
+    store = write_store(tmp_path, manifest)
+    for name in ("sequence", TAP.name):
+        shard = max(
+            (tmp_path / name / "c").rglob("*"), key=lambda path: (path.is_file(), str(path))
+        )
+        shard.write_bytes(shard.read_bytes()[:-60])
+    with pytest.raises(UserError, match="damaged"):
+        store.read(TAP, start=99, stop=100)
+    again = write_store(tmp_path, manifest)
+    assert again.read(TAP, start=99, stop=100)[0, 0] == 99
+
+
 def test_a_manifest_with_one_byte_flipped_is_refused(tmp_path: Path):
     manifest = tmp_path / MANIFEST_FILE
     write_record(manifest, make_manifest(rows=100))
