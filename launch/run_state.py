@@ -38,19 +38,25 @@ def needs_store(configs: Sequence[Job]) -> bool:
     )
 
 
-def refuse_second_harvest(configs: Sequence[Job]) -> None:
-    """Before a sweep harvests: where runs are trained already their store must be there.
+def check_begun(configs: Sequence[Job]) -> None:
+    """Before a sweep writes anything: can the runs that have a checkpoint go on as they are?
 
     Args:
         configs: of runs that read one store.
 
     Raises:
-        UserError: it isn't, so it has been moved or deleted, and it is needed.
+        UserError: a run was begun with another config; or a store is needed that isn't there, so
+            that it has been moved or deleted.
     """
+    begun = [one for one in configs if newest_checkpoint(storage_path(one.output)) is not None]
+    if begun:
+        from sae_train.checkpoint.same_run import refuse_other_config
+    for config in begun:
+        folder = storage_path(config.output)
+        refuse_other_config(read_run_config(folder), config, folder=folder)
     if not needs_store(configs):
         return
-    trained = [one for one in configs if newest_checkpoint(storage_path(one.output)) is not None]
-    for config in trained:
+    for config in begun:
         store = storage_path(config.cache.path)
         if not any((store / name).exists() for name in ("manifest.json", "plan.json")):
             raise UserError(

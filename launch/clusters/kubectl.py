@@ -78,7 +78,7 @@ def submit(config: Job, *, command: Command, dry_run: bool, stop: Callable[[], b
     kubectl.check(files)
     if command == "sweep":
         with contextlib.suppress(StorageError):  # a bucket that only the cluster may read
-            run_state.refuse_second_harvest([run.config for run in expand(config)])
+            run_state.check_begun([run.config for run in expand(config)])
     else:
         [(manifest, file)] = files
         kubectl.submit(manifest, file)

@@ -201,7 +201,7 @@ def _wanted(config: Job, *, runs: Sequence[Run]) -> dict[Stage, str]:
     )
     wanted: dict[Stage, str] = {}
     if evaluating and not _has_stores(config):
-        run_state.refuse_second_harvest([run.config for run in runs])
+        run_state.check_begun([run.config for run in runs])
         wanted["harvest"] = ""
     if missing:
         wanted["train"] = ",".join(map(str, missing)) if len(missing) < len(cohorts) else ""

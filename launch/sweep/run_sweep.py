@@ -58,7 +58,7 @@ def run_sweep(config: Job, *, stop: StopFlag) -> int:
     show_runs(config, runs)
     parts = _by_store(runs)
     for part in parts:
-        run_state.refuse_second_harvest([run.config for run in part])
+        run_state.check_begun([run.config for run in part])
     with folder_lock(config.output):
         write_config(config, config.output)
         failures = _Failures()

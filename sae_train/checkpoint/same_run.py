@@ -66,7 +66,17 @@ def refuse_difference(
     config: Config, meta: Mapping[str, Any], *, store: str, folder: StoragePath
 ) -> None:
     """Raise `UserError` if the checkpoint with this `meta` is of another config or store."""
-    earlier = Config.model_validate(meta["config"])
+    refuse_other_config(Config.model_validate(meta["config"]), config, folder=folder)
+    if meta["store"] != store:
+        raise UserError(
+            f"{folder} holds a run trained on another activation store "
+            f"({meta['store'][:16]}, now {store[:16]}): point cache.path at the old store, choose "
+            "another output, or give --fresh to delete the run and start anew."
+        )
+
+
+def refuse_other_config(earlier: Config, config: Config, *, folder: StoragePath) -> None:
+    """Raise `UserError` if a run begun with `earlier` can't go on with `config`."""
     differing = numeric_differences(earlier, config)
     if differing:
         before, now = earlier.model_dump(), config.model_dump()
@@ -76,12 +86,6 @@ def refuse_difference(
         raise UserError(
             f"{folder} holds a run with another config: {changes}. Put the old value back to go "
             "on with it, choose another output, or give --fresh to delete it and start anew."
-        )
-    if meta["store"] != store:
-        raise UserError(
-            f"{folder} holds a run trained on another activation store "
-            f"({meta['store'][:16]}, now {store[:16]}): point cache.path at the old store, choose "
-            "another output, or give --fresh to delete the run and start anew."
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from activation_cache.runtime.errors import UserError
@@ -183,6 +183,7 @@ def read_sbatch_value(line: str) -> str:
     return value
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"])))
 def test_quoted_values_come_back(text: str) -> None:
     if text:

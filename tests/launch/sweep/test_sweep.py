@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from activation_cache.runtime.errors import UserError
@@ -98,9 +98,10 @@ def test_names_are_short_but_tell_keys_apart() -> None:
     ]
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.floats(min_value=1e-12, max_value=1e12), min_size=1, max_size=6, unique=True),
-    st.lists(st.integers(min_value=0, max_value=10**30), min_size=1, max_size=3, unique=True),
+    st.lists(st.integers(min_value=0, max_value=2**64 - 1), min_size=1, max_size=3, unique=True),
 )
 def test_names_are_unique_folder_names(coefficients: list[float], seeds: list[int]) -> None:
     found = names({"grid": {"train.sparsity.coefficient": coefficients, "train.seed": seeds}})
@@ -280,12 +281,10 @@ def test_a_failing_run_does_not_stop_the_rest(
 def test_a_run_of_another_config_is_not_taken_for_done(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = stamps(run_of(finished, "0.001"))
+    before = stamps(finished / "out")
     assert main(["sweep", str(finished / "config.yaml"), "sae.bandwidth=0.5"]) == 2
-    message = capsys.readouterr().err
-    assert "2 of 2 runs failed" in message
-    assert "sae.bandwidth was 0.001 and is now 0.5" in message
-    assert stamps(run_of(finished, "0.001")).items() >= before.items()
+    assert "sae.bandwidth was 0.001 and is now 0.5" in capsys.readouterr().err
+    assert stamps(finished / "out") == before, "the sweep's own config is as it was, too"
 
 
 def test_a_signal_ends_the_sweep_and_the_same_command_goes_on(finished: Path) -> None:

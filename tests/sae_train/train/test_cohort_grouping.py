@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from activation_cache.runtime.errors import UserError
@@ -55,6 +55,7 @@ def test_what_a_cohort_shares() -> None:
         check_cohort([config, make_config(width=64)])
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sampled_from(["x", "y", "z"]), max_size=30),
     st.integers(min_value=1, max_value=9),
