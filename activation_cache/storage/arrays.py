@@ -211,6 +211,8 @@ def remove_stray_files(folder: StoragePath) -> None:
             remove_file(stray)
 
 
+# FAILED_PRECONDITION: another shape or dtype; OUT_OF_RANGE: a file shorter than its index says.
+_DAMAGE = ("DATA_LOSS", "NOT_FOUND", "FAILED_PRECONDITION", "OUT_OF_RANGE")
 _ERRNO_BY_STATUS = {"RESOURCE_EXHAUSTED": errno.ENOSPC, "PERMISSION_DENIED": errno.EACCES}
 
 
@@ -232,7 +234,7 @@ def array_errors(path: StoragePath, *, doing: str) -> Iterator[None]:
         named = re.search(r'(?:local file|at|key) "([^"]+)"', text)
         file = named.group(1) if named else str(path)
         reading = doing in ("read", "open", "create")
-        if status in ("DATA_LOSS", "NOT_FOUND", "FAILED_PRECONDITION") and reading:
+        if status in _DAMAGE and reading:
             found = text.split(" [", 1)[0]
             raise damaged_shard(file, found, missing=status == "NOT_FOUND") from error
         if isinstance(path, BucketPath):

@@ -12,6 +12,7 @@ import errno
 import functools
 import hashlib
 import logging
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,8 @@ from sae_train.step.state import TrainState
 logger = logging.getLogger(__name__)
 
 _ABSL = logging.getLogger("absl")
+_OF_ARRAYS = re.compile("TensorStore|tensorstore|OCDBT|orbax")
+_DESCRIPTION = "_CHECKPOINT_METADATA"
 _ORBAX_FOLDER = str(Path(ocp.__file__).parent)
 
 
@@ -46,6 +49,8 @@ class OrbaxCheckpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             enable_async_checkpointing=True,
+            # Else threads wait for folders that a disk refused, and the process can't end.
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
             # A kill in mid-write leaves a folder under a temporary name.
             cleanup_tmp_directories=True,
             # Processes meet under this name; they may write several folders at once.
@@ -55,7 +60,7 @@ class OrbaxCheckpoints:
         )
         with ExitStack() as stack:
             stack.enter_context(_without_narration())  # the background threads' too
-            with self._errors():
+            with self._errors(), _odd_descriptions(folder):
                 self._manager = ocp.CheckpointManager(
                     folder, options=options, item_names=("state", "meta")
                 )
@@ -138,6 +143,24 @@ class OrbaxCheckpoints:
         return f"{needed}, and {bytes_text(shutil.disk_usage(self.folder).free)} are free."
 
 
+@contextmanager
+def _odd_descriptions(folder: Path) -> Iterator[None]:
+    """Orbax reads what describes each checkpoint when it opens their folder, and checks its types.
+
+    Raises:
+        UserError: they are others. Nothing needs that file.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError) as error:
+        if refused_number(error) is not None:
+            raise
+        raise UserError(
+            f"a file {_DESCRIPTION} in {folder} is not what was written ({error}): delete those "
+            "files, which nothing needs, and give the same command again."
+        ) from error
+
+
 def read_state(folder: Path, abstract: TrainState) -> TrainState:
     """The state under one checkpoint's folder, placed as `abstract` says.
 
@@ -158,11 +181,7 @@ def _without_narration() -> Iterator[None]:
     _drop_leftovers()
 
     def passes(record: logging.LogRecord) -> bool:
-        # absl names the file that logs only if nobody asked for its logger before absl was there.
-        trace = record.exc_info[2] if record.exc_info else None
-        file = trace.tb_frame.f_code.co_filename if trace else record.pathname
-        told = record.levelno < logging.WARNING or trace is not None
-        narrated = told and file.startswith(_ORBAX_FOLDER)
+        narrated = record.levelno < logging.WARNING and record.pathname.startswith(_ORBAX_FOLDER)
         return not narrated or logger.isEnabledFor(logging.DEBUG)
 
     _ABSL.addFilter(passes)
@@ -187,8 +206,12 @@ def _drop_leftovers() -> None:
             before(unraisable)
 
     def passes(record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        return "never retrieved" not in text or not ("orbax" in text or "OCDBT" in text)
+        # absl names the file that logs only if nobody asked for its logger before absl was there.
+        trace = record.exc_info[2] if record.exc_info else None
+        of_orbax = trace is not None and trace.tb_frame.f_code.co_filename.startswith(_ORBAX_FOLDER)
+        of_task = record.name == "asyncio" and _OF_ARRAYS.search(record.getMessage()) is not None
+        return not (of_orbax or of_task) or logger.isEnabledFor(logging.DEBUG)
 
     before, sys.unraisablehook = sys.unraisablehook, complain
-    logging.getLogger("asyncio").addFilter(passes)
+    for own in (_ABSL, logging.getLogger("asyncio")):
+        own.addFilter(passes)

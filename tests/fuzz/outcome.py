@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import concurrent.futures.thread
 import contextlib
 import errno
 import io
 import os
 import re
 import signal
+import threading
 import time
 import traceback
 import warnings
@@ -22,6 +24,7 @@ from tests.support.paths import ROOT
 
 STATUSES = (0, 2, 75)  # done, the user's mistake, stopped with everything saved
 ASK_SECONDS, MOST_SECONDS = 30.0, 90.0
+END_SECONDS = 10.0
 # An error may quote what it found, and a config may have many mistakes; nobody reads more.
 _MOST_LINES, _MOST_CHARACTERS = 120, 40_000
 
@@ -109,6 +112,7 @@ def _run(words: tuple[str, ...]) -> Outcome:
     out, err = io.StringIO(), io.StringIO()
     status: int | None = None
     wrong = place = ""
+    threads = set(threading.enumerate())
     try:
         with _time_limit(), _as_a_user_runs_it(out, err):
             status = main(list(words))
@@ -118,7 +122,19 @@ def _run(words: tuple[str, ...]) -> Outcome:
         wrong, place = f"{type(error).__name__}: {str(error)[:300]}", _place(error)
         err.write("".join(traceback.format_exception(error))[-6000:])
     printed = err.getvalue()
-    return Outcome(status, wrong or _wrong(status, printed, words), place, printed)
+    wrong = wrong or _wrong(status, printed, words) or _lingering(threads)
+    return Outcome(status, wrong, place, printed)
+
+
+def _lingering(before: set[threading.Thread]) -> str:
+    """Threads for which Python would wait at its end; idle ones of a pool are told to end."""
+    for thread in set(threading.enumerate()) - before:
+        in_pool = getattr(thread, "_target", None) is concurrent.futures.thread._worker
+        if not thread.daemon and not in_pool:
+            thread.join(END_SECONDS)
+            if thread.is_alive():
+                return f"the process can't end: thread {thread.name} is at work"
+    return ""
 
 
 def _wrong(status: int | None, printed: str, words: tuple[str, ...]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -70,3 +71,19 @@ def test_a_command_that_neither_ends_nor_stops_hangs(
     monkeypatch.setattr(outcome, "ASK_SECONDS", 0.05)
     monkeypatch.setattr(outcome, "MOST_SECONDS", 0.1)
     assert run(Input(("status", "x")), World(tmp_path)).wrong.startswith("Hang")
+
+
+def test_a_thread_that_keeps_the_process_from_ending_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = threading.Event()
+
+    def main(words: list[str]) -> int:
+        threading.Thread(target=done.wait, name="waits").start()
+        return 0
+
+    monkeypatch.setattr("launch.cli.main", main)
+    monkeypatch.setattr(outcome, "END_SECONDS", 0.05)
+    ended = run(Input(("status", "x")), World(tmp_path))
+    done.set()
+    assert ended.wrong == "the process can't end: thread waits is at work"

@@ -149,6 +149,10 @@ def test_a_shard_cut_short_before_its_bucket_was_committed_is_written_anew(tmp_p
         shard.write_bytes(shard.read_bytes()[:-60])
     with pytest.raises(UserError, match="damaged"):
         store.read(TAP, start=99, stop=100)
+    first = tmp_path / TAP.name / "c/0/0"
+    first.write_bytes(first.read_bytes()[-200:])  # its index alone, of chunks that aren't there
+    with pytest.raises(UserError, match="damaged"):
+        store.read(TAP, start=0, stop=1)
     again = write_store(tmp_path, manifest)
     assert again.read(TAP, start=99, stop=100)[0, 0] == 99
 

@@ -140,6 +140,23 @@ def test_if_all_are_damaged_it_says_so_and_fresh_starts_anew(finished_run: Path)
     assert_same_run(finished_run / "whole", finished_run / "hopeless", step=40)
 
 
+def test_a_description_with_other_types_is_named_and_not_needed(finished_run: Path):
+    shutil.copytree(finished_run / "whole", finished_run / "described")
+    files = list((finished_run / "described/checkpoints").glob("*/_CHECKPOINT_METADATA"))
+    assert len(files) == 2
+    files[0].write_text(
+        files[0]
+        .read_text()
+        .replace('"init_timestamp_nsecs": ', '"init_timestamp_nsecs": [1], "x": ')
+    )
+    config = make_run(finished_run, output="described")
+    with pytest.raises(UserError, match=r"_CHECKPOINT_METADATA in .*delete those files"):
+        train(config)
+    for file in files:
+        file.unlink()
+    assert train(config).step == 40
+
+
 def test_reading_disturbs_no_save_in_progress(finished_run: Path):
     shutil.copytree(finished_run / "whole", finished_run / "busy")
     partial = finished_run / "busy" / "checkpoints" / "50.orbax-checkpoint-tmp"

@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 import resource
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -214,3 +215,21 @@ def test_a_failure_is_told_even_where_it_cannot_be_kept(
     monkeypatch.setattr(run_files, "write_json", refuse)
     record_failure(tmp_path, stage="train", reason="no room")
     assert "the reason of the failure isn't kept: the disk is full" in caplog.text
+
+
+def test_a_folder_that_the_disk_refuses_keeps_no_thread_waiting(
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = make_run(finished_run, output="refused")
+    before, make = set(threading.enumerate()), os.mkdir
+
+    def refuse(path: Any, *rest: Any, **options: Any) -> None:
+        if "orbax-checkpoint-tmp/" in os.fspath(path):
+            raise OSError(errno.EDQUOT, "Disk quota exceeded", os.fspath(path))
+        make(path, *rest, **options)
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with pytest.raises(UserError, match="quota is used up"):
+        train(config)
+    waiting = [one for one in set(threading.enumerate()) - before if "Signaling" in repr(one)]
+    assert not waiting, "the process can't end before they do, minutes later"
