@@ -142,7 +142,8 @@ MUTATIONS = (
         "a step by tiles averages the gradients of the parts of the batch",
         _TILES,
         'gradients = sum_over("data", gradients, mesh=mesh)',
-        'gradients = jax.tree.map(lambda g: g / 2, sum_over("data", gradients, mesh=mesh))',
+        'gradients = sum_over("data", gradients, mesh=mesh)\n'
+        '        gradients = jax.tree.map(lambda g: g / mesh.shape["data"], gradients)',
         f"{_T_SPARSE}::test_pairs_on_many_meshes[2-4-36]",
     ),
     Mutation(
