@@ -77,7 +77,10 @@ def test_a_closed_terminal_loses_nothing(tmp_path: pytest.TempPathFactory):
         cwd=ROOT,
     )
     os.close(terminal)
-    assert os.read(keyboard, 5) == b"ready"
+    said = b""
+    while not said.endswith(b"\n"):  # to its end: print would meet a closed terminal
+        said += os.read(keyboard, 10)
+    assert said == b"ready\r\n"
     os.close(keyboard)
     process.send_signal(signal.SIGHUP)  # this terminal controls no session
     assert process.wait(30) == 75

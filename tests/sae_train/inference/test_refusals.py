@@ -76,7 +76,10 @@ def test_architectures_of_saelens_we_cannot_express_are_refused(tmp_path, change
         ({"architecture": "topk"}, "only 'jump_relu'"),
         ({"type": "crosscoder"}, "describes a crosscoder"),
         ({"affine_connection": True}, "affine_connection True, and the tensors lack"),
-        ({"hf_hook_point_in": 5, "affine_connection": True}, "and the tensors lack"),
+        (
+            {"hf_hook_point_in": 5, "affine_connection": True},
+            "hf_hook_point_in 5, which must be text",
+        ),
     ],
 )
 def test_gemma_scope_2_configs_we_cannot_honour_are_refused(tmp_path, changes, message):
