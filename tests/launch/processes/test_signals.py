@@ -7,6 +7,7 @@ import pty
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,12 +20,15 @@ ALL = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGU
 
 @pytest.mark.parametrize("number", ALL)
 def test_each_asks_to_stop_and_is_given_back(number: signal.Signals):
-    before = signal.getsignal(number)
-    with stop_on_signals() as stop:
-        assert not stop()
-        signal.raise_signal(number)
-        assert stop()
-    assert signal.getsignal(number) == before
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup the tests ignore SIGHUP too
+    try:
+        with stop_on_signals() as stop:
+            assert not stop()
+            signal.raise_signal(number)
+            assert stop()
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
 
 
 @pytest.mark.parametrize("number", ALL[2:])
@@ -44,8 +48,9 @@ def test_batch_scripts_hear_what_other_clusters_send():
 
 
 _WORK = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it may be ignored, as under nohup
 from rich.console import Console
 from launch import console, cli
 from launch.processes.signals import stop_on_signals
@@ -66,7 +71,7 @@ with stop_on_signals() as stop:
 """
 
 
-def test_a_closed_terminal_loses_nothing(tmp_path: pytest.TempPathFactory):
+def test_a_closed_terminal_loses_nothing(tmp_path: Path):
     keyboard, terminal = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", _WORK, f"{tmp_path}/saved"],
@@ -84,5 +89,4 @@ def test_a_closed_terminal_loses_nothing(tmp_path: pytest.TempPathFactory):
     os.close(keyboard)
     process.send_signal(signal.SIGHUP)  # this terminal controls no session
     assert process.wait(30) == 75
-    with open(f"{tmp_path}/saved") as file:
-        assert file.read() == "saved"
+    assert (tmp_path / "saved").read_text() == "saved"
