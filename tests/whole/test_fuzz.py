@@ -18,7 +18,7 @@ from tests.fuzz.world import World
 from tests.support import file_system_faults
 from tests.support.paths import ROOT
 
-INPUTS = 350
+INPUTS = 250
 
 
 @pytest.mark.slow
