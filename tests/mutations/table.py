@@ -128,7 +128,7 @@ MUTATIONS = (
         "the norm that clips is that of a part of the width",
         _DENSE,
         "sums.squares, sums.projected), mesh",
-        "sums.squares, sums.projected / 2), mesh",
+        'sums.squares / self._mesh.shape["model"], sums.projected), mesh',
         _ON_MESH,
     ),
     Mutation(
