@@ -39,6 +39,7 @@ ORDER = (
     "sae_train.inference",
     "sae_train.train",
     "sae_train.evaluate",
+    "sae_train.latents",
     "sae_train.release",
     "sae_train.report",
     "sae_train.plan",
