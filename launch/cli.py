@@ -105,7 +105,14 @@ COMMANDS = (
         example="sae export runs/demo --upload me/my-saes --dry-run",
         metavar="CONFIG-or-FOLDER",
         overrides=False,
-        options=(("--dry-run", "with --upload: list the files and their sizes, send nothing"),),
+        options=(
+            ("--dry-run", "with --upload: list the files and their sizes, send nothing"),
+            (
+                "--circuit-tracer",
+                "of a sweep with transcoders for every layer: write sets of them that "
+                "circuit-tracer loads, into release/circuit_tracer",
+            ),
+        ),
         settings=(
             ("--upload", {"help": "a repository of the Hub, organisation/name, to send it to"}),
         ),

@@ -186,6 +186,11 @@ def export(arguments: argparse.Namespace, stop: StopFlag) -> int:
     if arguments.upload is not None:
         check_repository(arguments.upload)
     config = target_config(arguments.target)
+    if arguments.circuit_tracer and config.sweep is None:
+        raise UserError(
+            f"--circuit-tracer writes a transcoder of every layer and {arguments.target} is one "
+            "run: give the config or the folder of a sweep over the layers"
+        )
     with stop.at_once():
         folders = trained_folders(config)
         if config.sweep is None:
@@ -193,6 +198,8 @@ def export(arguments: argparse.Namespace, stop: StopFlag) -> int:
             release = folders[0] / RELEASE
         else:
             release = stages.export_tree(config, folders)
+            if arguments.circuit_tracer:
+                stages.export_transcoder_sets(config, folders)
         if arguments.upload is not None:
             publish(release, repository=arguments.upload, dry_run=arguments.dry_run)
     return 0

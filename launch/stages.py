@@ -202,6 +202,19 @@ def export_tree(config: Job, folders: Sequence[StoragePath]) -> StoragePath:
     return run_export_tree(storage_path(config.output), config, folders, suite=tree)
 
 
+def export_transcoder_sets(config: Job, folders: Sequence[StoragePath]) -> None:
+    """Add sets of a sweep's transcoders for circuit-tracer to its release."""
+    from activation_cache.language_model.shape import read_gemma_config
+    from sae_train.release.transcoder_sets import export_sets
+
+    export_sets(
+        storage_path(config.output),
+        folders,
+        is_suite=config.is_suite,
+        num_layers=read_gemma_config(config.model).num_layers,
+    )
+
+
 def report(folder: StoragePath) -> StoragePath:
     """Write the report of a run or a sweep; returns its page."""
     from sae_train.report.page import write_report

@@ -132,10 +132,11 @@ class SaeConfig(Section):
                 "sae.pre_encoder_bias must be false with a sae.target: b_dec is subtracted from "
                 "what is read, and a transcoder's belongs to what it predicts"
             )
-        if self.architecture == "topk":
+        if self.architecture == "topk" and self.target != "mlp_out":
             raise ValueError(
-                "sae.architecture topk can't have a sae.target: no tool's format holds a TopK "
-                "transcoder. Use batch_topk, which is released as a JumpReLU one"
+                f"a topk transcoder can't predict {self.target}: the one format that holds it is "
+                "circuit-tracer's, for transcoders that predict mlp_out. Set sae.target to that, "
+                "or use batch_topk, which is released as a JumpReLU one"
             )
         return self
 

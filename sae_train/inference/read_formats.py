@@ -21,6 +21,7 @@ from numpy.lib.npyio import NpzFile
 from activation_cache.config import Site
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import AnyPath, StoragePath, disk_errors, on_disk, storage_path
+from sae_train.inference.circuit_tracer import CONFIG, LAYER_FILE, read_circuit_tracer
 from sae_train.inference.hook_names import hugging_face_hook, parse_hook, transformer_lens_hook
 from sae_train.inference.hub_address import fetch_sae, is_hub_address
 from sae_train.inference.read_sae_lens import read_sae_lens
@@ -36,8 +37,9 @@ from sae_train.inference.tensors import (
 )
 
 _SUPPORTED = (
-    "params.npz (Gemma Scope), params.safetensors with config.json (Gemma Scope 2) or "
-    "sae_weights.safetensors with cfg.json (SAELens)"
+    "params.npz (Gemma Scope), params.safetensors with config.json (Gemma Scope 2), "
+    "sae_weights.safetensors with cfg.json (SAELens) or layer_N.safetensors with config.yaml "
+    "(circuit-tracer)"
 )
 # Files of other tools that hold an SAE we don't read, with what to do about it.
 _GEMMA_SCOPE_SITES: dict[str, Site] = {
@@ -75,6 +77,8 @@ def load_sae(path: AnyPath) -> Sae:
         found = _find(given)
         # A lone .npz may have any name: people rename Gemma Scope's files to tell them apart.
         reader = _READERS.get(found.name, _read_gemma_scope)
+        if LAYER_FILE.fullmatch(found.name):
+            reader = read_circuit_tracer
         sae = _read_on_disk(found, reader)
     check_finite(sae.tensors, where=str(found))
     return sae
@@ -82,7 +86,7 @@ def load_sae(path: AnyPath) -> Sae:
 
 def _read_on_disk(found: StoragePath, reader: Callable[[Path], Sae]) -> Sae:
     """What a reader makes of a file, which messages name as the user did."""
-    with on_disk(found.parent, (found.name, "cfg.json", "config.json")) as folder:
+    with on_disk(found.parent, (found.name, "cfg.json", "config.json", CONFIG)) as folder:
         try:
             return reader(folder / found.name)
         except UserError as error:
@@ -93,7 +97,9 @@ def _read_on_disk(found: StoragePath, reader: Callable[[Path], Sae]) -> Sae:
 
 def _find(path: StoragePath) -> StoragePath:
     """The weights file that `path` is or holds."""
-    if path.is_file() and (path.name in _READERS or path.suffix == ".npz"):
+    if path.is_file() and (
+        path.name in _READERS or path.suffix == ".npz" or LAYER_FILE.fullmatch(path.name)
+    ):
         return path
     if not path.exists():
         raise UserError(f"no SAE at {path}: there is no such file or folder")
@@ -101,10 +107,24 @@ def _find(path: StoragePath) -> StoragePath:
         for name in _READERS:
             if (folder / name).is_file():
                 return folder / name
+    for folder in (path, path / "circuit_tracer", path / "release" / "circuit_tracer"):
+        if layers := _circuit_tracer_files(folder):
+            if len(layers) == 1:
+                return layers[0]
+            raise UserError(
+                f"{folder} holds the transcoders of {len(layers)} layers: name one of its files, "
+                f"as {layers[0].name}"
+            )
     for name, reason in _FOREIGN.items():
         if path.name == name or (path / name).is_file():
             raise UserError(f"{path} is {reason}")
     raise UserError(f"no SAE at {path}: it should be or hold {_SUPPORTED}")
+
+
+def _circuit_tracer_files(folder: StoragePath) -> list[StoragePath]:
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if LAYER_FILE.fullmatch(path.name))
 
 
 def _read_gemma_scope(path: Path) -> Sae:

@@ -25,20 +25,29 @@ _GEMMA_SCOPE_2 = """\
 | `gemma_scope_2/` | Gemma Scope 2 `config.json`, `params.safetensors` | Gemma Scope 2's tools |
 """
 
+_SAE_LENS = """\
+| `sae_lens/` | SAELens 6 `cfg.json`, `sae_weights.safetensors` | SAELens, Neuronpedia |
+"""
+
+_CIRCUIT_TRACER = """\
+| `circuit_tracer/` | `config.yaml`, `layer_N.safetensors` | circuit-tracer, with all layers |
+"""
+
+_BY_SAE_LENS = """
+from sae_lens import SAE
+sae = SAE.load_from_disk("sae_lens")
+"""
+
 _LOADING = """\
 | folder | format | read by |
 | --- | --- | --- |
-{others}| `sae_lens/` | SAELens 6 `cfg.json`, `sae_weights.safetensors` | SAELens, Neuronpedia |
-
+{others}
 ```python
 from sae_train import load_sae          # any of the folders
-sae = load_sae("sae_lens")
+sae = load_sae("{shown}")
 latents = sae.encode(activations)       # raw activations, float32 [..., D]
 reconstruction = sae.decode(latents)
-
-from sae_lens import SAE
-sae = SAE.load_from_disk("sae_lens")
-```
+{sae_lens}```
 
 Inputs are raw activations, the input scaling and the pre-encoder bias of training are folded in,
 `latents = relu(z) * (z > threshold)` with `z = x @ W_enc + b_enc`{selection}.
@@ -52,8 +61,11 @@ def model_card(sae: Sae, *, config: Config, evaluation: Evaluation | None) -> st
     penalty = ", ".join(f"{key} {value}" for key, value in training["sparsity"].items())
     kind = ARCHITECTURE_NAMES[config.sae.architecture]
     selected = "" if config.sae.k is None else f", k = {config.sae.k}"
+    alone = sae.k is not None and sae.is_transcoder  # in circuit-tracer's format and no other
     loading = _LOADING.format(
-        others=_others(sae),
+        others=_CIRCUIT_TRACER if alone else _others(sae) + _SAE_LENS,
+        shown="circuit_tracer" if alone else "sae_lens",
+        sae_lens="" if alone else _BY_SAE_LENS,
         selection="" if sae.k is None else f", of which a row keeps the {sae.k} largest",
     )
     facts = [

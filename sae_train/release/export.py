@@ -13,6 +13,7 @@ from sae_train.checkpoint.trained import load_trained
 from sae_train.config.file import FILE_NAME, read_run_config
 from sae_train.config.run import Config
 from sae_train.evaluate.result import Evaluation, read_evaluation, read_frequencies
+from sae_train.inference import circuit_tracer
 from sae_train.inference.fold import fold
 from sae_train.inference.read_formats import load_sae
 from sae_train.inference.sae import Sae
@@ -22,7 +23,7 @@ from sae_train.runs.folder import RELEASE, newest_checkpoint, run_folders
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = ("params.npz", "params.safetensors", "sae_weights.safetensors")
+_WEIGHTS = ("params.npz", "params.safetensors", "sae_weights.safetensors")
 CARD = "README.md"
 
 
@@ -77,20 +78,38 @@ def export_run(folder: StoragePath) -> Release:
     target = make_folder(folder / RELEASE)
     card = target / CARD
     card.unlink(missing_ok=True)  # written last: a release without a card is unfinished
-    files: list[StoragePath] = []
-    if sae.k is None:  # Gemma Scope's formats can't hold k, and its first can't hold a skip
-        if sae.W_skip is None:
-            files += write_gemma_scope(sae, target / "gemma_scope")
-        files += write_gemma_scope_2(sae, target / "gemma_scope_2")
-    files += write_sae_lens(sae, target / "sae_lens", frequency_F=frequency_F)
+    files = _write_formats(sae, target, frequency_F=frequency_F)
     for path in files:
-        if path.name in WEIGHTS:
+        if is_weights(path.name):
             check_same(sae, load_sae(path), path=path)
     config = _config(folder, trained.config)
     write_text(card, model_card(sae, config=config, evaluation=evaluation))
     formats = sorted({path.parent.name for path in files})
     logger.info("%s: step %d released as %s", target, trained.step, ", ".join(formats))
     return Release(target, (*files, card), sae, evaluation, config)
+
+
+def _write_formats(
+    sae: Sae, target: StoragePath, *, frequency_F: np.ndarray | None
+) -> list[StoragePath]:
+    """Write the SAE in every format that can hold it; returns the files."""
+    files: list[StoragePath] = []
+    if sae.k is not None and sae.is_transcoder:  # SAELens has no TopK transcoder
+        folder = make_folder(target / "circuit_tracer")
+        return [
+            circuit_tracer.write_set_config(circuit_tracer.set_config(sae), folder),
+            circuit_tracer.write_layer(sae, folder),
+        ]
+    if sae.k is None:  # Gemma Scope's formats can't hold k, and its first can't hold a skip
+        if sae.W_skip is None:
+            files += write_gemma_scope(sae, target / "gemma_scope")
+        files += write_gemma_scope_2(sae, target / "gemma_scope_2")
+    return files + write_sae_lens(sae, target / "sae_lens", frequency_F=frequency_F)
+
+
+def is_weights(name: str) -> bool:
+    """Is a file of this name an SAE's weights?"""
+    return name in _WEIGHTS or circuit_tracer.LAYER_FILE.fullmatch(name) is not None
 
 
 def _config(folder: StoragePath, trained: Config) -> Config:

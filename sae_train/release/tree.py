@@ -30,7 +30,7 @@ from activation_cache.storage.files import (
 )
 from sae_train.config.run import Config
 from sae_train.inference.read_formats import load_sae
-from sae_train.release.export import CARD, WEIGHTS, Release, check_same, export_run
+from sae_train.release.export import CARD, Release, check_same, export_run, is_weights
 from sae_train.release.index import INDEX, Entry, index, with_canonical
 from sae_train.release.suite_names import GEMMA_SCOPE_SITES, Tree, released_folder, width_name
 from sae_train.release.tree_card import suite_card
@@ -131,7 +131,7 @@ def _gather(release: Release, tree: StoragePath, name: str) -> dict[str, int]:
         _link(source, target)
         files[path] = target.stat().st_size
     for path in files:
-        if PurePosixPath(path).name in WEIGHTS:
+        if is_weights(PurePosixPath(path).name):
             check_same(release.sae, load_sae(tree / path), path=tree / path)
     return files
 

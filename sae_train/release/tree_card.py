@@ -17,6 +17,7 @@ _FORMATS = {
     "gemma_scope": "Gemma Scope `params.npz`",
     "gemma_scope_2": "Gemma Scope 2 `config.json`, `params.safetensors`",
     "sae_lens": "SAELens 6 `cfg.json`, `sae_weights.safetensors`, `sparsity.safetensors`",
+    "circuit_tracer": "circuit-tracer `config.yaml`, `layer_N.safetensors`",
 }
 _LOADING = """\
 ```python
@@ -24,13 +25,14 @@ from sae_train import load_sae
 sae = load_sae("{path}")
 latents = sae.encode(activations)       # raw activations, float32 [..., D]
 reconstruction = sae.decode(latents)
-
-from sae_lens import SAE
-sae = SAE.load_from_disk("sae_lens/{folder}")
-```
+{sae_lens}```
 
 Inputs are raw activations: the input scaling and the pre-encoder bias of training are folded in.
 `saes.json` has all of the table below and each file's size, by folder.
+"""
+_SAE_LENS = """
+from sae_lens import SAE
+sae = SAE.load_from_disk("sae_lens/{folder}")
 """
 _MEASURED = """\
 On {sequences} held-out sequences of {length} tokens. BOS, EOS and padding are masked in every mean
@@ -71,7 +73,10 @@ def suite_card(config: Config, entries: Sequence[Entry], *, configs: Mapping[str
         ("made with", f"open-gemma-scope {package_version()}"),
     ]
     shown = next((e for e in entries if e.canonical), entries[0])
-    loading = _LOADING.format(path=f"{shown.formats[0]}/{shown.folder}", folder=shown.folder)
+    loading = _LOADING.format(
+        path=f"{shown.formats[0]}/{shown.folder}",
+        sae_lens=_SAE_LENS.format(folder=shown.folder) if "sae_lens" in shown.formats else "",
+    )
     kinds = "".join(f"- `{name}/`: {_FORMATS[name]}\n" for name in formats)
     architectures = list(dict.fromkeys(entry.architecture for entry in entries))
     return (

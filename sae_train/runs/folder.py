@@ -185,7 +185,8 @@ def sweep_section(folder: StoragePath) -> dict[str, Any] | None:
 
 def _runs_below(folder: StoragePath, *, depth: int) -> Iterator[StoragePath]:
     for path in folder.iterdir():
-        if _is_store(path) or not path.is_dir():
+        # In a release lie config.yaml files that are circuit-tracer's.
+        if path.name == RELEASE or _is_store(path) or not path.is_dir():
             continue
         if (path / FILE_NAME).is_file():
             yield path

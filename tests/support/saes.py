@@ -110,7 +110,7 @@ def reference_reconstruction(sae: Sae, x: np.ndarray) -> np.ndarray:
 def save_run(folder: Path, trained: Trained) -> Path:
     """A run's folder with one checkpoint, as training would leave it."""
     params = {name: jnp.asarray(value) for name, value in trained.params.items()}
-    if trained.config.sae.threshold.parametrisation == "log":
+    if "threshold" in params and trained.config.sae.threshold.parametrisation == "log":
         params["threshold"] = jnp.log(params["threshold"])
     d_model = len(trained.params["b_dec"])
     abstract = abstract_state(trained.config.sae, d_model=d_model, mesh=make_mesh(MeshConfig()))

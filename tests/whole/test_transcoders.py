@@ -24,6 +24,7 @@ from sae_train.inference.fold import fold
 from sae_train.inference.sae import check_kind
 from sae_train.inference.write_formats import write_gemma_scope, write_sae_lens
 from sae_train.model.sharding import make_mesh
+from sae_train.release.export import export_run
 from sae_train.step.schedule import scheduled
 from sae_train.step.state import init_state
 from sae_train.train.loop import train, train_cohort
@@ -142,7 +143,7 @@ def test_an_sae_and_a_transcoder_do_not_stand_in_for_each_other(tmp_path: Path):
         (PAIR | {"site": "resid_post"}, "can't read resid_post and predict mlp_out"),
         (PAIR | {"site": "mlp_out"}, "can't read mlp_out and predict mlp_out"),
         (PAIR | {"pre_encoder_bias": True}, "pre_encoder_bias must be false with a sae.target"),
-        (PAIR | {"architecture": "topk", "k": 4}, "topk can't have a sae.target"),
+        (PAIR | {"architecture": "topk", "k": 4, "target": "resid_post"}, "topk .* resid_post"),
     ],
 )
 def test_impossible_transcoders_are_refused(sae: dict[str, Any], message: str):
@@ -275,10 +276,15 @@ def _as_sae(config: Config) -> Config:
 
 @pytest.mark.parametrize(
     ("architecture", "sparsity"),
-    [("gated", L1), ("relu", L1), ("batch_topk", {"penalty": "none"})],
+    [
+        ("gated", L1),
+        ("relu", L1),
+        ("topk", {"penalty": "none"}),
+        ("batch_topk", {"penalty": "none"}),
+    ],
 )
 def test_the_other_architectures(folder: Path, architecture: str, sparsity: dict[str, Any]):
-    own = {"k": 8} if architecture == "batch_topk" else {}
+    own = {"k": 8} if architecture.endswith("topk") else {}
     values = tiny(folder, name=architecture, affine_skip=True).model_dump()
     values["sae"] |= {"architecture": architecture} | own
     values["train"]["sparsity"] = sparsity
@@ -291,8 +297,8 @@ def test_the_other_architectures(folder: Path, architecture: str, sparsity: dict
     x, y = (store.read(tap, start=0, stop=500) for tap in config.sae.taps)
     error = np.square(np.asarray(sae(x)) - y).sum() / np.square(y - y.mean(0)).sum()
     assert error < 1.0
-    write_sae_lens(sae, Path(config.output) / "lens")
-    np.testing.assert_array_equal(load_sae(Path(config.output) / "lens")(x), sae(x))
+    released = export_run(Path(config.output)).folder
+    np.testing.assert_array_equal(load_sae(released)(x), sae(x))
 
 
 def test_a_resumed_run_is_the_same(folder: Path):
