@@ -4,8 +4,8 @@
 
 At each size both ways of a part take turns on the same operands, once it was seen how far they
 agree: selecting beside the encoder's product alone, decoding and the pass over touched latents
-beside the time in which the bytes that they can't but move would be copied. Selecting is also timed
-with its product in three TF32 passes, which tensor cores make: float32's but for the last bits.
+beside the time in which the bytes that they can't but move would be copied. `--precision` is that
+of all products.
 
 Legend: B rows of a batch, D model width, F latents, P places for pairs.
 """
@@ -19,14 +19,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 
+from activation_cache.precision import Precision, einsum
 from benchmarks.step import config_of
 from benchmarks.support.measure import interleaved, markdown, prepare, write_results
-from sae_train.model.forward import PRECISION
 from sae_train.sparse import active_pairs, latent_updates, segment_sums
 from sae_train.sparse.kernels import decode, select
 from sae_train.sparse.kernels import update as update_module
@@ -68,14 +68,14 @@ def has_gpu() -> bool:
 class Case:
     """Operands of one size, on the device; about `L0` latents of each row are active."""
 
-    def __init__(self, *, d_model: int, width: int) -> None:
+    def __init__(self, *, d_model: int, width: int, precision: Precision) -> None:
         keys = iter(jax.random.split(jax.random.key(0), 6))
 
         @partial(jax.jit, static_argnums=1)
         def normal(key: jax.Array, num: int) -> jax.Array:
             return unit_rows(jax.random.normal(key, (num, d_model), jnp.float32))
 
-        self.d_model, self.width = d_model, width
+        self.d_model, self.width, self.precision = d_model, width, precision
         self.x_BD, g_BD = normal(next(keys), BATCH), normal(next(keys), BATCH)
         weights, roots = (
             {name: normal(next(keys), width) for name in ("W_enc", "W_dec")} for _ in range(2)
@@ -97,9 +97,14 @@ class Case:
         self.update = scalars, jnp.ones(width)
         self.config = config_of(width=width, batch_size=BATCH, step="sparse")
 
+    @property
+    def select_options(self) -> dict[str, Any]:
+        """What `select_pairs` is told beside its operands."""
+        return {"bandwidth": BANDWIDTH, "capacity": CAPACITY, "precision": self.precision}
+
     def found(self) -> active_pairs.Pairs:
         """The pairs, by pure JAX."""
-        one = partial(active_pairs.select_pairs, bandwidth=BANDWIDTH, capacity=CAPACITY)
+        one = partial(active_pairs.select_pairs, **self.select_options)
         return jax.jit(one)(self.rows[0]["W_enc"], self.bias_F, self.theta_F, self.x_BD)
 
 
@@ -149,27 +154,19 @@ def _off(case: Case, ours: active_pairs.Pairs, theirs: active_pairs.Pairs) -> fl
     return max(pre_differ, float(jnp.abs(ours.counts_F - theirs.counts_F).sum() / theirs.total))
 
 
-def _select(case: Case, found: active_pairs.Pairs, *, product: float, rounds: int) -> list[Row]:
+def _select(case: Case, found: active_pairs.Pairs, *, product: float, rounds: int) -> Row:
     operands = case.rows[0]["W_enc"], case.bias_F, case.theta_F, case.x_BD
-    options: dict[str, Any] = {"bandwidth": BANDWIDTH, "capacity": CAPACITY}
-    xla = jax.jit(partial(active_pairs.select_pairs, **options))
-    tf32 = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
-    kernels = {
-        "select": jax.jit(partial(select.select_pairs, **options)),
-        "select, three TF32": jax.jit(partial(select.select_pairs, precision=tf32, **options)),
-    }
-    return [
-        _timed(
-            case,
-            found,
-            name,
-            {"pallas": partial(kernel, *operands), "xla": partial(xla, *operands)},
-            limit=product,
-            differ=_off(case, kernel(*operands), found),
-            rounds=rounds,
-        )
-        for name, kernel in kernels.items()
-    ]
+    xla = jax.jit(partial(active_pairs.select_pairs, **case.select_options))
+    kernel = jax.jit(partial(select.select_pairs, **case.select_options))
+    return _timed(
+        case,
+        found,
+        "select",
+        {"pallas": partial(kernel, *operands), "xla": partial(xla, *operands)},
+        limit=product,
+        differ=_off(case, kernel(*operands), found),
+        rounds=rounds,
+    )
 
 
 def _decode(case: Case, found: active_pairs.Pairs, *, bandwidth: float, rounds: int) -> Row:
@@ -177,7 +174,7 @@ def _decode(case: Case, found: active_pairs.Pairs, *, bandwidth: float, rounds: 
     latents_P = jnp.where(found.pre_P > theta_P, found.pre_P, 0.0)
     operands = found, latents_P, case.rows[0]["W_dec"]
     ours, theirs = (
-        jax.jit(partial(one, num_rows=BATCH))
+        jax.jit(partial(one, num_rows=BATCH, precision=case.precision))
         for one in (decode.decode_pairs, segment_sums.decode_pairs)
     )
     moved = 4 * case.d_model * (int(found.total) + BATCH)
@@ -195,7 +192,11 @@ def _decode(case: Case, found: active_pairs.Pairs, *, bandwidth: float, rounds: 
 def _touched(case: Case, found: active_pairs.Pairs, *, bandwidth: float, rounds: int) -> Row:
     """In place, both ways on the same rows one after the other."""
     segments = jax.jit(segment_sums.longest_first)(found.counts_F)
-    options: dict[str, Any] = {"output": case.output, "config": case.config}
+    options: dict[str, Any] = {
+        "output": case.output,
+        "config": case.config,
+        "precision": case.precision,
+    }
     in_kernel = partial(update_module.touched_pass, **options)
     by_xla = partial(latent_updates.touched_pass, **options)
     lists = segments, found.row_P, found.pre_P
@@ -236,7 +237,7 @@ def copy_bandwidth(*, rounds: int) -> float:
 def product_seconds(case: Case, *, rounds: int) -> float:
     """The encoder's product, of 16384 latents and multiplied up."""
     num = min(case.width, 16_384)
-    product = jax.jit(lambda x, W: jnp.einsum("bd,fd->bf", x, W, precision=PRECISION))
+    product = jax.jit(partial(einsum, "bd,fd->bf", precision=case.precision))
     once = partial(product, case.x_BD, case.rows[0]["W_enc"][:num])
     return interleaved({"product": once}, rounds=rounds)["product"].median * case.width / num
 
@@ -247,24 +248,32 @@ def fits(*, d_model: int, width: int) -> bool:
     return 5 * 4 * d_model * width < stats.get("bytes_limit", 0)
 
 
-def measure(*, d_model: int, width: int, rounds: int) -> list[Row]:
+def measure(*, d_model: int, width: int, precision: Precision, rounds: int) -> list[Row]:
     """The rows of one size."""
-    case = Case(d_model=d_model, width=width)
+    case = Case(d_model=d_model, width=width, precision=precision)
     found, bandwidth = case.found(), copy_bandwidth(rounds=rounds)
     return [
-        *_select(case, found, product=product_seconds(case, rounds=rounds), rounds=rounds),
+        _select(case, found, product=product_seconds(case, rounds=rounds), rounds=rounds),
         _decode(case, found, bandwidth=bandwidth, rounds=rounds),
         _touched(case, found, bandwidth=bandwidth, rounds=rounds),
     ]
 
 
 def run(
-    *, rounds: int, widths: Sequence[int] = WIDTHS, d_models: Sequence[int] = D_MODELS
+    *,
+    precision: Precision = "float32",
+    rounds: int,
+    widths: Sequence[int] = WIDTHS,
+    d_models: Sequence[int] = D_MODELS,
 ) -> list[Row]:
     """All rows, of the sizes that fit on the device."""
     sizes = [(d_model, width) for d_model in d_models for width in widths]
     held = [size for size in sizes if fits(d_model=size[0], width=size[1])]
-    return [row for D, F in held for row in measure(d_model=D, width=F, rounds=rounds)]
+    return [
+        row
+        for D, F in held
+        for row in measure(d_model=D, width=F, precision=precision, rounds=rounds)
+    ]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -294,6 +303,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="write JSON here")
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--precision", choices=get_args(Precision), default="float32")
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
     parser.add_argument("--d-models", type=int, nargs="+", default=D_MODELS)
     arguments = parser.parse_args()
@@ -301,7 +311,12 @@ def main() -> None:
     if not has_gpu():
         sys.stdout.write(f"{NO_GPU}\n")
         return
-    rows = run(rounds=arguments.rounds, widths=arguments.widths, d_models=arguments.d_models)
+    rows = run(
+        precision=arguments.precision,
+        rounds=arguments.rounds,
+        widths=arguments.widths,
+        d_models=arguments.d_models,
+    )
     sys.stdout.write(table(rows) + "\n")
     if arguments.out is not None:
         write_results(arguments.out, {"rows": [dataclasses.asdict(row) for row in rows]})

@@ -17,6 +17,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from activation_cache.precision import einsum
 from benchmarks.support.measure import StepTimes, interleaved, markdown, prepare, write_results
 from sae_train.config.run import Config
-from sae_train.model.forward import PRECISION
 from sae_train.model.sharding import make_mesh
 from sae_train.step.schedule import scheduled
 from sae_train.step.state import TrainState, init_state
@@ -105,7 +106,7 @@ def products(rows_BD: np.ndarray, *, width: int) -> dict[str, Callable[[], Any]]
     W_FD = jnp.asarray(unit_rows(width, rows_BD.shape[1], seed=1))
 
     def product(spec: str) -> Callable:
-        return jax.jit(lambda a, b: jnp.einsum(spec, a, b, precision=PRECISION))
+        return jax.jit(partial(einsum, spec, precision="float32"))
 
     encode, decode = product("bd,fd->bf"), product("bf,fd->bd")
     gradient = product("bf,bd->fd")

@@ -32,6 +32,7 @@ from activation_cache.config import (
     TextConfig,
 )
 from activation_cache.gemma.taps import Tap
+from activation_cache.precision import PrecisionChoice
 from sae_train.config.evaluation import EvaluationConfig
 from sae_train.config.sae import SaeConfig
 
@@ -167,6 +168,8 @@ class TrainConfig(Section):
     learning_rate: LearningRateConfig = LearningRateConfig()
     adam: AdamConfig = AdamConfig()
     sparsity: Sparsity
+    # How products are made (docs/numerics.md); weights, sums and comparisons stay float32.
+    precision: PrecisionChoice = "auto"  # float32 on CPUs, bfloat16 on accelerators
     gradient_clip: Positive32 | None = None  # global norm; Gemma Scope clips nothing
     dead_after_tokens: PositiveCount = 10_000_000  # a latent silent for so long counts as dead
     # What a step's gradients are made from (docs/performance.md): products of whole matrices, pairs

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from activation_cache.precision import einsum
 from sae_train.evaluate.sums import in_chunks
 from sae_train.inference.sae import Sae
-from sae_train.model.forward import PRECISION
 
 
 @jax.jit
@@ -40,7 +40,7 @@ def uniformity(
 
     def one_chunk(chunk_of: tuple[Array, Array]) -> Array:
         x_CD, gradient_CD = chunk_of
-        slope_CF = jnp.matmul(gradient_CD, W_dec_FD.T, precision=PRECISION)
+        slope_CF = einsum("cd,df->cf", gradient_CD, W_dec_FD.T, precision="float32")
         return _uniformity(jnp.abs(sae.encode(x_CD).astype(jnp.float32) * slope_CF))
 
     return jax.lax.map(one_chunk, chunks).reshape(-1)[: len(x_ND)].reshape(x_BSD.shape[:2])

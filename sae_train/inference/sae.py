@@ -19,9 +19,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from activation_cache.config import Dtype
+from activation_cache.precision import einsum
 from activation_cache.runtime.errors import UserError
 from sae_train.config.sae import Architecture, SaeConfig
-from sae_train.model.forward import PRECISION
 
 HostOrDevice = np.ndarray | Array
 # What a user has: an array of NumPy or JAX, a list, or a torch tensor of any dtype and device.
@@ -158,12 +158,8 @@ def _as_array(x: ArrayLike, weight: HostOrDevice, what: str) -> HostOrDevice:
 def _product(x: HostOrDevice, weight: HostOrDevice) -> Array:
     """x @ weight, accumulated in float32, returned in the weight's dtype."""
     weight = jnp.asarray(weight)
-    wide = jnp.matmul(
-        jnp.asarray(x).astype(weight.dtype),
-        weight,
-        precision=PRECISION,
-        preferred_element_type=jnp.float32,
-    )
+    x = jnp.asarray(x).astype(weight.dtype)
+    wide = einsum("...d,de->...e", x, weight, precision="float32")
     return wide.astype(weight.dtype)
 
 

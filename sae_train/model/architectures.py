@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from jaxtyping import Array, Bool, Float
 
+from activation_cache.precision import Precision
 from sae_train.config.sae import SaeConfig
 from sae_train.model import gated, jumprelu, relu, topk
 from sae_train.model.forward import Forward, Params
@@ -19,6 +20,7 @@ def forward(
     target_BD: Float[Array, "B D"],
     config: SaeConfig,
     dead_F: Bool[Array, " F"],
+    precision: Precision,
 ) -> Forward:
     """One pass over scaled rows.
 
@@ -28,10 +30,19 @@ def forward(
     """
     match config.architecture:
         case "jumprelu":
-            return jumprelu.forward(params, x_BD, config=config)
+            return jumprelu.forward(params, x_BD, config=config, precision=precision)
         case "relu":
-            return relu.forward(params, x_BD, config=config)
+            return relu.forward(params, x_BD, config=config, precision=precision)
         case "gated":
-            return gated.forward(params, x_BD, target_BD=target_BD, config=config)
+            return gated.forward(
+                params, x_BD, target_BD=target_BD, config=config, precision=precision
+            )
         case "topk" | "batch_topk":
-            return topk.forward(params, x_BD, target_BD=target_BD, config=config, dead_F=dead_F)
+            return topk.forward(
+                params,
+                x_BD,
+                target_BD=target_BD,
+                config=config,
+                dead_F=dead_F,
+                precision=precision,
+            )

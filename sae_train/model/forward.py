@@ -20,10 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from activation_cache.precision import Precision, einsum
 from sae_train.config.sae import SaeConfig
-
-# Gemma Scope trains in float32; without this a GPU would round products to TF32.
-PRECISION = jax.lax.Precision.HIGHEST
 
 Params = dict[str, Array]
 
@@ -58,7 +56,12 @@ def threshold_of(params: Params, *, config: SaeConfig) -> Float[Array, " F"]:
 
 
 def pre_activations(
-    params: Params, x_BD: Float[Array, "B D"], *, bias: Float[Array, " F"], config: SaeConfig
+    params: Params,
+    x_BD: Float[Array, "B D"],
+    *,
+    bias: Float[Array, " F"],
+    config: SaeConfig,
+    precision: Precision,
 ) -> Float[Array, "B F"]:
     """(x - b_dec) W_encᵀ + bias, b_dec subtracted only if `pre_encoder_bias` is set.
 
@@ -72,31 +75,42 @@ def pre_activations(
         x_BD = x_BD - b_dec_D[None, :]
         zero_D = params["b_dec"] - b_dec_D
         W_enc_FD = jax.lax.stop_gradient(params["W_enc"])
-        bias_F = bias_F - jnp.einsum("fd,d->f", W_enc_FD, zero_D, precision=PRECISION)
-    pre_BF = jnp.einsum("bd,fd->bf", x_BD, params["W_enc"], precision=PRECISION)
+        bias_F = bias_F - einsum("fd,d->f", W_enc_FD, zero_D, precision="float32")
+    pre_BF = einsum("bd,fd->bf", x_BD, params["W_enc"], precision=precision)
     return pre_BF + bias_F[None, :]
 
 
 def decode(
-    params: Params, latents_BF: Float[Array, "B F"], *, x_BD: Float[Array, "B D"]
+    params: Params,
+    latents_BF: Float[Array, "B F"],
+    *,
+    x_BD: Float[Array, "B D"],
+    precision: Precision,
 ) -> Float[Array, "B D"]:
     """f W_dec + b_dec, and x W_skip where a transcoder has an affine skip."""
-    return decoded_with(params, product_with_decoder(params, latents_BF), x_BD=x_BD)
+    product_BD = product_with_decoder(params, latents_BF, precision=precision)
+    return decoded_with(params, product_BD, x_BD=x_BD, precision=precision)
 
 
 def decoded_with(
-    params: Params, product_BD: Float[Array, "B D"], *, x_BD: Float[Array, "B D"]
+    params: Params,
+    product_BD: Float[Array, "B D"],
+    *,
+    x_BD: Float[Array, "B D"],
+    precision: Precision,
 ) -> Float[Array, "B D"]:
     """`decode`, given the product f W_dec."""
     decoded_BD = product_BD + params["b_dec"][None, :]
     if "W_skip" not in params:
         return decoded_BD
-    return decoded_BD + jnp.einsum("bd,de->be", x_BD, params["W_skip"], precision=PRECISION)
+    return decoded_BD + einsum("bd,de->be", x_BD, params["W_skip"], precision=precision)
 
 
-def product_with_decoder(params: Params, latents_BF: Float[Array, "B F"]) -> Float[Array, "B D"]:
+def product_with_decoder(
+    params: Params, latents_BF: Float[Array, "B F"], *, precision: Precision
+) -> Float[Array, "B D"]:
     """f W_dec."""
-    return jnp.einsum("bf,fd->bd", latents_BF, params["W_dec"], precision=PRECISION)
+    return einsum("bf,fd->bd", latents_BF, params["W_dec"], precision=precision)
 
 
 def counted(

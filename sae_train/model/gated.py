@@ -20,12 +20,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from activation_cache.precision import Precision
 from sae_train.config.sae import SaeConfig
 from sae_train.model.forward import Forward, Params, counted, decode, pre_activations
 
 
 def forward(
-    params: Params, x_BD: Float[Array, "B D"], *, target_BD: Float[Array, "B D"], config: SaeConfig
+    params: Params,
+    x_BD: Float[Array, "B D"],
+    *,
+    target_BD: Float[Array, "B D"],
+    config: SaeConfig,
+    precision: Precision,
 ) -> Forward:
     """Encode and decode scaled rows.
 
@@ -34,12 +40,15 @@ def forward(
         x_BD: activations divided by the input scale, so that E|x|² = 1.
         target_BD: what is to be predicted: of an SAE, x itself.
     """
-    gate_BF = pre_activations(params, x_BD, bias=params["b_gate"], config=config)
+    gate_BF = pre_activations(
+        params, x_BD, bias=params["b_gate"], config=config, precision=precision
+    )
     linear_BF = gate_BF - params["b_gate"][None, :]
     magnitude_BF = linear_BF * jnp.exp(params["r_mag"])[None, :] + params["b_mag"][None, :]
     latents_BF = jnp.where(gate_BF > 0, jax.nn.relu(magnitude_BF), 0.0)
     open_BF = jax.nn.relu(gate_BF)
-    via_gate_BD = decode(jax.lax.stop_gradient(params), open_BF, x_BD=x_BD)
+    constant = jax.lax.stop_gradient(params)
+    via_gate_BD = decode(constant, open_BF, x_BD=x_BD, precision=precision)
     auxiliary = jnp.square(target_BD - via_gate_BD).sum(axis=1).mean()
-    decoded_BD = decode(params, latents_BF, x_BD=x_BD)
+    decoded_BD = decode(params, latents_BF, x_BD=x_BD, precision=precision)
     return counted(decoded_BD, latents_BF, l1_B=open_BF.sum(axis=1), auxiliary=auxiliary)

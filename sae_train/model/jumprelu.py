@@ -36,6 +36,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from activation_cache.precision import Precision
 from sae_train.config.sae import SaeConfig
 from sae_train.model.forward import Forward, Params, decode, pre_activations, threshold_of
 
@@ -72,7 +73,9 @@ def _step_jvp(bandwidth, primals, tangents):
     return step(pre, theta, bandwidth), by_theta.astype(pre.dtype) * d_theta
 
 
-def forward(params: Params, x_BD: Float[Array, "B D"], *, config: SaeConfig) -> Forward:
+def forward(
+    params: Params, x_BD: Float[Array, "B D"], *, config: SaeConfig, precision: Precision
+) -> Forward:
     """Encode and decode scaled rows; L0 and frequencies have the gradient of H.
 
     Args:
@@ -80,12 +83,12 @@ def forward(params: Params, x_BD: Float[Array, "B D"], *, config: SaeConfig) -> 
             log θ where `config.threshold.parametrisation` says so.
         x_BD: activations divided by the input scale, so that E|x|² = 1.
     """
-    pre_BF = pre_activations(params, x_BD, bias=params["b_enc"], config=config)
+    pre_BF = pre_activations(params, x_BD, bias=params["b_enc"], config=config, precision=precision)
     theta_1F = threshold_of(params, config=config)[None, :]
     latents_BF = jumprelu(pre_BF, theta_1F, config.bandwidth)
     active_BF = step(pre_BF, theta_1F, config.bandwidth)
     return Forward(
-        reconstruction_BD=decode(params, latents_BF, x_BD=x_BD),
+        reconstruction_BD=decode(params, latents_BF, x_BD=x_BD, precision=precision),
         latents_BF=latents_BF,
         l0_B=active_BF.sum(axis=1),
         frequency_F=active_BF.mean(axis=0),
@@ -99,6 +102,7 @@ def loss(
     target_BD: Float[Array, "B D"],
     penalty: Callable[[Float[Array, " B"], Float[Array, " F"]], Float[Array, ""]],
     config: SaeConfig,
+    precision: Precision,
 ) -> Float[Array, ""]:
     """Squared error summed over D, mean over rows, plus the penalty.
 
@@ -106,6 +110,6 @@ def loss(
         target_BD: what is predicted: of an SAE, x itself; of a transcoder another tap's rows.
         penalty: of each row's L0 and each latent's frequency; Gemma Scope's is λ times the mean L0.
     """
-    out = forward(params, x_BD, config=config)
+    out = forward(params, x_BD, config=config, precision=precision)
     error = jnp.square(target_BD - out.reconstruction_BD).sum(axis=1).mean()
     return error + penalty(out.l0_B, out.frequency_F)

@@ -17,19 +17,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from activation_cache.precision import Precision
 from sae_train.config.sae import SaeConfig
 from sae_train.model.forward import Forward, Params, counted, decode, pre_activations
 
 
-def forward(params: Params, x_BD: Float[Array, "B D"], *, config: SaeConfig) -> Forward:
+def forward(
+    params: Params, x_BD: Float[Array, "B D"], *, config: SaeConfig, precision: Precision
+) -> Forward:
     """Encode and decode scaled rows.
 
     Args:
         params: W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D].
         x_BD: activations divided by the input scale, so that E|x|² = 1.
     """
-    pre_BF = pre_activations(params, x_BD, bias=params["b_enc"], config=config)
+    pre_BF = pre_activations(params, x_BD, bias=params["b_enc"], config=config, precision=precision)
     latents_BF = jax.nn.relu(pre_BF)
     norm_F = jnp.linalg.norm(params["W_dec"], axis=1)
     l1_B = (latents_BF * norm_F[None, :]).sum(axis=1)
-    return counted(decode(params, latents_BF, x_BD=x_BD), latents_BF, l1_B=l1_B)
+    decoded_BD = decode(params, latents_BF, x_BD=x_BD, precision=precision)
+    return counted(decoded_BD, latents_BF, l1_B=l1_B)

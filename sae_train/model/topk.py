@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from activation_cache.precision import Precision
 from sae_train.config.sae import SaeConfig
 from sae_train.model.forward import (
     Forward,
@@ -91,6 +92,7 @@ def forward(
     target_BD: Float[Array, "B D"],
     config: SaeConfig,
     dead_F: Bool[Array, " F"],
+    precision: Precision,
 ) -> Forward:
     """Encode and decode scaled rows with k latents active: per row, or in the mean of the batch.
 
@@ -104,14 +106,16 @@ def forward(
         For BatchTopK with `smallest`.
     """
     assert config.k is not None
-    pre_BF = jax.nn.relu(pre_activations(params, x_BD, bias=params["b_enc"], config=config))
+    pre_BF = jax.nn.relu(
+        pre_activations(params, x_BD, bias=params["b_enc"], config=config, precision=precision)
+    )
     smallest = None
     if config.architecture == "topk":
         latents_BF = select(pre_BF, k=config.k)
     else:
         smallest = kth_largest_of_all(jax.lax.stop_gradient(pre_BF), k=config.k * x_BD.shape[0])
         latents_BF = jnp.where(pre_BF >= smallest, pre_BF, 0.0)
-    reconstruction_BD = decode(params, latents_BF, x_BD=x_BD)
+    reconstruction_BD = decode(params, latents_BF, x_BD=x_BD, precision=precision)
 
     def aux_loss() -> Array:
         """AuxK: the D/2 largest of the dead latents predict what the others missed.
@@ -121,7 +125,8 @@ def forward(
         k_aux = target_BD.shape[1] // 2
         z_BF = select(jnp.where(dead_F[None, :], pre_BF, 0.0), k=k_aux)
         error_BD = jax.lax.stop_gradient(target_BD - reconstruction_BD)
-        squared = jnp.square(error_BD - product_with_decoder(params, z_BF)).sum(axis=1).mean()
+        found_BD = product_with_decoder(params, z_BF, precision=precision)
+        squared = jnp.square(error_BD - found_BD).sum(axis=1).mean()
         return squared * jnp.minimum(dead_F.sum() / k_aux, 1.0)
 
     found = jax.lax.cond(dead_F.any(), aux_loss, lambda: jnp.zeros(()))

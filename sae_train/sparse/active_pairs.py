@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from sae_train.model.forward import PRECISION
+from activation_cache.precision import Precision, einsum, operand
 from sae_train.step.gradients import has_gradient
 from sae_train.step.tiles import tile_of, varying_like
 
@@ -120,6 +120,7 @@ def select_pairs(
     *,
     bandwidth: float,
     capacity: int,
+    precision: Precision,
 ) -> Pairs:
     """Candidates of pre = x W_encᵀ + bias; the product is made tile by tile and not kept.
 
@@ -132,10 +133,11 @@ def select_pairs(
     tile = tile_of(num_latents)
     num_tiles = num_latents // tile
     start = _nothing(capacity, like=W_enc_FD[0, 0] * x_BD[0, 0])
+    x_BD = operand(x_BD, precision=precision)
 
     def one_tile(carry, inputs):
         W_LD, bias_L, theta_L, first = inputs
-        product_BL = jnp.einsum("bd,fd->bf", x_BD, W_LD, precision=PRECISION)
+        product_BL = einsum("bd,fd->bf", x_BD, W_LD, precision=precision)
         pre_BL = product_BL + bias_L[None, :]
         lists, filled, total = carry
         counts_L, lists, written = append(

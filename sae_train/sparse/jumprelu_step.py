@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool
 
+from activation_cache.precision import Precision
 from sae_train.config.run import Config
 from sae_train.model.forward import Params
 from sae_train.model.sharding import over_devices
@@ -51,7 +52,6 @@ from sae_train.step.gradients import (
     OutputGradients,
     Rows,
     output_dims,
-    small_gradients,
 )
 from sae_train.step.path_choice import capacity_per_row
 from sae_train.step.schedule import Scheduled
@@ -71,8 +71,8 @@ _WHOLE_PAIR_DIMS = Pairs(*(("whole", "F"),) * 5)
 class SparseStep(DenseStep):
     """A `Step` of a JumpReLU SAE or transcoder that takes the sparse path when it can."""
 
-    def __init__(self, config: Config, mesh: Mesh) -> None:
-        super().__init__(config, mesh)
+    def __init__(self, config: Config, mesh: Mesh, *, precision: Precision) -> None:
+        super().__init__(config, mesh, precision=precision)
         self._parts = parts_of(config, mesh)
         self._tile = tile_of(config.sae.width // mesh.shape["model"])
         self._num_tiles = config.sae.width // mesh.shape["model"] // self._tile
@@ -108,12 +108,17 @@ class SparseStep(DenseStep):
                 x_BD,
                 bandwidth=self._sae.bandwidth,
                 capacity=self._capacity,
+                precision=self._precision,
             )
             theta_P = jnp.pad(theta_F, (0, 1), constant_values=jnp.inf)[pairs.latent_P]
             active_P = pairs.pre_P > theta_P
             latents_P = jnp.where(active_P, pairs.pre_P, 0.0)
             decoded_BD, l0_B = self._parts.decode(
-                pairs, latents_P, W_dec_FD, num_rows=x_BD.shape[0]
+                pairs,
+                latents_P,
+                W_dec_FD,
+                num_rows=x_BD.shape[0],
+                precision=self._precision,
             )
             active_F = per_latent(active_P, pairs.counts_F)
             stacked = jax.tree.map(lambda array: array[None, None], pairs)
@@ -143,7 +148,7 @@ class SparseStep(DenseStep):
             return self._update_in_place(state, x_BD, encoded, output, scalars=scalars)
         rows = self._rows(state)
         _, sums, _ = self._update_latents(rows, encoded, output, None)
-        small = small_gradients(state.params, x_BD, output=output, sums=sums, sae=self._sae)
+        small = self._small_gradients(state.params, x_BD, output=output, sums=sums)
         small_squares = optimiser.tree_norm(small) ** 2
         scale = jnp.minimum(1.0, clip / jnp.sqrt(sums.projected + small_squares))
         params, second_moment, touched_F, _ = self._update_in_place(
@@ -186,6 +191,7 @@ class SparseStep(DenseStep):
                 output=output,
                 update=update,
                 config=self._config,
+                precision=self._precision,
             )
             return rows, self._latent_sums(sums), fits & (counts_F > 0)
 

@@ -19,9 +19,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from activation_cache.precision import Precision, rounded
 from sae_train.config.run import Config
 from sae_train.model.forward import Params
-from sae_train.sparse.segment_sums import Segments, block_of, over_pairs, weighted_rows
+from sae_train.sparse.segment_sums import (
+    Segments,
+    block_of,
+    over_pairs,
+    rounded_rows,
+    weighted_rows,
+)
 from sae_train.step.gradients import LatentSums, OutputGradients, Rows, added, no_sums
 from sae_train.step.tile_passes import Update, updated_rows
 from sae_train.step.tiles import varying_like
@@ -40,6 +47,7 @@ def touched_pass(
     output: OutputGradients,
     update: Update | None,
     config: Config,
+    precision: Precision,
 ) -> tuple[Rows, LatentSums]:
     """Over the latents that pairs name: (rows, sums).
 
@@ -51,6 +59,7 @@ def touched_pass(
     size, num = segments.block, segments.ids_N.shape[0]
     width, d_model = rows[0]["W_enc"].shape
     like = rows[0]["W_enc"][0, 0] + pre_P[0]
+    output = output.operands(precision)
 
     def one_block(number: Array, carry: tuple[Rows, LatentSums]) -> tuple[Rows, LatentSums]:
         rows, sums = carry
@@ -68,6 +77,7 @@ def touched_pass(
             pre_P=pre_P,
             output=output,
             bandwidth=config.sae.bandwidth,
+            precision=precision,
         )
         place = _at(number * size)
         sums = added(sums, own[0], gradients, place=place, for_norm=update is None)
@@ -103,22 +113,25 @@ def _from_pairs(
     pre_P: Array,
     output: OutputGradients,
     bandwidth: float,
+    precision: Precision,
 ) -> Params:
     """`tile_gradients` of a block of latents, from its pairs."""
+    multiplied_SD = rounded(W_dec_SD, precision=precision)
+    add_rows = partial(weighted_rows, precision=precision)
     theta_S, g_count_S = output.theta_F[ids_S], output.g_count_F[ids_S]
 
     def add(so_far: Params, position_SC: Array, there_SC: Array) -> Params:
         row_SC, pre_SC = row_P[position_SC], pre_P[position_SC]
         active_SC = there_SC & (pre_SC > theta_S[:, None])
         window_SC = there_SC & (jnp.abs(pre_SC - theta_S[:, None]) < bandwidth / 2)
-        g_f_SC = _dots(output.g_BD, row_SC, W_dec_SD)
+        g_f_SC = _dots(output.g_BD, row_SC, multiplied_SD, precision=precision)
         g_pre_SC = jnp.where(active_SC, g_f_SC, 0.0)
         g_step_SC = output.g_l0_B[row_SC] + g_count_S[:, None]
         g_theta_SC = jnp.where(window_SC, theta_S[:, None] * g_f_SC + g_step_SC, 0.0)
         f_SC = jnp.where(active_SC, pre_SC, 0.0)
         return {
-            "W_enc": so_far["W_enc"] + weighted_rows(output.x_BD, row_SC, g_pre_SC),
-            "W_dec": so_far["W_dec"] + weighted_rows(output.g_BD, row_SC, f_SC),
+            "W_enc": so_far["W_enc"] + add_rows(output.x_BD, row_SC, g_pre_SC),
+            "W_dec": so_far["W_dec"] + add_rows(output.g_BD, row_SC, f_SC),
             "b_enc": so_far["b_enc"] + g_pre_SC.sum(axis=1),
             "threshold": so_far["threshold"] - g_theta_SC.sum(axis=1) / bandwidth,
         }
@@ -130,7 +143,9 @@ def _from_pairs(
     return over_pairs(starts_S, counts_S, start, add)
 
 
-def _dots(source_BD: Array, row_SC: Array, with_SD: Array) -> Array:
+def _dots(source_BD: Array, row_SC: Array, with_SD: Array, *, precision: Precision) -> Array:
     """Of each pair source[row] · with, written out for the same reason as `weighted_rows`."""
-    columns = (source_BD[row_SC[:, c]] * with_SD for c in range(row_SC.shape[1]))
-    return jnp.stack([column_SD.sum(axis=1) for column_SD in columns], axis=1)
+    columns = (
+        rounded_rows(source_BD, row_SC[:, c], precision=precision) for c in range(row_SC.shape[1])
+    )
+    return jnp.stack([(column_SD * with_SD).sum(axis=1) for column_SD in columns], axis=1)

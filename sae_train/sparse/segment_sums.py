@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from activation_cache.precision import Precision, rounded
 from sae_train.sparse.active_pairs import Pairs
 from sae_train.step.tiles import varying_like
 
@@ -104,11 +105,27 @@ def over_pairs(
 
 
 def weighted_rows(
-    source_ND: Float[Array, "N D"], index_SC: Int[Array, "S C"], weight_SC: Float[Array, "S C"]
+    source_ND: Float[Array, "N D"],
+    index_SC: Int[Array, "S C"],
+    weight_SC: Float[Array, "S C"],
+    *,
+    precision: Precision,
 ) -> Float[Array, "S D"]:
     """Σ_c weight · source[index]: written out, so that it compiles to one loop over S·D."""
-    terms = (weight_SC[:, c, None] * source_ND[index_SC[:, c]] for c in range(index_SC.shape[1]))
-    return sum(terms, jnp.zeros((), source_ND.dtype))
+    weight_SC = rounded(weight_SC, precision=precision)
+    columns = (
+        rounded_rows(source_ND, index_SC[:, c], precision=precision)
+        for c in range(index_SC.shape[1])
+    )
+    terms = (weight_SC[:, c, None] * column_SD for c, column_SD in enumerate(columns))
+    return sum(terms, jnp.zeros(()))
+
+
+def rounded_rows(
+    source_ND: Float[Array, "N D"], index_S: Int[Array, " S"], *, precision: Precision
+) -> Float[Array, "S D"]:
+    """Rows of a matrix, which may be kept as an `operand`, as a product would see them."""
+    return rounded(source_ND[index_S].astype(jnp.float32), precision=precision)
 
 
 def sort_by_row(pairs: Pairs, *, num_rows: int) -> tuple[Int[Array, " P"], Int[Array, " B"]]:
@@ -155,14 +172,21 @@ def _sort_keys(key_P: Array, *, largest: int) -> tuple[Array, Array]:
 
 
 def decode_pairs(
-    pairs: Pairs, latents_P: Float[Array, " P"], W_dec_FD: Float[Array, "F D"], *, num_rows: int
+    pairs: Pairs,
+    latents_P: Float[Array, " P"],
+    W_dec_FD: Float[Array, "F D"],
+    *,
+    num_rows: int,
+    precision: Precision,
 ) -> tuple[Float[Array, "B D"], Float[Array, " B"]]:
     """f W_dec of the latents that are given by pair, and how many of a row aren't 0.
 
     No active latent of a JumpReLU is 0, its threshold being 0 or above.
     """
     order_P, counts_B = sort_by_row(pairs, num_rows=num_rows)
-    return decode_sorted(pairs.latent_P[order_P], latents_P[order_P], counts_B, W_dec_FD)
+    return decode_sorted(
+        pairs.latent_P[order_P], latents_P[order_P], counts_B, W_dec_FD, precision=precision
+    )
 
 
 def decode_sorted(
@@ -170,6 +194,8 @@ def decode_sorted(
     value_P: Float[Array, " P"],
     counts_B: Int[Array, " B"],
     W_dec_FD: Float[Array, "F D"],
+    *,
+    precision: Precision,
 ) -> tuple[Float[Array, "B D"], Float[Array, " B"]]:
     """`decode_pairs` of pairs that lie in the order of their rows, so many of each."""
     num_rows = counts_B.shape[0]
@@ -186,8 +212,8 @@ def decode_sorted(
             sums: tuple[Array, Array], position_SC: Array, there_SC: Array
         ) -> tuple[Array, Array]:
             value_SC = jnp.where(there_SC, value_P[position_SC], 0.0)
-            decoded_SD = sums[0] + weighted_rows(W_dec_FD, latent_P[position_SC], value_SC)
-            return decoded_SD, sums[1] + (value_SC != 0).sum(axis=1, dtype=jnp.float32)
+            added_SD = weighted_rows(W_dec_FD, latent_P[position_SC], value_SC, precision=precision)
+            return sums[0] + added_SD, sums[1] + (value_SC != 0).sum(axis=1, dtype=jnp.float32)
 
         starts_S = block_of(segments.starts_N, number, size=size)
         counts_S = block_of(segments.counts_N, number, size=size)

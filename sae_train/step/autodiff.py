@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from activation_cache.precision import Precision
 from sae_train.config.run import Config, TrainConfig
 from sae_train.config.sae import SaeConfig
 from sae_train.model.architectures import forward
@@ -33,13 +34,14 @@ def loss_and_forward(
     dead_F: Bool[Array, " F"],
     sae: SaeConfig,
     train: TrainConfig,
+    precision: Precision,
 ) -> tuple[Float[Array, ""], tuple[Forward, Penalty]]:
     """Squared error plus penalty, mean over rows, and an auxiliary loss if there is one.
 
     Args:
         x_BD, target_BD: scaled rows; of an SAE the target is x.
     """
-    out = forward(params, x_BD, target_BD=target_BD, config=sae, dead_F=dead_F)
+    out = forward(params, x_BD, target_BD=target_BD, config=sae, dead_F=dead_F, precision=precision)
     mse = jnp.square(target_BD - out.reconstruction_BD).sum(axis=1).mean()
     penalty = penalty_of(
         out.l0_B, out.frequency_F, l1_B=out.l1_B, scalars=scalars, log_gain=log_gain, train=train
@@ -53,8 +55,8 @@ def loss_and_forward(
 class AutodiffStep:
     """A `Step` by `jax.grad` and one optax chain over all parameters."""
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, config: Config, *, precision: Precision) -> None:
+        self._config, self._precision = config, precision
 
     def __call__(
         self,
@@ -74,6 +76,7 @@ class AutodiffStep:
             dead_F=is_dead(state.last_fired, step=state.step, train=self._config.train),
             sae=self._config.sae,
             train=self._config.train,
+            precision=self._precision,
         )
         params, second_moment = optimiser.update_all(
             state, gradients, scalars=scalars, config=self._config

@@ -24,8 +24,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
+from activation_cache.precision import Precision, einsum
 from sae_train.config.run import Config
-from sae_train.model.forward import PRECISION, Params, decoded_with, threshold_of
+from sae_train.model.forward import Params, decoded_with, threshold_of
 from sae_train.model.sharding import max_over_all, over_devices, sum_over
 from sae_train.step import optimiser
 from sae_train.step.gradients import (
@@ -72,8 +73,8 @@ def update_dims(update: Update | None) -> Any:
 class DenseStep:
     """A `Step` of a JumpReLU SAE or transcoder on a mesh."""
 
-    def __init__(self, config: Config, mesh: Mesh) -> None:
-        self._config, self._mesh = config, mesh
+    def __init__(self, config: Config, mesh: Mesh, *, precision: Precision) -> None:
+        self._config, self._mesh, self._precision = config, mesh, precision
         self._sae, self._train = config.sae, config.train
         width = config.sae.width // mesh.shape["model"]
         # On other devices products of small tiles may not fill the device: nothing was measured.
@@ -92,7 +93,9 @@ class DenseStep:
         """One step on scaled rows."""
         operands = self._encoder_operands(state.params, x_BD)
         encoded = self._encode(state, operands)
-        reconstruction_BD = decoded_with(state.params, encoded.decoded_BD, x_BD=x_BD)
+        reconstruction_BD = decoded_with(
+            state.params, encoded.decoded_BD, x_BD=x_BD, precision=self._precision
+        )
         residual_BD = target_BD - reconstruction_BD
         penalty, output = self._output_gradients(
             operands, residual_BD, encoded, scalars=scalars, log_gain=state.log_gain
@@ -134,7 +137,11 @@ class DenseStep:
 
         def part(*operands):
             decoded_BD, l0_B, active_F, pre_TLB, total = encode_tiles(
-                *operands, tile=self._tile, bandwidth=self._sae.bandwidth, keep=keep
+                *operands,
+                tile=self._tile,
+                bandwidth=self._sae.bandwidth,
+                keep=keep,
+                precision=self._precision,
             )
             return self._summed(decoded_BD, l0_B, active_F, None if keep else total, kept=pre_TLB)
 
@@ -230,7 +237,7 @@ class DenseStep:
         rows, sums, touched_F = self._update_latents(
             self._rows(state), encoded, output, (traced, decay_F)
         )
-        small = small_gradients(params, x_BD, output=output, sums=sums, sae=self._sae)
+        small = self._small_gradients(params, x_BD, output=output, sums=sums)
         new, new_moment = optimiser.update(
             {name: params[name] for name in small},
             small,
@@ -244,6 +251,13 @@ class DenseStep:
             new_moment[name] = jnp.where(touched_F, new_moment[name], moment[name])
         norm = jnp.sqrt(sums.squares + optimiser.tree_norm(small) ** 2)
         return new | rows[0], new_moment | rows[1], touched_F, norm
+
+    def _small_gradients(
+        self, params: Params, x_BD: Array, *, output: OutputGradients, sums: LatentSums
+    ) -> Params:
+        return small_gradients(
+            params, x_BD, output=output, sums=sums, sae=self._sae, precision=self._precision
+        )
 
     @staticmethod
     def _rows(state: TrainState) -> Rows:
@@ -278,6 +292,7 @@ class DenseStep:
                 update=update,
                 config=self._config,
                 mesh=self._mesh,
+                precision=self._precision,
             )
             return rows, self._latent_sums(sums)
 
@@ -306,6 +321,8 @@ class DenseStep:
         """Of every parameter, as a whole, the decoder's not yet projected."""
 
         def part(W_enc_FD, W_dec_FD, pre_TLB, output):
+            multiplied = output.operands(self._precision)
+
             def one_tile(tile):
                 W_dec_LD, pre_LB, theta_L, g_count_L = tile
                 gradients = tile_gradients(
@@ -313,8 +330,9 @@ class DenseStep:
                     pre_LB,
                     theta_S=theta_L,
                     g_count_S=g_count_L,
-                    output=output,
+                    output=multiplied,
                     bandwidth=self._sae.bandwidth,
+                    precision=self._precision,
                 )
                 return sum_over("data", gradients, mesh=self._mesh)
 
@@ -322,7 +340,7 @@ class DenseStep:
             W_dec_TLD, *others = (a.reshape(-1, self._tile, *a.shape[1:]) for a in per_latent)
             tiled = jax.lax.map(one_tile, (W_dec_TLD, pre_TLB, *others))
             whole = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tiled)
-            encoded_D = jnp.einsum("f,fd->d", whole["b_enc"], W_enc_FD, precision=PRECISION)
+            encoded_D = einsum("f,fd->d", whole["b_enc"], W_enc_FD, precision="float32")
             return whole, sum_over("model", encoded_D, mesh=self._mesh)
 
         whole_dims = {"W_enc": MATRIX, "W_dec": MATRIX, "b_enc": ("F",), "threshold": ("F",)}
@@ -330,7 +348,7 @@ class DenseStep:
             part, (MATRIX, MATRIX, _KEPT_DIMS, output_dims()), (whole_dims, ("D",))
         )(params["W_enc"], params["W_dec"], encoded.kept, output)
         sums = LatentSums(whole["b_enc"], whole["threshold"], encoded_D, None, None)
-        return whole | small_gradients(params, x_BD, output=output, sums=sums, sae=self._sae)
+        return whole | self._small_gradients(params, x_BD, output=output, sums=sums)
 
     def _over_devices(self, function: Callable, in_dims: Any, out_dims: Any) -> Callable:
         return over_devices(function, mesh=self._mesh, in_dims=in_dims, out_dims=out_dims)

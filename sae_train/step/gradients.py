@@ -25,8 +25,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from activation_cache.precision import Precision, einsum, operand
 from sae_train.config.sae import SaeConfig
-from sae_train.model.forward import PRECISION, Params
+from sae_train.model.forward import Params
 from sae_train.step.optimiser import remove_parallel
 from sae_train.step.tiles import varying_like
 
@@ -89,6 +90,11 @@ class OutputGradients:
             g_count_F=factor * self.g_count_F,
         )
 
+    def operands(self, precision: Precision) -> OutputGradients:
+        """With x and g as products at this precision are given them; of no use for sums."""
+        x_BD, g_BD = (operand(own, precision=precision) for own in (self.x_BD, self.g_BD))
+        return dataclasses.replace(self, x_BD=x_BD, g_BD=g_BD)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -135,6 +141,7 @@ def tile_gradients(
     g_count_S: Float[Array, " S"],
     output: OutputGradients,
     bandwidth: float,
+    precision: Precision,
 ) -> Params:
     """A tile's gradients from matrix products: W_enc, W_dec [S, D], b_enc, threshold [S].
 
@@ -144,7 +151,7 @@ def tile_gradients(
         pre_SB: their pre-activations.
         theta_S, g_count_S: the tile's part of what `output` has for all latents.
     """
-    g_f_SB = jnp.einsum("sd,bd->sb", W_dec_SD, output.g_BD, precision=PRECISION)
+    g_f_SB = einsum("sd,bd->sb", W_dec_SD, output.g_BD, precision=precision)
     active_SB = pre_SB > theta_S[:, None]
     window_SB = jnp.abs(pre_SB - theta_S[:, None]) < bandwidth / 2
     g_pre_SB = jnp.where(active_SB, g_f_SB, 0.0)
@@ -152,8 +159,8 @@ def tile_gradients(
     g_step_SB = output.g_l0_B[None, :] + g_count_S[:, None]
     g_theta_SB = jnp.where(window_SB, theta_S[:, None] * g_f_SB + g_step_SB, 0.0)
     return {
-        "W_enc": jnp.einsum("sb,bd->sd", g_pre_SB, output.x_BD, precision=PRECISION),
-        "W_dec": jnp.einsum("sb,bd->sd", f_SB, output.g_BD, precision=PRECISION),
+        "W_enc": einsum("sb,bd->sd", g_pre_SB, output.x_BD, precision=precision),
+        "W_dec": einsum("sb,bd->sd", f_SB, output.g_BD, precision=precision),
         "b_enc": g_pre_SB.sum(axis=1),
         "threshold": -g_theta_SB.sum(axis=1) / bandwidth,
     }
@@ -166,6 +173,7 @@ def small_gradients(
     output: OutputGradients,
     sums: LatentSums,
     sae: SaeConfig,
+    precision: Precision,
 ) -> Params:
     """The gradients of all parameters but the two large matrices.
 
@@ -181,7 +189,7 @@ def small_gradients(
         "b_dec": b_dec_D - sums.encoded_D if sae.pre_encoder_bias else b_dec_D,
     }
     if "W_skip" in params:
-        small["W_skip"] = jnp.einsum("bd,be->de", x_BD, output.g_BD, precision=PRECISION)
+        small["W_skip"] = einsum("bd,be->de", x_BD, output.g_BD, precision=precision)
     return small
 
 
@@ -221,7 +229,7 @@ def added(
     return LatentSums(
         bias_F=place(sums.bias_F, bias_S),
         theta_F=place(sums.theta_F, gradients["threshold"]),
-        encoded_D=sums.encoded_D + jnp.einsum("s,sd->d", bias_S, W_enc_SD, precision=PRECISION),
+        encoded_D=sums.encoded_D + einsum("s,sd->d", bias_S, W_enc_SD, precision="float32"),
         squares=sums.squares + squares["W_enc"] + squares["W_dec"],
         projected=projected,
     )

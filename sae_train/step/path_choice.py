@@ -1,4 +1,4 @@
-"""Which path a run's steps may take, dense or sparse, and for how many pairs there is space.
+"""How a run's steps are made: on which path, dense or sparse, and at which precision.
 
 The dense path makes products of whole matrices; the sparse one works on pairs of a row and an
 active latent.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from jax.sharding import Mesh
 
+from activation_cache.precision import Precision, resolve
 from sae_train.config.run import Config
 
 # Below this width the dense path is as fast on a CPU (docs/performance.md).
@@ -31,6 +32,15 @@ def may_be_sparse(config: Config, *, on_cpu: bool) -> bool:
 def may_be_sparse_on(config: Config, mesh: Mesh) -> bool:
     """`may_be_sparse` on the devices of a mesh."""
     return may_be_sparse(config, on_cpu=mesh.devices.flat[0].platform == "cpu")
+
+
+def precision_on(config: Config, mesh: Mesh) -> Precision:
+    """How the products of a run's steps are made on the devices of a mesh.
+
+    Raises:
+        UserError: these devices have no such products.
+    """
+    return resolve(config.train.precision, platform=mesh.devices.flat[0].platform)
 
 
 def capacity_per_row(config: Config) -> int:

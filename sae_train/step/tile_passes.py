@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from activation_cache.precision import Precision, einsum, operand
 from sae_train.config.run import Config
-from sae_train.model.forward import PRECISION, Params
+from sae_train.model.forward import Params
 from sae_train.model.sharding import sum_over
 from sae_train.step import optimiser
 from sae_train.step.gradients import (
@@ -47,6 +48,7 @@ def encode_tiles(
     tile: int,
     bandwidth: float,
     keep: bool,
+    precision: Precision,
 ) -> tuple[Array, Array, Array, Array | None, Array]:
     """(f W_dec, L0 of each row, active rows of each latent, pre-activations, number of pairs).
 
@@ -56,13 +58,15 @@ def encode_tiles(
             pairs that have a gradient are counted instead.
     """
 
+    multiplied_BD = operand(x_BD, precision=precision)
+
     def one_tile(carry: Any, operands: Any) -> Any:
         decoded_BD, l0_B, total = carry
         W_enc_LD, W_dec_LD, bias_L, theta_L = operands
-        pre_LB = _pre_activations(W_enc_LD, bias_L, x_BD)
+        pre_LB = _pre_activations(W_enc_LD, bias_L, multiplied_BD, precision=precision)
         active_LB = pre_LB > theta_L[:, None]
         f_LB = jnp.where(active_LB, pre_LB, 0.0)
-        decoded_BD += jnp.einsum("lb,ld->bd", f_LB, W_dec_LD, precision=PRECISION)
+        decoded_BD += einsum("lb,ld->bd", f_LB, W_dec_LD, precision=precision)
         l0_B += active_LB.sum(axis=0, dtype=x_BD.dtype)
         if not keep:
             found_LB = has_gradient(pre_LB, theta_L[:, None], bandwidth=bandwidth)
@@ -84,8 +88,10 @@ def encode_tiles(
     return decoded_BD, l0_B, active_TL.reshape(-1), pre_TLB, total
 
 
-def _pre_activations(W_enc_LD: Array, bias_L: Array, x_BD: Array) -> Float[Array, "L B"]:
-    pre_LB = jnp.einsum("ld,bd->lb", W_enc_LD, x_BD, precision=PRECISION)
+def _pre_activations(
+    W_enc_LD: Array, bias_L: Array, x_BD: Array, *, precision: Precision
+) -> Float[Array, "L B"]:
+    pre_LB = einsum("ld,bd->lb", W_enc_LD, x_BD, precision=precision)
     return pre_LB + bias_L[:, None]
 
 
@@ -99,6 +105,7 @@ def update_tiles(
     update: Update | None,
     config: Config,
     mesh: Mesh,
+    precision: Precision,
 ) -> tuple[Rows, LatentSums]:
     """New rows, in place of the old ones, and sums of their gradients.
 
@@ -108,6 +115,7 @@ def update_tiles(
         update: None leaves the rows as they are; their sums then have the gradients' norm.
     """
     width, d_model = rows[0]["W_enc"].shape
+    output = output.operands(precision)
 
     def one_tile(number: int | Array, carry: tuple[Rows, LatentSums]) -> tuple[Rows, LatentSums]:
         rows, sums = carry
@@ -116,7 +124,9 @@ def update_tiles(
         # Gathers: slices would be fused into what follows, and XLA then copies each whole matrix.
         own = rows if tile == width else jax.tree.map(partial(_gather, ids_L), rows)
         if pre_TLB is None:
-            pre_LB = _pre_activations(own[0]["W_enc"], output.bias_F[ids_L], output.x_BD)
+            pre_LB = _pre_activations(
+                own[0]["W_enc"], output.bias_F[ids_L], output.x_BD, precision=precision
+            )
         else:
             pre_LB = pre_TLB[number]
         gradients = tile_gradients(
@@ -126,6 +136,7 @@ def update_tiles(
             g_count_S=output.g_count_F[ids_L],
             output=output,
             bandwidth=config.sae.bandwidth,
+            precision=precision,
         )
         gradients = sum_over("data", gradients, mesh=mesh)
         place = partial(jax.lax.dynamic_update_slice_in_dim, start_index=at, axis=0)

@@ -124,7 +124,7 @@ def _pre_activations_of_all(
 @functools.lru_cache(maxsize=8)
 def _gathering(config: SaeConfig, mesh: Mesh) -> Callable[..., jax.Array]:
     """A compiled `pre_activations` whose result is whole on every device."""
-    compute = functools.partial(pre_activations, config=config)
+    compute = functools.partial(pre_activations, config=config, precision="float32")
     return jax.jit(compute, out_shardings=sharding(mesh, ()))
 
 

@@ -28,7 +28,7 @@ from sae_train.model.sharding import BATCH_DIMS, sharding
 from sae_train.sparse.jumprelu_step import SparseStep
 from sae_train.step.autodiff import AutodiffStep
 from sae_train.step.dense_jumprelu import DenseStep
-from sae_train.step.path_choice import may_be_sparse_on
+from sae_train.step.path_choice import may_be_sparse_on, precision_on
 from sae_train.step.result import Step, StepResult
 from sae_train.step.schedule import Scheduled
 from sae_train.step.state import TrainState, is_dead, state_shardings
@@ -190,9 +190,11 @@ def _scaled(
 
 def _step_of(config: Config, mesh: Mesh) -> Step:
     """The step that a config asks for."""
+    precision = precision_on(config, mesh)
     if config.sae.architecture != "jumprelu":
-        return AutodiffStep(config)
-    return SparseStep(config, mesh) if may_be_sparse_on(config, mesh) else DenseStep(config, mesh)
+        return AutodiffStep(config, precision=precision)
+    kind = SparseStep if may_be_sparse_on(config, mesh) else DenseStep
+    return kind(config, mesh, precision=precision)
 
 
 def _uncompiled_step(

@@ -23,6 +23,7 @@ ORDER = (
     "activation_cache",
     "activation_cache.runtime",
     "activation_cache.storage",
+    "activation_cache.precision",
     "activation_cache.config",
     "activation_cache.mesh",
     "activation_cache.gemma",

@@ -8,6 +8,7 @@ Legend: B rows, D model width, F latents, P positions for pairs; C pairs at once
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
+from activation_cache.precision import Precision, rounded_in_kernel
 from sae_train.sparse.active_pairs import Pairs
 from sae_train.sparse.kernels.pallas import launch, load, store, table
 from sae_train.sparse.segment_sums import sort_by_row
@@ -25,7 +27,12 @@ _WARPS = 4
 
 
 def decode_pairs(
-    pairs: Pairs, latents_P: Float[Array, " P"], W_dec_FD: Float[Array, "F D"], *, num_rows: int
+    pairs: Pairs,
+    latents_P: Float[Array, " P"],
+    W_dec_FD: Float[Array, "F D"],
+    *,
+    num_rows: int,
+    precision: Precision,
 ) -> tuple[Float[Array, "B D"], Float[Array, " B"]]:
     """`segment_sums.decode_pairs`; nothing of a list that `select_pairs` left empty."""
     d_model = W_dec_FD.shape[1]
@@ -34,7 +41,7 @@ def decode_pairs(
     counts_B = jnp.where(pairs.total > latents_P.shape[0], 0, counts_B)
     starts_B = jnp.cumsum(counts_B, dtype=jnp.int32) - counts_B
     decoded_BD, nonzero_B = launch(
-        _one_part,
+        partial(_one_part, precision=precision),
         (starts_B, counts_B, pairs.latent_P[order_P], latents_P[order_P], W_dec_FD),
         out=[((num_rows, d_model), jnp.float32), ((num_rows,), jnp.float32)],
         grid=(num_rows, -(-d_model // COLUMNS)),
@@ -51,6 +58,8 @@ def _one_part(
     W_dec_ref: Any,
     decoded_ref: Any,
     nonzero_ref: Any,
+    *,
+    precision: Precision,
 ) -> None:
     row, part = pl.program_id(0), pl.program_id(1)
     d_K = part * COLUMNS + jnp.arange(COLUMNS, dtype=jnp.int32)
@@ -66,8 +75,9 @@ def _one_part(
         latent_C = load(latent_ref.at[position_C], there_C)
         there_CK = there_C[:, None] & inside_K[None, :]
         W_CK = load(table(W_dec_ref, latent_C, near_K), there_CK)
+        f_C, W_CK = (rounded_in_kernel(own, precision=precision) for own in (value_C, W_CK))
         nonzero = (value_C != 0).astype(jnp.float32).sum()
-        return so_far[0] + (value_C[:, None] * W_CK).sum(axis=0), so_far[1] + nonzero
+        return so_far[0] + (f_C[:, None] * W_CK).sum(axis=0), so_far[1] + nonzero
 
     start_K = jnp.zeros(COLUMNS, jnp.float32)
     steps = (count + AT_ONCE - 1) // AT_ONCE

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
-from sae_train.model.forward import PRECISION
+from activation_cache.precision import Precision, einsum_in_kernel
 from sae_train.sparse.active_pairs import Pairs
 from sae_train.sparse.kernels.pallas import launch, load, store, table
 from sae_train.step.gradients import has_gradient
@@ -44,13 +44,9 @@ def select_pairs(
     *,
     bandwidth: float,
     capacity: int,
-    precision: Any = PRECISION,
+    precision: Precision,
 ) -> Pairs:
-    """`active_pairs.select_pairs`, but that if there are more than `capacity` none is kept.
-
-    Args:
-        precision: of the product, as `jax.lax.dot_general` takes it; by default float32's.
-    """
+    """`active_pairs.select_pairs`, but that if there are more than `capacity` none is kept."""
     num_rows, width = x_BD.shape[0], W_enc_FD.shape[0]
     blocks = -(-num_rows // ROWS), -(-width // LATENTS)
     # Only an interpreter writes at the place behind the last: what no pair is at.
@@ -91,7 +87,7 @@ def _one_tile(
     *,
     bandwidth: float,
     capacity: int,
-    precision: Any,
+    precision: Precision,
 ) -> None:
     row_M = pl.program_id(1) * ROWS + jnp.arange(ROWS, dtype=jnp.int32)
     latent_L = pl.program_id(0) * LATENTS + jnp.arange(LATENTS, dtype=jnp.int32)
@@ -121,7 +117,9 @@ def _one_tile(
     store(rank_ref.at[position_ML], rank_ML, held_ML)
 
 
-def _product(x_ref: Any, W_ref: Any, row_M: Array, latent_L: Array, *, precision: Any) -> Array:
+def _product(
+    x_ref: Any, W_ref: Any, row_M: Array, latent_L: Array, *, precision: Precision
+) -> Array:
     """x[rows] W[latents]ᵀ."""
     d_model = x_ref.shape[1]
 
@@ -135,10 +133,8 @@ def _product(x_ref: Any, W_ref: Any, row_M: Array, latent_L: Array, *, precision
             there = jnp.broadcast_to(there_K[None, :], (row.shape[0], DEPTH))
             return load(table(ref, row, jnp.minimum(d_K, d_model - 1)), there)
 
-        both = (((1,), (1,)), ((), ()))
-        return so_far_ML + jax.lax.dot_general(
-            columns(x_ref, row_M), columns(W_ref, latent_L), both, precision=precision
-        )
+        x_MK, W_LK = columns(x_ref, row_M), columns(W_ref, latent_L)
+        return so_far_ML + einsum_in_kernel("mk,lk->ml", x_MK, W_LK, precision=precision)
 
     start_ML = jnp.zeros((ROWS, LATENTS), jnp.float32)
     return jax.lax.fori_loop(0, -(-d_model // DEPTH), add, start_ML)

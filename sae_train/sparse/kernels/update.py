@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from activation_cache.precision import Precision, rounded_in_kernel
 from sae_train.config.run import AdamConfig, Config
 from sae_train.sparse.kernels.pallas import launch, load, store
 from sae_train.sparse.segment_sums import Segments
@@ -86,12 +87,14 @@ def touched_pass(
     output: OutputGradients,
     update: Update | None,
     config: Config,
+    precision: Precision,
 ) -> tuple[Rows, LatentSums]:
     """`latent_updates.touched_pass`; Adam is written out here, for optax isn't made of kernels."""
     matrices = tuple(rows[part][name] for name, part in _MATRICES)
     width, d_model = matrices[0].shape
     num_programs = min(PROGRAMS, segments.ids_N.shape[0])
     scalars, decay_F = jnp.ones(2), jnp.ones(width)
+    output = output.operands(precision)
     if update is not None:
         scalars = jnp.stack([update[0].learning_rate, update[0].bias_correction])
         decay_F = update[1]
@@ -127,6 +130,7 @@ def touched_pass(
             bandwidth=config.sae.bandwidth,
             config=config.train.adam,
             writes=update is not None,
+            precision=precision,
         ),
         (*read, *vectors, *matrices),
         out=[*sums, *in_place],
@@ -178,7 +182,8 @@ class _Row:
         found = []
         for d_K, there_K in self._columns:
             near_K = d_K if there_K is None else jnp.minimum(d_K, self._d_model - 1)
-            found.append(load(ref.at[jnp.full_like(d_K, row), near_K], there_K))
+            piece_K = load(ref.at[jnp.full_like(d_K, row), near_K], there_K)
+            found.append(piece_K.astype(jnp.float32))
         return tuple(found)
 
     def write(self, ref: Any, row: Array, pieces: Pieces) -> None:
@@ -198,7 +203,9 @@ class _Found(NamedTuple):
     theta: Array
 
 
-def _one_program(*refs: Any, bandwidth: float, config: AdamConfig, writes: bool) -> None:
+def _one_program(
+    *refs: Any, bandwidth: float, config: AdamConfig, writes: bool, precision: Precision
+) -> None:
     read, refs = _Read(*refs[: len(_Read._fields)]), refs[len(_Read._fields) + 2 :]
     # Rows are written in place: then the operands are no longer to be read.
     own, written = _Matrices(*(refs[9:] if writes else refs[:4])), _Written(*refs[4:9])
@@ -210,7 +217,9 @@ def _one_program(*refs: Any, bandwidth: float, config: AdamConfig, writes: bool)
         segment = program + nth * num_programs
         latent = read.ids_N[segment]
         W_enc, W_dec = row.read(own.W_enc, latent), row.read(own.W_dec, latent)
-        found = _gradients(read, row, segment=segment, W_dec=W_dec, bandwidth=bandwidth)
+        found = _gradients(
+            read, row, segment=segment, W_dec=W_dec, bandwidth=bandwidth, precision=precision
+        )
         store(written.bias_F.at[latent], found.bias)
         store(written.theta_F.at[latent], found.theta / bandwidth)
         along = _dot(found.dec, W_dec)
@@ -233,22 +242,31 @@ def _one_program(*refs: Any, bandwidth: float, config: AdamConfig, writes: bool)
 
 
 def _gradients(
-    read: _Read, row: _Row, *, segment: Array, W_dec: Pieces, bandwidth: float
+    read: _Read,
+    row: _Row,
+    *,
+    segment: Array,
+    W_dec: Pieces,
+    bandwidth: float,
+    precision: Precision,
 ) -> _Found:
     """See `sae_train.step.gradients` for the formulas."""
     latent, start = read.ids_N[segment], read.starts_N[segment]
+    as_seen = partial(rounded_in_kernel, precision=precision)
+    multiplied = _each(as_seen, W_dec)
     theta, g_count = read.theta_F[latent], read.g_count_F[latent]
 
     def add(nth: Array, so_far: _Found) -> _Found:
         b, pre = read.row_P[start + nth], read.pre_P[start + nth]
         active, window = pre > theta, jnp.abs(pre - theta) < bandwidth / 2
         x, g = row.read(read.x_BD, b), row.read(read.g_BD, b)
-        g_f = _dot(g, W_dec)
+        g_f = _dot(g, multiplied)
         g_pre, f = jnp.where(active, g_f, 0.0), jnp.where(active, pre, 0.0)
+        weight_x, weight_g = as_seen(g_pre), as_seen(f)
         g_theta = jnp.where(window, theta * g_f + (read.g_l0_B[b] + g_count), 0.0)
         return _Found(
-            enc=_each(lambda total, one: total + g_pre * one, so_far.enc, x),
-            dec=_each(lambda total, one: total + f * one, so_far.dec, g),
+            enc=_each(lambda total, one: total + weight_x * one, so_far.enc, x),
+            dec=_each(lambda total, one: total + weight_g * one, so_far.dec, g),
             bias=so_far.bias + g_pre,
             theta=so_far.theta - g_theta,
         )

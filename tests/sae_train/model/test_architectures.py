@@ -69,6 +69,7 @@ def ours(config: Config, params: dict[str, np.ndarray], x: np.ndarray, dead: np.
         dead_F=jnp.asarray(dead),
         sae=config.sae,
         train=config.train,
+        precision="float32",
     )
     return loss, out, gradients
 
@@ -227,7 +228,14 @@ def test_a_run_learns_resumes_exactly_and_is_released(tmp_path: Path, architectu
     x = np.random.default_rng(5).standard_normal((64, 16)).astype(np.float32)
     params = {name: jnp.asarray(value) for name, value in trained.params.items()}
     scaled, nobody = jnp.asarray(x), jnp.zeros(whole.sae.width, bool)
-    out = forward(params, scaled, target_BD=scaled, config=whole.sae, dead_F=nobody)
+    out = forward(
+        params,
+        scaled,
+        target_BD=scaled,
+        config=whole.sae,
+        dead_F=nobody,
+        precision="float32",
+    )
     if architecture != "batch_topk":
         released = np.asarray(sae(x * trained.input_scale)) / trained.input_scale
         np.testing.assert_allclose(released, out.reconstruction_BD, rtol=1e-4, atol=1e-5)

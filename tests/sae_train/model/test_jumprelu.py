@@ -66,7 +66,12 @@ def gradients_of_equations(
         ).loss
 
     found = jax.grad(jumprelu.loss)(
-        state.params, x_BD, target_BD=x_BD, penalty=penalty, config=config.sae
+        state.params,
+        x_BD,
+        target_BD=x_BD,
+        penalty=penalty,
+        config=config.sae,
+        precision="float32",
     )
     projected = remove_parallel(found["W_dec"], rows_FD=state.params["W_dec"])
     return found | {"W_dec": projected}

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
+from activation_cache.precision import Precision
 from activation_cache.runtime.errors import UserError
 from sae_train.model.sharding import make_mesh
 from sae_train.sparse import active_pairs, latent_updates, segment_sums
@@ -46,7 +47,15 @@ def interpreted() -> Iterator[None]:
 class Touched:
     """Arguments of both `touched_pass`es at one width of the model."""
 
-    def __init__(self, d_model: int, *, num_rows: int = 31, width: int = 48) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        num_rows: int = 31,
+        width: int = 48,
+        precision: Precision = "float32",
+    ) -> None:
+        self.precision: Precision = precision
         rng = np.random.default_rng(0)
 
         def normal(*shape: int) -> jax.Array:
@@ -69,7 +78,12 @@ class Touched:
             bias_F=normal(width),
         )
         self.pairs = jax.jit(
-            partial(active_pairs.select_pairs, bandwidth=BANDWIDTH, capacity=num_rows * width)
+            partial(
+                active_pairs.select_pairs,
+                bandwidth=BANDWIDTH,
+                capacity=num_rows * width,
+                precision=precision,
+            )
         )(self.rows[0]["W_enc"], self.output.bias_F, theta_F, x_BD)
         scalars = Scheduled(
             learning_rate=jnp.float32(1e-2),
@@ -91,7 +105,12 @@ class Touched:
 
     def _options(self, writes: bool) -> dict[str, Any]:
         update = self.update if writes else None
-        return {"output": self.output, "update": update, "config": self.config}
+        return {
+            "output": self.output,
+            "update": update,
+            "config": self.config,
+            "precision": self.precision,
+        }
 
     @staticmethod
     def _operands(rows: Rows, found: active_pairs.Pairs) -> Any:
@@ -103,11 +122,16 @@ class Touched:
     ("d_model", "programs", "writes"),
     [(8, 1024, True), (300, 7, True), (300, 7, False)],  # of 300 the last piece ends behind the row
 )
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_touched_latents_are_updated_as_by_xla(
-    d_model: int, programs: int, writes: bool, monkeypatch: pytest.MonkeyPatch
+    d_model: int,
+    programs: int,
+    writes: bool,
+    precision: Precision,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(update_module, "PROGRAMS", programs)
-    case = Touched(d_model)
+    case = Touched(d_model, precision=precision)
     assert 12 <= int((case.pairs.counts_F == 0).sum()) < 40
     found, expected = (
         jax.jit(partial(function, writes=writes))(case.rows, case.pairs)
@@ -164,8 +188,11 @@ def test_programs_in_the_opposite_order_leave_the_same_bits(monkeypatch: pytest.
             case.output.x_BD,
             bandwidth=BANDWIDTH,
             capacity=num_places,
+            precision="float32",
         )
-        decoded = decode.decode_pairs(found, found.pre_P, case.rows[0]["W_dec"], num_rows=150)
+        decoded = decode.decode_pairs(
+            found, found.pre_P, case.rows[0]["W_dec"], num_rows=150, precision="float32"
+        )
         return found, decoded, case.by_kernel(case.rows, found)
 
     forth, own = jax.jit(parts)(), pl.program_id
@@ -186,7 +213,7 @@ def test_of_too_many_pairs_none_is_decoded():
         total=jnp.float32(32),
     )
     W_dec = jnp.full((16, 8), jnp.nan, jnp.float32)
-    decoded, nonzero = jax.jit(partial(decode.decode_pairs, num_rows=4))(
+    decoded, nonzero = jax.jit(partial(decode.decode_pairs, num_rows=4, precision="float32"))(
         empty, jnp.zeros(24), W_dec
     )
     np.testing.assert_array_equal(decoded, np.zeros((4, 8)))
@@ -249,15 +276,25 @@ def shape(*dims: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
 
 
 @pytest.mark.parametrize("width", [16_384, 1_048_576])
-@pytest.mark.parametrize("d_model", [640, 2304, 3584, 4608])
-def test_kernels_lower_for_cuda(d_model: int, width: int):
+@pytest.mark.parametrize(
+    ("d_model", "precision"),
+    [
+        (640, "float32"),
+        (2304, "bfloat16"),
+        (2304, "tf32"),
+        (3584, "bfloat16_3x"),
+        (4608, "float32"),
+    ],
+)
+def test_kernels_lower_for_cuda(d_model: int, precision: Precision, width: int):
     """At the sizes of Gemma's layers; of a million latents no index fits into 32 bits."""
     rows, places = 4096, 4096 * 64
     matrix, per_latent, batch = shape(width, d_model), shape(width), shape(rows, d_model)
     whole = partial(shape, dtype=jnp.int32)
     pairs_ = active_pairs.Pairs(whole(places), whole(places), shape(places), whole(width), shape())
-    select_ = partial(select.select_pairs, bandwidth=1e-3, capacity=places)
-    decode_ = partial(decode.decode_pairs, num_rows=rows)
+    options: dict[str, Any] = {"bandwidth": 1e-3, "capacity": places, "precision": precision}
+    select_ = partial(select.select_pairs, **options)
+    decode_ = partial(decode.decode_pairs, num_rows=rows, precision=precision)
     output = OutputGradients(batch, batch, shape(rows), per_latent, per_latent, per_latent)
     update = Scheduled(*(shape(),) * 4), per_latent
     both: Any = ({"W_enc": matrix, "W_dec": matrix},) * 2
@@ -265,7 +302,11 @@ def test_kernels_lower_for_cuda(d_model: int, width: int):
 
     def touched_(rows: Rows, pairs_: active_pairs.Pairs, output: Any, update: Any) -> Any:
         return update_module.touched_pass(
-            *Touched._operands(rows, pairs_), output=output, update=update, config=config
+            *Touched._operands(rows, pairs_),
+            output=output,
+            update=update,
+            config=config,
+            precision=precision,
         )
 
     for text in (

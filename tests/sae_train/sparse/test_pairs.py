@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,8 @@ def parts(request: pytest.FixtureRequest) -> Iterator[Parts]:
 
 
 def select(parts: Parts, *operands: jax.Array, capacity: int) -> active_pairs.Pairs:
-    return jax.jit(partial(parts.select, bandwidth=0.5, capacity=capacity))(*operands)
+    options: dict[str, Any] = {"bandwidth": 0.5, "capacity": capacity, "precision": "float32"}
+    return jax.jit(partial(parts.select, **options))(*operands)
 
 
 def random_case(*, B: int, F: int, D: int = 8, seed: int = 0):
@@ -97,7 +99,8 @@ def test_decoding_pairs_is_the_product(block: int, monkeypatch: pytest.MonkeyPat
     latents_P = jnp.where(found.pre_P > theta_P, found.pre_P, 0.0)
     W_dec = np.random.default_rng(1).standard_normal((96, 8))
     W_dec = jnp.asarray(W_dec, jnp.float32)
-    decoded, l0 = jax.jit(partial(parts.decode, num_rows=63))(found, latents_P, W_dec)
+    decode = jax.jit(partial(parts.decode, num_rows=63, precision="float32"))
+    decoded, l0 = decode(found, latents_P, W_dec)
     pre = np.asarray(x) @ np.asarray(W_enc).T + np.asarray(bias)[None, :]
     np.testing.assert_array_equal(l0, (pre > np.asarray(theta)[None, :]).sum(axis=1))
     expected = np.where(pre > np.asarray(theta)[None, :], pre, 0.0).astype(np.float64) @ W_dec

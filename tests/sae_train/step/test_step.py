@@ -54,7 +54,7 @@ def golden_inputs() -> tuple[dict[str, np.ndarray], np.ndarray]:
 def test_golden_numbers_of_the_authors():
     config = make_config(bandwidth=0.1, parametrisation="log", sparsity={"coefficient": 1.2})
     params, data = golden_inputs()
-    dense = DenseStep(config, make_mesh(config.mesh))
+    dense = DenseStep(config, make_mesh(config.mesh), precision="float32")
     with jax.enable_x64(True):
         here, x = jax.tree.map(jnp.asarray, params), jnp.asarray(data[0])
         scalars = jax.tree.map(jnp.float64, scheduled(config.train, step=0))
@@ -77,10 +77,16 @@ def test_golden_numbers_by_autodiff():
     with jax.enable_x64(True):
         here, x = jax.tree.map(jnp.asarray, params), jnp.asarray(data[0])
         loss, gradients = jax.value_and_grad(jumprelu.loss)(
-            here, x, target_BD=x, penalty=lambda l0_B, _: 1.2 * l0_B.mean(), config=config
+            here,
+            x,
+            target_BD=x,
+            penalty=lambda l0_B, _: 1.2 * l0_B.mean(),
+            config=config,
+            precision="float32",
         )
-        reconstruction = jumprelu.forward(here, x, config=config).reconstruction_BD
-        pre = pre_activations(here, x, bias=here["b_enc"], config=config)
+        out = jumprelu.forward(here, x, config=config, precision="float32")
+        reconstruction = out.reconstruction_BD
+        pre = pre_activations(here, x, bias=here["b_enc"], config=config, precision="float32")
     assert_golden(loss, gradients, reconstruction=reconstruction, pre=pre)
 
 

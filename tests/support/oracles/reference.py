@@ -1,7 +1,8 @@
 """A slow float64 NumPy oracle of the JumpReLU step; imports nothing of ours.
 
 Written from the papers' formulas (arXiv 2407.14435 and 2408.05147), one row and one rule at a
-time. Weights are latent-major, [F, D] both; `threshold` is the plain θ.
+time. Weights are latent-major, [F, D] both; `threshold` is the plain θ. `product` multiplies two
+matrices: another than NumPy's rounds its operands first.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ class Sparsity:
     settle: float = 1.0
 
 
-def encode(params, x, *, centred=True):
+def encode(params, x, *, centred=True, product=np.matmul):
     if centred:
         x = x - params["b_dec"]
-    pre = x @ params["W_enc"].T + params["b_enc"]
+    pre = product(x, params["W_enc"].T) + params["b_enc"]
     active = pre > params["threshold"]
     return pre, active, np.where(active, pre, 0.0)
 
@@ -52,18 +53,18 @@ def penalty_and_slope(l0, sparsity):
     return value, np.full_like(l0, (2 * lam / target) * (l0.mean() / target - 1))
 
 
-def loss_and_gradients(params, x, *, bandwidth, sparsity, target=None):
+def loss_and_gradients(params, x, *, bandwidth, sparsity, target=None, product=np.matmul):
     """Loss, metrics and the gradient of every parameter, the threshold's in θ itself.
 
     With a `target` a transcoder's: it is predicted from x, which b_dec isn't subtracted from; with
     a W_skip [in, out] x W_skip is part of the prediction.
     """
     rows, is_sae = x.shape[0], target is None
-    pre, active, latents = encode(params, x, centred=is_sae)
+    pre, active, latents = encode(params, x, centred=is_sae, product=product)
     target = x if is_sae else target
-    residual = target - (latents @ params["W_dec"] + params["b_dec"])
+    residual = target - (product(latents, params["W_dec"]) + params["b_dec"])
     if "W_skip" in params:
-        residual = residual - x @ params["W_skip"]
+        residual = residual - product(x, params["W_skip"])
     l0 = active.sum(axis=1).astype(float)
     penalty, slope = penalty_and_slope(l0, sparsity)
     frequency, crowding = active.mean(axis=0), np.zeros(active.shape[1])
@@ -74,7 +75,7 @@ def loss_and_gradients(params, x, *, bandwidth, sparsity, target=None):
     mse = (residual**2).sum(axis=1).mean()
 
     g_out = -2 * residual / rows
-    g_latents = g_out @ params["W_dec"].T
+    g_latents = product(g_out, params["W_dec"].T)
     g_pre = np.where(active, g_latents, 0.0)
     window = np.abs((pre - params["threshold"]) / bandwidth) < 0.5
     g_threshold = np.zeros_like(params["threshold"])
@@ -82,14 +83,14 @@ def loss_and_gradients(params, x, *, bandwidth, sparsity, target=None):
         pull = params["threshold"] * g_latents[row] + (slope[row] + crowding) / rows
         g_threshold -= np.where(window[row], pull, 0.0) / bandwidth
     gradients = {
-        "W_enc": g_pre.T @ (x - params["b_dec"] if is_sae else x),
+        "W_enc": product(g_pre.T, x - params["b_dec"] if is_sae else x),
         "b_enc": g_pre.sum(axis=0),
-        "W_dec": latents.T @ g_out,
+        "W_dec": product(latents.T, g_out),
         "b_dec": g_out.sum(axis=0) - is_sae * (params["W_enc"].T @ g_pre.sum(axis=0)),
         "threshold": g_threshold,
     }
     if "W_skip" in params:
-        gradients["W_skip"] = x.T @ g_out
+        gradients["W_skip"] = product(x.T, g_out)
     variance = ((target - target.mean(axis=0)) ** 2).sum(axis=1).mean()
     metrics = {"loss": mse + penalty, "mse": mse, "l0": l0.mean(), "fvu": mse / variance}
     return metrics, gradients

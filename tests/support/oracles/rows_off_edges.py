@@ -24,16 +24,19 @@ def off_edges(
     scale: float,
     bandwidth: float,
     centred: bool = True,
+    product: Callable[[np.ndarray, np.ndarray], np.ndarray] = np.matmul,
 ) -> np.ndarray:
     """Raw rows, of which those too near to an edge are drawn again.
 
     Args:
         draw: gives other rows [B, D] in each call.
         params: of the SAE that will see the rows divided by `scale`; with the plain θ.
+        product: how matrices are multiplied, for steps that round operands.
     """
     rows = draw()
     for _ in range(20):
-        pre, _, _ = reference.encode(params, rows / np.float64(scale), centred=centred)
+        x = rows / np.float64(scale)
+        pre, _, _ = reference.encode(params, x, centred=centred, product=product)
         above = pre - params["threshold"]
         edges = (-bandwidth / 2, 0.0, bandwidth / 2)
         near = np.any([np.abs(above - edge) < DISTANCE for edge in edges], axis=(0, 2))
