@@ -1,6 +1,7 @@
 """What attention computes between its projections: RoPE, then causal grouped-query attention.
 
-Both take float32 inside and round once, to the dtype they were given.
+Both take float32 inside and round once, to the dtype they were given. `attend_in_order` does both
+for whole sequences; `attend_cached` is a query's attention to keys that were computed before it.
 
 Shapes: B sequences, S positions (queries), T keys, H query heads, G key-value heads, R = H / G,
 Q = R * S queries of a group, E head dim.
@@ -9,11 +10,12 @@ Q = R * S queries of a group, E head dim.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 # Without it GPUs multiply float32 in TF32 and TPUs in bfloat16; bfloat16 inputs ignore it.
 PRECISION = jax.lax.Precision.HIGHEST
@@ -27,9 +29,42 @@ def soft_cap(x: Array, cap: float | None) -> Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def rope(x_BSHE: Float[Array, "B S H E"], *, base: float, factor: float) -> Float[Array, "B S H E"]:
-    """Rotate pairs (i, i + E/2) by position / factor * base^(-2i/E)."""
-    cos, sin = _rotations(x_BSHE.shape[1], x_BSHE.shape[-1], base, factor)
+def attend_in_order(
+    q_BSHE: Float[Array, "B S H E"],
+    k_BSGE: Float[Array, "B S G E"],
+    v_BSGE: Float[Array, "B S G E"],
+    *,
+    base: float,
+    factor: float,
+    **how: Any,
+) -> Float[Array, "B S H E"]:
+    """RoPE and attention of whole sequences, whose positions count from 0; `how` as in `attend`."""
+    q_BSHE = rope(q_BSHE, base=base, factor=factor)
+    k_BSGE = rope(k_BSGE, base=base, factor=factor)
+    return attend(q_BSHE, k_BSGE, v_BSGE, **how)
+
+
+def rope(
+    x_BSHE: Float[Array, "B S H E"],
+    *,
+    base: float,
+    factor: float,
+    positions: tuple[Int[Array, "B S"], int] | None = None,
+) -> Float[Array, "B S H E"]:
+    """Rotate pairs (i, i + E/2) by position / factor * base^(-2i/E).
+
+    Args:
+        positions: of each vector, and a number above all of them; None is 0, 1, 2, ...
+    """
+    _, length, _, head_dim = x_BSHE.shape
+    cos: Array | np.ndarray
+    sin: Array | np.ndarray
+    if positions is None:
+        cos, sin = _rotations(length, head_dim, base, factor)
+    else:  # the same constants, looked up
+        position_BS, limit = positions
+        rows = [jnp.asarray(table[0, :, 0]) for table in _rotations(limit, head_dim, base, factor)]
+        cos, sin = (row[position_BS][:, :, None, :] for row in rows)
     first, second = jnp.split(x_BSHE.astype(jnp.float32), 2, axis=-1)
     rotated = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(rotated, axis=-1).astype(x_BSHE.dtype)
@@ -86,7 +121,7 @@ def attend(
                 q_BGRSE[:, :, :, start:stop],
                 k_BGSE[:, :, keys],
                 v_BGSE[:, :, keys],
-                visible=visible,
+                visible=visible[None, None, None],
                 scale=scale,
                 softcap=softcap,
             )
@@ -94,12 +129,38 @@ def attend(
     return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(q_BSHE.shape)
 
 
+def attend_cached(
+    q_B1HE: Float[Array, "B 1 H E"],
+    k_BTGE: Float[Array, "B T G E"],
+    v_BTGE: Float[Array, "B T G E"],
+    position_B: Int[Array, " B"],
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> Float[Array, "B 1 H E"]:
+    """`attend` for one query of each sequence; keys are at their positions, 0 to T - 1."""
+    batch, _, num_heads, head_dim = q_B1HE.shape
+    length, groups = k_BTGE.shape[1:3]
+    distance_BT = position_B[:, None] - jnp.arange(length)[None, :]
+    visible_BT = (distance_BT >= 0) & (distance_BT < (window or length))
+    out = _attend_block(
+        q_B1HE.reshape(batch, groups, num_heads // groups, 1, head_dim),
+        k_BTGE.transpose(0, 2, 1, 3),
+        v_BTGE.transpose(0, 2, 1, 3),
+        visible=visible_BT[:, None, None, None],
+        scale=scale,
+        softcap=softcap,
+    )
+    return out.reshape(q_B1HE.shape)
+
+
 def _attend_block(
     q_BGRSE: Float[Array, "B G R S E"],
     k_BGTE: Float[Array, "B G T E"],
     v_BGTE: Float[Array, "B G T E"],
     *,
-    visible: Bool[Array, "S T"],
+    visible: Bool[Array, "*any S T"],
     scale: float,
     softcap: float | None,
 ) -> Float[Array, "B G R S E"]:
@@ -110,7 +171,7 @@ def _attend_block(
     q_BGQE = q_BGRSE.reshape(batch, groups, repeats * length, head_dim)
     scores = soft_cap(dot("bgqe,bgte->bgqt", q_BGQE, k_BGTE) * scale, softcap)
     scores = scores.reshape(batch, groups, repeats, length, -1)
-    scores = jnp.where(visible[None, None, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights.reshape(batch, groups, repeats * length, -1).astype(v_BGTE.dtype)

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from activation_cache.config import Site
-from activation_cache.gemma.attention import PRECISION, attend, rope, soft_cap
+from activation_cache.gemma.attention import PRECISION, attend_in_order, soft_cap
 from activation_cache.gemma.config import GemmaConfig
 from activation_cache.gemma.params import on_all, on_model_axis
 from activation_cache.gemma.scores import Score
@@ -35,6 +35,8 @@ from activation_cache.gemma.taps import Splice, Tap
 MAX_LOGIT_ELEMENTS = 2**26
 
 Visit = Callable[[Site, Array], Array]
+# Queries, keys and values to heads' outputs, as `attend_in_order`.
+Attend = Callable[..., Array]
 
 
 @struct.dataclass
@@ -111,7 +113,9 @@ class Attention(nn.Module):
     mesh: Mesh | None = None
 
     @nn.compact
-    def __call__(self, x_BSD: Float[Array, "B S D"], visit: Visit) -> Float[Array, "B S D"]:
+    def __call__(
+        self, x_BSD: Float[Array, "B S D"], visit: Visit, attend: Attend
+    ) -> Float[Array, "B S D"]:
         c = self.config
         batch, length, _ = x_BSD.shape
 
@@ -124,14 +128,12 @@ class Attention(nn.Module):
         if c.qk_norm:
             q_BSHE = RMSNorm(c.norm_epsilon, name="query_norm")(q_BSHE)
             k_BSGE = RMSNorm(c.norm_epsilon, name="key_norm")(k_BSGE)
-        base = c.rope_base_global if self.is_global else c.rope_base_local
-        factor = c.rope_factor_global if self.is_global else 1.0
-        q_BSHE = rope(q_BSHE, base=base, factor=factor)
-        k_BSGE = rope(k_BSGE, base=base, factor=factor)
         out_BSD = attend(
             q_BSHE,
             k_BSGE,
             v_BSGE,
+            base=c.rope_base_global if self.is_global else c.rope_base_local,
+            factor=c.rope_factor_global if self.is_global else 1.0,
             scale=c.query_scalar**-0.5,
             softcap=c.attention_softcap,
             window=None if self.is_global else c.window,
@@ -165,10 +167,12 @@ class Block(nn.Module):
     mesh: Mesh | None = None
 
     @nn.compact
-    def __call__(self, h_BSD: Float[Array, "B S D"], visit: Visit) -> Float[Array, "B S D"]:
+    def __call__(
+        self, h_BSD: Float[Array, "B S D"], visit: Visit, attend: Attend
+    ) -> Float[Array, "B S D"]:
         norm = functools.partial(RMSNorm, self.config.norm_epsilon)
         attention = Attention(self.config, self.is_global, self.mesh, name="attention")
-        attended = attention(norm(name="pre_attention_norm")(h_BSD), visit)
+        attended = attention(norm(name="pre_attention_norm")(h_BSD), visit, attend)
         h_BSD = h_BSD + norm(name="post_attention_norm")(attended)
         visit_normalized = functools.partial(visit, "mlp_in_normalized")
         mlp_in = visit("mlp_in", norm(name="pre_mlp_norm")(h_BSD, visit_normalized))
@@ -191,7 +195,7 @@ class Gemma(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        block = nn.remat(Block, static_argnums=(2,)) if self.recompute else Block
+        block = nn.remat(Block, static_argnums=(2, 3)) if self.recompute else Block
         initialiser = nn.initializers.normal(1 / math.sqrt(c.d_model))
         self.embedding = self.param("embedding", initialiser, (c.vocab_size, c.d_model))
         self.layers = [block(c, is_global, self.mesh) for is_global in c.global_layers]
@@ -218,7 +222,8 @@ class Gemma(nn.Module):
         if not logits:
             deep = [tap.layer for tap in taps if tap.site != "embedding"]
             num_layers = 1 + max(deep, default=-1)
-        h_BSD, found = self._trunk(tokens, taps=taps, splice=splice, num_layers=num_layers)
+        splices = () if splice is None else (splice,)
+        h_BSD, found = self._trunk(tokens, taps=taps, splices=splices, num_layers=num_layers)
         if not logits:
             return GemmaOutput(taps=found, logits=None)
         h_BSD = self.final_norm(h_BSD)
@@ -233,7 +238,8 @@ class Gemma(nn.Module):
         The vocabulary projection runs over chunks of positions, so logits of at most
         `MAX_LOGIT_ELEMENTS` elements exist at a time; a gradient computes them again.
         """
-        h_BSD, _ = self._trunk(tokens, taps=(), splice=splice, num_layers=self.config.num_layers)
+        splices = () if splice is None else (splice,)
+        h_BSD, _ = self._trunk(tokens, taps=(), splices=splices, num_layers=self.config.num_layers)
         h_BSD = self.final_norm(h_BSD)[:, :-1]
         batch, length, width = h_BSD.shape
         num_rows = batch * length
@@ -253,34 +259,55 @@ class Gemma(nn.Module):
         scores = jax.lax.map(chunk_scores, chunks)
         return scores.reshape(-1)[:num_rows].reshape(batch, length)
 
+    def next_logits(
+        self,
+        tokens: Int[Array, "B S"],
+        last_B: Int[Array, " B"],
+        *,
+        attend: Attend,
+        splices: Sequence[Splice] = (),
+    ) -> Float[Array, "B V"]:
+        """The logits that token `last_B` of each row gives for the one after it.
+
+        `attend` is called once for each layer, in their order: `sampling` keeps keys and values
+        there.
+        """
+        h_BSD, _ = self._trunk(
+            tokens, taps=(), splices=splices, num_layers=self.config.num_layers, attend=attend
+        )
+        h_BD = jnp.take_along_axis(h_BSD, last_B[:, None, None], axis=1)[:, 0]
+        return _project(self.final_norm(h_BD), self.embedding, softcap=self.config.final_softcap)
+
     def _trunk(
         self,
         tokens: Int[Array, "B S"],
         *,
         taps: Sequence[Tap],
-        splice: Splice | None,
+        splices: Sequence[Splice],
         num_layers: int,
+        attend: Attend = attend_in_order,
     ) -> tuple[Float[Array, "B S D"], dict[Tap, Array]]:
         found: dict[Tap, Array] = {}
-        read: dict[str, Array] = {}
+        read: dict[Tap, Array] = {}
+        is_read = {splice.reads for splice in splices}
 
         def visit(site: Site, acts: Array, *, layer: int) -> Array:
             tap = Tap(site, layer)
             if tap in taps:
                 found[tap] = acts.astype(self.embedding.dtype)
-            if splice is None:
-                return acts
-            if splice.reads == tap:
-                read["read"] = acts.astype(self.embedding.dtype)
-            if splice.tap == tap:
-                return splice.replace(acts, splice.arguments, **read).astype(acts.dtype)
+            if tap in is_read:
+                read[tap] = acts.astype(self.embedding.dtype)
+            for splice in splices:
+                if splice.tap == tap:
+                    reads = {} if splice.reads is None else {"read": read[splice.reads]}
+                    acts = splice.replace(acts, splice.arguments, **reads).astype(acts.dtype)
             return acts
 
         h_BSD = visit("embedding", self.embedding[tokens], layer=0)
         # The scale is rounded to the weights' dtype: 59.75 for Gemma 2 9B in bfloat16.
         h_BSD = h_BSD * jnp.asarray(math.sqrt(self.config.d_model), h_BSD.dtype)
         for layer, block in enumerate(self.layers[:num_layers]):
-            h_BSD = block(h_BSD, functools.partial(visit, layer=layer))
+            h_BSD = block(h_BSD, functools.partial(visit, layer=layer), attend)
         return h_BSD, found
 
 

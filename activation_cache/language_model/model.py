@@ -20,6 +20,7 @@ from activation_cache.config import Dtype, ModelConfig
 from activation_cache.gemma.config import GemmaConfig
 from activation_cache.gemma.forward import Gemma
 from activation_cache.gemma.params import check_model_axis, on_all
+from activation_cache.gemma.sampling import Continuation, Sampling, sample
 from activation_cache.gemma.scores import centred_logit, cross_entropy
 from activation_cache.gemma.taps import Splice, Tap, check_tap, tap_width
 from activation_cache.language_model.checkpoint import (
@@ -102,6 +103,25 @@ class LanguageModel:
         check_tap(tap, self.config)
         placed = self._placed(tokens)
         return _gradient(self.config, self.mesh, tap, self.params, placed, jnp.asarray(counted))
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        how: Sampling,
+        *,
+        splices: Sequence[Splice] = (),
+        listener: Callable[[list[Continuation]], None] = lambda so_far: None,
+    ) -> list[Continuation]:
+        """Continuations of prompts (ids, BOS included): see `gemma.sampling.sample`."""
+        return sample(
+            self.config,
+            self.params,
+            prompts,
+            how=how,
+            mesh=self.mesh,
+            splices=splices,
+            listener=listener,
+        )
 
     def _placed(self, tokens: Int[Array | np.ndarray, "B S"]) -> Int[Array, "B S"]:
         if isinstance(tokens, jax.Array):
