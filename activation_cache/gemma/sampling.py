@@ -15,6 +15,7 @@ G key-value heads, E head dim, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -87,6 +88,17 @@ class _State:
     done_B: Bool[Array, " B"]
 
 
+@struct.dataclass
+class _Draws:
+    """`Sampling` on the devices."""
+
+    first: Int[Array, ""]  # number of the first token to draw
+    temperature: Float[Array, ""]
+    seed: Array
+    stops: Int[Array, " stops"]
+    unspliced: Int[Array, " unspliced"]
+
+
 def sample(
     config: GemmaConfig,
     params: Any,
@@ -121,34 +133,44 @@ def sample(
     static = tuple((splice.tap, splice.replace, splice.reads) for splice in splices)
     arguments = tuple(splice.arguments for splice in splices)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens_BS = np.zeros((len(prompts), _bucket(int(lengths.max()))), np.int32)
-    for row, prompt in zip(tokens_BS, prompts, strict=True):
-        row[: len(prompt)] = prompt
     rounds = -(-how.new_tokens // TOKENS_AT_A_TIME)
     room = _bucket(int(lengths.max()) + rounds * TOKENS_AT_A_TIME)
-
-    def put(values: Any) -> Array:
-        array = np.asarray(values)
-        return jax.make_array_from_callback(array.shape, on_all(mesh), lambda index: array[index])
-
-    unspliced, stops = put(np.array(how.unspliced_ids, np.int32)), put(_ids(how.stop_ids))
+    draws = _draws(how, mesh)
     prefill, extend = _programs(config, mesh, static)
-    state = prefill(room, params, arguments, put(tokens_BS), put(lengths), unspliced)
-    temperature, seed = put(np.float32(how.temperature)), put(np.uint32(how.seed % 2**32))
+    prompt_tokens, length_B = (_put(one, mesh) for one in (_padded(prompts), lengths))
+    state = prefill(room, params, arguments, prompt_tokens, length_B, draws.unspliced)
     tokens = np.zeros((len(prompts), 0), np.int32)
     chances = np.zeros((len(prompts), 0), np.float32)
     for number in range(rounds):
-        first = put(np.int32(number * TOKENS_AT_A_TIME))
-        state, new, chance, done = extend(
-            params, arguments, state, first, temperature, seed, stops, unspliced
-        )
-        tokens = np.concatenate([tokens, np.asarray(new)], axis=1)
-        chances = np.concatenate([chances, np.asarray(chance)], axis=1)
+        first = _put(np.int32(number * TOKENS_AT_A_TIME), mesh)
+        state, *new = extend(params, arguments, state, dataclasses.replace(draws, first=first))
+        new_tokens, chance, done = map(np.asarray, new)
+        tokens = np.concatenate([tokens, new_tokens], axis=1)
+        chances = np.concatenate([chances, chance], axis=1)
         found = _continuations(tokens, chances, how)
         listener(found)
-        if np.asarray(done).all():
+        if done.all():
             break
     return found
+
+
+def _put(values: np.ndarray | np.generic, mesh: Mesh) -> Array:
+    array = np.asarray(values)
+    return jax.make_array_from_callback(array.shape, on_all(mesh), lambda index: array[index])
+
+
+def _draws(how: Sampling, mesh: Mesh) -> _Draws:
+    numbers = (np.int32(0), np.float32(how.temperature), np.uint32(how.seed % 2**32))
+    return _Draws(
+        *(_put(one, mesh) for one in (*numbers, _ids(how.stop_ids), _ids(how.unspliced_ids)))
+    )
+
+
+def _padded(prompts: Sequence[Sequence[int]]) -> Int[np.ndarray, "B S"]:
+    tokens_BS = np.zeros((len(prompts), _bucket(max(map(len, prompts)))), np.int32)
+    for row, prompt in zip(tokens_BS, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return tokens_BS
 
 
 def _check(config: GemmaConfig, prompts: Sequence[Sequence[int]], how: Sampling) -> None:
@@ -200,66 +222,75 @@ def _continuations(
 def _programs(
     config: GemmaConfig, mesh: Mesh, static: tuple[_Static, ...]
 ) -> tuple[Callable[..., _State], Callable[..., tuple[_State, Array, Array, Array]]]:
-    """The two programs: prompts to a state, and a state `TOKENS_AT_A_TIME` tokens on."""
-    model = Gemma(config, mesh)
+    """`_prefill` and `_extend`, compiled for each shape they are called with."""
+    model, whole = Gemma(config, mesh), on_all(mesh)
+    return (
+        jax.jit(functools.partial(_prefill, model, static), static_argnums=0),
+        jax.jit(
+            functools.partial(_extend, model, static),
+            donate_argnums=2,
+            out_shardings=(None, whole, whole, whole),
+        ),
+    )
 
-    def prefill(
-        room: int, params: Any, arguments: Any, tokens_BS: Array, length_B: Array, unspliced: Array
-    ) -> _State:
-        splices = _masked(static, arguments, spliced_BS=~jnp.isin(tokens_BS, unspliced))
-        cache = _PromptCache(room)
+
+def _prefill(
+    model: Gemma,
+    static: tuple[_Static, ...],
+    room: int,
+    params: Any,
+    arguments: Any,
+    tokens_BS: Int[Array, "B S"],
+    length_B: Int[Array, " B"],
+    unspliced: Int[Array, " ids"],
+) -> _State:
+    """The prompts' keys and values, with room for `room` tokens, and their next tokens' logits."""
+    cache = _PromptCache(room)
+    logits_BV: Any = model.apply(
+        {"params": params},
+        tokens_BS,
+        length_B - 1,
+        attend=cache.attend,
+        splices=_masked(static, arguments, spliced_BS=~jnp.isin(tokens_BS, unspliced)),
+        method=Gemma.next_logits,
+    )
+    done_B = jnp.zeros(len(tokens_BS), bool)
+    return _State(cache.keys, cache.values, logits_BV, length_B, done_B)
+
+
+def _extend(
+    model: Gemma,
+    static: tuple[_Static, ...],
+    params: Any,
+    arguments: Any,
+    state: _State,
+    draws: _Draws,
+) -> tuple[_State, Int[Array, "B N"], Float[Array, "B N"], Bool[Array, " B"]]:
+    """`TOKENS_AT_A_TIME` tokens more: the state, the tokens, their log-probabilities, the ended."""
+    rows = jnp.arange(len(state.done_B), dtype=jnp.uint32)
+    key_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(draws.seed)))(rows)
+
+    def one(state: _State, number: Array) -> tuple[_State, tuple[Array, Array]]:
+        token_B = _choose(state.logits_BV, key_B, number, draws.temperature)
+        log_BV = jax.nn.log_softmax(state.logits_BV, axis=-1)
+        chance_B = jnp.take_along_axis(log_BV, token_B[:, None], axis=1)[:, 0]
+        spliced_BS = ~jnp.isin(token_B[:, None], draws.unspliced)
+        cache = _GrowingCache(state)
         logits_BV: Any = model.apply(
             {"params": params},
-            tokens_BS,
-            length_B - 1,
+            token_B[:, None],
+            jnp.zeros_like(token_B),
             attend=cache.attend,
-            splices=splices,
+            splices=_masked(static, arguments, spliced_BS=spliced_BS),
             method=Gemma.next_logits,
         )
-        done_B = jnp.zeros(len(tokens_BS), bool)
-        return _State(cache.keys, cache.values, logits_BV, length_B, done_B)
+        done_B, next_B = state.done_B | jnp.isin(token_B, draws.stops), state.position_B + 1
+        after = _State(cache.keys, cache.values, logits_BV, next_B, done_B)
+        return after, (token_B, chance_B)
 
-    def extend(
-        params: Any,
-        arguments: Any,
-        state: _State,
-        first: Array,
-        temperature: Array,
-        seed: Array,
-        stops: Array,
-        unspliced: Array,
-    ) -> tuple[_State, Array, Array, Array]:
-        rows = jnp.arange(len(state.done_B), dtype=jnp.uint32)
-        key_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(rows)
-
-        def one(state: _State, number: Array) -> tuple[_State, tuple[Array, Array]]:
-            token_B = _choose(state.logits_BV, key_B, number, temperature)
-            log_BV = jax.nn.log_softmax(state.logits_BV, axis=-1)
-            chance_B = jnp.take_along_axis(log_BV, token_B[:, None], axis=1)[:, 0]
-            spliced_BS = ~jnp.isin(token_B[:, None], unspliced)
-            cache = _GrowingCache(state)
-            logits_BV: Any = model.apply(
-                {"params": params},
-                token_B[:, None],
-                jnp.zeros_like(token_B),
-                attend=cache.attend,
-                splices=_masked(static, arguments, spliced_BS=spliced_BS),
-                method=Gemma.next_logits,
-            )
-            done_B = state.done_B | jnp.isin(token_B, stops)
-            next_B = state.position_B + 1
-            after = _State(cache.keys, cache.values, logits_BV, next_B, done_B)
-            return after, (token_B, chance_B)
-
-        numbers = first + jnp.arange(TOKENS_AT_A_TIME, dtype=jnp.int32)
-        state, (token_NB, chance_NB) = jax.lax.scan(one, state, numbers)
-        return state, token_NB.T, chance_NB.T, state.done_B
-
-    whole = on_all(mesh)
-    return (
-        jax.jit(prefill, static_argnums=0),
-        jax.jit(extend, donate_argnums=2, out_shardings=(None, whole, whole, whole)),
-    )
+    numbers = draws.first + jnp.arange(TOKENS_AT_A_TIME, dtype=jnp.int32)
+    state, (token_NB, chance_NB) = jax.lax.scan(one, state, numbers)
+    return state, token_NB.T, chance_NB.T, state.done_B
 
 
 def _masked(
