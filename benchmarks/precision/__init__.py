@@ -1,0 +1,1 @@
+"""What rounded products do: to trained SAEs, to window decisions, to the search for pairs."""
