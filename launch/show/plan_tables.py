@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 
 from rich.table import Table
@@ -12,14 +13,19 @@ from activation_cache.storage.files import json_text
 from launch.config.job import Job
 from launch.console import print_table, print_text
 from launch.show.units import (
+    READER,
     flops_text,
     hours_text,
     mesh_text,
     money_text,
+    peaks_text,
     plan_table,
+    products_text,
+    rate_text,
     seconds_text,
 )
 from launch.sweep.expand import expand
+from sae_train.config.run import Config
 from sae_train.plan.accelerators import ACCELERATORS, Accelerator, accelerator
 from sae_train.plan.plan import Plan, make_plan, plan_record
 from sae_train.plan.verdict import AcceleratorPlan, Assumptions, CohortVerdict, Verdict
@@ -44,7 +50,7 @@ def show_plan(config: Job, arguments: argparse.Namespace) -> None:
         config,
         runs=members,
         max_members=config.sweep.cohort.max_members if config.sweep is not None else 1,
-        accelerators=_accelerators(arguments),
+        accelerators=_accelerators(arguments, [one for _, one in members]),
         assumptions=_assumptions(arguments),
     )
     if arguments.json:
@@ -58,10 +64,11 @@ def _show_suite(config: Job, arguments: argparse.Namespace) -> None:
     from launch.show.suite_tables import suite_tables
     from sae_train.plan.suite import make_suite_plan
 
+    runs = [run.config for run in expand(config)]
     plan = make_suite_plan(
         config,
-        runs=[run.config for run in expand(config)],
-        accelerators=_accelerators(arguments),
+        runs=runs,
+        accelerators=_accelerators(arguments, runs),
         assumptions=_assumptions(arguments),
     )
     if arguments.json:
@@ -71,9 +78,12 @@ def _show_suite(config: Job, arguments: argparse.Namespace) -> None:
         print_table(table)
 
 
-def _accelerators(arguments: argparse.Namespace) -> list[Accelerator]:
-    names = [arguments.accelerator] if arguments.accelerator else list(ACCELERATORS)
-    return [accelerator(name) for name in names]
+def _accelerators(arguments: argparse.Namespace, runs: Sequence[Config]) -> list[Accelerator]:
+    """The one that is asked for, else all that have the precisions of the config."""
+    if arguments.accelerator:
+        return [accelerator(arguments.accelerator)]
+    chosen = {one.train.precision for one in runs}
+    return [chip for chip in ACCELERATORS.values() if all(chip.has(one) for one in chosen)]
 
 
 def _assumptions(arguments: argparse.Namespace) -> Assumptions:
@@ -190,7 +200,7 @@ def _cohort_table(plan: Plan) -> Table:
             "\n".join(
                 _cohort_fits(on, verdict, alone=len(verdicts) == 1) for on, verdict in verdicts
             ),
-            "-" if rate is None else f"{bytes_text(rate)}/s",
+            rate_text(rate, above=verdicts[0][1].above_reader),
         )
     if not all(verdict.fits for on in plan.accelerators for verdict in on.cohorts):
         table.caption = "where only some fit, set sweep.cohort.max_members to their number"
@@ -206,30 +216,32 @@ def _accelerator_table(plan: Plan, on: AcceleratorPlan) -> Table:
     chip = on.accelerator
     table = plan_table(
         f"{chip.title} at {plan.assumptions.mfu:.0%} of its peak",
-        "stage", "fits", "a step", "bound by", "reads", "hours", "cost",
+        "stage", "products", "fits", "a step", "bound by", "reads", "hours", "cost",
     )  # fmt: skip
     hours, cost = hours_text(on.harvest_hours), money_text(on.harvest_cost)
-    table.add_row("harvest", "", "", "", "", hours, cost)
+    table.add_row("harvest", on.harvest_precision, "", "", "", "", hours, cost)
     for group in alike(plan):
         verdict = on.verdicts[group[0]]
-        rate = verdict.read_bytes_per_second
         table.add_row(
             _label(plan, group),
+            verdict.precision,
             _fits(verdict),
             seconds_text(verdict.step_seconds) if verdict.fits else "-",
             verdict.bound if verdict.fits else "-",
-            "-" if rate is None else f"{bytes_text(rate)}/s",
+            rate_text(verdict.read_bytes_per_second, above=verdict.above_reader),
             hours_text(verdict.hours),
             money_text(verdict.cost),
         )
     hours, cost = hours_text(on.total_hours), money_text(on.total_cost)
-    table.add_row("in all", "", "", "", "", hours, cost, style="bold")
+    table.add_row("in all", "", "", "", "", "", hours, cost, style="bold")
     table.caption = (
-        f"{bytes_text(on.usable_bytes)} of memory to use; peaks in TFLOP/s: bfloat16 "
-        f"{chip.bfloat16_flops / 1e12:.0f}, float32 {chip.float32_flops / 1e12:.3g}"
+        f"{bytes_text(on.usable_bytes)} of memory to use\npeaks of products, {peaks_text(chip)}"
     )
     if any(verdict.above_default for verdict in on.verdicts):
         table.caption += f"\n{_FRACTION}"
+    rates = [one.above_reader for one in on.verdicts] + [one.above_reader for one in on.cohorts]
+    if any(rates):
+        table.caption += f"\n{READER}"
     return table
 
 
@@ -249,8 +261,9 @@ def _comparison_table(plan: Plan) -> Table:
             hours_text(on.total_hours),
             money_text(on.total_cost),
         )
+    table.caption = products_text(plan.accelerators)
     if any(verdict.above_default for on in plan.accelerators for verdict in on.verdicts):
-        table.caption = _FRACTION
+        table.caption += f"\n{_FRACTION}"
     return table
 
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 from rich.table import Table
 
 from activation_cache.runtime.amounts import bytes_text
-from launch.show.units import flops_text, hours_text, mesh_text, money_text, plan_table
+from launch.show.units import (
+    READER,
+    flops_text,
+    hours_text,
+    mesh_text,
+    money_text,
+    peaks_text,
+    plan_table,
+    products_text,
+    rate_text,
+)
 from sae_train.plan.suite import CellGroup, SuiteAccelerator, SuitePlan
 
 
@@ -35,7 +45,7 @@ def _stores(plan: SuitePlan) -> Table:
 
 def _work(plan: SuitePlan) -> Table:
     one = plan.accelerators[0] if len(plan.accelerators) == 1 else None
-    last = ["fits", "device-hours"] if one else []
+    last = ["fits", "reads", "device-hours"] if one else []
     table = plan_table(
         "training, for each kind of cell (mesh: data x model)",
         "cells of", "width", "D", "cells", "tokens each", "mesh", "memory", "weights", "FLOPs",
@@ -49,7 +59,9 @@ def _work(plan: SuitePlan) -> Table:
     total = [f"{plan.cells:,}", "", "", "", bytes_text(sum(g.weight_bytes for g in plan.groups))]
     total.append(flops_text(sum(group.flops for group in plan.groups)))
     if one:
-        total += ["", hours_text(one.train_hours)]
+        total += ["", "", hours_text(one.train_hours)]
+        if any(verdict.above_reader for verdict in one.verdicts):
+            table.caption = f"reads: of one cell that trains alone\n{READER}"
     table.add_row("in all", "", "", *total, style="bold")
     return table
 
@@ -71,9 +83,10 @@ def _cells(group: CellGroup, plan: SuitePlan) -> list[str]:
 def _ending(on: SuiteAccelerator, number: int) -> list[str]:
     verdict = on.verdicts[number]
     if verdict.mesh is None:
-        return ["no mesh does", "-"]
+        return ["no mesh does", "-", "-"]
     fits = "yes" if verdict.fits else f"no, {mesh_text(verdict.mesh)} does"
-    return [fits, hours_text(verdict.device_hours)]
+    rate = rate_text(verdict.read_bytes_per_second, above=verdict.above_reader)
+    return [fits, rate, hours_text(verdict.device_hours)]
 
 
 def _accelerators(plan: SuitePlan) -> Table:
@@ -91,5 +104,8 @@ def _accelerators(plan: SuitePlan) -> Table:
             hours_text(None if train is None else train + on.harvest_hours),
             money_text(on.total_cost),
         )
-    table.caption = "cells that don't fit their mesh are computed on the nearest mesh that they fit"
+    table.caption = products_text(plan.accelerators)
+    if len(plan.accelerators) == 1:
+        table.caption += f"\npeaks of products, {peaks_text(plan.accelerators[0].accelerator)}"
+    table.caption += "\ncells that don't fit their mesh are computed on the nearest that they fit"
     return table

@@ -1,11 +1,22 @@
-"""FLOPs, hours and money as text."""
+"""FLOPs, rates, precisions, hours and money as text."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.table import Table
 
-from activation_cache.runtime.amounts import scaled
+from activation_cache.runtime.amounts import bytes_text, scaled
 from sae_train.config.run import MeshConfig
+from sae_train.plan.accelerators import ACCELERATORS, Accelerator
+from sae_train.plan.suite import SuiteAccelerator
+from sae_train.plan.verdict import READER_RATE, AcceleratorPlan
+
+READER = (
+    f"† more than the {bytes_text(READER_RATE)}/s that one process read from a local disk on two "
+    "cores\n(docs/performance.md): where reading is no faster, steps wait for it. Runs that train "
+    "together\nread a batch once, and a store with cache.dtype bfloat16 has half the bytes"
+)
 
 
 def plan_table(title: str, *headings: str, words: int = 1) -> Table:
@@ -43,3 +54,24 @@ def flops_text(flops: float) -> str:
     """FLOPs in words, three digits: `1.5 TFLOP`."""
     prefixes: list[str] = ["", "k", "M", "G", "T", "P", "E", "Z", "Y"]
     return scaled(flops, units=[f"{prefix}FLOP" for prefix in prefixes])
+
+
+def rate_text(rate: float | None, *, above: bool) -> str:
+    """Bytes a second, marked where `READER` applies; `-` for none."""
+    return "-" if rate is None else f"{bytes_text(rate)}/s{'†' if above else ''}"
+
+
+def peaks_text(chip: Accelerator) -> str:
+    """TFLOP/s of each precision."""
+    return "TFLOP/s: " + ", ".join(f"{name} {peak / 1e12:.3g}" for name, peak in chip.flops.items())
+
+
+def products_text(plans: Sequence[AcceleratorPlan | SuiteAccelerator]) -> str:
+    """At what precision products are made while training and harvesting, and who can't."""
+    training = sorted({verdict.precision for on in plans for verdict in on.verdicts})
+    harvest = sorted({on.harvest_precision for on in plans})
+    text = f"products: training in {' and '.join(training)}, harvest in {' and '.join(harvest)}"
+    lacking = sorted(set(ACCELERATORS) - {on.accelerator.name for on in plans})
+    if len(plans) > 1 and lacking:
+        text += f"\nwithout a peak at these, so left out: {', '.join(lacking)}"
+    return text

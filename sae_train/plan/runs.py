@@ -10,15 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from activation_cache.gemma.config import GemmaConfig
+from activation_cache.precision import PrecisionChoice
 from sae_train.config.run import Config
 from sae_train.plan.memory import Shape, StepMemory, cohort_memory, step_memory
-from sae_train.plan.work import (
-    collective_bytes,
-    paper_step_flops,
-    sent_bytes,
-    step_flops,
-    step_traffic,
-)
+from sae_train.plan.work import collective_bytes, paper_step_flops, sent_bytes, step_flops
 from sae_train.step.path_choice import capacity_per_row, may_be_sparse
 from sae_train.train.cohort import group_cohorts
 
@@ -29,12 +24,13 @@ class RunPlan:
 
     `sparse_path` and `sparse_path_cpu` say whether steps may take the sparse path, on accelerators
     and on CPUs; `memory` and `memory_cpu` are that path's then. Work and collectives are always
-    those of the dense path.
+    those of the dense path. `precision` is what `train.precision` says, which may be `auto`.
     """
 
     name: str
     tap: str
     shape: Shape
+    precision: PrecisionChoice
     steps: int
     memory: StepMemory
     memory_cpu: StepMemory
@@ -42,7 +38,6 @@ class RunPlan:
     sparse_path_cpu: bool
     flops_per_step: int
     paper_flops_per_step: int
-    traffic_per_step: int
     collectives: Mapping[str, int]
     sent_per_step: float
     batch_bytes: int
@@ -90,6 +85,7 @@ def plan_run(config: Config, *, name: str, gemma: GemmaConfig) -> RunPlan:
         name=name,
         tap=" to ".join(one.name for one in config.sae.taps),
         shape=shape,
+        precision=config.train.precision,
         steps=config.train.steps,
         memory=memory,
         memory_cpu=step_memory(shape_cpu, store_dtype=dtype, backend="cpu"),
@@ -97,7 +93,6 @@ def plan_run(config: Config, *, name: str, gemma: GemmaConfig) -> RunPlan:
         sparse_path_cpu=sparse_path_cpu,
         flops_per_step=step_flops(shape),
         paper_flops_per_step=paper_step_flops(shape),
-        traffic_per_step=step_traffic(shape),
         collectives=collectives,
         sent_per_step=sent_bytes(collectives, sizes),
         batch_bytes=memory.next_batch * config.mesh.data,

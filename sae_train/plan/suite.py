@@ -15,11 +15,12 @@ from typing import Any
 from activation_cache.config import MeshConfig
 from activation_cache.gemma.config import GemmaConfig
 from activation_cache.language_model.published_sizes import config_for_planning
+from activation_cache.precision import Precision, PrecisionChoice
 from sae_train.config.run import Config
 from sae_train.plan.accelerators import Accelerator
 from sae_train.plan.memory import FLOAT_BYTES, Shape, StepMemory, nearest_mesh
 from sae_train.plan.runs import plan_run
-from sae_train.plan.verdict import Assumptions, total, usable_bytes
+from sae_train.plan.verdict import Assumptions, above_reader, total, usable_bytes
 from sae_train.plan.work import harvest_work, step_traffic, store_plan
 
 
@@ -27,16 +28,18 @@ from sae_train.plan.work import harvest_work, step_traffic, store_plan
 class CellGroup:
     """Cells, which is what a suite calls its runs, that need the same of everything.
 
-    `kind` is sae, transcoder or embedding. `flops` (of training) and `weight_bytes` (of what is
-    released) are of all of them.
+    `kind` is sae, transcoder or embedding; `precision` is what `train.precision` says. `flops` (of
+    training) and `weight_bytes` (of what is released) are of all of them.
     """
 
     what: str
     kind: str
     cells: int
     shape: Shape
+    precision: PrecisionChoice
     steps: int
     memory: StepMemory
+    batch_bytes: int
     flops: float
     weight_bytes: int
 
@@ -64,12 +67,18 @@ class GroupVerdict:
     Attributes:
         fits: a cell fits its own mesh.
         mesh: that mesh, or else the nearest that a cell fits; None where none does.
+        precision: of its products.
         device_hours: of all cells of the group on `mesh`.
+        read_bytes_per_second: of one cell that trains alone.
+        above_reader: that is more than the reader was measured to deliver.
     """
 
     fits: bool
     mesh: MeshConfig | None
+    precision: Precision
     device_hours: float | None
+    read_bytes_per_second: float | None
+    above_reader: bool
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,7 @@ class SuiteAccelerator:
 
     accelerator: Accelerator
     usable_bytes: int
+    harvest_precision: Precision
     harvest_hours: float
     verdicts: tuple[GroupVerdict, ...]
     train_hours: float | None
@@ -120,7 +130,8 @@ def make_suite_plan(
         runs: the suite's runs, each with the store that it reads.
 
     Raises:
-        UserError: the model's shape is neither at hand nor known, or it has no such layer.
+        UserError: the model's shape is neither at hand nor known, it has no such layer, or an
+            accelerator makes no products at `train.precision`.
     """
     gemma, source = config_for_planning(config.model)
     groups = tuple(_groups(runs, gemma))
@@ -141,7 +152,8 @@ def _groups(runs: Sequence[Config], gemma: GemmaConfig) -> list[CellGroup]:
     alike: dict[tuple[Any, ...], list[Config]] = {}
     for run in runs:
         site = None if _kind(run) == "transcoder" else run.sae.site
-        key = (site, run.sae.affine_skip, run.sae.width, run.train.tokens, str(run.mesh))
+        work = (run.sae.width, run.train.tokens, run.train.precision, str(run.mesh))
+        key = (site, run.sae.affine_skip, *work)
         alike.setdefault(key, []).append(run)
     return [_group(members, gemma) for members in alike.values()]
 
@@ -163,8 +175,10 @@ def _group(members: list[Config], gemma: GemmaConfig) -> CellGroup:
         kind=kind,
         cells=len(members),
         shape=shape,
+        precision=plan.precision,
         steps=plan.steps,
         memory=plan.memory,
+        batch_bytes=plan.batch_bytes,
         flops=float(len(members)) * plan.steps * plan.flops_per_step,
         weight_bytes=len(members) * weights * FLOAT_BYTES,
     )
@@ -192,13 +206,15 @@ def _on_accelerator(
     assumptions: Assumptions,
 ) -> SuiteAccelerator:
     verdicts = tuple(_verdict(group, chip, config, assumptions) for group in groups)
-    rate = chip.peak(config.model.dtype) * assumptions.mfu
+    precision = chip.harvesting(config.model)
+    rate = chip.flops[precision] * assumptions.mfu
     harvest = sum(store.flops for store in stores) / rate / 3600
     train = total([verdict.device_hours for verdict in verdicts])
     price = assumptions.price
     return SuiteAccelerator(
         accelerator=chip,
         usable_bytes=usable_bytes(chip),
+        harvest_precision=precision,
         harvest_hours=harvest,
         verdicts=verdicts,
         train_hours=train,
@@ -214,11 +230,20 @@ def _verdict(
     mesh: MeshConfig | None = group.shape.mesh
     if not fits:
         mesh = nearest_mesh(group.shape, config.cache.dtype, usable=usable, most=most)
+    precision = chip.training(group.precision)
     if mesh is None:
-        return GroupVerdict(fits=False, mesh=None, device_hours=None)
-    devices = mesh.data * mesh.model
-    shape = replace(group.shape, mesh=mesh)
+        return GroupVerdict(False, None, precision, None, None, False)
+    devices, steps = mesh.data * mesh.model, group.cells * group.steps
+    traffic = step_traffic(replace(group.shape, mesh=mesh), precision=precision)
     # Products are shared out among the devices; each makes its own passes over memory.
-    compute = group.flops / (chip.peak("float32") * assumptions.mfu)
-    memory = group.cells * group.steps * devices * step_traffic(shape) / chip.hbm_bandwidth
-    return GroupVerdict(fits=fits, mesh=mesh, device_hours=max(compute, memory) / 3600)
+    compute = group.flops / (chip.flops[precision] * assumptions.mfu)
+    seconds = max(compute, steps * devices * traffic / chip.hbm_bandwidth)
+    reads = group.batch_bytes * steps * devices / seconds
+    return GroupVerdict(
+        fits=fits,
+        mesh=mesh,
+        precision=precision,
+        device_hours=seconds / 3600,
+        read_bytes_per_second=reads,
+        above_reader=above_reader(reads),
+    )

@@ -10,18 +10,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from activation_cache.precision import Precision
 from activation_cache.runtime.errors import UserError
 from sae_train.config.run import Config, MeshConfig
 from sae_train.plan.accelerators import Accelerator
 from sae_train.plan.memory import cohort_memory, nearest_mesh
 from sae_train.plan.runs import CohortPlan, RunPlan
-from sae_train.plan.work import HarvestWork
+from sae_train.plan.work import HarvestWork, step_traffic
 
 # The runtime's own share, compiled programs, collectives' buffers, fragmentation.
 USABLE_MEMORY = 0.92
 # XLA_PYTHON_CLIENT_MEM_FRACTION's default (JAX documentation, "GPU memory allocation").
 GPU_DEFAULT_SHARE = 0.75
 MOST_DEVICES = 4096
+# Bytes a second that one process read a store at, on two CPU cores and a local disk
+# (docs/performance.md, "Reader"). A faster step waits for such a reader.
+READER_RATE = 1.41e9
 
 
 @dataclass(frozen=True)
@@ -63,18 +67,24 @@ class Verdict:
         fits: memory and number of devices both suffice.
         mesh: the run's own if it fits, else the nearest that does; None when none does.
         hours, cost, read_bytes_per_second: on the run's own mesh, and None where it doesn't fit.
+        precision: of its products.
+        traffic_per_step: bytes between a device's memory and its cores, at the least.
         bound: `compute`, or `memory` where traffic takes longer than products.
+        above_reader: it reads faster than `READER_RATE`.
         above_default: it fits, but not into what JAX takes of a GPU's memory by itself.
     """
 
     run: str
     fits: bool
     mesh: MeshConfig | None
+    precision: Precision
+    traffic_per_step: int
     step_seconds: float
     bound: str
     hours: float | None
     cost: float | None
     read_bytes_per_second: float | None
+    above_reader: bool
     above_default: bool
 
 
@@ -86,12 +96,14 @@ class CohortVerdict:
         fits: memory and number of devices both suffice.
         at_once: how many of its runs fit together, the widest first.
         read_bytes_per_second: for all its runs; None where it doesn't fit.
+        above_reader: they read faster than `READER_RATE`.
     """
 
     fits: bool
     at_once: int
     step_seconds: float
     read_bytes_per_second: float | None
+    above_reader: bool
 
 
 @dataclass(frozen=True)
@@ -100,6 +112,7 @@ class AcceleratorPlan:
 
     accelerator: Accelerator
     usable_bytes: int
+    harvest_precision: Precision
     harvest_hours: float
     harvest_cost: float | None
     verdicts: tuple[Verdict, ...]
@@ -123,11 +136,16 @@ def on_accelerator(
     cohorts: Sequence[CohortPlan],
     assumptions: Assumptions,
 ) -> AcceleratorPlan:
-    """What an accelerator makes of a config: the verdicts of `runs` and `cohorts`, and totals."""
+    """What an accelerator makes of a config: the verdicts of `runs` and `cohorts`, and totals.
+
+    Raises:
+        UserError: it has no products at `train.precision`.
+    """
     usable = usable_bytes(chip)
     verdicts = tuple(_verdict(run, chip, config, usable, assumptions) for run in runs)
     devices = config.mesh.data * config.mesh.model
-    harvest_seconds = harvest.flops / (chip.peak(config.model.dtype) * assumptions.mfu * devices)
+    precision = chip.harvesting(config.model)
+    harvest_seconds = harvest.flops / (chip.flops[precision] * assumptions.mfu * devices)
     harvest_hours = harvest_seconds / 3600
     harvest_cost = _cost(harvest_hours, devices, assumptions)
     train_hours = total([one.hours for one in verdicts])
@@ -135,6 +153,7 @@ def on_accelerator(
     return AcceleratorPlan(
         accelerator=chip,
         usable_bytes=usable,
+        harvest_precision=precision,
         harvest_hours=harvest_hours,
         harvest_cost=harvest_cost,
         verdicts=verdicts,
@@ -153,22 +172,27 @@ def _verdict(
 ) -> Verdict:
     most = assumptions.most_devices
     fits = run.memory.total <= usable and run.devices <= most
-    # Training multiplies in float32 whatever the rows are stored in (docs/numerics.md).
-    rate = chip.peak("float32") * assumptions.mfu * run.devices
-    compute, memory = run.flops_per_step / rate, run.traffic_per_step / chip.hbm_bandwidth
+    precision = chip.training(run.precision)
+    traffic = step_traffic(run.shape, precision=precision)
+    compute = run.flops_per_step / (chip.flops[precision] * assumptions.mfu * run.devices)
+    memory = traffic / chip.hbm_bandwidth
     seconds = max(compute, memory)
     hours = run.steps * seconds / 3600 if fits else None
+    reads = run.batch_bytes / seconds if fits else None
     return Verdict(
         run=run.name,
         fits=fits,
         mesh=run.shape.mesh
         if fits
         else nearest_mesh(run.shape, config.cache.dtype, usable=usable, most=most),
+        precision=precision,
+        traffic_per_step=traffic,
         step_seconds=seconds,
         bound="compute" if compute >= memory else "memory",
         hours=hours,
         cost=None if hours is None else _cost(hours, run.devices, assumptions),
-        read_bytes_per_second=run.batch_bytes / seconds if fits else None,
+        read_bytes_per_second=reads,
+        above_reader=above_reader(reads),
         above_default=fits
         and chip.kind == "gpu"
         and run.memory.total > chip.hbm_bytes * GPU_DEFAULT_SHARE,
@@ -192,7 +216,12 @@ def _cohort_verdict(
     seconds = sum(verdicts[number].step_seconds for number in cohort.runs)
     fits = at_once == len(members)
     rate = cohort.batch_bytes / seconds if fits else None
-    return CohortVerdict(fits, at_once, seconds, rate)
+    return CohortVerdict(fits, at_once, seconds, rate, above_reader(rate))
+
+
+def above_reader(rate: float | None) -> bool:
+    """Are rows read faster, in bytes a second, than the reader was measured to deliver them?"""
+    return rate is not None and rate > READER_RATE
 
 
 def _cost(hours: float, devices: int, assumptions: Assumptions) -> float | None:

@@ -9,7 +9,7 @@ Legend: B rows of a batch, D width of a tap, F latents, S sequence length.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,17 +19,32 @@ from activation_cache.config import CacheConfig, Dtype, TextConfig
 from activation_cache.gemma.config import GemmaConfig
 from activation_cache.gemma.params import parameter_table
 from activation_cache.gemma.taps import Tap, resolve_taps, tap_width
+from activation_cache.precision import Precision
 from activation_cache.storage.arrays import ArrayLayout, bucket_rows, shard_rows
 from activation_cache.store.store import PROVENANCE
 from activation_cache.store.writer import BUCKETS_IN_MEMORY
 from activation_cache.text.token_table import count_layout, token_layout
 from sae_train.plan.memory import FLOAT_BYTES, Shape
 
-# Passes over device memory that a step can't do without, in arrays of a size. [F, D]: W_dec read
-# twice and W_enc once for products; each gradient written, then read for its norm and its update;
-# weights and moments read and written; W_dec once more to renormalise. [B, F]: pre-activations,
-# latents and their cotangents, each written once and read by every product and mask that uses it.
-MATRIX_PASSES, LATENT_PASSES = 19, 11
+
+@dataclass(frozen=True)
+class Passes:
+    """Passes of a dense step over device memory, in float32 arrays: a bfloat16 one counts half."""
+
+    matrices: float  # of [F, D]
+    latents: float  # of [B, F]
+
+
+# [F, D]: W_dec read twice and W_enc once for products; each gradient written, then read for its
+# norm and its update; weights and moments read and written; W_dec once more to renormalise. [B, F]:
+# pre-activations, latents and their cotangents, each written once and read by every product and
+# mask that uses it.
+PASSES: Mapping[Precision, Passes] = {
+    "float32": Passes(matrices=19, latents=11),
+    "bfloat16_3x": Passes(matrices=19, latents=11),
+    "tf32": Passes(matrices=19, latents=11),
+    "bfloat16": Passes(matrices=19, latents=11),
+}
 
 
 @dataclass(frozen=True)
@@ -173,10 +188,11 @@ def paper_step_flops(shape: Shape) -> int:
     return 12 * shape.batch_size * shape.d_model * shape.width
 
 
-def step_traffic(shape: Shape) -> int:
+def step_traffic(shape: Shape, *, precision: Precision) -> int:
     """Bytes that a step moves between one device's memory and its cores, at the least."""
     matrix, latents = (shape.local(dims) * FLOAT_BYTES for dims in (("F", "D"), ("B", "F")))
-    return MATRIX_PASSES * matrix + LATENT_PASSES * latents
+    passes = PASSES[precision]
+    return round(passes.matrices * matrix + passes.latents * latents)
 
 
 def collective_bytes(shape: Shape) -> dict[str, int]:
