@@ -1,7 +1,6 @@
 """Every speed benchmark in one go, as JSON and as the tables of docs/performance.md: `make bench`.
 
-    python -m benchmarks.run [--full] [--only step trainers reader harvest begin kernels]
-                             [--json FILE]
+    python -m benchmarks.run [--full] [--only step trainers reader harvest begin] [--json FILE]
 
 A few minutes; `--full` takes longer: more widths, more rounds, a larger store.
 """
@@ -16,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import begin, harvest, kernels, reader, step, trainers
+from benchmarks import begin, harvest, reader, step, trainers
 from benchmarks.support.measure import prepare, write_results
 
 logger = logging.getLogger("bench")
@@ -71,22 +70,12 @@ def _begin(full: bool) -> list[dict[str, Any]]:
         return [begin.measure(Path(scratch), rounds=7 if full else 3)]
 
 
-def _kernels(full: bool) -> list[dict[str, Any]]:
-    """The kernels beside pure JAX, where there is a GPU."""
-    if not kernels.has_gpu():
-        logger.info("%s", kernels.NO_GPU)
-        return []
-    widths = kernels.WIDTHS if full else kernels.WIDTHS[:2]
-    return [dataclasses.asdict(row) for row in kernels.run(rounds=11 if full else 5, widths=widths)]
-
-
 PARTS: dict[str, Callable[[bool], list[dict[str, Any]]]] = {
     "step": _step,
     "trainers": _trainers,
     "reader": _reader,
     "harvest": _harvest,
     "begin": _begin,
-    "kernels": _kernels,
 }
 
 

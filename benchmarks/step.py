@@ -19,18 +19,27 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from activation_cache.precision import einsum
+from activation_cache.precision import PrecisionChoice, einsum
 from benchmarks.support.measure import StepTimes, interleaved, markdown, prepare, write_results
-from sae_train.config.run import Config
-from sae_train.model.sharding import make_mesh
+from sae_train.config.run import (
+    CacheConfig,
+    Config,
+    L0Penalty,
+    ModelConfig,
+    SaeConfig,
+    SiteConfig,
+    TextConfig,
+    TrainConfig,
+)
+from sae_train.model.sharding import BATCH_DIMS, make_mesh, sharding
 from sae_train.step.schedule import scheduled
-from sae_train.step.state import TrainState, init_state
+from sae_train.step.state import TrainState, abstract_state, init_state
 from sae_train.train.train_step import make_train_step
 
 
@@ -42,26 +51,35 @@ class Row(StepTimes):
 
 
 def config_of(
-    *, width: int, batch_size: int, step: str, sparse_capacity: int | None = None
+    *,
+    width: int,
+    batch_size: int,
+    step: Literal["dense", "sparse"],
+    kernels: Literal["xla", "pallas"] = "xla",
+    precision: PrecisionChoice = "auto",
+    sparse_capacity: int | None = None,
 ) -> Config:
     """A config of which the step looks at `sae` and `train` alone."""
-    site = {"site": "resid_post", "layers": [0]}
-    return Config.model_validate(
-        {
-            "name": "step",
-            "model": {"weights": "none", "dtype": "float32"},
-            "text": {"source": ["none"], "sequence_length": 16},
-            "cache": {"path": "none", "sites": [site], "tokens": batch_size},
-            "sae": {"site": "resid_post", "layer": 0, "width": width},
-            "train": {
-                "batch_size": batch_size,
-                "tokens": 1000 * batch_size,
-                "sparsity": {"coefficient": 1e-3, "warmup_steps": 0},
-                "step": step,
-                "sparse_capacity": sparse_capacity,
-            },
-            "output": "none",
-        }
+    return Config(
+        name="step",
+        model=ModelConfig(weights="none", dtype="float32"),
+        text=TextConfig(source=["none"], sequence_length=16),
+        cache=CacheConfig(
+            path="none",
+            sites=[SiteConfig(site="resid_post", layers=[0])],
+            tokens=batch_size,
+        ),
+        sae=SaeConfig(site="resid_post", layer=0, width=width),
+        train=TrainConfig(
+            batch_size=batch_size,
+            tokens=1000 * batch_size,
+            sparsity=L0Penalty(coefficient=1e-3, warmup_steps=0),
+            precision=precision,
+            step=step,
+            kernels=kernels,
+            sparse_capacity=sparse_capacity,
+        ),
+        output="none",
     )
 
 
@@ -71,33 +89,62 @@ def unit_rows(num: int, d_model: int, *, seed: int) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def state_of(config: Config, *, rows_BD: np.ndarray, l0: float) -> TrainState:
-    """A state in which about `l0` latents of each row are active."""
+def state_of(config: Config, *, rows_BD: np.ndarray | jax.Array, l0: float) -> TrainState:
+    """A state in which about `l0` latents of each row are active.
+
+    The threshold is a quantile of what 64 rows give at 65,536 latents, which are all alike.
+    """
     mesh = make_mesh(config.mesh)
     state = init_state(config.sae, d_model=rows_BD.shape[1], seed=0, mesh=mesh)
-    some = rows_BD[:64] @ np.asarray(state.params["W_enc"]).T
+    some = np.asarray(rows_BD[:64]) @ np.asarray(state.params["W_enc"][:65_536]).T
     theta = np.quantile(some, 1 - l0 / config.sae.width)
     threshold = jnp.full(config.sae.width, np.log(theta), jnp.float32)
     placed = jax.device_put(threshold, state.params["threshold"].sharding)
     return dataclasses.replace(state, params=state.params | {"threshold": placed})
 
 
+def lowered_step(config: Config, *, d_model: int) -> jax.stages.Lowered:
+    """The step of a config, traced for the devices here; nothing is allocated."""
+    mesh = make_mesh(config.mesh)
+    step: Any = make_train_step(config, input_scale=1.0, mesh=mesh)
+    rows = jax.ShapeDtypeStruct(
+        (config.train.batch_size, d_model), jnp.float32, sharding=sharding(mesh, BATCH_DIMS)
+    )
+    state = abstract_state(config.sae, d_model=d_model, mesh=mesh)
+    return step.lower(state, rows, scheduled(config.train, step=1))
+
+
 class StepProgram:
     """A compiled step that is always at its second one, its state handed on."""
 
-    def __init__(self, config: Config, *, rows_BD: np.ndarray, l0: float) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        rows_BD: np.ndarray | jax.Array,
+        l0: float,
+        compiled: jax.stages.Compiled | None = None,
+    ) -> None:
         self._scalars = scheduled(config.train, step=1)
-        state = state_of(config, rows_BD=rows_BD, l0=l0)
-        step: Any = make_train_step(config, input_scale=1.0, mesh=make_mesh(config.mesh))
-        self._compiled = step.lower(state, rows_BD, self._scalars).compile()
-        self._state, self._rows_BD = state, jnp.asarray(rows_BD)
+        self._compiled: Any = compiled or lowered_step(config, d_model=rows_BD.shape[1]).compile()
+        self._state = state_of(config, rows_BD=rows_BD, l0=l0)
+        self._rows_BD = jax.device_put(rows_BD, sharding(make_mesh(config.mesh), BATCH_DIMS))
+        self._metrics: Any = None
         self.temporary_bytes = self._compiled.memory_analysis().temp_size_in_bytes
-        self.overflows, self.l0 = 0, 0.0
 
     def __call__(self) -> Any:
-        self._state, metrics = self._compiled(self._state, self._rows_BD, self._scalars)
-        self.overflows, self.l0 = int(metrics.sparse_overflows), float(metrics.l0)
+        self._state, self._metrics = self._compiled(self._state, self._rows_BD, self._scalars)
         return self._state
+
+    @property
+    def l0(self) -> float:
+        """Of the last step; 0 before there was one."""
+        return 0.0 if self._metrics is None else float(self._metrics.l0)
+
+    @property
+    def overflows(self) -> int:
+        """Sparse steps so far that had to be made again."""
+        return 0 if self._metrics is None else int(self._metrics.sparse_overflows)
 
 
 def products(rows_BD: np.ndarray, *, width: int) -> dict[str, Callable[[], Any]]:

@@ -7,6 +7,7 @@ matrices: another than NumPy's rounds its operands first.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,6 +112,7 @@ class Trainer:
     log_threshold: bool
     threshold_multiplier: float = 1.0
     steps: int = 0
+    product: Callable = np.matmul
 
     def __post_init__(self):
         self.params = {name: np.asarray(v, np.float64) for name, v in self.params.items()}
@@ -119,7 +121,12 @@ class Trainer:
     def step(self, x, *, rate, sparsity, target=None):
         x = np.asarray(x, np.float64)
         metrics, gradients = loss_and_gradients(
-            self.params, x, bandwidth=self.bandwidth, sparsity=sparsity, target=target
+            self.params,
+            x,
+            bandwidth=self.bandwidth,
+            sparsity=sparsity,
+            target=target,
+            product=self.product,
         )
         self.steps += 1
         decoder = self.params["W_dec"]
