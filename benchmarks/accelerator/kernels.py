@@ -32,7 +32,6 @@ from sae_train.step.schedule import Scheduled
 
 BANDWIDTH, PAIRS_PER_ROW = 1e-3, 2 * steps.L0
 SIZES, SMALL_SIZE = ((2304, 16_384), (2304, 131_072)), (64, 512)
-PRECISIONS: tuple[Precision, ...] = ("bfloat16", "float32")
 
 
 def rows(*, small: bool, clock: Clock) -> Iterator[Row]:
@@ -40,11 +39,10 @@ def rows(*, small: bool, clock: Clock) -> Iterator[Row]:
     if not small and not is_gpu():
         yield Row(what="kernels", note="left out: they are for GPUs")
         return
-    chosen = PRECISIONS[1:] if small else PRECISIONS
     whole = replace(clock, seconds=0.6 * clock.seconds)
-    yield from steps.rows(small=small, clock=whole, kinds=("kernels",), only=chosen)
+    yield from steps.rows(small=small, clock=whole, kinds=("kernels",))
     for d_model, width in (SMALL_SIZE,) if small else SIZES:
-        for precision in chosen:
+        for precision in steps.PAIRS_AT[1:] if small else steps.PAIRS_AT:
             sizes = Sizes(d_model, width, steps.SMALL_BATCH if small else steps.BATCH, precision)
             with nullcontext() if is_gpu() else without_gpu("interpret"):
                 yield from _parts(sizes, clock=clock)

@@ -188,7 +188,7 @@ def _cells(row: Mapping[str, Any]) -> Sequence[str]:
         shown("d_model", "d"),
         shown("width", "d"),
         shown("milliseconds", ".4g"),
-        shown("rate", ".4g", f" {row['unit']}"),
+        shown("rate", ",.0f" if (row["rate"] or 0) >= 1000 else ".4g", f" {row['unit']}"),
         shown("mfu", ".1%"),
         shown("gigabytes", ".3g"),
         shown("peak_gigabytes", ".3g"),
