@@ -10,7 +10,7 @@ PYTHON=${PYTHON:-python3}
 # Room for a million latents: JAX takes three quarters of a GPU's memory by default.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-3}
-for part in ceilings:40 correctness:60 steps:235 kernels:85 harvest:40; do
+for part in ceilings:40 correctness:60 steps:235 kernels:85 harvest:36; do
   timeout -k 5 "${part#*:}" "$PYTHON" -m benchmarks.accelerator --only "${part%:*}" "$@" >/dev/null ||
     echo "accelerator: ${part%:*} ended with status $?" >&2
 done
