@@ -17,6 +17,8 @@ from activation_cache.config import ModelConfig
 from activation_cache.precision import Precision, PrecisionChoice, resolve
 from activation_cache.runtime.errors import UserError
 
+ChipKind = Literal["gpu", "tpu"]
+
 TERA, GIGA = 1e12, 1e9
 # JAX's documentation of `jax.lax.DotAlgorithmPreset`: BF16_BF16_F32_X3, and X6, which
 # `jax.lax.Precision.HIGHEST` is on a TPU.
@@ -35,7 +37,7 @@ class Accelerator:
 
     name: str
     title: str
-    kind: Literal["gpu", "tpu"]
+    kind: ChipKind
     flops: Mapping[Precision, float]
     hbm_bytes: int
     hbm_bandwidth: float

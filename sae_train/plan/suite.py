@@ -234,7 +234,7 @@ def _verdict(
     if mesh is None:
         return GroupVerdict(False, None, precision, None, None, False)
     devices, steps = mesh.data * mesh.model, group.cells * group.steps
-    traffic = step_traffic(replace(group.shape, mesh=mesh), precision=precision)
+    traffic = step_traffic(replace(group.shape, mesh=mesh), kind=chip.kind, precision=precision)
     # Products are shared out among the devices; each makes its own passes over memory.
     compute = group.flops / (chip.flops[precision] * assumptions.mfu)
     seconds = max(compute, steps * devices * traffic / chip.hbm_bandwidth)

@@ -68,7 +68,7 @@ class Verdict:
         mesh: the run's own if it fits, else the nearest that does; None when none does.
         hours, cost, read_bytes_per_second: on the run's own mesh, and None where it doesn't fit.
         precision: of its products.
-        traffic_per_step: bytes between a device's memory and its cores, at the least.
+        traffic_per_step: bytes between a device's memory and its cores.
         bound: `compute`, or `memory` where traffic takes longer than products.
         above_reader: it reads faster than `READER_RATE`.
         above_default: it fits, but not into what JAX takes of a GPU's memory by itself.
@@ -173,7 +173,7 @@ def _verdict(
     most = assumptions.most_devices
     fits = run.memory.total <= usable and run.devices <= most
     precision = chip.training(run.precision)
-    traffic = step_traffic(run.shape, precision=precision)
+    traffic = step_traffic(run.shape, kind=chip.kind, precision=precision)
     compute = run.flops_per_step / (chip.flops[precision] * assumptions.mfu * run.devices)
     memory = traffic / chip.hbm_bandwidth
     seconds = max(compute, memory)

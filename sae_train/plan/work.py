@@ -24,26 +24,29 @@ from activation_cache.storage.arrays import ArrayLayout, bucket_rows, shard_rows
 from activation_cache.store.store import PROVENANCE
 from activation_cache.store.writer import BUCKETS_IN_MEMORY
 from activation_cache.text.token_table import count_layout, token_layout
+from sae_train.plan.accelerators import ChipKind
 from sae_train.plan.memory import FLOAT_BYTES, Shape
 
 
 @dataclass(frozen=True)
-class Passes:
-    """Passes of a dense step over device memory, in float32 arrays: a bfloat16 one counts half."""
+class Moved:
+    """Bytes that a dense step moves over its large arrays, all of a shape taken together."""
 
-    matrices: float  # of [F, D]
-    latents: float  # of [B, F]
+    matrix: float  # for each element of one array [F, D]
+    latents: float  # for each element of one array [B, F]
 
 
-# [F, D]: W_dec read twice and W_enc once for products; each gradient written, then read for its
-# norm and its update; weights and moments read and written; W_dec once more to renormalise. [B, F]:
-# pre-activations, latents and their cotangents, each written once and read by every product and
-# mask that uses it.
-PASSES: Mapping[Precision, Passes] = {
-    "float32": Passes(matrices=19, latents=11),
-    "bfloat16_3x": Passes(matrices=19, latents=11),
-    "tf32": Passes(matrices=19, latents=11),
-    "bfloat16": Passes(matrices=19, latents=11),
+# Read off the compilers' programs by `benchmarks.compilers` (docs/performance.md), at D = 2304 and
+# width 131,072: an H100's, and a v6e's, which keeps parts of large arrays on the chip.
+_GPU, _TPU = Moved(matrix=84, latents=46), Moved(matrix=64, latents=29)
+MOVED: Mapping[tuple[ChipKind, Precision], Moved] = {
+    ("gpu", "float32"): _GPU,
+    ("gpu", "bfloat16_3x"): _GPU,
+    ("gpu", "tf32"): _GPU,
+    ("gpu", "bfloat16"): Moved(matrix=90, latents=32),
+    ("tpu", "float32"): _TPU,
+    ("tpu", "bfloat16_3x"): _TPU,
+    ("tpu", "bfloat16"): _TPU,
 }
 
 
@@ -188,11 +191,10 @@ def paper_step_flops(shape: Shape) -> int:
     return 12 * shape.batch_size * shape.d_model * shape.width
 
 
-def step_traffic(shape: Shape, *, precision: Precision) -> int:
-    """Bytes that a step moves between one device's memory and its cores, at the least."""
-    matrix, latents = (shape.local(dims) * FLOAT_BYTES for dims in (("F", "D"), ("B", "F")))
-    passes = PASSES[precision]
-    return round(passes.matrices * matrix + passes.latents * latents)
+def step_traffic(shape: Shape, *, kind: ChipKind, precision: Precision) -> int:
+    """Bytes that a step moves between one device's memory and its cores."""
+    moved = MOVED[kind, precision]
+    return round(moved.matrix * shape.local(("F", "D")) + moved.latents * shape.local(("B", "F")))
 
 
 def collective_bytes(shape: Shape) -> dict[str, int]:

@@ -15,7 +15,7 @@ from sae_train.config.run import Config, MeshConfig
 from sae_train.plan.accelerators import ACCELERATORS
 from sae_train.plan.memory import Shape
 from sae_train.plan.verdict import READER_RATE, Assumptions
-from sae_train.plan.work import PASSES, step_traffic
+from sae_train.plan.work import MOVED, step_traffic
 from tests.sae_train.plan.test_plan import rendered
 from tests.support.paths import ROOT
 from tests.support.plan_configs import plan_of, scope_config
@@ -104,9 +104,11 @@ def test_a_suite_without_a_peak() -> None:
 
 def test_traffic_is_counted_by_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Shape(4096, 2304, 16_384, MeshConfig(data=2, model=4))
-    for precision, passes in PASSES.items():
-        expected = 4 * 16_384 / 4 * (passes.matrices * 2304 + passes.latents * 4096 / 2)
-        assert step_traffic(shape, precision=precision) == round(expected)
+    for (kind, precision), moved in MOVED.items():
+        expected = 16_384 / 4 * (moved.matrix * 2304 + moved.latents * 4096 / 2)
+        assert step_traffic(shape, kind=kind, precision=precision) == round(expected)
+    for chip in ACCELERATORS.values():
+        assert {one for kind, one in MOVED if kind == chip.kind} == chip.flops.keys()
 
 
 def test_rows_that_come_too_slowly_are_said() -> None:
