@@ -7,8 +7,8 @@ norms of queries and keys before RoPE. In bfloat16 the scores, RoPE and the acti
 are computed in float32 and rounded once, where `transformers` rounds after each operation.
 
 Shapes: B sequences, S positions, D model width, V vocabulary, H query heads, G key-value heads,
-E head dim, C predictions of a chunk. Projections are [in, out], so that products read `x @ W` (on
-a CPU as fast as [out, in]); the embedding stays [V, D], as it is looked up by row.
+E head dim. Projections are [in, out], so that products read `x @ W` (on a CPU as fast as [out,
+in]); the embedding stays [V, D], as it is looked up by row.
 """
 
 from __future__ import annotations
@@ -22,17 +22,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from activation_cache.config import Site
-from activation_cache.gemma.attention import PRECISION, attend_in_order, soft_cap
+from activation_cache.gemma.attention import PRECISION, attend_in_order
 from activation_cache.gemma.config import GemmaConfig
 from activation_cache.gemma.params import on_all, on_model_axis
-from activation_cache.gemma.scores import Score
+from activation_cache.gemma.scores import Score, project
 from activation_cache.gemma.taps import Splice, Tap
-
-# Logits of this many elements are alive at once in `Gemma.scores` (float32: 256 MiB).
-MAX_LOGIT_ELEMENTS = 2**26
 
 Visit = Callable[[Site, Array], Array]
 # Queries, keys and values to heads' outputs, as `attend_in_order`.
@@ -227,37 +224,31 @@ class Gemma(nn.Module):
         if not logits:
             return GemmaOutput(taps=found, logits=None)
         h_BSD = self.final_norm(h_BSD)
-        logits_BSV = _project(h_BSD, self.embedding, softcap=self.config.final_softcap)
+        logits_BSV = project(h_BSD, self.embedding, softcap=self.config.final_softcap)
         return GemmaOutput(taps=found, logits=logits_BSV)
 
     def scores(
-        self, tokens: Int[Array, "B S"], *, score: Score, splice: Splice | None = None
+        self,
+        tokens: Int[Array, "B S"],
+        *,
+        score: Score,
+        counted_BP: Bool[Array, "B S-1"],
+        splice: Splice | None = None,
+        kept: tuple[int, Float[Array, "B S D"]] | None = None,
     ) -> Float[Array, "B S-1"]:
-        """`score` of every prediction, float32; entry s is that of token s + 1.
+        """`score` of every counted prediction, float32, and 0 elsewhere; entry s predicts s + 1.
 
-        The vocabulary projection runs over chunks of positions, so logits of at most
-        `MAX_LOGIT_ELEMENTS` elements exist at a time; a gradient computes them again.
+        Args:
+            kept: a layer, and the residual stream after it, as the taps of an earlier forward hold
+                it: this one goes on from there. What is spliced may not lie further below.
         """
         splices = () if splice is None else (splice,)
-        h_BSD, _ = self._trunk(tokens, taps=(), splices=splices, num_layers=self.config.num_layers)
-        h_BSD = self.final_norm(h_BSD)[:, :-1]
-        batch, length, width = h_BSD.shape
-        num_rows = batch * length
-        chunk = max(1, min(num_rows, MAX_LOGIT_ELEMENTS // self.config.vocab_size))
-        padding = -num_rows % chunk
-        rows = jnp.pad(h_BSD.reshape(num_rows, width), ((0, padding), (0, 0)))
-        targets = jnp.pad(tokens[:, 1:].reshape(num_rows), (0, padding))
-        # Read before lax.map: linen variables may not be looked up inside its trace.
-        embedding = self.embedding
-
-        @jax.checkpoint
-        def chunk_scores(chunk_of: tuple[Array, Array]) -> Array:
-            rows_CD, targets_C = chunk_of
-            return score(_project(rows_CD, embedding, softcap=self.config.final_softcap), targets_C)
-
-        chunks = (rows.reshape(-1, chunk, width), targets.reshape(-1, chunk))
-        scores = jax.lax.map(chunk_scores, chunks)
-        return scores.reshape(-1)[:num_rows].reshape(batch, length)
+        h_BSD, _ = self._trunk(
+            tokens, taps=(), splices=splices, num_layers=self.config.num_layers, kept=kept
+        )
+        h_BPD = self.final_norm(h_BSD)[:, :-1]
+        softcap = self.config.final_softcap
+        return score(h_BPD, tokens[:, 1:], counted_BP, self.embedding, softcap=softcap)
 
     def next_logits(
         self,
@@ -276,7 +267,7 @@ class Gemma(nn.Module):
             tokens, taps=(), splices=splices, num_layers=self.config.num_layers, attend=attend
         )
         h_BD = jnp.take_along_axis(h_BSD, last_B[:, None, None], axis=1)[:, 0]
-        return _project(self.final_norm(h_BD), self.embedding, softcap=self.config.final_softcap)
+        return project(self.final_norm(h_BD), self.embedding, softcap=self.config.final_softcap)
 
     def _trunk(
         self,
@@ -286,6 +277,7 @@ class Gemma(nn.Module):
         splices: Sequence[Splice],
         num_layers: int,
         attend: Attend = attend_in_order,
+        kept: tuple[int, Array] | None = None,
     ) -> tuple[Float[Array, "B S D"], dict[Tap, Array]]:
         found: dict[Tap, Array] = {}
         read: dict[Tap, Array] = {}
@@ -303,25 +295,14 @@ class Gemma(nn.Module):
                     acts = splice.replace(acts, splice.arguments, **reads).astype(acts.dtype)
             return acts
 
-        h_BSD = visit("embedding", self.embedding[tokens], layer=0)
-        # The scale is rounded to the weights' dtype: 59.75 for Gemma 2 9B in bfloat16.
-        h_BSD = h_BSD * jnp.asarray(math.sqrt(self.config.d_model), h_BSD.dtype)
-        for layer, block in enumerate(self.layers[:num_layers]):
-            h_BSD = block(h_BSD, functools.partial(visit, layer=layer), attend)
+        if kept is None:
+            first = 0
+            h_BSD = visit("embedding", self.embedding[tokens], layer=0)
+            # The scale is rounded to the weights' dtype: 59.75 for Gemma 2 9B in bfloat16.
+            h_BSD = h_BSD * jnp.asarray(math.sqrt(self.config.d_model), h_BSD.dtype)
+        else:
+            first = kept[0] + 1
+            h_BSD = visit("resid_post", kept[1], layer=kept[0])
+        for layer in range(first, num_layers):
+            h_BSD = self.layers[layer](h_BSD, functools.partial(visit, layer=layer), attend)
         return h_BSD, found
-
-
-def _project(
-    h_D: Float[Array, "*batch D"],
-    embedding_VD: Float[Array, "V D"],
-    *,
-    softcap: float | None,
-) -> Float[Array, "*batch V"]:
-    logits = jnp.einsum(
-        "...d,vd->...v",
-        h_D,
-        embedding_VD,
-        precision=PRECISION,
-        preferred_element_type=jnp.float32,
-    )
-    return soft_cap(logits, softcap)

@@ -1,6 +1,10 @@
 """Scores of a language model's predictions: the loss, or the target token's mean-centred logit.
 
-Legend: C predictions of a chunk, V vocabulary.
+Both are computed from what the final norm returns. Logits of all predictions would be larger than
+anything else in memory, so they exist for a chunk of them at a time.
+
+Legend: B sequences, P predictions of a sequence, N = B * P, C predictions of a chunk, D model
+width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,21 +13,143 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-# From logits [C, V] and target tokens [C] to one score per prediction, [C].
-Score = Callable[[Array, Array], Array]
+from activation_cache.gemma.attention import PRECISION, soft_cap
 
-
-def cross_entropy(logits_CV: Float[Array, "C V"], token_C: Int[Array, " C"]) -> Float[Array, " C"]:
-    """Next-token loss in nats."""
-    return jax.nn.logsumexp(logits_CV, axis=-1) - _picked(logits_CV, token_C)
+# Logits of this many elements are alive at once (float32: 256 MiB).
+MAX_LOGIT_ELEMENTS = 2**26
 
 
-def centred_logit(logits_CV: Float[Array, "C V"], token_C: Int[Array, " C"]) -> Float[Array, " C"]:
-    """The target token's logit minus the mean of all logits."""
-    return _picked(logits_CV, token_C) - logits_CV.mean(axis=-1)
+# One number for each counted prediction, and 0 for the others; all have the arguments of
+# `cross_entropy`.
+Score = Callable[..., Array]
 
 
-def _picked(logits_CV: Array, token_C: Array) -> Array:
-    return jnp.take_along_axis(logits_CV, token_C[:, None], axis=-1)[:, 0]
+def cross_entropy(
+    h_BPD: Float[Array, "B P D"],
+    targets_BP: Int[Array, "B P"],
+    counted_BP: Bool[Array, "B P"],
+    embedding_VD: Float[Array, "V D"],
+    *,
+    softcap: float | None,
+) -> Float[Array, "B P"]:
+    """Next-token loss in nats. It has no gradient: its loop ends with the last counted prediction.
+
+    A row that equals the first sequence's at the same position takes its normaliser from there.
+    With the residual stream at zero that is so wherever special tokens don't differ.
+    """
+    shape = counted_BP.shape
+    same_BP = (h_BPD == h_BPD[:1]).all(axis=-1).at[0].set(False)
+    needed_BP = counted_BP & ~same_BP
+    needed_BP = needed_BP.at[0].set(needed_BP[0] | (counted_BP & same_BP).any(axis=0))
+    normaliser_N, target_N = _normalisers(
+        h_BPD.reshape(-1, h_BPD.shape[-1]),
+        targets_BP.reshape(-1),
+        needed_BP.reshape(-1),
+        embedding_VD,
+        softcap=softcap,
+    )
+    normaliser_BP = normaliser_N.reshape(shape)
+    normaliser_BP = jnp.where(same_BP, normaliser_BP[:1], normaliser_BP)
+    # Elsewhere both are of the same logits, so that their rounding errors cancel in part.
+    alone_BP = soft_cap(_dots(h_BPD, embedding_VD[targets_BP]), softcap)
+    target_BP = jnp.where(same_BP, alone_BP, target_N.reshape(shape))
+    return jnp.where(counted_BP, normaliser_BP - target_BP, 0.0)
+
+
+def centred_logit(
+    h_BPD: Float[Array, "B P D"],
+    targets_BP: Int[Array, "B P"],
+    counted_BP: Bool[Array, "B P"],
+    embedding_VD: Float[Array, "V D"],
+    *,
+    softcap: float | None,
+) -> Float[Array, "B P"]:
+    """The target token's logit minus the mean of all logits.
+
+    Logits without a cap are linear, and their mean is the logit of the mean embedding. With a cap
+    all are computed, a chunk at a time; a gradient takes two products with the vocabulary.
+    """
+    target_BPD = embedding_VD[targets_BP].astype(jnp.float32)
+    if softcap is None:
+        mean_D = embedding_VD.astype(jnp.float32).mean(axis=0)
+        found_BP = _dots(h_BPD, target_BPD - mean_D[None, None, :])
+    else:
+        mean_BP = _capped_means(h_BPD, embedding_VD, softcap=softcap)
+        found_BP = soft_cap(_dots(h_BPD, target_BPD), softcap) - mean_BP
+    return jnp.where(counted_BP, found_BP, 0.0)
+
+
+def project(
+    h_D: Float[Array, "*batch D"], embedding_VD: Float[Array, "V D"], *, softcap: float | None
+) -> Float[Array, "*batch V"]:
+    """Logits, float32."""
+    logits = jnp.einsum(
+        "...d,vd->...v",
+        h_D,
+        embedding_VD,
+        precision=PRECISION,
+        preferred_element_type=jnp.float32,
+    )
+    return soft_cap(logits, softcap)
+
+
+def _dots(a_BPD: Array, b_BPD: Array) -> Float[Array, "B P"]:
+    return (a_BPD.astype(jnp.float32) * b_BPD.astype(jnp.float32)).sum(axis=-1)
+
+
+def _chunk_size(num_rows: int, vocab_size: int) -> int:
+    return max(1, min(num_rows, MAX_LOGIT_ELEMENTS // vocab_size))
+
+
+def _normalisers(
+    rows_ND: Float[Array, "N D"],
+    targets_N: Int[Array, " N"],
+    needed_N: Bool[Array, " N"],
+    embedding_VD: Float[Array, "V D"],
+    *,
+    softcap: float | None,
+) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
+    """log Σ exp of the needed rows' logits, and their targets' logits; 0 for other rows.
+
+    The needed rows are gathered into chunks, and the loop ends with the last of them.
+    """
+    num_rows = len(rows_ND)
+    chunk = _chunk_size(num_rows, len(embedding_VD))
+    order_N = jnp.argsort(~needed_N, stable=True)
+    # A place past the end is read as zeros and written nowhere.
+    order = jnp.pad(order_N, (0, -num_rows % chunk), constant_values=num_rows)
+    num_chunks = (needed_N.sum(dtype=jnp.int32) + (chunk - 1)) // chunk
+
+    def one_chunk(number: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
+        index_C = jax.lax.dynamic_slice_in_dim(order, number * chunk, chunk)
+        rows_CD = rows_ND.at[index_C].get(mode="fill", fill_value=0)
+        target_C1 = targets_N.at[index_C].get(mode="fill", fill_value=0)[:, None]
+        logits_CV = project(rows_CD, embedding_VD, softcap=softcap)
+        of_target_C = jnp.take_along_axis(logits_CV, target_C1, axis=-1)[:, 0]
+        new = jax.nn.logsumexp(logits_CV, axis=-1), of_target_C
+        written = [
+            old_N.at[index_C].set(new_C, mode="drop")
+            for old_N, new_C in zip(found, new, strict=True)
+        ]
+        return written[0], written[1]
+
+    zeros_N = jnp.zeros(num_rows, jnp.float32)
+    return jax.lax.fori_loop(0, num_chunks, one_chunk, (zeros_N, zeros_N))
+
+
+def _capped_means(
+    h_BPD: Float[Array, "B P D"], embedding_VD: Float[Array, "V D"], *, softcap: float
+) -> Float[Array, "B P"]:
+    batch, length, width = h_BPD.shape
+    num_rows = batch * length
+    chunk = _chunk_size(num_rows, len(embedding_VD))
+    rows = jnp.pad(h_BPD.reshape(num_rows, width), ((0, -num_rows % chunk), (0, 0)))
+
+    @jax.checkpoint
+    def one_chunk(rows_CD: Array) -> Array:
+        return project(rows_CD, embedding_VD, softcap=softcap).mean(axis=-1)
+
+    means = jax.lax.map(one_chunk, rows.reshape(-1, chunk, width))
+    return means.reshape(-1)[:num_rows].reshape(batch, length)

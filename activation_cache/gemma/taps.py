@@ -24,7 +24,7 @@ from activation_cache.config import Site, SiteConfig
 from activation_cache.gemma.config import GemmaConfig
 from activation_cache.runtime.errors import UserError
 
-__all__ = ["EMBEDDING", "Splice", "Tap", "check_tap", "resolve_taps", "tap_width"]
+__all__ = ["EMBEDDING", "Splice", "Tap", "check_tap", "resolve_taps", "stream_before", "tap_width"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,16 @@ class Splice:
     replace: Callable[..., Any]  # returns [B, S, D]; not typed with Array, as that loads JAX
     arguments: Any = None
     reads: Tap | None = None
+
+
+def stream_before(splice: Splice) -> Tap | None:
+    """The last residual stream that a splice doesn't change; None if it begins at the tokens.
+
+    At `resid_post` it is what the splice replaces: a forward starts there by replacing it.
+    """
+    if splice.tap.site == "resid_post" and splice.reads is None:
+        return splice.tap
+    return Tap("resid_post", splice.tap.layer - 1) if splice.tap.layer else None
 
 
 def tap_width(config: GemmaConfig, site: Site) -> int:

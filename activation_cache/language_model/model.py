@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from activation_cache.gemma.forward import Gemma
 from activation_cache.gemma.params import check_model_axis, on_all
 from activation_cache.gemma.sampling import Continuation, Sampling, sample
 from activation_cache.gemma.scores import centred_logit, cross_entropy
-from activation_cache.gemma.taps import Splice, Tap, check_tap, tap_width
+from activation_cache.gemma.taps import Splice, Tap, check_tap, stream_before, tap_width
 from activation_cache.language_model.checkpoint import (
     Checkpoint,
     GgufCheckpoint,
@@ -35,6 +35,8 @@ from activation_cache.language_model.tokenizer import Tokenizer, load_tokenizer
 from activation_cache.mesh import make_mesh
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import AnyPath, storage_path, user_cache
+
+Kept = Mapping[Tap, Array]  # activations [B, S, _] of one forward
 
 
 @dataclass(frozen=True)
@@ -73,36 +75,62 @@ class LanguageModel:
         return forward(self.config, tuple(sorted(set(taps))), self.params, self._placed(tokens))
 
     def losses(
-        self, tokens: Int[Array | np.ndarray, "B S"], splice: Splice | None = None
+        self,
+        tokens: Int[Array | np.ndarray, "B S"],
+        splice: Splice | None = None,
+        *,
+        kept: Kept | None = None,
+        counted: Bool[np.ndarray, "B S-1"] | None = None,
     ) -> Float[Array, "B S-1"]:
         """Next-token cross-entropy in nats, float32; entry s is the loss of token s + 1.
 
-        Compiled once per shape of `tokens` and `(splice.tap, splice.replace, splice.reads)`.
+        Compiled once per shape of `tokens`, layer it starts from and `(splice.tap, splice.replace,
+        splice.reads)`.
+
+        Args:
+            splice: activations to replace.
+            kept: activations of `tokens`. The forward starts at the last residual stream among them
+                that `splice` leaves as it is, and gives what a forward from the tokens would.
+            counted: the predictions whose loss is computed, the others being 0; None means all.
 
         Raises:
             UserError: a splice at a layer the model doesn't have.
         """
+        if splice is not None:
+            check_tap(splice.tap, self.config)
+        layer, stream = _start(kept, splice)
+        static, arguments = None, None
+        if splice is not None and layer == splice.tap.layer:
+            # It replaces the stream itself: the program of the layers above is that without splice.
+            stream = _replace(splice.replace, stream, splice.arguments)
+        elif splice is not None:
+            static, arguments = (splice.tap, splice.replace, splice.reads), splice.arguments
         placed = self._placed(tokens)
-        if splice is None:
-            return _losses(self.config, self.mesh, None, self.params, None, placed)
-        check_tap(splice.tap, self.config)
-        static = splice.tap, splice.replace, splice.reads
-        return _losses(self.config, self.mesh, static, self.params, splice.arguments, placed)
+        if counted is None:
+            counted = np.ones((placed.shape[0], placed.shape[1] - 1), bool)
+        dynamic = self.params, arguments, placed, stream, jnp.asarray(counted)
+        return _losses(self.config, self.mesh, layer, static, *dynamic)
 
     def gradient(
-        self, tokens: Int[Array | np.ndarray, "B S"], tap: Tap, counted: Bool[np.ndarray, "B S-1"]
+        self,
+        tokens: Int[Array | np.ndarray, "B S"],
+        tap: Tap,
+        counted: Bool[np.ndarray, "B S-1"],
+        *,
+        kept: Kept | None = None,
     ) -> Float[Array, "B S D"]:
         """The gradient of the target tokens' mean-centred logits with respect to a tap, float32.
 
         The logits are summed over the `counted` predictions. The gradient at a position comes from
-        its own prediction and from all later ones, which attend to it.
+        its own prediction and from all later ones, which attend to it. `kept` as in `losses`.
 
         Raises:
             UserError: a layer the model doesn't have.
         """
         check_tap(tap, self.config)
-        placed = self._placed(tokens)
-        return _gradient(self.config, self.mesh, tap, self.params, placed, jnp.asarray(counted))
+        layer, stream = _start(kept, Splice(tap, _add))
+        dynamic = self.params, self._placed(tokens), stream, jnp.asarray(counted)
+        return _gradient(self.config, self.mesh, layer, tap, *dynamic)
 
     def sample(
         self,
@@ -153,28 +181,61 @@ def _activations_on(mesh: Mesh) -> Callable[..., dict[Tap, Array]]:
     return jax.jit(activations, static_argnums=(0, 1), out_shardings=on_all(mesh))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _start(kept: Kept | None, splice: Splice | None) -> tuple[int | None, Array | None]:
+    """The layer after which a forward may start, and the residual stream there."""
+    streams = {tap.layer: acts for tap, acts in (kept or {}).items() if tap.site == "resid_post"}
+    if splice is not None:
+        last = stream_before(splice)
+        streams = {n: acts for n, acts in streams.items() if last is not None and n <= last.layer}
+    if not streams:
+        return None, None
+    layer = max(streams)
+    return layer, streams[layer]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _replace(replace: Callable[..., Array], acts_BSD: Array, arguments: Any) -> Array:
+    return replace(acts_BSD, arguments).astype(acts_BSD.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _losses(
     config: GemmaConfig,
     mesh: Mesh,
+    layer: int | None,
     static: tuple[Tap, Callable[..., Array], Tap | None] | None,
     params: Params,
     arguments: Any,
     tokens: Array,
+    stream: Array | None,
+    counted: Array,
 ) -> Array:
     splice = None
     if static is not None:
         tap, replace, reads = static
         splice = Splice(tap, replace, arguments, reads)
     losses: Any = Gemma(config, mesh).apply(
-        {"params": params}, tokens, splice=splice, score=cross_entropy, method=Gemma.scores
+        {"params": params},
+        tokens,
+        score=cross_entropy,
+        counted_BP=counted,
+        splice=splice,
+        kept=None if layer is None else (layer, stream),
+        method=Gemma.scores,
     )
     return losses
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _gradient(
-    config: GemmaConfig, mesh: Mesh, tap: Tap, params: Params, tokens: Array, counted: Array
+    config: GemmaConfig,
+    mesh: Mesh,
+    layer: int | None,
+    tap: Tap,
+    params: Params,
+    tokens: Array,
+    stream: Array | None,
+    counted: Array,
 ) -> Array:
     model = Gemma(config, mesh, recompute=True)
 
@@ -182,11 +243,13 @@ def _gradient(
         scores: Any = model.apply(
             {"params": params},
             tokens,
-            splice=Splice(tap, _add, added_BSD),
             score=centred_logit,
+            counted_BP=counted,
+            splice=Splice(tap, _add, added_BSD),
+            kept=None if layer is None else (layer, stream),
             method=Gemma.scores,
         )
-        return jnp.where(counted, scores, 0.0).sum()
+        return scores.sum()
 
     return jax.grad(total)(jnp.zeros((*tokens.shape, tap_width(config, tap.site)), jnp.float32))
 

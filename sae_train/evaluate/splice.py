@@ -14,8 +14,11 @@ from sae_train.evaluate.sums import reconstruct
 from sae_train.inference.sae import Sae
 
 
-def splice_of(job: Job, arguments: tuple[Sae, Bool[Array, "B S"]]) -> Splice:
-    """The splice of a job's SAE; `arguments` are the SAE and where it replaces activations."""
+def splice_of(job: Job, arguments: tuple[Sae, Bool[Array, "B S"]] | None) -> Splice:
+    """The splice of a job's SAE; `arguments` are the SAE and where it replaces activations.
+
+    Without arguments it can't be run, and says where it would replace what.
+    """
     if job.target == job.tap:
         return Splice(job.tap, splice_sae, arguments)
     return Splice(job.target, splice_transcoder, arguments, reads=job.tap)

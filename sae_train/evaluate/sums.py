@@ -221,7 +221,7 @@ class LossSums:
 
     def add(
         self,
-        losses: Float[Array, "B P"],
+        losses: Float[HostOrDevice, "B P"],
         counted: Bool[np.ndarray, "B P"],
         subsets: Subsets = NO_SUBSETS,
     ) -> None:

@@ -18,10 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Int
 
-from activation_cache.gemma.taps import EMBEDDING, Splice, Tap, tap_width
-from activation_cache.language_model.model import LanguageModel
+from activation_cache.gemma.taps import EMBEDDING, Splice, Tap, stream_before, tap_width
+from activation_cache.language_model.model import Kept, LanguageModel
 from activation_cache.runtime import exchange, processes
 from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.runtime.exchange import shared
@@ -34,8 +34,9 @@ from sae_train.evaluate.sums import LossSums, SaeSums, SiteSums, Subsets, are_fi
 
 Shapes = dict[str, tuple[int, ...]]
 
-# A gradient costs as much as 4 forward passes: 2 forward (one recomputed), and a backward of 2.
-_GRADIENT_PASSES = 4
+# At most: a layer's forward, the same recomputed, and its backward. The vocabulary's products are
+# two, or none without a cap.
+_GRADIENT_PASSES = 3
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,9 @@ class Pass:
             self.importance_limit = 0
         self.of_embedding = first.tap == EMBEDDING
         self.taps = tuple(dict.fromkeys(job.target for job in self.jobs))
+        self.measured = {*self.taps, *(job.tap for job in self.jobs)}
+        below = (stream_before(splice_of(job, None)) for job in self.jobs)
+        self.read = tuple(self.measured | {tap for tap in below if tap is not None})
         self.sites = {tap: SiteSums() for tap in self.taps}
         self.saes = [SaeSums() for _ in self.jobs]
         self.importance = [ImportanceSums() for _ in self.jobs]
@@ -139,7 +143,7 @@ class Pass:
                     acts = self.model.activations(batch.tokens_BS, self.taps)
                 self._importance(batch, acts)
             if batch.with_losses and mine:
-                self._losses(batch)
+                self._losses(batch, acts)
 
     def _add_up(self) -> None:
         """Replace this process's sums by those of all processes."""
@@ -206,21 +210,20 @@ class Pass:
             subsets=subsets,
         )
 
-    def _statistics(self, batch: _Batch, *, mine: bool) -> dict[Tap, Float[Array, "B S D"]]:
+    def _statistics(self, batch: _Batch, *, mine: bool) -> Kept:
         """Add L0, squared error and firing of every SAE, mean and spread of every tap.
 
         A batch that isn't `mine` is read only while a site has no shift yet: all processes take
         the shift from the same batch.
 
         Returns:
-            The activations read, for `_importance`.
+            The activations read, for `_importance` and `_losses`.
         """
         if not mine and all(site.shift_D is not None for site in self.sites.values()):
             return {}
-        read = (*self.taps, *(job.tap for job in self.jobs))
-        acts = self.model.activations(batch.tokens_BS, read)
-        for tap, values in acts.items():
-            if not are_finite(values, batch.usable_BS):
+        acts = self.model.activations(batch.tokens_BS, self.read)
+        for tap in sorted(self.measured):
+            if not are_finite(acts[tap], batch.usable_BS):
                 raise UserError(
                     f"{tap.name} of {self.jobs[0].model.weights} holds NaN or infinity on the text "
                     "measured: activations must be finite. Check the weights, or set its dtype to "
@@ -239,27 +242,35 @@ class Pass:
             self._advance(batch)
         return acts
 
-    def _importance(self, batch: _Batch, acts: dict[Tap, Float[Array, "B S D"]]) -> None:
+    def _importance(self, batch: _Batch, acts: Kept) -> None:
         """Add the uniformity of importance of every SAE; one gradient serves all of a tap."""
         for tap in dict.fromkeys(tap for tap, _ in self.zero):
-            gradient = self.model.gradient(batch.tokens_BS, tap, batch.important_BP)
+            gradient = self.model.gradient(batch.tokens_BS, tap, batch.important_BP, kept=acts)
             for index in self.whole:
                 if (job := self.jobs[index]).target == tap:
                     r_BS = uniformity(jax.device_put(job.sae), acts[job.tap], gradient)
                     self.importance[index].add(r_BS, batch.important_BP)
             self._advance(batch, passes=_GRADIENT_PASSES)
 
-    def _losses(self, batch: _Batch) -> None:
+    def _losses(self, batch: _Batch, acts: Kept) -> None:
         """Add the losses of the model as it is, with each tap at zero, and with each SAE."""
+        counted_BP = batch.counted_BP
         where = {False: batch.usable_BS, True: np.ones_like(batch.usable_BS)}
 
         def measure(sums: LossSums, splice: Splice | None) -> None:
-            sums.add(self.model.losses(batch.tokens_BS, splice), batch.counted_BP, batch.subsets)
+            losses = self.model.losses(batch.tokens_BS, splice, kept=acts, counted=counted_BP)
+            sums.add(losses, counted_BP, batch.subsets)
             self._advance(batch)
 
         measure(self.base, None)
         for (tap, everywhere), sums in self.zero.items():
-            measure(sums, Splice(tap, splice_zero, jnp.asarray(where[everywhere])))
+            if everywhere and tap.site in ("resid_post", "embedding"):
+                # No layer adds to a residual stream of zeros, so all logits are 0.
+                uniform = np.log(self.model.config.vocab_size)
+                sums.add(np.full(counted_BP.shape, uniform), counted_BP, batch.subsets)
+                self._advance(batch)
+            else:
+                measure(sums, Splice(tap, splice_zero, jnp.asarray(where[everywhere])))
         for index, job in enumerate(self.jobs):
             sae = jax.device_put(job.sae)  # one SAE's weights on the device at a time
             for everywhere in (False, True):

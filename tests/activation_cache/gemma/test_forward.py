@@ -15,8 +15,7 @@ import torch
 import transformers
 
 from activation_cache.config import ModelConfig
-from activation_cache.gemma import attention
-from activation_cache.gemma import forward as gemma_module
+from activation_cache.gemma import attention, scores
 from activation_cache.gemma.forward import Gemma
 from activation_cache.gemma.taps import Splice, Tap
 from activation_cache.language_model.model import LanguageModel, load_model
@@ -206,7 +205,7 @@ def test_logits_and_every_tap(pair: Pair) -> None:
 @pytest.mark.parametrize("pair", ["gemma2", "gemma3"], indirect=True)  # with a cap and without
 def test_losses_in_chunks_of_positions(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     # 44 rows, 7 at a time: the last chunk is padded. (`test_splice` has all rows in one chunk.)
-    monkeypatch.setattr(gemma_module, "MAX_LOGIT_ELEMENTS", 7 * COMMON["vocab_size"])
+    monkeypatch.setattr(scores, "MAX_LOGIT_ELEMENTS", 7 * COMMON["vocab_size"])
     losses = pair.ours.losses(pair.tokens[:2])
     assert losses.dtype == jnp.float32
     _assert_close(losses, _their_losses(_their_forward(pair)[None], pair.tokens)[:2])

@@ -40,10 +40,10 @@ def make_pass(
     table.read = lambda indices: tokens[list(indices)]
     table.usable = lambda found: found > BOS
     table.subset_of = lambda indices: np.zeros(len(indices), np.int32)
-    model = Mock(spec=LanguageModel)
+    model = Mock(spec=LanguageModel, config=SimpleNamespace(vocab_size=11))
     acts = np.ones((sequences, S, D), np.float32) if acts is None else acts
     model.activations = Mock(side_effect=lambda _, taps: {tap: jnp.asarray(acts) for tap in taps})
-    model.losses = Mock(side_effect=lambda batch, _: jnp.full((len(batch), S - 1), losses))
+    model.losses = Mock(side_effect=lambda batch, _, **__: jnp.full((len(batch), S - 1), losses))
     site = {"site": "embedding"} if vocabulary else {}
     config = make_config(width=F, layer=0 if vocabulary else 1, sae=site)
     settings = EvaluationConfig(sequences_per_batch=per_batch, importance_sequences=0)

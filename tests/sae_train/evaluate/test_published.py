@@ -172,7 +172,7 @@ def test_the_importance_of_a_run_by_finite_differences(world: World):
         splice = Splice(TAP, lambda a, added: a + added, step)
         return Gemma(world.model.config, world.model.mesh).apply(
             {"params": world.model.params}, jnp.asarray(tokens), splice=splice, score=centred_logit,
-            method=Gemma.scores,
+            counted_BP=jnp.asarray(counted), method=Gemma.scores,
         )  # fmt: skip
 
     def total(step: np.ndarray) -> float:
