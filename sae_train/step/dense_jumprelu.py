@@ -1,7 +1,7 @@
 """The dense step of a JumpReLU SAE: five products of whole matrices, and as little else as can be.
 
-    encode     encoder product, latents, decoder product; of all arrays of size [B, F] only the
-               pre-activations are kept
+    encode     encoder product, latents, decoder product; of all arrays of size [B, F] one is
+               kept: pre-activations, or at bfloat16 the latents as products read them
     penalty    of L0 and frequencies, and its gradients in them
     update     gradients, projection, optimiser and new rows, a tile of latents at a time, in place
 
@@ -39,6 +39,7 @@ from sae_train.step.gradients import (
     small_gradients,
     tile_gradients,
 )
+from sae_train.step.latents import read_kept
 from sae_train.step.result import StepResult
 from sae_train.step.schedule import Scheduled
 from sae_train.step.sparsity_penalty import Penalty, penalty_of
@@ -53,7 +54,7 @@ MATRIX = ("F", "D")
 ROW_DIMS = ({"W_enc": MATRIX, "W_dec": MATRIX},) * 2
 ENCODER_DIMS = (MATRIX, MATRIX, ("F",), ("F",), ("B", "D"))
 ENCODED_DIMS = Encoded(("B", "D"), ("B",), ("F",), (), None, ())
-_KEPT_DIMS = ("F", "whole", "B")  # pre-activations [T, L, B]
+_KEPT_DIMS = ("F", "whole", "B")  # [T, L, B]
 
 # W_enc, W_dec, b_enc, θ, and what the encoder multiplies.
 EncoderOperands = tuple[Array, Array, Array, Array, Array]
@@ -77,7 +78,7 @@ class DenseStep:
         self._config, self._mesh, self._precision = config, mesh, precision
         self._sae, self._train = config.sae, config.train
         width = config.sae.width // mesh.shape["model"]
-        # On other devices products of small tiles may not fill the device: nothing was measured.
+        # Elsewhere one tile of all: five products, each as large as it can be.
         self._tile = cpu_tile(width) if mesh.devices.flat[0].platform == "cpu" else width
         self._num_tiles = width // self._tile
         self._num_rows = config.train.batch_size // mesh.shape["data"]  # of each device
@@ -133,17 +134,17 @@ class DenseStep:
         return self._encode_tiles(operands, keep=True)
 
     def _encode_tiles(self, operands: EncoderOperands, *, keep: bool) -> Encoded:
-        """The dense encoder; with `keep` pre-activations stay, else pairs are counted."""
+        """The dense encoder; with `keep` latents stay, else pairs are counted."""
 
         def part(*operands):
-            decoded_BD, l0_B, active_F, pre_TLB, total = encode_tiles(
+            decoded_BD, l0_B, active_F, kept_TLB, total = encode_tiles(
                 *operands,
                 tile=self._tile,
                 bandwidth=self._sae.bandwidth,
                 keep=keep,
                 precision=self._precision,
             )
-            return self._summed(decoded_BD, l0_B, active_F, None if keep else total, kept=pre_TLB)
+            return self._summed(decoded_BD, l0_B, active_F, None if keep else total, kept=kept_TLB)
 
         out_dims = dataclasses.replace(ENCODED_DIMS, kept=_KEPT_DIMS if keep else None)
         return self._over_devices(part, ENCODER_DIMS, out_dims)(*operands)
@@ -278,15 +279,15 @@ class DenseStep:
         self,
         rows: Rows,
         output: OutputGradients,
-        pre_TLB: Array | None,
+        kept_TLB: Array | None,
         num_tiles: int | Array,
         update: Update | None,
     ) -> tuple[Rows, LatentSums]:
-        def part(rows, output, pre_TLB, num_tiles, update):
+        def part(rows, output, kept_TLB, num_tiles, update):
             rows, sums = update_tiles(
                 rows,
                 output,
-                pre_TLB,
+                kept_TLB,
                 self._num_tiles if num_tiles is None else num_tiles,
                 tile=self._tile,
                 update=update,
@@ -300,12 +301,12 @@ class DenseStep:
         in_dims = (
             ROW_DIMS,
             output_dims(),
-            None if pre_TLB is None else _KEPT_DIMS,
+            None if kept_TLB is None else _KEPT_DIMS,
             None if dynamic is None else (),
             update_dims(update),
         )
         return self._over_devices(part, in_dims, (ROW_DIMS, SUM_DIMS))(
-            rows, output, pre_TLB, dynamic, update
+            rows, output, kept_TLB, dynamic, update
         )
 
     def _latent_sums(self, sums: LatentSums) -> LatentSums:
@@ -320,14 +321,20 @@ class DenseStep:
     ) -> Params:
         """Of every parameter, as a whole, the decoder's not yet projected."""
 
-        def part(W_enc_FD, W_dec_FD, pre_TLB, output):
+        def part(W_enc_FD, W_dec_FD, kept_TLB, output):
             multiplied = output.operands(self._precision)
 
             def one_tile(tile):
-                W_dec_LD, pre_LB, theta_L, g_count_L = tile
+                W_dec_LD, kept_LB, theta_L, g_count_L = tile
+                latents = read_kept(
+                    kept_LB,
+                    theta_S=theta_L,
+                    bandwidth=self._sae.bandwidth,
+                    precision=self._precision,
+                )
                 gradients = tile_gradients(
                     W_dec_LD,
-                    pre_LB,
+                    latents,
                     theta_S=theta_L,
                     g_count_S=g_count_L,
                     output=multiplied,
@@ -338,7 +345,7 @@ class DenseStep:
 
             per_latent = W_dec_FD, output.theta_F, output.g_count_F
             W_dec_TLD, *others = (a.reshape(-1, self._tile, *a.shape[1:]) for a in per_latent)
-            tiled = jax.lax.map(one_tile, (W_dec_TLD, pre_TLB, *others))
+            tiled = jax.lax.map(one_tile, (W_dec_TLD, kept_TLB, *others))
             whole = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tiled)
             encoded_D = einsum("f,fd->d", whole["b_enc"], W_enc_FD, precision="float32")
             return whole, sum_over("model", encoded_D, mesh=self._mesh)

@@ -28,6 +28,8 @@ from jaxtyping import Array, Bool, Float
 from activation_cache.precision import Precision, einsum, operand
 from sae_train.config.sae import SaeConfig
 from sae_train.model.forward import Params
+from sae_train.step.compiler_hints import row_major
+from sae_train.step.latents import Latents
 from sae_train.step.optimiser import remove_parallel
 from sae_train.step.tiles import varying_like
 
@@ -46,8 +48,8 @@ class Encoded:
         active_F: active rows of each latent, over the whole batch.
         pairs_per_row: pairs of row and latent that have a gradient, per row, of the device with the
             most, times the devices along `model`; the dense path doesn't count them.
-        kept: what the gradients are made from: on the dense path pre-activations [T, S, B], on the
-            sparse path `Pairs`.
+        kept: what the gradients are made from: on the dense path an array [T, S, B] that
+            `latents.read_kept` reads, on the sparse path `Pairs`.
         is_sparse: are the gradients made from pairs?
     """
 
@@ -135,7 +137,7 @@ def has_gradient(pre: Array, theta: Array, *, bandwidth: float) -> Bool[Array, "
 
 def tile_gradients(
     W_dec_SD: Float[Array, "S D"],
-    pre_SB: Float[Array, "S B"],
+    latents: Latents,
     *,
     theta_S: Float[Array, " S"],
     g_count_S: Float[Array, " S"],
@@ -148,19 +150,17 @@ def tile_gradients(
     The threshold's is that of θ itself, the decoder's is not yet projected.
 
     Args:
-        pre_SB: their pre-activations.
         theta_S, g_count_S: the tile's part of what `output` has for all latents.
     """
     g_f_SB = einsum("sd,bd->sb", W_dec_SD, output.g_BD, precision=precision)
-    active_SB = pre_SB > theta_S[:, None]
-    window_SB = jnp.abs(pre_SB - theta_S[:, None]) < bandwidth / 2
-    g_pre_SB = jnp.where(active_SB, g_f_SB, 0.0)
-    f_SB = jnp.where(active_SB, pre_SB, 0.0)
+    g_pre_SB = jnp.where(latents.active_SB, g_f_SB, 0.0)
     g_step_SB = output.g_l0_B[None, :] + g_count_S[:, None]
-    g_theta_SB = jnp.where(window_SB, theta_S[:, None] * g_f_SB + g_step_SB, 0.0)
+    g_theta_SB = jnp.where(latents.window_SB, theta_S[:, None] * g_f_SB + g_step_SB, 0.0)
+    W_enc_SD = einsum("sb,bd->sd", g_pre_SB, output.x_BD, precision=precision)
+    W_dec_SD = einsum("sb,bd->sd", latents.f_SB, output.g_BD, precision=precision)
     return {
-        "W_enc": einsum("sb,bd->sd", g_pre_SB, output.x_BD, precision=precision),
-        "W_dec": einsum("sb,bd->sd", f_SB, output.g_BD, precision=precision),
+        "W_enc": row_major(W_enc_SD),
+        "W_dec": row_major(W_dec_SD),
         "b_enc": g_pre_SB.sum(axis=1),
         "threshold": -g_theta_SB.sum(axis=1) / bandwidth,
     }

@@ -27,6 +27,7 @@ from sae_train.config.run import Config, TrainConfig
 from sae_train.config.sae import has_unit_decoder
 from sae_train.model.forward import Params
 from sae_train.model.sharding import table_of
+from sae_train.step.compiler_hints import written_once
 from sae_train.step.schedule import Scheduled
 from sae_train.step.state import TrainState
 
@@ -120,7 +121,9 @@ def update(
     updates, state = chain.update(gradients, state, params)
     new = dict(optax.apply_updates(params, updates))
     if "W_dec" in new and has_unit_decoder(sae.architecture):
-        new["W_dec"] = unit_rows(new["W_dec"])
+        # A GPU's compiler else makes the new rows twice, and copies them to their place.
+        rows_FD = written_once(new["W_dec"], tpus=False)
+        new["W_dec"] = unit_rows(rows_FD)
     if "threshold" in new and sae.threshold.parametrisation == "direct":
         # Released latents are relu(pre) where pre > θ: below 0 the two forms would differ.
         new["threshold"] = jnp.maximum(new["threshold"], 0.0)

@@ -31,6 +31,7 @@ from sae_train.step.gradients import (
     no_sums,
     tile_gradients,
 )
+from sae_train.step.latents import kept_for_gradients, latents_of, read_kept
 from sae_train.step.schedule import Scheduled
 from sae_train.step.tiles import varying_like
 
@@ -50,12 +51,12 @@ def encode_tiles(
     keep: bool,
     precision: Precision,
 ) -> tuple[Array, Array, Array, Array | None, Array]:
-    """(f W_dec, L0 of each row, active rows of each latent, pre-activations, number of pairs).
+    """(f W_dec, L0 of each row, active rows of each latent, what is kept, number of pairs).
 
     Args:
         x_BD: what the encoder multiplies, b_dec subtracted if it is at all.
-        keep: return the pre-activations [T, L, B], the only array of size [B, F]; else None, and
-            pairs that have a gradient are counted instead.
+        keep: return what the gradients need [T, L, B], the only array of size [B, F]; else None,
+            and pairs that have a gradient are counted instead.
     """
 
     multiplied_BD = operand(x_BD, precision=precision)
@@ -64,15 +65,19 @@ def encode_tiles(
         decoded_BD, l0_B, total = carry
         W_enc_LD, W_dec_LD, bias_L, theta_L = operands
         pre_LB = _pre_activations(W_enc_LD, bias_L, multiplied_BD, precision=precision)
-        active_LB = pre_LB > theta_L[:, None]
-        f_LB = jnp.where(active_LB, pre_LB, 0.0)
-        decoded_BD += einsum("lb,ld->bd", f_LB, W_dec_LD, precision=precision)
-        l0_B += active_LB.sum(axis=0, dtype=x_BD.dtype)
+        if keep:
+            kept_LB, latents = kept_for_gradients(
+                pre_LB, theta_S=theta_L, bandwidth=bandwidth, precision=precision
+            )
+        else:
+            kept_LB, latents = None, latents_of(pre_LB, theta_S=theta_L, bandwidth=bandwidth)
+        decoded_BD += einsum("lb,ld->bd", latents.f_SB, W_dec_LD, precision=precision)
+        l0_B += latents.active_SB.sum(axis=0, dtype=x_BD.dtype)
         if not keep:
             found_LB = has_gradient(pre_LB, theta_L[:, None], bandwidth=bandwidth)
             total += found_LB.sum(dtype=jnp.int32).astype(jnp.float32)
-        active_L = active_LB.sum(axis=1, dtype=x_BD.dtype)
-        return (decoded_BD, l0_B, total), (active_L, pre_LB if keep else None)
+        active_L = latents.active_SB.sum(axis=1, dtype=x_BD.dtype)
+        return (decoded_BD, l0_B, total), (active_L, kept_LB)
 
     like = W_enc_FD[0, 0] + x_BD[0, 0]
     zeros = jnp.zeros(x_BD.shape), jnp.zeros(x_BD.shape[0]), jnp.zeros(())
@@ -82,10 +87,10 @@ def encode_tiles(
     )
     # No loop where there is only one tile, for XLA to see through.
     alone = W_enc_FD.shape[0] == tile
-    (decoded_BD, l0_B, total), (active_TL, pre_TLB) = jax.lax.scan(
+    (decoded_BD, l0_B, total), (active_TL, kept_TLB) = jax.lax.scan(
         one_tile, start, operands, unroll=alone
     )
-    return decoded_BD, l0_B, active_TL.reshape(-1), pre_TLB, total
+    return decoded_BD, l0_B, active_TL.reshape(-1), kept_TLB, total
 
 
 def _pre_activations(
@@ -98,7 +103,7 @@ def _pre_activations(
 def update_tiles(
     rows: Rows,
     output: OutputGradients,
-    pre_TLB: Float[Array, "T L B"] | None,
+    kept_TLB: Float[Array, "T L B"] | None,
     num_tiles: int | Array,
     *,
     tile: int,
@@ -110,7 +115,7 @@ def update_tiles(
     """New rows, in place of the old ones, and sums of their gradients.
 
     Args:
-        pre_TLB: pre-activations; None computes each tile's again.
+        kept_TLB: what `encode_tiles` kept; None computes each tile's pre-activations again.
         num_tiles: all of the tiles, or 0 to do nothing.
         update: None leaves the rows as they are; their sums then have the gradients' norm.
     """
@@ -120,20 +125,25 @@ def update_tiles(
     def one_tile(number: int | Array, carry: tuple[Rows, LatentSums]) -> tuple[Rows, LatentSums]:
         rows, sums = carry
         at = number * tile
-        ids_L = at + jnp.arange(tile, dtype=jnp.int32)
-        # Gathers: slices would be fused into what follows, and XLA then copies each whole matrix.
-        own = rows if tile == width else jax.tree.map(partial(_gather, ids_L), rows)
-        if pre_TLB is None:
-            pre_LB = _pre_activations(
-                own[0]["W_enc"], output.bias_F[ids_L], output.x_BD, precision=precision
-            )
+        ids_L = None if tile == width else at + jnp.arange(tile, dtype=jnp.int32)
+        own = jax.tree.map(partial(_part, ids_L), rows)
+        theta_L, g_count_L = _of(output.theta_F, ids_L), _of(output.g_count_F, ids_L)
+        if kept_TLB is None:
+            bias_L = _of(output.bias_F, ids_L)
+            pre_LB = _pre_activations(own[0]["W_enc"], bias_L, output.x_BD, precision=precision)
+            latents = latents_of(pre_LB, theta_S=theta_L, bandwidth=config.sae.bandwidth)
         else:
-            pre_LB = pre_TLB[number]
+            latents = read_kept(
+                kept_TLB[number],
+                theta_S=theta_L,
+                bandwidth=config.sae.bandwidth,
+                precision=precision,
+            )
         gradients = tile_gradients(
             own[0]["W_dec"],
-            pre_LB,
-            theta_S=output.theta_F[ids_L],
-            g_count_S=output.g_count_F[ids_L],
+            latents,
+            theta_S=theta_L,
+            g_count_S=g_count_L,
             output=output,
             bandwidth=config.sae.bandwidth,
             precision=precision,
@@ -152,18 +162,23 @@ def update_tiles(
     return jax.lax.fori_loop(0, num_tiles, one_tile, start)
 
 
-def _gather(ids_L: Array, matrix_FD: Array) -> Array:
-    return matrix_FD.at[ids_L].get(mode="clip")
+def _part(ids_L: Array | None, matrix_FD: Array) -> Array:
+    """The rows of a tile; a gather, for a slice would be fused, and XLA copy the whole matrix."""
+    return matrix_FD if ids_L is None else matrix_FD.at[ids_L].get(mode="clip")
+
+
+def _of(array_F: Array, ids_L: Array | None) -> Array:
+    return array_F if ids_L is None else array_F[ids_L]
 
 
 def updated_rows(
-    own: Rows, gradients: Params, ids_S: Array, *, update: Update, config: Config
+    own: Rows, gradients: Params, ids_S: Array | None, *, update: Update, config: Config
 ) -> Rows:
     """The new rows of some latents.
 
     Args:
         gradients: of these latents; the decoder's not yet projected.
-        ids_S: which latents they are.
+        ids_S: which latents they are; None for all.
     """
     scalars, decay_F = update
     params, second_moment = own
@@ -171,7 +186,7 @@ def updated_rows(
         params,
         {name: gradients[name] for name in params},
         second_moment=second_moment,
-        decay_F=decay_F[ids_S],
+        decay_F=_of(decay_F, ids_S),
         scalars=scalars,
         config=config,
     )

@@ -163,7 +163,7 @@ MUTATIONS = (
     Mutation(
         "touched rows of the decoder aren't made unit again",
         _OPTIMISER,
-        'new["W_dec"] = unit_rows(new["W_dec"])',
+        'new["W_dec"] = unit_rows(rows_FD)',
         'new["W_dec"] = 1.0 * new["W_dec"]',
         f"{_BY_REFERENCE}[l0-log-96]",
     ),
