@@ -8,21 +8,10 @@ If it is within a margin of the float32 product, then all pairs are among the ca
 cheap + margin > θ - ε/2, and float32 pre-activations of the candidates alone give the float32
 step.
 
-**The margin.** bfloat16 has 8 significant bits, so rounding to nearest changes a number by at most
-u = 2⁻⁸ of it. One pass multiplies x̂ = x - e and ŵ = w - d. Then x·w - x̂·ŵ = e·w + x̂·d, and by
-Cauchy and Schwarz
-
-    |x·w - x̂·ŵ| ≤ |e||w| + |x̂||d| ≤ (2u + u²)|x||w|                      (one pass)
-
-Three passes multiply x̂ = h + l by ŵ = h' + l' but for l·l', where e and d are what two bfloat16
-numbers leave, at most 2⁻¹⁶ of x and w:
-
-    |x·w - (h·h' + h·l' + l·h')| ≤ |e||w| + |x̂||d| + |l||l'|              (three passes)
-
-The middle terms are made of norms of rows and of latents that can be computed beforehand, and are
-less than half of the right one. Sums of D products and a bias in float32, in any order, change by
-at most (D + 1) 2⁻²⁴ of (|x||w| + |b|), or by twice that where an accelerator cuts sums off instead
-of rounding them; the cheap product and the float32 one each do so.
+**The margin** of one pass is `sae_train.sparse.search_margin`'s, from norms. Beside it are counted
+what u = 2⁻⁸ and the norms of x and w alone give, and six standard deviations of the error, which
+prove nothing. Three passes multiply x̂ = h + l by ŵ = h' + l' but for l·l', where e and d are what
+two bfloat16 numbers leave, at most 2⁻¹⁶ of x and w: |l||l'| is added to the margin.
 
 **What candidates may cost.** A candidate's pre-activation reads a row of W_enc, 4 D bytes. Per row
 of the batch the product is 2 D F operations at the precision's peak, so D drops out: the tables'
@@ -38,7 +27,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +45,7 @@ from sae_train.checkpoint.trained import Trained, load_trained
 from sae_train.config.file import with_values
 from sae_train.config.run import Config
 from sae_train.plan.accelerators import ACCELERATORS, Accelerator
+from sae_train.sparse.search_margin import Norms, margin, norms
 from sae_train.train.loop import train_cohort
 
 logger = logging.getLogger("candidates")
@@ -71,18 +61,14 @@ GEMMA_SCOPE_BANDWIDTH = 0.001
 
 @dataclass(frozen=True)
 class Operand:
-    """Rows or latents as a cheap product reads them: the norm of each and of what is left out.
+    """Rows or latents as a cheap product reads them.
 
     Attributes:
-        norm_N: |x|.
-        read_N: |x̂|, of what is multiplied.
-        lost_N: |x - x̂|.
-        low_N: |l|, the second of the two numbers; 0 with one pass.
+        norms: of them, of what is read, and of what is not.
+        low_N: |l|, of the second of the two numbers; 0 with one pass.
     """
 
-    norm_N: Float[Array, " N"]
-    read_N: Float[Array, " N"]
-    lost_N: Float[Array, " N"]
+    norms: Norms
     low_N: Float[Array, " N"]
 
 
@@ -90,41 +76,32 @@ def operand(x_ND: Float[Array, "N D"], *, passes: int) -> Operand:
     """The norms of rows for a product in one or three passes."""
     high_ND = rounded_to(x_ND, bits=7)
     low_ND = rounded_to(x_ND - high_ND, bits=7) if passes == 3 else jnp.zeros_like(x_ND)
-    read_ND = high_ND + low_ND
-
-    def norm(rows_ND: Array) -> Array:
-        return jnp.linalg.norm(rows_ND, axis=1) * (1 + 1e-4)  # above its own rounding
-
-    return Operand(norm(x_ND), norm(read_ND), norm(x_ND - read_ND), norm(low_ND))
+    found = norms(x_ND, read_ND=high_ND + low_ND)
+    return Operand(found, norms(low_ND, read_ND=low_ND).whole_N)
 
 
-def margin(
-    x: Operand, w: Operand, bias_F: Float[Array, " F"], *, d_model: int
-) -> Float[Array, "B F"]:
-    """How far a cheap pre-activation may be from the float32 one: the module's bound."""
-    rounding = jnp.outer(x.lost_N, w.norm_N) + jnp.outer(x.read_N, w.lost_N)
-    dropped = jnp.outer(x.low_N, w.low_N)
-    return rounding + dropped + _of_sums(x, w, bias_F, d_model=d_model)
+def proven_margin(
+    x: Operand, w: Operand, *, bias_L: Float[Array, " L"], d_model: int
+) -> Float[Array, "B L"]:
+    """How far a cheap pre-activation may be from the float32 one."""
+    of_rounding = margin(x.norms, w.norms, bias_L=bias_L, d_model=d_model)
+    return of_rounding + jnp.outer(x.low_N, w.low_N)
 
 
 def coarse_margin(
-    x: Operand, w: Operand, bias_F: Float[Array, " F"], *, d_model: int
-) -> Float[Array, "B F"]:
-    """The same of one pass, from the norms |x| and |w| alone."""
-    rounding = (2 * U + U**2) * jnp.outer(x.norm_N, w.norm_N)
-    return rounding + _of_sums(x, w, bias_F, d_model=d_model)
-
-
-def _of_sums(x: Operand, w: Operand, bias_F: Array, *, d_model: int) -> Float[Array, "B F"]:
-    """The rounding of two sums, the cheap one's cut off."""
-    size = jnp.outer(x.norm_N, w.norm_N) * (1 + U) ** 2 + jnp.abs(bias_F)[None, :]
-    return (d_model + 1) * (2.0**-23 + 2.0**-24) * size
+    x: Operand, w: Operand, *, bias_L: Float[Array, " L"], d_model: int
+) -> Float[Array, "B L"]:
+    """The same of one pass, from |x| and |w| alone."""
+    exact = (replace(own.norms, lost_N=jnp.zeros_like(own.low_N)) for own in (x, w))
+    rounding = (2 * U + U**2) * jnp.outer(x.norms.whole_N, w.norms.whole_N)
+    return rounding + margin(*exact, bias_L=bias_L, d_model=d_model) * (1 + U) ** 2
 
 
 def likely_error(x: Operand, w: Operand, *, d_model: int) -> Float[Array, "B F"]:
     """The standard deviation of a cheap product's error if roundings were independent."""
-    squares = jnp.outer(x.lost_N, w.norm_N) ** 2 + jnp.outer(x.read_N, w.lost_N) ** 2
-    return jnp.sqrt(squares / d_model)
+    of_rows = jnp.outer(x.norms.lost_N, w.norms.whole_N)
+    of_latents = jnp.outer(x.norms.read_N, w.norms.lost_N)
+    return jnp.sqrt((of_rows**2 + of_latents**2) / d_model)
 
 
 @jax.jit
@@ -143,10 +120,10 @@ def counts(
     for passes, precision in ((1, "bfloat16"), (3, "bfloat16_3x")):
         x, w = operand(x_BD, passes=passes), operand(W_LD, passes=passes)
         cheap_BL = EMULATED[precision]("bd,ld->bl", x_BD, W_LD) + bias_L[None, :]
-        margins = {"proven": margin(x, w, bias_L, d_model=d_model)}
+        margins = {"proven": proven_margin(x, w, bias_L=bias_L, d_model=d_model)}
         found[f"worst_{passes}"] = (jnp.abs(cheap_BL - pre_BL) / margins["proven"]).max()
         if passes == 1:
-            margins["coarse"] = coarse_margin(x, w, bias_L, d_model=d_model)
+            margins["coarse"] = coarse_margin(x, w, bias_L=bias_L, d_model=d_model)
             margins["likely"] = 6 * likely_error(x, w, d_model=d_model)
         for name, margin_BL in margins.items():
             candidates_BL = cheap_BL + margin_BL > edge_1L
@@ -208,7 +185,15 @@ def folders(store: str, root: Path, widths: Sequence[int]) -> list[Path]:
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """The Markdown of docs/performance.md."""
-    head = ["store", "width", "ε", "L0", "pairs", "one pass, 2u", "one pass, norms"]
+    head = [
+        "store",
+        "width",
+        "ε",
+        "L0",
+        "pairs",
+        "one pass, \\|x\\|\\|w\\| alone",
+        "one pass, as built",
+    ]
     head += ["three passes, norms", "one pass, 6σ (lost)", "error / margin, one pass", "three"]
     lines = []
     for one in results:
@@ -222,8 +207,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 def affordable(accelerator: Accelerator, *, passes: int) -> tuple[float, float]:
     """Candidates per latent: as fast as the float32 product, as slow as the cheap one again."""
-    exact = 1 / accelerator.float32_flops
-    cheap = passes / accelerator.bfloat16_flops
+    exact = 1 / accelerator.flops["float32"]
+    cheap = passes / accelerator.flops["bfloat16"]
     rows = accelerator.hbm_bandwidth / 2  # of W_enc read in the time of one operation a latent
     return (exact - cheap) * rows, cheap * rows
 

@@ -55,7 +55,7 @@ logger = logging.getLogger("precision")
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "tf32", "bfloat16_3x")
 TARGETS = (20, 50, 100)
 SEEDS = (0, 1)
-SEQUENCES, LOSS_SEQUENCES = 32, 6
+SEQUENCES, LOSS_SEQUENCES = 24, 4
 
 # 600 steps, as in `make bench-quality`, of half its rows.
 COMMON = {

@@ -13,7 +13,7 @@ words, P positions for pairs, Q pairs written at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from activation_cache.precision import Precision, einsum, operand
+from activation_cache.precision import Precision, einsum, operand, rounded
+from sae_train.sparse.search_margin import Norms, margin, norms
 from sae_train.step.gradients import has_gradient
 from sae_train.step.tiles import tile_of, varying_like
 
@@ -121,6 +122,7 @@ def select_pairs(
     bandwidth: float,
     capacity: int,
     precision: Precision,
+    searched_rounded: bool = False,
 ) -> Pairs:
     """Candidates of pre = x W_encᵀ + bias; the product is made tile by tile and not kept.
 
@@ -128,17 +130,18 @@ def select_pairs(
         x_BD: what the encoder multiplies, b_dec subtracted if it is at all.
         capacity: P, the positions for pairs. If there are more, the first P of them are kept and
             `total` says how many there are.
+        searched_rounded: find float32's pairs by a bfloat16 product and a margin
+            (`search_margin`). What is found in vain is kept: it adds zeros to every gradient.
     """
     num_latents, d_model = W_enc_FD.shape
     tile = tile_of(num_latents)
     num_tiles = num_latents // tile
     start = _nothing(capacity, like=W_enc_FD[0, 0] * x_BD[0, 0])
-    x_BD = operand(x_BD, precision=precision)
+    searched = _searched(x_BD, precision=precision, rounded_to_search=searched_rounded)
 
     def one_tile(carry, inputs):
         W_LD, bias_L, theta_L, first = inputs
-        product_BL = einsum("bd,fd->bf", x_BD, W_LD, precision=precision)
-        pre_BL = product_BL + bias_L[None, :]
+        product_BL, pre_BL = searched(W_LD, bias_L)
         lists, filled, total = carry
         counts_L, lists, written = append(
             product_BL,
@@ -159,6 +162,8 @@ def select_pairs(
         jnp.arange(num_tiles, dtype=jnp.int32) * tile,
     )
     (lists, filled, total), counts_TL = jax.lax.scan(one_tile, start, tiles)
+    if searched_rounded:
+        lists = _in_float32(lists, filled, W_enc_FD, bias_F, x_BD)
     row_P, latent_P, pre_P = (array[:capacity] for array in lists)
     held_P = jnp.arange(capacity) < filled
     return Pairs(
@@ -168,6 +173,55 @@ def select_pairs(
         counts_F=counts_TL.reshape(num_latents),
         total=total,
     )
+
+
+def _searched(
+    x_BD: Array, *, precision: Precision, rounded_to_search: bool
+) -> Callable[[Array, Array], tuple[Array, Array]]:
+    """Of a tile's weights and biases: the product, and pre-activations that are at least float32's.
+
+    With `rounded_to_search` the product is of operands in bfloat16; else both are as they are.
+    """
+    assert not rounded_to_search or precision == "float32", precision
+    search: Precision = "bfloat16" if rounded_to_search else precision
+    multiplied_BD = operand(x_BD, precision=search)
+    norms_B = _norms(x_BD) if rounded_to_search else None
+
+    def of_tile(W_LD: Array, bias_L: Array) -> tuple[Array, Array]:
+        product_BL = einsum("bd,fd->bf", multiplied_BD, W_LD, precision=search)
+        pre_BL = product_BL + bias_L[None, :]
+        if norms_B is not None:
+            d_model = x_BD.shape[1]
+            pre_BL = pre_BL + margin(norms_B, _norms(W_LD), bias_L=bias_L, d_model=d_model)
+        return product_BL, pre_BL
+
+    return of_tile
+
+
+def _norms(x_ND: Array) -> Norms:
+    return norms(x_ND, read_ND=rounded(x_ND, precision="bfloat16"))
+
+
+def _in_float32(
+    lists: tuple[Array, Array, Array],
+    filled: Int[Array, ""],
+    W_enc_FD: Array,
+    bias_F: Array,
+    x_BD: Array,
+) -> tuple[Array, Array, Array]:
+    """The lists with the pre-activations of those that are filled made again, a block at a time."""
+    row_P, latent_P, _ = lists
+
+    def one_block(block: Array, pre_P: Array) -> Array:
+        at = block * WRITTEN_AT_ONCE
+        row_Q, latent_Q = (
+            jax.lax.dynamic_slice_in_dim(ids_P, at, WRITTEN_AT_ONCE) for ids_P in (row_P, latent_P)
+        )
+        pre_Q = (x_BD[row_Q] * W_enc_FD[latent_Q]).sum(axis=1) + bias_F[latent_Q]
+        return jax.lax.dynamic_update_slice_in_dim(pre_P, pre_Q, at, axis=0)
+
+    num_blocks = -(-filled // WRITTEN_AT_ONCE)
+    return row_P, latent_P, jax.lax.fori_loop(0, num_blocks, one_block, lists[2])
 
 
 def append(

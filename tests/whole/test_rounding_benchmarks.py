@@ -5,13 +5,15 @@ Legend: B rows, D model width, F latents.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
 from activation_cache import precision as products
-from benchmarks.precision.candidates import coarse_margin, counts, margin, operand
+from benchmarks.precision.candidates import coarse_margin, counts, operand, proven_margin
 from benchmarks.precision.emulation import EMULATED, emulation
 from benchmarks.precision.quality import TARGETS, Cell, Measured, Row, curve_at, table
 
@@ -86,12 +88,12 @@ def test_no_cheap_product_is_further_from_the_exact_one_than_the_margin(passes, 
     precision: products.Precision = "bfloat16" if passes == 1 else "bfloat16_3x"
     cheap_BF = _emulated(precision, x_BD, W_FD)
     x, W = (operand(jnp.asarray(rows), passes=passes) for rows in (x_BD, W_FD))
-    zero_F = jnp.zeros(len(W_FD))
+    sizes: Any = {"bias_L": jnp.zeros(len(W_FD)), "d_model": x_BD.shape[1]}
     error_BF = np.abs(cheap_BF - _in_float64(x_BD, W_FD))
-    bound_BF = np.asarray(margin(x, W, zero_F, d_model=x_BD.shape[1]), np.float64)
+    bound_BF = np.asarray(proven_margin(x, W, **sizes), np.float64)
     assert (error_BF <= bound_BF).all()
     if passes == 1:
-        coarse_BF = np.asarray(coarse_margin(x, W, zero_F, d_model=x_BD.shape[1]))
+        coarse_BF = np.asarray(coarse_margin(x, W, **sizes))
         assert (bound_BF <= coarse_BF * (1 + 1e-3)).all()
         if rows == "adversarial":  # and the bound is no larger than it must be
             assert (error_BF / coarse_BF).max() > 0.98

@@ -70,6 +70,30 @@ def test_pairs_are_all_that_are_active_or_in_the_window(B: int, F: int, parts: P
     assert set(np.asarray(found.latent_P[total:]).tolist()) <= {F}
 
 
+def test_a_bfloat16_product_finds_all_of_float32_s_pairs_and_few_more():
+    B, F = 100, 200
+    W_enc, bias, theta, x = random_case(B=B, F=F, D=64)
+    theta = 10 * theta
+    options: dict[str, Any] = {"bandwidth": 2.0, "capacity": B * F, "precision": "float32"}
+
+    def searched(rounded: bool) -> np.ndarray:
+        """Pre-activations [B, F] of what was found, NaN elsewhere."""
+        select = partial(active_pairs.select_pairs, **options, searched_rounded=rounded)
+        found = jax.device_get(jax.jit(select)(W_enc, bias, theta, x))
+        assert int(found.total) == found.counts_F.sum()
+        pre_BF = np.full((B, F + 1), np.nan)  # the last column takes what holds no pair
+        pre_BF[found.row_P, found.latent_P] = found.pre_P
+        return pre_BF[:, :F]
+
+    plain_BF, found_BF = searched(False), searched(True)
+    pairs_BF = np.isfinite(plain_BF)
+    np.testing.assert_allclose(found_BF[pairs_BF], plain_BF[pairs_BF], atol=1e-4)
+    in_vain_BF = np.isfinite(found_BF) & ~pairs_BF
+    assert 0.01 < in_vain_BF.sum() / pairs_BF.sum() < 0.2
+    edge_BF = np.broadcast_to(np.asarray(theta) - 1.0, (B, F))
+    assert (found_BF[in_vain_BF] <= edge_BF[in_vain_BF] + 1e-4).all()  # so without a gradient
+
+
 def test_pairs_without_a_place_are_counted(parts: Parts):
     case = random_case(B=64, F=96)
     whole, few = (select(parts, *case, capacity=capacity) for capacity in (64 * 96, 100))

@@ -20,6 +20,7 @@ import pytest
 
 from sae_train.config.run import Config
 from sae_train.model.sharding import make_mesh
+from sae_train.sparse.kernels import backend
 from sae_train.step.schedule import scheduled
 from sae_train.step.state import TrainState, init_state
 from sae_train.train.train_step import StepMetrics, make_train_step
@@ -219,6 +220,22 @@ def test_pairs_on_many_meshes(data: int, model: int, capacity: int):
     if (data, model) == (4, 2):
         again, _ = run(config, 40)
         jax.tree.map(np.testing.assert_array_equal, again, meshed)
+
+
+def test_steps_whose_pairs_a_bfloat16_product_finds_are_float32_s(monkeypatch: pytest.MonkeyPatch):
+    """As on an accelerator: with more candidates than pairs, and the same training."""
+    monkeypatch.setattr(backend, "_finds_float32_by_bfloat16", lambda config, mesh: True)
+    plain, plain_metrics = on_one_device(F)
+    config = make_config(**ON_MESHES, step="sparse", sparse_capacity=F, mesh=(2, 4))
+    mesh = make_mesh(config.mesh)
+    step_function = make_train_step(config, input_scale=2.0, mesh=mesh)
+    state, candidates = init_state(config.sae, d_model=D, seed=1, mesh=mesh), []
+    for step, batch in enumerate(_batches[_whatever_the_way(config)][: len(plain_metrics)]):
+        state, metrics = step_function(state, batch, scheduled(config.train, step=step))
+        candidates.append(float(metrics.sparse_candidates))
+    pairs = [float(metrics.sparse_candidates) for metrics in plain_metrics]
+    assert np.mean(candidates) > 1.001 * np.mean(pairs)
+    assert_same_training(jax.device_get(state), plain)
 
 
 def test_one_device_with_too_many_pairs_is_enough_to_fall_back():
