@@ -21,7 +21,7 @@ from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.runtime.processes import launched_index
 from activation_cache.runtime.version import package_version
 from activation_cache.storage.files import disk_refusal
-from launch import commands, console, exit_codes
+from launch import commands, console, exit_codes, explaining
 from launch.processes import group
 from launch.processes.signals import StopFlag, stop_on_signals
 
@@ -132,6 +132,21 @@ COMMANDS = (
                 "launch.on names a cluster; run and submit nothing",
             ),
         ),
+    ),
+    Command(
+        name="explain",
+        handler=explaining.explain,
+        summary="say in words what latents stand for, and test the words",
+        details="Asks a model behind an OpenAI-compatible endpoint about each latent of the "
+        "folder, and writes explanations.parquet beside what `sae latents` wrote. Says first how "
+        "many calls that takes. The key is read from the variable OPENAI_API_KEY. Answers are "
+        "kept: what was answered once is not asked again.",
+        example="sae explain runs/demo --sample 50 --url http://localhost:8000/v1 --model qwen3-8b",
+        metavar="FOLDER",
+        target="a run's folder with latents, or a sweep's",
+        overrides=False,
+        options=explaining.SWITCHES,
+        settings=explaining.SETTINGS,
     ),
     Command(
         name="report",

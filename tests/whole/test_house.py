@@ -41,6 +41,7 @@ ORDER = (
     "sae_train.train",
     "sae_train.evaluate",
     "sae_train.latents",
+    "sae_train.explain",
     "sae_train.release",
     "sae_train.report",
     "sae_train.plan",
@@ -56,6 +57,7 @@ ORDER = (
     "launch.targets",
     "launch.clusters",
     "launch.show",
+    "launch.explaining",
     "launch.commands",
     "launch.cli",
     "launch.demo",
@@ -72,6 +74,7 @@ NEVER = {"torch", "transformers", "sae_lens", "pandas"}  # tests only
 AT_HOME = {
     "datasets": {"activation_cache/text/sources.py"},
     "huggingface_hub": {"activation_cache/storage/hub.py"},
+    "httpx": {"sae_train/explain/endpoint.py"},
     "tensorboardX": {"sae_train/runs/metrics_file.py"},
     "wandb": {"sae_train/runs/wandb_log.py"},
     "gcsfs": {"activation_cache/storage/bucket_client.py"},
