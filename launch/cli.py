@@ -24,6 +24,7 @@ from activation_cache.storage.files import disk_refusal
 from launch import commands, console, exit_codes, explaining
 from launch.processes import group
 from launch.processes.signals import StopFlag, stop_on_signals
+from launch.show import neuronpedia
 
 logger = logging.getLogger(__name__)
 
@@ -112,9 +113,18 @@ COMMANDS = (
                 "of a sweep with transcoders for every layer: write sets of them that "
                 "circuit-tracer loads, into release/circuit_tracer",
             ),
+            *neuronpedia.SWITCHES,
         ),
         settings=(
-            ("--upload", {"help": "a repository of the Hub, organisation/name, to send it to"}),
+            (
+                "--upload",
+                {
+                    "help": "a repository of the Hub, organisation/name, to send the release to; "
+                    "or the word neuronpedia, to send the latents there (key: the variable "
+                    "NEURONPEDIA_API_KEY)"
+                },
+            ),
+            *neuronpedia.SETTINGS,
         ),
     ),
     Command(

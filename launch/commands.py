@@ -179,11 +179,13 @@ def export(arguments: argparse.Namespace, stop: StopFlag) -> int:
     Raises:
         UserError: nothing is trained yet, no such repository, or --dry-run without --upload.
     """
+    from launch.show import neuronpedia
     from launch.show.publish import check_repository, publish
 
     if arguments.dry_run and arguments.upload is None:
         raise UserError("--dry-run lists what --upload would send: give both")
-    if arguments.upload is not None:
+    to_neuronpedia = arguments.upload == neuronpedia.FOLDER
+    if arguments.upload is not None and not to_neuronpedia:
         check_repository(arguments.upload)
     config = target_config(arguments.target)
     if arguments.circuit_tracer and config.sweep is None:
@@ -191,6 +193,9 @@ def export(arguments: argparse.Namespace, stop: StopFlag) -> int:
             f"--circuit-tracer writes a transcoder of every layer and {arguments.target} is one "
             "run: give the config or the folder of a sweep over the layers"
         )
+    if arguments.neuronpedia or to_neuronpedia:
+        neuronpedia.export(config, released_or_trained(config), arguments, stop)
+        return 0
     with stop.at_once():
         folders = trained_folders(config)
         if config.sweep is None:

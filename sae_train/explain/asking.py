@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
-from activation_cache.runtime.errors import Interrupted
+from activation_cache.runtime.errors import Interrupted, UserError
+from activation_cache.runtime.json_post import Stopped
 from activation_cache.runtime.progress import ProgressMeter
-from sae_train.explain.endpoint import Endpoint, EndpointError, QuestionRefused, Stopped
+from sae_train.explain.endpoint import Endpoint, QuestionRefused
 from sae_train.explain.question import Answer, Answers, Question
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def ask_all(
     todo = {key: one for one in questions if answers.get(key := one.key(model)) is None}
     pending = iter(todo.items())
     running: dict[Future[Answer], tuple[str, Question]] = {}
-    error: EndpointError | None = None
+    error: UserError | None = None
     asked = 0
     with (
         ProgressMeter(what, total=len(todo), unit="calls") as meter,
@@ -79,11 +80,11 @@ def ask_all(
 
 def _collect(
     future: Future[Answer], key: str, question: Question, *, answers: Answers, tally: Tally
-) -> EndpointError | None:
+) -> UserError | None:
     """Keep an answer; returns the error that ends everything, if it came instead."""
     try:
         answer = future.result()
-    except EndpointError as error:
+    except UserError as error:
         return error
     except QuestionRefused as refused:
         logger.warning("latent %d, %s: %s", question.latent, question.kind, refused)

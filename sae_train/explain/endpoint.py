@@ -1,4 +1,4 @@
-"""An OpenAI-compatible chat endpoint: one question, one answer, whatever goes wrong between.
+"""An OpenAI-compatible chat endpoint: one question, one answer.
 
 Hosted services, routers, vLLM, llama.cpp and `transformers serve` have this interface, and each
 leaves something out: what an endpoint refuses (log-probabilities, `temperature`, the name
@@ -7,25 +7,19 @@ leaves something out: what an endpoint refuses (log-probabilities, `temperature`
 
 from __future__ import annotations
 
-import email.utils
 import logging
 import math
-import random
 import re
-import threading
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
 from activation_cache.runtime.errors import UserError
+from activation_cache.runtime.json_post import JsonPost, Unanswered
 from sae_train.explain.question import Answer, Question
 
 logger = logging.getLogger(__name__)
 
 KEY, URL, MODEL = "OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_MODEL"
-ATTEMPTS = 7  # pauses of 1, 2, 4, 8, 16 and 32 seconds between them
-_NONSENSE = "something else than a chat completion"
-LONGEST_PAUSE = 600.0  # seconds that a server may ask us to wait
 
 
 class EndpointError(UserError):
@@ -34,10 +28,6 @@ class EndpointError(UserError):
 
 class QuestionRefused(Exception):
     """The endpoint takes questions, and not this one."""
-
-
-class Stopped(Exception):
-    """`Endpoint.stop` was called while this question waited."""
 
 
 @dataclass(frozen=True)
@@ -65,33 +55,17 @@ class Endpoint:
         Raises:
             UserError: httpx is not installed, or the URL is none.
         """
-        try:
-            import httpx
-        except ImportError as error:
-            raise UserError(
-                "`sae explain` needs httpx: pip install 'open-gemma-scope[explain]'"
-            ) from error
-        if not re.match(r"https?://[^/\s]+", settings.url):
-            raise UserError(
-                f"{settings.url} is no address of an endpoint: give one that begins with http:// "
-                f"or https://, as --url http://localhost:8000/v1, or in {URL}"
-            )
         self.settings = settings
-        self._pause = pause
-        self._left_out: set[str] = set()
-        self._not_before = 0.0
-        self._worked = False
-        self._stopped = threading.Event()
         headers = {"Authorization": f"Bearer {settings.key}"} if settings.key else {}
-        try:
-            self._client = httpx.Client(headers=headers, timeout=settings.timeout)
-        except (UnicodeEncodeError, ValueError) as error:
-            raise UserError(f"the key in {KEY} can't be sent: it isn't plain ASCII") from error
-        self._transport_error, self._timeout_error = httpx.HTTPError, httpx.TimeoutException
+        self._post = JsonPost(
+            settings.url, headers, secret=settings.key, timeout=settings.timeout, pause=pause
+        )
+        self._left_out: set[str] = set()
+        self._worked = False
 
     def stop(self) -> None:
         """End all pauses: questions that aren't sent yet raise `Stopped`."""
-        self._stopped.set()
+        self._post.stop()
 
     def ask(self, question: Question) -> Answer:
         """The answer to one question, asked again after pauses while the endpoint is busy.
@@ -101,48 +75,27 @@ class Endpoint:
             QuestionRefused: it refuses this question, or what it says isn't an answer.
             Stopped: `stop` was called.
         """
-        problem = ""
-        for attempt in range(ATTEMPTS):
-            self._wait_for_turn()
-            pause = self._pause * 2**attempt * random.uniform(1.0, 1.25)
+        while True:
             try:
-                response = self._client.post(self._address, json=self._body(question))
-            except self._timeout_error:
-                problem = f"gave no answer within {self.settings.timeout:g} seconds (--timeout)"
-            except self._transport_error as error:
-                problem = f"can't be reached ({error or type(error).__name__})"
-            else:
-                if response.is_success:
-                    answer = _answer(question, response)
-                    if answer is not None:
-                        self._worked = True
-                        return answer
-                    problem = f"answers with {_NONSENSE}: {self._said(response)}"
-                elif self._is_busy(response):
-                    problem = f"answers with status {response.status_code}: {self._said(response)}"
-                    pause = max(pause, self._asked_to_wait(response))
-                else:
-                    self._refused(response)  # raises, or leaves something out
-                    pause = 0.0
-            if attempt < ATTEMPTS - 1:
-                self._not_before = max(self._not_before, time.monotonic() + pause)
-        if self._worked and _NONSENSE in problem:
-            raise QuestionRefused(problem)
-        raise EndpointError(
-            f"{self.settings.url} {problem}. Asked {ATTEMPTS} times; the answers so far are kept, "
-            "and the same command continues"
-        )
-
-    @property
-    def _address(self) -> str:
-        return self.settings.url.rstrip("/") + "/chat/completions"
-
-    def _wait_for_turn(self) -> None:
-        while (seconds := self._not_before - time.monotonic()) > 0:
-            if self._stopped.wait(seconds):
-                break
-        if self._stopped.is_set():
-            raise Stopped
+                response = self._post.send(
+                    "/chat/completions",
+                    self._body(question),
+                    is_sound=lambda response: _answer(question, response) is not None,
+                )
+            except Unanswered as error:
+                what = "not with a chat completion: it " if error.was_unsound else ""
+                if self._worked and error.was_unsound:
+                    raise QuestionRefused(f"{what}{error}") from error
+                raise EndpointError(
+                    f"{self.settings.url} {what and 'answers, '}{what}{error}; the answers so far "
+                    "are kept, and the same command continues"
+                ) from error
+            if response.is_success:
+                self._worked = True
+                answer = _answer(question, response)
+                assert answer is not None
+                return answer
+            self._refused(response)  # raises, or leaves something out
 
     def _body(self, question: Question) -> dict[str, Any]:
         body = {"model": self.settings.model, **question.body(), "stream": False}
@@ -154,25 +107,6 @@ class Endpoint:
                 body.pop("top_logprobs", None)
         return body
 
-    @staticmethod
-    def _is_busy(response: Any) -> bool:
-        return response.status_code in (408, 409, 425, 429) or response.status_code >= 500
-
-    def _asked_to_wait(self, response: Any) -> float:
-        """Seconds that the header Retry-After asks for, which is a number or a date."""
-        text = response.headers.get("Retry-After", "")
-        try:
-            seconds = float(text)
-        except ValueError:
-            date = email.utils.parsedate_to_datetime(text) if _is_date(text) else None
-            seconds = date.timestamp() - time.time() if date else 0.0
-        if not seconds < LONGEST_PAUSE:
-            raise EndpointError(
-                f"{self.settings.url} asks for a pause of {seconds:,.0f} seconds and the longest "
-                f"is {LONGEST_PAUSE:g}: give the same command again later, it continues"
-            )
-        return max(seconds, 0.0)
-
     def _refused(self, response: Any) -> None:
         """Leave out of later questions what the endpoint doesn't know.
 
@@ -180,7 +114,7 @@ class Endpoint:
             EndpointError: it refuses the key, or every question.
             QuestionRefused: it refuses this question.
         """
-        status, said = response.status_code, self._said(response)
+        status, said = response.status_code, self._post.said(response)
         if status in (401, 403):
             given = "the key in" if self.settings.key else "no key: set"
             raise EndpointError(
@@ -197,18 +131,6 @@ class Endpoint:
             f"{self.settings.url} answers with status {status}: {said}. Is the address right "
             f"(it ends before /chat/completions), and does it have {self.settings.model}?"
         )
-
-    def _said(self, response: Any) -> str:
-        """The start of what the endpoint sent, without the key, should it repeat that."""
-        text = response.text[:2000]
-        if self.settings.key:
-            text = text.replace(self.settings.key, "***")
-        text = re.sub(r"\s+", " ", "".join(one if one.isprintable() else " " for one in text))
-        return text.strip()[:200] or "nothing"
-
-
-def _is_date(text: str) -> bool:
-    return email.utils.parsedate(text) is not None
 
 
 def _answer(question: Question, response: Any) -> Answer | None:

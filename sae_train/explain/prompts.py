@@ -63,7 +63,7 @@ _FUZZING = _LATENT + (
 )
 _JUDGE_SHOT = (
     "Explanation: days of the week\n1. she left on{} Monday{} at noon\n2. the{} sea{} was calm\n"
-    "3. it rained{} Tuesday{} night",
+    "3. it rained{} Tuesday{} night\nAnswer with 3 numbers.",
     "[1,0,1]",
 )
 _SIMULATION = _LATENT + (
@@ -72,7 +72,8 @@ _SIMULATION = _LATENT + (
     "0 (not at all) to 10. Answer with a list of one number per token, and nothing else."
 )
 _SIMULATION_SHOT = (
-    "Explanation: days of the week\n0 'see'\n1 ' you'\n2 ' on'\n3 ' Friday'\n4 '.'",
+    "Explanation: days of the week\n0 'see'\n1 ' you'\n2 ' on'\n3 ' Friday'\n4 '.'\n"
+    "Answer with 5 numbers.",
     "[0,0,0,10,0]",
 )
 
@@ -116,6 +117,7 @@ def judge_question(
     shown = f"Explanation: {explanation}\n" + "\n".join(
         f"{number}. {text}" for number, text in enumerate(texts, start=1)
     )
+    shown += f"\nAnswer with {len(texts)} numbers."
     return _ask(kind, latent, (system, *shot), shown, max_tokens, digits=True)
 
 
@@ -126,6 +128,7 @@ def simulation_question(
     shown = f"Explanation: {explanation}\n" + "\n".join(
         f"{number} {token!r}" for number, token in enumerate(tokens)
     )
+    shown += f"\nAnswer with {len(tokens)} numbers."
     return _ask("simulation", latent, (_SIMULATION, *_SIMULATION_SHOT), shown, max_tokens)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from sae_train.config.run import Config
+
 Tree = Literal["gemma_scope", "gemma_scope_2"]
 
 GEMMA_SCOPE_SITES: dict[str, str] = {
@@ -25,3 +27,14 @@ def width_name(width: int) -> str:
     if width % 2**20 == 0:
         return f"{width // 2**20}m"
     return f"{width // 1000}k" if width >= 1000 else str(width)
+
+
+def sparsity_name(config: Config) -> str:
+    """The setting that decides how sparse a run is, and its seed: `coefficient_0.001_seed_1`."""
+    values = config.train.sparsity.model_dump()
+    if config.sae.k is not None:
+        setting = f"k_{config.sae.k}"
+    else:
+        key = "target" if "target" in values else "coefficient"
+        setting = f"{key}_{values[key]:g}"
+    return setting + (f"_seed_{config.train.seed}" if config.train.seed else "")

@@ -2,6 +2,7 @@
 
     release/circuit_tracer/transcoder_all/width_16k_l0_small/
       layer_0.safetensors ...      one file per layer
+      features/                    where all runs have latents (circuit_tracer_features.py)
       config.yaml                  written last
 
 circuit-tracer replaces every MLP of the model, so a set with a layer missing is of no use to it.
@@ -29,8 +30,10 @@ from sae_train.inference.circuit_tracer import (
     write_set_config,
 )
 from sae_train.inference.fold import fold
+from sae_train.latents.reader import has_latents, open_latents
+from sae_train.release.circuit_tracer_features import write_features
 from sae_train.release.export import check_same
-from sae_train.release.suite_names import width_name
+from sae_train.release.suite_names import sparsity_name, width_name
 from sae_train.runs.folder import RELEASE
 
 logger = logging.getLogger(__name__)
@@ -116,18 +119,11 @@ def find_sets(
 
 def _name(config: Config) -> str:
     """A set's name from what its runs share, as a suite would call it."""
-    sae, sparsity = config.sae, config.train.sparsity
+    sae = config.sae
     kind = "" if sae.architecture == "jumprelu" else f"_{sae.architecture}"
     affine = "_affine" if sae.affine_skip else ""
-    if sae.k is not None:
-        setting = f"k_{sae.k}"
-    else:
-        values = sparsity.model_dump()
-        key = "target" if "target" in values else "coefficient"
-        setting = f"{key}_{values[key]:g}"
-    seed = f"_seed_{config.train.seed}" if config.train.seed else ""
     read = "" if sae.site == "mlp_in" else f"{sae.site}_"
-    return f"transcoders/{read}width_{width_name(sae.width)}{kind}{affine}/{setting}{seed}"
+    return f"transcoders/{read}width_{width_name(sae.width)}{kind}{affine}/{sparsity_name(config)}"
 
 
 def _write(found: TranscoderSet, target: StoragePath) -> StoragePath:
@@ -140,6 +136,16 @@ def _write(found: TranscoderSet, target: StoragePath) -> StoragePath:
         path = write_layer(sae, make_folder(target))
         with on_disk(target, (path.name,)) as here:
             check_same(sae, read_layer(here / path.name, config=config), path=path)
+    without = [run for run in found.runs.values() if not has_latents(run)]
+    if without:
+        logger.warning(
+            "%s has no features for circuit-tracer's page, for %d of its runs have no latents: "
+            "write them with `sae latents` and export again",
+            target,
+            len(without),
+        )
+    else:
+        write_features({layer: open_latents(run) for layer, run in found.runs.items()}, target)
     write_set_config(config, target)
     logger.info("%s: %d transcoders, every file read back", target, len(found.runs))
     return target

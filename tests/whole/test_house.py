@@ -74,7 +74,7 @@ NEVER = {"torch", "transformers", "sae_lens", "pandas"}  # tests only
 AT_HOME = {
     "datasets": {"activation_cache/text/sources.py"},
     "huggingface_hub": {"activation_cache/storage/hub.py"},
-    "httpx": {"sae_train/explain/endpoint.py"},
+    "httpx": {"activation_cache/runtime/json_post.py"},
     "tensorboardX": {"sae_train/runs/metrics_file.py"},
     "wandb": {"sae_train/runs/wandb_log.py"},
     "gcsfs": {"activation_cache/storage/bucket_client.py"},

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
+from activation_cache.runtime import json_post
 from activation_cache.runtime.errors import Interrupted
 from launch.cli import main
-from sae_train.explain import endpoint as endpoint_module
 from sae_train.explain.asking import Tally, ask_all
 from sae_train.explain.endpoint import Endpoint, EndpointSettings
 from sae_train.explain.measures import area_under_curve, balanced_accuracy, correlation
-from sae_train.explain.question import Answers, Question
+from sae_train.explain.question import Answer, Answers, Question
 from sae_train.explain.scoring import asked
 from sae_train.explain.texts import WINDOW, Drawn, draw, join
 from sae_train.latents.reader import Latents, open_latents
@@ -59,7 +59,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEndpoint]:
         monkeypatch.setenv("OPENAI_BASE_URL", state.url)
         monkeypatch.setenv("OPENAI_MODEL", "a-model")
         monkeypatch.setenv("OPENAI_API_KEY", KEY)
-        monkeypatch.setattr(endpoint_module, "ATTEMPTS", 2)
+        monkeypatch.setattr(json_post, "ATTEMPTS", 2)
         state.script = knowing
         yield state
 
@@ -72,7 +72,7 @@ def knowing(body: Body) -> Response:
     """Explains each latent by its first text, and finds that text's latent again."""
     if is_explanation(body):
         return completion("Explanation: " + asked_about(body).splitlines()[0][:40])
-    lines = asked_about(body).splitlines()[1:]
+    lines = asked_about(body).splitlines()[1:-1]
     return completion(json.dumps([len(line) % 2 for line in lines]))
 
 
@@ -129,7 +129,7 @@ def test_an_interrupted_command_continues(run: Path, fake: FakeEndpoint, capsys)
     )
     options = ("--latents", "0-3", "--parallel", "1")
     monkey = pytest.MonkeyPatch()
-    monkey.setattr(endpoint_module.random, "uniform", lambda low, high: 0.001)
+    monkey.setattr(json_post.random, "uniform", lambda low, high: 0.001)
     assert explain(run, *options) == 2
     monkey.undo()
     assert "status 503: down. Asked 2 times; the answers so far are kept" in capsys.readouterr().err
@@ -151,14 +151,14 @@ def test_a_line_that_a_kill_cut_short_is_asked_again(tmp_path: Path, fake: FakeE
     path = tmp_path / "answers.jsonl"
     question = Question("explanation", 0, (("user", "\udc80 half a character"),), 9)
     with Answers(path) as answers:
-        answers.add("a", question, endpoint_module.Answer("first", ones=(0.5,)))
-        answers.add("b", question, endpoint_module.Answer("second"))
+        answers.add("a", question, Answer("first", ones=(0.5,)))
+        answers.add("b", question, Answer("second"))
     assert len(question.key("m")) == 64
     path.write_bytes(path.read_bytes()[:-9])
     with Answers(path) as answers:
-        assert answers.get("a") == endpoint_module.Answer("first", ones=(0.5,))
+        assert answers.get("a") == Answer("first", ones=(0.5,))
         assert answers.get("b") is None
-        answers.add("b", question, endpoint_module.Answer("again"))
+        answers.add("b", question, Answer("again"))
     with Answers(path) as answers:
         assert answers.get("b").text == "again"
     path.write_text("3\n" + path.read_text())
@@ -217,7 +217,8 @@ def test_an_explanation_that_knows_scores_1_and_another_s_scores_less(
         text = asked_about(body)
         if is_explanation(body):
             return completion(f"Explanation: {next(i for key, i in shown.items() if key in text)}")
-        first, *lines = text.splitlines()
+        first, *lines, last = text.splitlines()
+        assert last == f"Answer with {len(lines)} numbers."
         texts = drawn[int(first.removeprefix("Explanation: "))].active
         right = {one.text for one in texts} | {one.marked() for one in texts}
         return completion(json.dumps([int(line.split(". ", 1)[1] in right) for line in lines]))
@@ -255,7 +256,7 @@ def test_a_run_is_limited_in_parallel_and_stops(tmp_path: Path, fake: FakeEndpoi
         (["--latents", "3-1"], "a range rises"),
         (["--latents", "a"], "--latents a is no list of latents: write it as 0-99,200"),
         (["--latents", "11"], "of the chosen ones none fires"),
-        (["--url", "nowhere"], "nowhere is no address of an endpoint"),
+        (["--url", "nowhere"], "nowhere is no address: it should begin"),
         (["--model", ""], "say the model to ask: with --model or in the variable OPENAI_MODEL"),
         (["--scores", "guess"], "'guess' is no score: write some of detection,fuzzing"),
         (["--price", "3"], "'3' is not two prices"),

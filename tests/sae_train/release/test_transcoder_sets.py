@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
+import itertools
 import json
 import sys
+import zlib
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 
@@ -21,8 +25,12 @@ from sae_train.config.run import Config
 from sae_train.inference import circuit_tracer
 from sae_train.inference.fold import fold
 from sae_train.inference.sae import Sae
+from sae_train.latents.reader import open_latents
+from sae_train.latents.records import Histogram
+from sae_train.release.circuit_tracer_features import percentiles, write_features
 from sae_train.release.transcoder_sets import export_sets
 from sae_train.runs.folder import run_folders
+from tests.support.oracles import latents as brute_force
 from tests.support.paths import DATA
 from tests.support.saes import make_sae, make_trained, make_trained_as, save_run
 from tests.support.tiny_gemma import write_tiny_gemma
@@ -188,7 +196,45 @@ def test_a_topk_transcoder_is_released_for_circuit_tracer_alone(tmp_path: Path):
     assert read.fingerprint == fold(load_trained(run)).fingerprint
 
 
+def test_the_features_are_what_circuit_tracer_s_page_reads(tmp_path: Path):
+    """Read as its page does; the schema is its own model's (their_circuit_tracer.py)."""
+    theirs = json.loads((DATA / "circuit_tracer.json").read_text())["features"]
+    brute_force.write_latents_folder(tmp_path / "run", F=F)
+    latents = open_latents(tmp_path / "run")
+    folder = write_features({0: latents, 3: latents}, tmp_path)
+    index = json.loads(gzip.decompress((folder / "index.json.gz").read_bytes()))
+    assert index.keys() == {"0", "3"}
+    assert theirs["read"] == F == len(index["3"]["offsets"]) - 1
+    data = (folder / index["3"]["filename"]).read_bytes()
+    for number, begin in enumerate(index["3"]["offsets"][:-1]):
+        length = int.from_bytes(data[begin : begin + 4], "little")
+        found = json.loads(zlib.decompress(data[begin + 4 : begin + 4 + length]))
+        jsonschema.validate(found, theirs["schema"])
+        latent = latents[number]
+        assert found["index"] == number
+        assert found["act_max"] == latent.maximum
+        assert [len(one["examples"]) for one in found["examples_quantiles"]] == [
+            len(list(group)) for _, group in itertools.groupby(c.interval for c in latent.contexts)
+        ]
+        if latent.count:
+            example = found["examples_quantiles"][0]["examples"][0]
+            peak = example["tokens_acts_list"][example["train_token_ind"]]
+            assert peak == pytest.approx(latent.maximum, abs=1e-4)
+            assert found["quantile_values"][-1] == pytest.approx(latent.maximum, rel=1e-6)
+            assert found["quantile_values"] == sorted(found["quantile_values"])
+
+
+def test_percentiles_are_those_of_values_spread_over_their_bins():
+    histogram = Histogram((0.0, 1.0, 2.0, 3.0), (50, 0, 50))
+    found = percentiles(histogram)
+    assert len(found) == 100
+    assert found[:50] == pytest.approx([n / 50 for n in range(1, 51)])
+    assert found[50:] == pytest.approx([2 + n / 50 for n in range(1, 51)])
+
+
 if __name__ == "__main__":  # what tests/support/oracles/their_circuit_tracer.py reads
     for kind in KINDS:
         write_set(kind, Path(sys.argv[1], kind))
+    brute_force.write_latents_folder(Path(sys.argv[1], "run"), F=F)
+    write_features({0: open_latents(Path(sys.argv[1], "run"))}, Path(sys.argv[1]))
     Path(sys.argv[1], "inputs.json").write_text(json.dumps(inputs().tolist()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -53,8 +53,8 @@ def is_explanation(body: Body) -> bool:
 
 
 @contextmanager
-def fake_endpoint() -> Iterator[FakeEndpoint]:
-    """Serve until the block ends."""
+def fake_endpoint(*, paths: Collection[str] = ("/v1/chat/completions",)) -> Iterator[FakeEndpoint]:
+    """Serve these paths until the block ends."""
     state, lock = FakeEndpoint(), threading.Lock()
     running = [0]
 
@@ -73,7 +73,7 @@ def fake_endpoint() -> Iterator[FakeEndpoint]:
             with lock:
                 running[0] -= 1
             try:
-                self.send_response(response.status if self.path == "/v1/chat/completions" else 404)
+                self.send_response(response.status if self.path in paths else 404)
                 for name, value in response.headers.items():
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(data)))
