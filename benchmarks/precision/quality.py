@@ -14,8 +14,8 @@ folder keeps stores, runs and results.jsonl; what is there is not done again.
 curve over the logarithm of L0 (FVU in its logarithm too), and another precision's SAE of that seed
 is compared with the curve at its own L0; the table has the mean over seeds. The spread is the
 standard deviation over seeds, from the SAEs of one seed against the curve of the other at the same
-precision. The mean of two differences of two SAEs scatters by as much if a precision does no more
-than start the run anew.
+precision, over all targets and precisions of a store. The mean of two differences of two SAEs
+scatters by as much if a precision does no more than start the run anew.
 """
 
 from __future__ import annotations
@@ -268,7 +268,8 @@ class Measured:
             float(np.mean([one.delta_loss for one in found])),
         )
 
-    def spread(self, target: int) -> Change:
+    @property
+    def spread(self) -> Change:
         """The standard deviation over seeds: of all precisions that have whole curves."""
         first, second = SEEDS
         found = [
@@ -276,7 +277,6 @@ class Measured:
             for precision in PRECISIONS
             if len(curve := self.curve(precision, first)) == len(TARGETS)
             for row in self.curve(precision, second)
-            if row.cell.target == target
         ]
         # The difference of two seeds scatters by the square root of 2 times as much as one.
         return Change(
@@ -303,7 +303,7 @@ def table(rows: Sequence[Row]) -> str:
         l0, fvu, delta_loss, alive = np.mean(own, axis=0)
         cells = [store, precision, f"{l0:.1f}", f"{fvu:.4f}", f"{delta_loss:.3f}", f"{alive:.1%}"]
         if precision == "float32":
-            spread = measured.spread(target)
+            spread = measured.spread
             cells += [f"spread {spread.fvu:.2%}", f"spread {spread.delta_loss:.3f}"]
         else:
             found = measured.changes(precision, target)

@@ -133,7 +133,7 @@ def test_a_precision_is_compared_with_float32_at_its_own_l0_and_seed():
     measured = Measured([*exact, *rounded])
     found = measured.changes("bfloat16", 50)
     assert (found.fvu, found.delta_loss) == pytest.approx((0.05, 0.05))
-    spread = measured.spread(50)
+    spread = measured.spread
     assert (spread.fvu, spread.delta_loss) == pytest.approx((0.5**0.5, 0.5**0.5))
     assert [line.split(" | ")[-2] for line in table(measured.rows).splitlines()[2:]] == [
         "spread 70.71%",
