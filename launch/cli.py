@@ -97,6 +97,16 @@ COMMANDS = (
         metavar="CONFIG-or-FOLDER",
     ),
     Command(
+        name="latents",
+        handler=commands.latents,
+        summary="write what is known of every latent of trained SAEs",
+        details="Writes latents/ into each run's folder: contexts, statistics, logits, neighbours "
+        "(docs/latents.md). One walk of the model over the held-out text serves all SAEs; after a "
+        "stop or a crash the same command continues.",
+        example="sae latents runs/demo latents.tokens=1e6",
+        metavar="CONFIG-or-FOLDER",
+    ),
+    Command(
         name="export",
         handler=commands.export,
         summary="write the release formats of trained SAEs",

@@ -128,7 +128,7 @@ def evaluate(arguments: argparse.Namespace, stop: StopFlag) -> int:
     keys = [override.partition("=")[0] for override in arguments.overrides]
     folders = released_or_trained(config)
     if any(newest_checkpoint(folder) is not None for folder in folders):
-        _refuse_overrides(arguments.overrides, config)
+        _refuse_overrides(arguments.overrides, config, command="evaluate")
     only = any(key.startswith("sweep.only") for key in keys)
     if only:
         folders = chosen_folders(config, folders)
@@ -148,28 +148,65 @@ def evaluate(arguments: argparse.Namespace, stop: StopFlag) -> int:
     return 0
 
 
-_EVALUATION_KEYS = ("evaluation", "output", "launch", "cache.path", "model.weights", "sweep.only")
+def latents(arguments: argparse.Namespace, stop: StopFlag) -> int:
+    """`sae latents`: write what is known of every latent beside each trained run; returns 0.
+
+    The command line may set keys of `latents` and `launch`, choose runs, and say where stores and
+    weights lie.
+
+    Raises:
+        UserError: an override of another key, which the runs were trained with.
+    """
+    config = target_config(arguments.target, arguments.overrides)
+    folders = released_or_trained(config)
+    if any(newest_checkpoint(folder) is not None for folder in folders):
+        _refuse_overrides(arguments.overrides, config, command="latents")
+    if any(one.startswith("sweep.only") for one in arguments.overrides):
+        folders = chosen_folders(config, folders)
+    if group.starts_here(config):
+        stages.latents_in_group(
+            folders, config=config, target=arguments.target, options=arguments.overrides, stop=stop
+        )
+        return 0
+    weights = [one for one in arguments.overrides if one.startswith("model.weights=")]
+    told = any(one.startswith(("cache=", "cache.path=")) for one in arguments.overrides)
+    by_store: dict[str, list[StoragePath]] = {}
+    for folder in folders:
+        store = store_of(config, folder) if told else read_run_config(folder).cache.path
+        by_store.setdefault(store, []).append(folder)
+    for store, readers in by_store.items():  # a suite's runs are too many to be in memory together
+        places = [*weights, *([f"cache.path={json.dumps(store)}"] if told else [])]
+        stages.latents(readers, config=config, places=places, stop=stop)
+    return 0
 
 
-def _refuse_overrides(overrides: Sequence[str], config: Job) -> None:
-    """Raise `UserError` for overrides that an evaluation of trained runs can't follow."""
+_MEASURING_KEYS = ("output", "launch", "cache.path", "model.weights", "sweep.only")
+
+
+def _refuse_overrides(overrides: Sequence[str], config: Job, *, command: str) -> None:
+    """Raise `UserError` for overrides that a command on trained runs can't follow."""
+    keys = ("evaluation" if command == "evaluate" else command, *_MEASURING_KEYS)
     for override in overrides:
         key = override.partition("=")[0]
-        known = any(key == one or key.startswith(f"{one}.") for one in _EVALUATION_KEYS)
+        known = any(key == one or key.startswith(f"{one}.") for one in keys)
         if not known and not (key == "sweep" and config.sweep is None):
             raise UserError(
                 f"override {override}: each run is measured as it was trained, so this has no "
-                f"effect here. What can be overridden: {', '.join(_EVALUATION_KEYS)}"
+                f"effect here. What can be overridden: {', '.join(keys)}"
                 + (
                     "; other models and texts are entries of evaluation.also"
-                    if key.startswith(("model", "text"))
+                    if key.startswith(("model", "text")) and command == "evaluate"
                     else ""
                 )
             )
         if key.startswith("launch") and config.launch.on != "local":
             raise UserError(
-                f"override {override}: `sae evaluate` runs on this machine; on a cluster `sae "
-                "sweep` evaluates what it has trained"
+                f"override {override}: `sae {command}` runs on this machine"
+                + (
+                    "; on a cluster `sae sweep` evaluates what it has trained"
+                    if command == "evaluate"
+                    else ""
+                )
             )
 
 

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 
 from activation_cache.runtime import processes
 from activation_cache.runtime.errors import UserError
-from activation_cache.storage.files import StoragePath, remove_tree, storage_path
+from activation_cache.storage.files import StoragePath, file_sizes, remove_tree, storage_path
 from activation_cache.storage.locks import folder_lock
 from launch.config.job import Job
 from launch.config.local import LocalLaunch
@@ -182,6 +182,48 @@ def evaluate(
 
     with stop.at_once() if processes.process_count() == 1 else nullcontext():
         run_evaluate(folders, settings=settings, places=places, stop=stop)
+
+
+def latents(
+    folders: Sequence[StoragePath], *, config: Job, places: Sequence[str] = (), stop: StopFlag
+) -> None:
+    """Write the latents of trained runs, in one walk of the model.
+
+    Args:
+        config: its `latents` and `launch` count; the rest is read from the runs' folders.
+        places: overrides of the runs' configs that say where their store and their weights lie.
+
+    Raises:
+        Interrupted: a signal came; the same command continues.
+    """
+    group.join(config, stop=stop)
+    _prepare_process()
+    from sae_train.latents.compute import compute_latents
+
+    compute_latents(folders, settings=config.latents, places=places, stop=stop)
+
+
+def latents_in_group(
+    folders: Sequence[StoragePath],
+    *,
+    config: Job,
+    target: str,
+    options: Sequence[str],
+    stop: StopFlag,
+) -> None:
+    """The same in several processes, each with the words of this command."""
+    from sae_train.latents.schema import FOLDER
+
+    assert isinstance(config.launch, LocalLaunch)
+    group.run_stage(
+        "latents",
+        config,
+        devices=config.launch.processes,  # each walks its shards on one device
+        target=storage_path(target),
+        options=options,
+        progress=lambda: [len(file_sizes(folder / FOLDER)) for folder in folders],
+        stop=stop,
+    )
 
 
 def export(folders: Sequence[StoragePath]) -> None:

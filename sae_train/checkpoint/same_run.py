@@ -23,6 +23,7 @@ FREE_FIELDS = (
     "mesh",
     "checkpoint",
     "evaluation",
+    "latents",
     "train.stacked",
     "train.log_every_steps",
     "train.tensorboard",

@@ -34,6 +34,7 @@ from activation_cache.config import (
 from activation_cache.gemma.taps import Tap
 from activation_cache.precision import PrecisionChoice
 from sae_train.config.evaluation import EvaluationConfig
+from sae_train.config.latents import LatentsConfig
 from sae_train.config.sae import SaeConfig
 
 logger = logging.getLogger(__name__)
@@ -224,6 +225,7 @@ class Config(Section):
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    latents: LatentsConfig = LatentsConfig()
     output: Location
 
     @property

@@ -111,7 +111,7 @@ def jobs_of(
     Raises:
         UserError: as `evaluate`.
     """
-    run = _Run(folder, read_run_config(folder, places), models)
+    run = Run(folder, read_run_config(folder, places), models)
     settings = settings or run.config.evaluation
     return [
         run.own(settings),
@@ -119,8 +119,8 @@ def jobs_of(
     ]
 
 
-class _Run:
-    """A run and its SAE, which several jobs share."""
+class Run:
+    """A run and its SAE, which several jobs share; `sae latents` walks text for it as well."""
 
     def __init__(self, folder: StoragePath, config: Config, models: Models) -> None:
         self.folder, self.config, self.models = folder, config, models
@@ -138,7 +138,23 @@ class _Run:
 
     def own(self, settings: EvaluationConfig) -> Job:
         """The evaluation in the model the run was trained on, on its store's held-out text."""
-        model, fingerprint = self.config.model, self._fitting(self.config.model)
+        table = self.own_text()
+        own = settings
+        if self.config.sae.tap == EMBEDDING and not table.held_out:
+            own = settings.model_copy(update={"sequences": 0})  # no text, so no losses
+        _check_length(own, None, table.held_out, table)
+        return self.job(
+            own,
+            model=self.config.model,
+            table=table,
+            sequences=table.held_out,
+            masked_text=settings.masked_text,
+            record=settings.recorded(),
+        )
+
+    def own_text(self) -> TokenTable:
+        """The text of the run's store; raises `UserError` if that is of another model."""
+        model, fingerprint = self.config.model, self.fitting(self.config.model)
         store = open_store(self.config.cache.path)
         store.check_matches(model=model, fingerprint=fingerprint)
         if self.trained_on not in (None, store.identity):
@@ -148,17 +164,7 @@ class _Run:
                 self.folder,
                 store.path,
             )
-        own = settings
-        if self.config.sae.tap == EMBEDDING and not store.tokens.held_out:
-            own = settings.model_copy(update={"sequences": 0})  # no text, so no losses
-        return self._job(
-            own,
-            model=model,
-            table=store.tokens,
-            sequences=store.tokens.held_out,
-            masked_text=settings.masked_text,
-            record=settings.recorded(),
-        )
+        return store.tokens
 
     def extra(
         self, settings: EvaluationConfig, entry: ExtraEvaluationConfig, *, stop: Callable[[], bool]
@@ -170,7 +176,7 @@ class _Run:
                 "own store: take out evaluation.also"
             )
         model = entry.model or self.config.model
-        self._fitting(model)
+        self.fitting(model)
         length = (entry.text or self.config.text).sequence_length
         gemma, _ = self.models.config_and_fingerprint(model, self.config)
         check_context(gemma, length, key=f"evaluation.also, {entry.called}: text.sequence_length")
@@ -181,10 +187,12 @@ class _Run:
             sequences = table.held_out
         else:
             text = TextConfig(**entry.text.model_dump(), held_out_sequences=0)
-            table = self._tokens(text, model, sequences=wanted, stop=stop)
+            table = self.tokens(text, model, sequences=wanted, stop=stop)
             sequences = range(table.num_sequences)
-        return self._job(
-            settings.model_copy(update={"sequences": wanted}),
+        measured = settings.model_copy(update={"sequences": wanted})
+        _check_length(measured, entry, sequences, table)
+        return self.job(
+            measured,
             model=model,
             table=table,
             sequences=sequences,
@@ -193,7 +201,7 @@ class _Run:
             record=settings.recorded(entry),
         )
 
-    def _job(
+    def job(
         self,
         settings: EvaluationConfig,
         *,
@@ -204,7 +212,7 @@ class _Run:
         record: dict[str, Any],
         entry: ExtraEvaluationConfig | None = None,
     ) -> Job:
-        _check_length(settings, entry, sequences, table)
+        """This SAE on some sequences of a table; `masked_text` is found by its tokens."""
         masked: tuple[tuple[int, ...], ...] = ()
         if masked_text:
             encoded = self.models.tokenizer(model).encode_batch(list(masked_text))
@@ -230,7 +238,7 @@ class _Run:
             masked=masked,
         )
 
-    def _fitting(self, model: ModelConfig) -> str:
+    def fitting(self, model: ModelConfig) -> str:
         """The model's fingerprint; raises `UserError` if it lacks the SAE's site or width."""
         gemma, fingerprint = self.models.config_and_fingerprint(model, self.config)
         tap = self.config.sae.tap
@@ -251,7 +259,7 @@ class _Run:
                 f"{table.path}: give this entry of evaluation.also a text of its own"
             )
 
-    def _tokens(
+    def tokens(
         self, text: TextConfig, model: ModelConfig, *, sequences: int, stop: Callable[[], bool]
     ) -> TokenTable:
         """The tokens of an extra evaluation's text, made once and kept beside the store."""

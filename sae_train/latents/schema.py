@@ -14,7 +14,7 @@ from pydantic import Field
 
 from activation_cache.config import Count, PositiveCount, Section
 
-FOLDER = "latents"
+FOLDER = "latents"  # in a run's folder
 RECORD = "latents.json"
 VOCABULARY = "vocabulary.parquet"
 EXPLANATIONS = "explanations.parquet"
@@ -24,6 +24,11 @@ BINS = 50  # of both histograms, as SAEDashboard's
 INTERVALS = 5  # of a latent's activation, as SAEDashboard's
 RANKED = 10  # tokens, co-firing latents and neighbours of the same SAE that are kept
 RANKED_OF_OTHERS = 5  # neighbours in each other SAE
+
+# How the work is cut; unfinished work of other sizes is not continued.
+SHARD_TOKENS = 2**14  # of the walk
+PART_FIRINGS = 2**22  # of a part's latents, unless a single latent has more
+PART_ROWS = 2**12  # of weights
 
 _INT, _LONG, _REAL, _WIDE = pa.int32(), pa.int64(), pa.float32(), pa.float64()
 _INTS, _LONGS, _REALS, _WIDES = (pa.list_(kind) for kind in (_INT, _LONG, _REAL, _WIDE))
@@ -161,6 +166,7 @@ class Record(Section):
         saes: the first is the SAE itself.
         target: of a transcoder the site it predicts.
         tokens: those that counted: neither BOS, EOS, padding nor masked.
+        cofiring_tokens: the first of them, on which co-firing was counted.
         mean_abs_cosine: of all pairs of different decoder rows; None for a single latent.
         settings, fingerprints: what the files were made from; they decide whether they are current.
     """
@@ -177,6 +183,7 @@ class Record(Section):
     sequences: PositiveCount
     sequence_length: PositiveCount
     tokens: PositiveCount
+    cofiring_tokens: Count
     alive: Count
     mean_abs_cosine: float | None
     mean_abs_encoder_cosine: float | None = None

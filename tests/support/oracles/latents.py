@@ -159,11 +159,11 @@ def direction(
     *,
     embedding: np.ndarray,
     gain: np.ndarray,
-    encoder: np.ndarray | None = None,
+    encoders: Sequence[np.ndarray] = (),
 ) -> Row:
     """The row of `directions.parquet`; `decoders` [F, D] are of this SAE and of its sweep's others.
 
-    `encoder` [F, D] is a transcoder's.
+    `encoders` [F, D] are those of transcoders.
     """
     vector = decoders[0][latent].astype(np.float64)
     row: Row = {"latent": latent}
@@ -178,11 +178,10 @@ def direction(
     none: Row = {
         f"encoder_{end}_{what}": [] for end in ("top", "bottom") for what in ("ids", "values")
     }
-    row |= none | _nearest("encoder_neighbour", latent, [])
-    if encoder is not None:
-        logits = embedding.astype(np.float64) @ encoder[latent]
+    row |= none | _nearest("encoder_neighbour", latent, encoders)
+    if len(encoders):
+        logits = embedding.astype(np.float64) @ encoders[0][latent]
         row |= _ranked("encoder_top", logits) | _ranked("encoder_bottom", -logits, sign=-1)
-        row |= _nearest("encoder_neighbour", latent, [encoder])
     return row
 
 
@@ -271,6 +270,7 @@ def write_latents_folder(
         sequences=len(walked.tokens),
         sequence_length=walked.tokens.shape[1],
         tokens=int(walked.usable.sum()),
+        cofiring_tokens=int(walked.usable.sum()),
         alive=int((walked.acts > 0).any(axis=(0, 1)).sum()),
         mean_abs_cosine=float(cosines.mean()),
         subsets=["law", "news"],
