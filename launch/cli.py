@@ -64,6 +64,12 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _port(text: str) -> int:
+    if not (text.isdecimal() and int(text) < 65536):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: 0 to 65535")
+    return int(text)
+
+
 COMMANDS = (
     Command(
         name="harvest",
@@ -241,6 +247,36 @@ COMMANDS = (
         ),
     ),
     Command(
+        name="browse",
+        handler=commands.browse,
+        summary="show the latents of SAEs as pages in a browser",
+        details="Serves pages on this machine: latents to sort and search, their contexts, texts "
+        "of your own, steering. `sae latents` writes what they show.",
+        example="sae browse runs/demo",
+        metavar="FOLDER",
+        target="the folder of a run, a sweep or a suite",
+        others=("FOLDER", "further folders"),
+        settings=(
+            ("--port", {"type": _port, "default": 8321, "help": "default 8321; 0 is a free one"}),
+            (
+                "--host",
+                {
+                    "default": "127.0.0.1",
+                    "help": "default 127.0.0.1: this machine alone; 0.0.0.0 is every network it is "
+                    "in, for anybody there",
+                },
+            ),
+            (
+                "--static",
+                {
+                    "metavar": "DIR",
+                    "help": "write the pages into a fresh folder for any web server, without "
+                    "texts and steering, and serve nothing",
+                },
+            ),
+        ),
+    ),
+    Command(
         name="inspect",
         handler=commands.inspect,
         summary="describe a store, a run or a released SAE",
@@ -320,7 +356,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     # Overrides may come before and after an option, which argparse alone does not allow.
     arguments, rest = parser.parse_known_args(argv)
     takes_overrides = hasattr(arguments, "overrides")
-    several = arguments.command == "train"  # it separates further configs from overrides itself
+    several = arguments.command in (
+        "train",
+        "browse",
+    )  # it separates further configs from overrides itself
     stray = [
         one
         for one in rest
@@ -358,7 +397,7 @@ def _add_command(parsers: argparse._SubParsersAction, command: Command) -> None:
         "\n\nAny value of the config can be overridden by its dotted key, as in\n"
         "  train.batch_size=2048 train.sparsity.coefficient=5e-4 'cache.sites=[{site: mlp_out, "
         "layers: all}]'"
-        if command.overrides
+        if command.overrides and "key=value" in command.others[0]
         else ""
     )
     summary = command.summary[0].upper() + command.summary[1:]

@@ -255,7 +255,7 @@ class Gemma(nn.Module):
         tokens: Int[Array, "B S"],
         last_B: Int[Array, " B"],
         *,
-        attend: Attend,
+        attend: Attend = attend_in_order,
         splices: Sequence[Splice] = (),
     ) -> Float[Array, "B V"]:
         """The logits that token `last_B` of each row gives for the one after it.

@@ -132,6 +132,14 @@ class LanguageModel:
         dynamic = self.params, self._placed(tokens), stream, jnp.asarray(counted)
         return _gradient(self.config, self.mesh, layer, tap, *dynamic)
 
+    def next_logits(
+        self, tokens: Int[np.ndarray, "B S"], last_B: Int[np.ndarray, " B"]
+    ) -> Float[Array, "B V"]:
+        """Logits, float32, of the token after `last_B` of each row; what comes later is ignored."""
+        return _next_logits(
+            self.config, self.mesh, self.params, self._placed(tokens), jnp.asarray(last_B)
+        )
+
     def sample(
         self,
         prompts: Sequence[Sequence[int]],
@@ -224,6 +232,15 @@ def _losses(
         method=Gemma.scores,
     )
     return losses
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _next_logits(
+    config: GemmaConfig, mesh: Mesh, params: Params, tokens: Array, last_B: Array
+) -> Array:
+    model = Gemma(config, mesh)
+    logits: Any = model.apply({"params": params}, tokens, last_B, method=Gemma.next_logits)
+    return logits
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

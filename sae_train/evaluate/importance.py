@@ -36,14 +36,21 @@ def uniformity(
     x_ND = x_BSD.astype(jnp.float32).reshape(-1, x_BSD.shape[-1])
     gradient_ND = gradient_BSD.astype(jnp.float32).reshape(-1, gradient_BSD.shape[-1])
     chunks = in_chunks(sae, x_ND, gradient_ND)
-    W_dec_FD = jnp.asarray(sae.W_dec).astype(jnp.float32)
 
     def one_chunk(chunk_of: tuple[Array, Array]) -> Array:
         x_CD, gradient_CD = chunk_of
-        slope_CF = einsum("cd,df->cf", gradient_CD, W_dec_FD.T, precision="float32")
-        return _uniformity(jnp.abs(sae.encode(x_CD).astype(jnp.float32) * slope_CF))
+        latents_CF = sae.encode(x_CD).astype(jnp.float32)
+        return _uniformity(jnp.abs(latent_effects(sae, latents_CF, gradient_CD)))
 
     return jax.lax.map(one_chunk, chunks).reshape(-1)[: len(x_ND)].reshape(x_BSD.shape[:2])
+
+
+def latent_effects(
+    sae: Sae, latents_CF: Float[Array, "C F"], gradient_CD: Float[Array, "C D"]
+) -> Float[Array, "C F"]:
+    """y = f · (W_decᵀ ∇L) of each latent, with its sign."""
+    W_dec_FD = jnp.asarray(sae.W_dec).astype(jnp.float32)
+    return latents_CF * einsum("cd,df->cf", gradient_CD, W_dec_FD.T, precision="float32")
 
 
 def _uniformity(y_CF: Float[Array, "C F"]) -> Float[Array, " C"]:

@@ -99,12 +99,12 @@ class Latents:
     @functools.cached_property
     def summary(self) -> pa.Table:
         """One row per latent: counts, mean, maximum, the first of each ranking."""
-        return self._file(SUMMARY.name).read()
+        return self.open_file(SUMMARY.name).read()
 
     @functools.cached_property
     def vocabulary(self) -> list[str]:
         """The string of every token id, as the tokenizer has it: `▁the`, `<0x0A>`."""
-        return self._file(VOCABULARY).read(["piece"])["piece"].to_pylist()
+        return self.open_file(VOCABULARY).read(["piece"])["piece"].to_pylist()
 
     @functools.cached_property
     def explanations(self) -> dict[int, tuple[Explanation, ...]]:
@@ -112,7 +112,7 @@ class Latents:
         if not (self.folder / EXPLANATIONS).is_file():
             return {}
         found: dict[int, tuple[Explanation, ...]] = {}
-        for row in self._file(EXPLANATIONS).read().to_pylist():
+        for row in self.open_file(EXPLANATIONS).read().to_pylist():
             scores = json.loads(row["scores"] or "{}")
             one = Explanation(row["text"], row["method"], row["model"], scores)
             found[row["latent"]] = (*found.get(row["latent"], ()), one)
@@ -167,13 +167,13 @@ class Latents:
         return group.slice(begin, end - begin).to_pylist()
 
     def _read_group(self, name: str, number: int) -> pa.Table:
-        return self._file(name).read_row_group(number)
+        return self.open_file(name).read_row_group(number)
 
     @functools.cached_property
     def _files(self) -> dict[str, pq.ParquetFile]:
         return {}
 
-    def _file(self, name: str) -> pq.ParquetFile:
+    def open_file(self, name: str) -> pq.ParquetFile:
         """A file of the folder, opened once.
 
         Raises:

@@ -98,14 +98,14 @@ class Browser:
 
     def show(
         self,
-        page: Path,
+        page: Path | str,
         *,
         width: int,
         height: int = 900,
         scheme: Literal["light", "dark"] = "light",
         until: str = "true",
     ) -> None:
-        """Open a page in a window of this size and wait until a script finds it ready."""
+        """Open a file or an address in a window of this size, and wait until it is ready."""
         self._call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -115,7 +115,7 @@ class Browser:
         )
         self.prefer(scheme)
         loads = self._loads
-        self._call("Page.navigate", url=page.as_uri())
+        self._call("Page.navigate", url=page.as_uri() if isinstance(page, Path) else page)
         while self._loads == loads:
             self._next()
         self.wait(until)

@@ -44,6 +44,8 @@ ORDER = (
     "sae_train.explain",
     "sae_train.release",
     "sae_train.report",
+    "sae_train.live",
+    "sae_train.browser",
     "sae_train.plan",
     "sae_train",  # `from sae_train import load_sae`
     "launch",

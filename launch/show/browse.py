@@ -1,0 +1,39 @@
+"""`sae browse`: serve the pages about latents, or write them into a folder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from activation_cache.runtime.errors import UserError
+from activation_cache.storage.files import storage_path
+from launch.console import print_text
+from launch.processes.compile_cache import keep_programs
+from launch.processes.signals import StopFlag
+
+
+def browse(arguments: argparse.Namespace, stop: StopFlag) -> int:
+    """Show the latents of the folders until a signal comes, or write `--static`; returns 0.
+
+    Raises:
+        UserError: no folder holds latents, the port is in use, or `--static` names a full folder.
+    """
+    from sae_train.browser.catalogue import catalogue
+    from sae_train.browser.server import Site, bound_socket, serve
+    from sae_train.browser.static import write_static
+
+    folders = [arguments.target, *arguments.overrides]
+    stray = [one for one in folders if "=" in one and not storage_path(one).exists()]
+    if stray:
+        raise UserError(f"`sae browse` takes folders and no overrides: leave out {stray[0]}")
+    shown = catalogue(folders)
+    if arguments.static is not None:
+        with stop.at_once():
+            print_text(f"{write_static(Path(arguments.static), shown)}/index.html")
+        return 0
+    own = bound_socket(arguments.host, arguments.port)
+    keep_programs()
+    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+    print_text(f"http://{host}:{own.getsockname()[1]}/   (Ctrl-C ends it)")
+    serve(Site(shown), own, host=arguments.host, stop=stop)
+    return 0

@@ -1,0 +1,179 @@
+"""The browser's server: what it answers, to whom, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from activation_cache.runtime.errors import UserError
+from launch.cli import main
+from sae_train.browser.catalogue import catalogue
+from sae_train.browser.listing import Listing, Query
+from sae_train.browser.requests import Live
+from sae_train.browser.server import bound_socket
+from sae_train.browser.static import write_static
+from sae_train.latents.reader import open_latents
+from tests.support.browsed import SAES, F, browsed_sweep, serving
+
+FIRST = SAES[0]
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return browsed_sweep(tmp_path_factory.mktemp("browsed"))
+
+
+@pytest.fixture(scope="module")
+def address(sweep: Path) -> Iterator[str]:
+    with serving(sweep) as found:
+        yield found
+
+
+def ask(url: str, **how: Any) -> tuple[int, bytes, Any]:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, **how), timeout=60) as answer:
+            return answer.status, answer.read(), answer.headers
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read(), error.headers
+
+
+def test_it_answers_its_own_name_alone(address: str) -> None:
+    status, page, headers = ask(address)
+    assert status == 200
+    assert b"<main" in page
+    assert "default-src 'none'; script-src 'self'" in headers["Content-Security-Policy"]
+    assert ask(address, headers={"Host": "evil.example"})[0] == 400
+    assert ask(f"{address}../../../etc/passwd")[0] == 404
+    assert ask(f"{address}data/index.json", method="PUT", data=b"x")[0] == 405
+    live = f"{address}live/{FIRST}/explore"
+    assert ask(live, data=b"{}", headers={"Content-Type": "text/plain"})[0] == 415
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("data/none/list.json", "no SAE 'none' is shown here"),
+        (f"data/{FIRST}/latents/{F}.json", f"latents 0 to {F - 1}: there is no latent {F}"),
+        (f"data/{FIRST}/latents/x.json", "'x' is not a whole number"),
+        (f"data/{FIRST}/list.json?sort=beauty", "'beauty' is none of latent, frequency"),
+        (f"data/{FIRST}/list.json?count=5000", "count 5000: from 0, and 1 to 1,000"),
+    ],
+)
+def test_what_is_not_there_is_told(address: str, path: str, words: str) -> None:
+    status, answer, _ = ask(address + path)
+    assert status == 404
+    assert words in json.loads(answer)["error"]
+
+
+@pytest.mark.parametrize(
+    ("what", "body", "words"),
+    [
+        ("explore", b"nonsense", "the request is not JSON"),
+        ("explore", b"[]", "not a JSON object"),
+        ("explore", b'{"text": 5}', "'text' of the request is 5"),
+        ("steer", b'{"text": "a", "changes": [5]}', "each change is an object"),
+        ("steer", b'{"text": "a", "changes": [{"latent": "x", "mode": "add"}]}', "'x' isn't"),
+        ("steer", b'{"text": "a", "changes": [], "new_tokens": 9999}', "ask for 1 to 256"),
+    ],
+)
+def test_a_request_of_another_form_is_refused(
+    address: str, what: str, body: bytes, words: str
+) -> None:
+    headers = {"Content-Type": "application/json"}
+    _, answer, _ = ask(f"{address}live/{FIRST}/{what}", data=body, headers=headers)
+    assert words in json.loads(answer.splitlines()[-1])["error"]
+
+
+def test_a_fault_is_told_and_the_next_request_is_served(caplog: pytest.LogCaptureFixture) -> None:
+    live = Live()
+
+    def broken(live: Live, say: Any) -> Any:
+        raise RuntimeError("it broke")
+
+    assert list(live.answers(broken))[-1] == {
+        "error": "a fault in the program: RuntimeError: it broke"
+    }
+    assert list(live.answers(lambda live, say: 5))[-1] == {"result": 5}
+
+
+def test_the_list_is_sorted_and_its_pages_join(sweep: Path) -> None:
+    latents = open_latents(sweep / FIRST)
+    listing = Listing(latents)
+    frequency = latents.summary["frequency"].to_numpy()
+    for falling in (True, False):
+        pages = [
+            listing.page(Query(falling=falling, offset=at, count=77)) for at in range(0, F, 77)
+        ]
+        found = [row["latent"] for page in pages for row in page["rows"]]
+        expected = np.argsort(-frequency if falling else frequency, kind="stable")
+        assert found == expected.tolist()
+    scored = listing.page(Query(sort="score"))["rows"]
+    assert (scored[0]["latent"], scored[0]["score"]) == (17, 0.75)
+    assert scored[1]["score"] is None
+
+
+def test_a_search_of_contexts_goes_on_where_it_ended(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents = open_latents(sweep / FIRST)
+    whole = Listing(latents).page(Query(text="e", where="context", count=1000))
+    assert whole["searched"] == F
+    monkeypatch.setattr("sae_train.browser.listing._PATIENCE", -1.0)
+    found, after = set(), -1
+    for expected in (128, 256, F):
+        page = Listing(latents).page(Query(text="e", where="context", count=1000, after=after))
+        assert page["searched"] == expected
+        found |= {row["latent"] for row in page["rows"]}
+        after = page["searched"] - 1
+    assert found == {row["latent"] for row in whole["rows"]}
+
+
+def test_a_static_copy_needs_a_fresh_folder(sweep: Path, tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "mine.txt").write_text("x")
+    with pytest.raises(UserError, match="exists and isn't empty: name a fresh folder"):
+        write_static(tmp_path / "old", catalogue([sweep]))
+
+
+def test_the_command_tells_its_mistakes(
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*words: str) -> str:
+        assert main(["browse", *words]) == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    (tmp_path / "empty").mkdir()
+    empty = str(tmp_path / "empty")
+    assert f"holds no latents yet: write them with `sae latents {empty}`" in told(empty)
+    assert "takes folders and no overrides: leave out a=1" in told(str(sweep), "a=1")
+    assert "is not a port" in told(str(sweep), "--port", "99999")
+    with bound_socket("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        words = told(str(sweep), "--port", str(port))
+    assert f"port {port} of 127.0.0.1 is in use by another program" in words
+    with pytest.raises(UserError, match="can't listen on 192"):
+        bound_socket("192.0.2.1", 0)
+    assert main(["browse", str(sweep), "--static", str(tmp_path / "copy"), "-q"]) == 0
+    assert (tmp_path / "copy" / "index.html").exists()
+
+
+def test_another_model_or_sae_than_that_of_the_latents_is_refused(sweep: Path) -> None:
+    from sae_train.live.load import Loader
+
+    latents = open_latents(sweep / FIRST)
+    loader = Loader()
+    other = latents.record.model_copy(update={"fingerprints": {"model": "another"}})
+    latents.record = other
+    with pytest.raises(UserError, match="holds another model now"):
+        loader.load(latents, sweep / FIRST)
+    latents = open_latents(sweep / FIRST)
+    with pytest.raises(UserError, match="holds another SAE now"):
+        loader.load(latents, sweep / SAES[1])
