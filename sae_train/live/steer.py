@@ -36,8 +36,8 @@ from sae_train.live.placed import (
 )
 
 Mode = Literal["add", "clamp", "zero"]
-# What to do to each latent: how, and how strongly, in units of the latent's values.
-Changes = Mapping[int, tuple[Mode, float]]
+# What to do to each latent: a `Mode`, and how strongly, in units of the latent's values.
+Changes = Mapping[int, tuple[str, float]]
 
 
 @dataclass(frozen=True)

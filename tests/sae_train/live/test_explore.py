@@ -78,14 +78,6 @@ def test_strongest_latents_and_shares(model: LanguageModel, sae: Sae) -> None:
     assert "<b>" not in end._repr_html_()
 
 
-def added(acts_BSD: Array, change: tuple[Sae, int, str, float]) -> Array:
-    """The change of one latent in plain words, BOS left alone."""
-    sae, index, mode, strength = change
-    f_BS = sae.encode(acts_BSD)[..., index]
-    size_BS = jnp.full_like(f_BS, strength) if mode == "add" else strength - f_BS
-    return acts_BSD.at[:, 1:].add((size_BS[:, :, None] * sae.W_dec[index][None, None])[:, 1:])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jumprelu", "topk"])
 def test_steering_is_the_change_of_the_stream(model: LanguageModel, kind: str) -> None:
@@ -101,8 +93,7 @@ def test_steering_is_the_change_of_the_stream(model: LanguageModel, kind: str) -
         assert found.plain == model.tokenizer.decode(found.plain_sampled.tokens)
         prompt = [2, *model.tokenizer.encode_batch([TEXT])[0]]
         tokens = np.array([[*prompt, *found.steered_sampled.tokens]], np.int32)
-        index = 5
-        change: Any = (sae, index, mode, 0.0 if mode == "zero" else strength)
+        change = (sae, mode, 0.0 if mode == "zero" else strength)
         losses = np.asarray(losses_of(model, tokens, change))[0, len(prompt) - 1 :]
         np.testing.assert_allclose(
             found.steered_sampled.log_probabilities, -losses, rtol=1e-4, atol=1e-4
@@ -111,11 +102,18 @@ def test_steering_is_the_change_of_the_stream(model: LanguageModel, kind: str) -
             assert found.steered != found.plain
 
 
-def losses_of(model: LanguageModel, tokens: np.ndarray, change: Any) -> Array:
-    def replace(acts_BSD: Array, sae: Sae) -> Array:
-        return added(acts_BSD, (sae, *change[1:]))
+def losses_of(model: LanguageModel, tokens: np.ndarray, change: tuple[Sae, str, float]) -> Array:
+    """Losses with latent 5 changed, in plain words; BOS, EOS and padding are left alone."""
+    sae, mode, strength = change
+    where = jnp.asarray(tokens > 2)
 
-    return model.losses(tokens, Splice(Tap("resid_post", 1), replace, change[0]))
+    def replace(acts_BSD: Array, sae: Sae) -> Array:
+        f_BS = sae.encode(acts_BSD)[..., 5]
+        size_BS = jnp.full_like(f_BS, strength) if mode == "add" else strength - f_BS
+        size_BS = jnp.where(where, size_BS, 0.0)
+        return acts_BSD + size_BS[:, :, None] * jnp.asarray(sae.W_dec)[5][None, None]
+
+    return model.losses(tokens, Splice(Tap("resid_post", 1), replace, sae))
 
 
 @pytest.mark.slow

@@ -48,4 +48,4 @@ def test_the_tour_runs(tmp_path: Path) -> None:
     assert names["steered"].steered != names["steered"].plain
     assert isinstance(names["explored"].values([0]), np.ndarray)
     for shown in (names["explored"], names["latents"][names["index"]], names["steered"]):
-        assert names["text"].split()[-1] in shown._repr_html_() or "contexts" in dir(shown)
+        assert shown._repr_html_().startswith("<")
