@@ -26,7 +26,7 @@ from tests.support.run_folders import write_run
 from tests.support.saes import make_sae
 from tests.support.tiny_gemma import write_tiny_gemma
 
-F = 300
+F = 200
 SAES = ("coefficient_0.001", "coefficient_0.004")
 # What a page must show and never run.
 NASTY = "<img src=x onerror=\"document.title='run'\"> & words about \u202e cats"

@@ -17,23 +17,12 @@ from sae_train.browser.catalogue import catalogue
 from sae_train.browser.static import write_static
 from sae_train.latents.reader import open_latents
 from sae_train.latents.records import text_of
-from tests.support.browsed import NASTY, SAES, F, browsed_sweep, serving
+from tests.support.browsed import NASTY, SAES, F
 from tests.support.browser import Browser, open_browser
 
 pytestmark = pytest.mark.slow
 
 FIRST = SAES[0]
-
-
-@pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return browsed_sweep(tmp_path_factory.mktemp("browsed"))
-
-
-@pytest.fixture(scope="module")
-def address(sweep: Path) -> Iterator[str]:
-    with serving(sweep) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
