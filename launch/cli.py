@@ -24,7 +24,7 @@ from activation_cache.storage.files import disk_refusal
 from launch import commands, console, exit_codes, explaining
 from launch.processes import group
 from launch.processes.signals import StopFlag, stop_on_signals
-from launch.show import neuronpedia
+from launch.show import browse, neuronpedia
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +62,6 @@ def _seconds(text: str) -> float:
             f"{text!r} is not a number of seconds above 0; a config or folder goes before --watch"
         )
     return seconds
-
-
-def _port(text: str) -> int:
-    if not (text.isdecimal() and int(text) < 65536):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port: 0 to 65535")
-    return int(text)
 
 
 COMMANDS = (
@@ -248,7 +242,7 @@ COMMANDS = (
     ),
     Command(
         name="browse",
-        handler=commands.browse,
+        handler=browse.browse,
         summary="show the latents of SAEs as pages in a browser",
         details="Serves pages on this machine: latents to sort and search, their contexts, texts "
         "of your own, steering. `sae latents` writes what they show.",
@@ -256,25 +250,7 @@ COMMANDS = (
         metavar="FOLDER",
         target="the folder of a run, a sweep or a suite",
         others=("FOLDER", "further folders"),
-        settings=(
-            ("--port", {"type": _port, "default": 8321, "help": "default 8321; 0 is a free one"}),
-            (
-                "--host",
-                {
-                    "default": "127.0.0.1",
-                    "help": "default 127.0.0.1: this machine alone; 0.0.0.0 is every network it is "
-                    "in, for anybody there",
-                },
-            ),
-            (
-                "--static",
-                {
-                    "metavar": "DIR",
-                    "help": "write the pages into a fresh folder for any web server, without "
-                    "texts and steering, and serve nothing",
-                },
-            ),
-        ),
+        settings=browse.SETTINGS,
     ),
     Command(
         name="inspect",

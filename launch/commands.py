@@ -329,10 +329,3 @@ def inspect(arguments: argparse.Namespace, stop: StopFlag) -> int:
     with stop.at_once():
         inspect_path(storage_path(arguments.target), verify=arguments.verify)
     return 0
-
-
-def browse(arguments: argparse.Namespace, stop: StopFlag) -> int:
-    """`sae browse`: pages about latents, until a signal, or `--static` in a folder; returns 0."""
-    from launch.show.browse import browse as show
-
-    return show(arguments, stop)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import storage_path
@@ -12,8 +13,36 @@ from launch.processes.compile_cache import keep_programs
 from launch.processes.signals import StopFlag
 
 
+def _port(text: str) -> int:
+    if not (text.isdecimal() and int(text) < 65536):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: 0 to 65535")
+    return int(text)
+
+
+# Options with a value, as argparse's.
+SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("--port", {"type": _port, "default": 8321, "help": "default 8321; 0 is a free one"}),
+    (
+        "--host",
+        {
+            "default": "127.0.0.1",
+            "help": "default 127.0.0.1: this machine alone; 0.0.0.0 is every network it is in, "
+            "for anybody there",
+        },
+    ),
+    (
+        "--static",
+        {
+            "metavar": "DIR",
+            "help": "write the pages into a fresh folder for any web server, without texts and "
+            "steering, and serve nothing",
+        },
+    ),
+)
+
+
 def browse(arguments: argparse.Namespace, stop: StopFlag) -> int:
-    """Show the latents of the folders until a signal comes, or write `--static`; returns 0.
+    """`sae browse`: show the latents of the folders until a signal comes, or write `--static`; returns 0.
 
     Raises:
         UserError: no folder holds latents, the port is in use, or `--static` names a full folder.
