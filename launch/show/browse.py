@@ -42,7 +42,7 @@ SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def browse(arguments: argparse.Namespace, stop: StopFlag) -> int:
-    """`sae browse`: show the latents of the folders until a signal comes, or write `--static`; returns 0.
+    """`sae browse`: serve pages until a signal comes, or write `--static`; returns 0.
 
     Raises:
         UserError: no folder holds latents, the port is in use, or `--static` names a full folder.
