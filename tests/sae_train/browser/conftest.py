@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.browsed import browsed_sweep, serving
+from tests.sae_train.browser.support import browsed_sweep, serving
 
 
 @pytest.fixture(scope="session")

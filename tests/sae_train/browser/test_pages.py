@@ -17,7 +17,7 @@ from sae_train.browser.catalogue import catalogue
 from sae_train.browser.static import write_static
 from sae_train.latents.reader import open_latents
 from sae_train.latents.records import text_of
-from tests.support.browsed import NASTY, SAES, F
+from tests.sae_train.browser.support import NASTY, SAES, F
 from tests.support.browser import Browser, open_browser
 
 pytestmark = pytest.mark.slow

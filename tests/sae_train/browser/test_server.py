@@ -19,7 +19,7 @@ from sae_train.browser.requests import Live
 from sae_train.browser.server import bound_socket
 from sae_train.browser.static import write_static
 from sae_train.latents.reader import open_latents
-from tests.support.browsed import SAES, F
+from tests.sae_train.browser.support import SAES, F
 
 FIRST = SAES[0]
 
