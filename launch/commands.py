@@ -230,6 +230,8 @@ def export(arguments: argparse.Namespace, stop: StopFlag) -> int:
             f"--circuit-tracer writes a transcoder of every layer and {arguments.target} is one "
             "run: give the config or the folder of a sweep over the layers"
         )
+    if arguments.batches and not arguments.neuronpedia:
+        raise UserError("--batches adds to what --neuronpedia writes: give both")
     if arguments.neuronpedia or to_neuronpedia:
         neuronpedia.export(config, released_or_trained(config), arguments, stop)
         return 0

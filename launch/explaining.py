@@ -174,13 +174,14 @@ def explain(arguments: argparse.Namespace, stop: StopFlag) -> int:
     )
     with contextlib.ExitStack() as opened:
         explainers: list[Explainer] = []
-        for folder in _folders(storage_path(arguments.target)):
-            latents = open_latents(folder)
-            chosen = choose(
-                latents, listed=arguments.latents, sample=arguments.sample, seed=arguments.seed
-            )
-            explainers.append(opened.enter_context(Explainer(latents, chosen, settings)))
-        estimates = [one.estimate(model) for one in explainers]
+        with stop.at_once():
+            for folder in _folders(storage_path(arguments.target)):
+                latents = open_latents(folder)
+                chosen = choose(
+                    latents, listed=arguments.latents, sample=arguments.sample, seed=arguments.seed
+                )
+                explainers.append(opened.enter_context(Explainer(latents, chosen, settings)))
+            estimates = [one.estimate(model) for one in explainers]
         _announce(arguments, explainers, estimates, url=url, model=model)
         if arguments.dry_run:
             return 0

@@ -72,7 +72,8 @@ def export(
         source = _source(config, run, arguments, is_alone=len(runs) == 1)
         chosen = Chosen.read(arguments.contexts, latents=latents)
         if arguments.neuronpedia:
-            _write(folder, run, latents, target, source, chosen, arguments)
+            with stop.at_once():
+                _write(folder, run, latents, target, source, chosen, arguments)
         if arguments.upload == FOLDER:
             _upload(run, latents, target, source, chosen, arguments, stop)
 

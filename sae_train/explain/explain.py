@@ -9,6 +9,7 @@ an explanation is its distance from that, not from chance alone.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import random
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER, ANSWERS = "explain", "answers.jsonl"
 BASELINE = 100  # latents whose scores are also taken with another's explanation
+_DRAWN_KEPT = 1000  # latents whose texts stay in memory, some 100 kB each
 _PLACEHOLDER = "references to time, especially days of the week and months in dates"
 
 
@@ -96,6 +98,8 @@ class Explainer:
         # The baseline's explanation of a latent is that of the next in this order.
         self._next = dict(zip(order, order[1:] + order[:1], strict=True))
         self._baseline = order[:BASELINE] if len(order) > 1 else []
+        # Each latent's texts are needed several times and come from many places of the files.
+        self._drawn = functools.lru_cache(maxsize=_DRAWN_KEPT)(self._draw)
 
     def __enter__(self) -> Explainer:
         folder = make_folder(self._folder / FOLDER)
@@ -204,7 +208,7 @@ class Explainer:
         words.append(f"{tally.calls:,} calls, {tokens}{refused}")
         return "; ".join(words)
 
-    def _drawn(self, latent: int) -> Drawn:
+    def _draw(self, latent: int) -> Drawn:
         return draw(
             self.latents, self.latents[latent], count=self.settings.texts, seed=self.settings.seed
         )

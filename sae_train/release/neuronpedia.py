@@ -93,7 +93,8 @@ class Chosen:
         """
         if text == "all":
             return cls()
-        wanted = frozenset() if text == "none" else frozenset(text.split(","))
+        names = () if text == "none" else (name.strip() for name in text.split(","))
+        wanted = frozenset(names)
         unknown = sorted(wanted - set(latents.record.subsets))
         if unknown:
             has = ", ".join(latents.record.subsets) or "none"

@@ -292,6 +292,8 @@ def test_the_command(fake: FakeEndpoint, run: Path, capsys, monkeypatch):
     assert main(["export", str(run), "--upload", "neuronpedia"]) == 0
     assert len(sent(fake)) == 1
     assert sent(fake)[0]["source"] == "1-tiny-res-7-coefficient-0-001"
+    assert main(["export", str(run), "--batches"]) == 2
+    assert "--batches adds to what --neuronpedia writes: give both" in capsys.readouterr().err
     monkeypatch.delenv(site.KEY)
     assert main(["export", str(run), "--upload", "neuronpedia"]) == 2
     assert "put yours into the variable NEURONPEDIA_API_KEY" in capsys.readouterr().err
