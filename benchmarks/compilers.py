@@ -149,7 +149,11 @@ def roofline(module: Module, device: Accelerator, precision: Precision) -> float
     """Seconds: of each instruction the longer of its products and its bytes, added up."""
 
     def seconds(one: Executed) -> float:
-        products = sum(product.flops for product in one.products) / device.flops[precision]
+        # A step may make some products at a lower precision than it asks of the others.
+        products = sum(
+            product.flops / device.flops["bfloat16" if product.is_bfloat16 else precision]
+            for product in one.products
+        )
         return max(products, one.bytes / device.hbm_bandwidth)
 
     return sum(map(seconds, module.executed))

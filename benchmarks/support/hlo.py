@@ -96,6 +96,11 @@ class Product:
         return 2.0 * self.result.size * self.depth * self.times
 
     @property
+    def is_bfloat16(self) -> bool:
+        """Are both operands of that type?"""
+        return self.lhs.dtype == self.rhs.dtype == "bf16"
+
+    @property
     def types(self) -> str:
         """Of operands and result."""
         return f"{self.lhs.dtype} x {self.rhs.dtype} -> {self.result.dtype}"
