@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
+from activation_cache.precision import Precision
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import StoragePath
 from sae_train.config.file import differing_fields
 from sae_train.config.run import Config
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 4
 
@@ -32,7 +36,13 @@ FREE_FIELDS = (
 
 
 def checkpoint_meta(
-    config: Config, *, input_scale: float, target_scale: float, d_model: int, store: str
+    config: Config,
+    *,
+    input_scale: float,
+    target_scale: float,
+    d_model: int,
+    store: str,
+    precision: Precision,
 ) -> dict[str, Any]:
     """The JSON saved beside a state: what `refuse_difference` and `load_trained` read.
 
@@ -40,6 +50,7 @@ def checkpoint_meta(
         input_scale: C of x = x_raw / C.
         target_scale: what a transcoder's target is divided by; for an SAE, C.
         store: the identity of the activation store.
+        precision: at which the run's products are made: `train.precision`, resolved.
     """
     return {
         "format_version": FORMAT_VERSION,
@@ -47,6 +58,7 @@ def checkpoint_meta(
         "target_scale": target_scale,
         "d_model": d_model,
         "store": store,
+        "precision": precision,
         "config": config.model_dump(mode="json", include=set(Config.model_fields)),
     }
 
@@ -56,6 +68,8 @@ def numeric_differences(a: Config, b: Config) -> list[str]:
     free = [*FREE_FIELDS]
     if a.train.order_seed == b.train.order_seed:
         free.append("train.data_seed")  # null and the value of train.seed mean the same
+    if "auto" in (a.train.precision, b.train.precision):
+        free.append("train.precision")  # what it means the checkpoint says: `refuse_precision`
     return [
         field
         for field in differing_fields(a, b)
@@ -76,9 +90,42 @@ def refuse_difference(
         )
 
 
+def refuse_precision(
+    config: Config,
+    meta: Mapping[str, Any],
+    *,
+    step: int,
+    precision: Precision,
+    folder: StoragePath,
+) -> None:
+    """Raise `UserError` if the checkpoint's steps were made at a precision that isn't accepted."""
+    earlier = meta.get("precision", "float32")  # before there was a choice
+    if earlier == precision:
+        return
+    if earlier != config.checkpoint.accept_precision:
+        raise UserError(
+            f"{folder} was trained with products in {earlier}, and train.precision "
+            f"{config.train.precision} makes them in {precision} on these devices. Set "
+            f"train.precision={earlier} to go on as it was, or "
+            f"checkpoint.accept_precision={earlier} to go on in {precision} from its newest "
+            "checkpoint; or choose another output, or give --fresh to delete the run and start "
+            "anew."
+        )
+    logger.warning(
+        "%s: from step %d on products are made in %s, before it they were made in %s "
+        "(checkpoint.accept_precision allows it)",
+        folder,
+        step,
+        precision,
+        earlier,
+    )
+
+
 def refuse_other_config(earlier: Config, config: Config, *, folder: StoragePath) -> None:
     """Raise `UserError` if a run begun with `earlier` can't go on with `config`."""
     differing = numeric_differences(earlier, config)
+    if earlier.train.precision == config.checkpoint.accept_precision:
+        differing = [key for key in differing if key != "train.precision"]
     if differing:
         before, now = earlier.model_dump(), config.model_dump()
         changes = ", ".join(

@@ -32,7 +32,7 @@ from activation_cache.config import (
     TextConfig,
 )
 from activation_cache.gemma.taps import Tap
-from activation_cache.precision import PrecisionChoice
+from activation_cache.precision import Precision, PrecisionChoice
 from sae_train.config.evaluation import EvaluationConfig
 from sae_train.config.latents import LatentsConfig
 from sae_train.config.sae import SaeConfig
@@ -207,6 +207,8 @@ class CheckpointConfig(Section):
 
     every_steps: PositiveSmallCount = 5000
     keep: PositiveSmallCount = 3
+    # The precision of checkpoints that a run may go on from at another one.
+    accept_precision: Precision | None = None
 
 
 class Config(Section):

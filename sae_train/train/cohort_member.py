@@ -16,18 +16,20 @@ from typing import Any
 import jax
 import numpy as np
 
+from activation_cache.precision import Precision
 from activation_cache.runtime import exchange, processes
 from activation_cache.runtime.closing import Closing
 from activation_cache.storage.files import storage_path
 from activation_cache.storage.locks import folder_lock
 from activation_cache.store.store import Store
 from sae_train.checkpoint.checkpoints import Checkpoints
-from sae_train.checkpoint.same_run import checkpoint_meta, refuse_difference
+from sae_train.checkpoint.same_run import checkpoint_meta, refuse_difference, refuse_precision
 from sae_train.config.file import FILE_NAME, write_config
 from sae_train.config.run import Config
 from sae_train.runs.folder import record_failure, record_start
 from sae_train.runs.metrics_file import MetricsLog, read_metrics
 from sae_train.runs.wandb_log import WandbSender
+from sae_train.step.path_choice import precision_on
 from sae_train.step.schedule import Scheduled, scheduled
 from sae_train.step.state import TrainState, abstract_state, init_state
 from sae_train.train.initial_state import HostBatch, prepare_start
@@ -53,22 +55,29 @@ class Member(Closing):
         self.failure: str | None = None
         self.step_log = StepLog(config, clock)
         self._store, self._mesh = store, mesh
-        infos = {tap: store.tap_info(tap) for tap in config.sae.taps}
-        scales = {tap: float(np.sqrt(info.mean_squared_norm)) for tap, info in infos.items()}
-        scaled_like = "target_tap" if config.sae.target_scale == "own" else "tap"
-        self._meta: Mapping[str, Any] = checkpoint_meta(
-            config,
-            input_scale=scales[config.sae.tap],
-            target_scale=scales[getattr(config.sae, scaled_like)],
-            d_model=infos[config.sae.tap].width,
-            store=store.identity,
-        )
+        self._precision: Precision = "float32"
+        self._meta: Mapping[str, Any] = {}
         self._stack = ExitStack()
         self._sender = WandbSender(config)
         self._checkpoints: Checkpoints | None = None
         self._state: TrainState | None = None
         self._pending: tuple[int, StepMetrics] | None = None
         self._unread: tuple[int, StepMetrics] | None = None
+
+    def _look_at_store(self) -> None:
+        config, store = self.config, self._store
+        infos = {tap: store.tap_info(tap) for tap in config.sae.taps}
+        scales = {tap: float(np.sqrt(info.mean_squared_norm)) for tap, info in infos.items()}
+        scaled_like = "target_tap" if config.sae.target_scale == "own" else "tap"
+        self._precision = precision_on(config, self._mesh)
+        self._meta = checkpoint_meta(
+            config,
+            input_scale=scales[config.sae.tap],
+            target_scale=scales[getattr(config.sae, scaled_like)],
+            d_model=infos[config.sae.tap].width,
+            store=store.identity,
+            precision=self._precision,
+        )
 
     @property
     def at_work(self) -> bool:
@@ -95,9 +104,11 @@ class Member(Closing):
         """Take the folder; initialise the state, or restore the newest checkpoint's.
 
         Raises:
-            UserError: the folder is in use or holds another run, or its checkpoints are damaged.
+            UserError: the folder is in use or holds another run, its checkpoints are damaged, or
+                the devices lack the products that the config asks for.
         """
         config, folder = self.config, self.folder
+        self._look_at_store()
         self._stack.enter_context(self._sender)  # the last to close: its rows may take a while
         exchange.run_on_main_and_broadcast(
             "lock", lambda: self._stack.enter_context(folder_lock(folder))
@@ -129,6 +140,10 @@ class Member(Closing):
     def _load(self, step: int) -> TrainState:
         earlier = self.checkpoints.read_meta(step)
         refuse_difference(self.config, earlier, store=self._store.identity, folder=self.folder)
+        if step < self.steps:
+            refuse_precision(
+                self.config, earlier, step=step, precision=self._precision, folder=self.folder
+            )
         abstract = abstract_state(self.config.sae, d_model=self._meta["d_model"], mesh=self._mesh)
         return self.checkpoints.restore(abstract, step=step)
 

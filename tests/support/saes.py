@@ -123,6 +123,7 @@ def save_run(folder: Path, trained: Trained) -> Path:
         target_scale=trained.target_scale,
         d_model=d_model,
         store=trained.store,
+        precision="float32",
     )
     with Checkpoints(folder) as checkpoints:
         checkpoints.save(state, step=trained.step, meta=meta)
