@@ -19,6 +19,7 @@ from pydantic import (
     field_validator,
 )
 
+from activation_cache.precision import PrecisionChoice
 from activation_cache.runtime.addresses import is_url, parse_address
 from activation_cache.runtime.errors import UserError
 
@@ -113,12 +114,14 @@ Location = Annotated[FilePath, AfterValidator(_folder_or_bucket)]
 
 
 class ModelConfig(Section):
-    """Which language model is read, and the dtype it computes in."""
+    """Which language model is read, and how it computes."""
 
     # A Hub id, a folder (config.json, safetensors, tokenizer.json) or a .gguf file.
     weights: FilePath
     revision: str | None = None
     dtype: Dtype = "bfloat16"
+    # How products are made while harvesting if the dtype is float32.
+    precision: PrecisionChoice = "auto"
 
 
 class TextConfig(Section):

@@ -27,11 +27,11 @@ import torch
 import transformers
 
 from activation_cache.config import Dtype, MeshConfig, ModelConfig
-from activation_cache.gemma.attention import PRECISION
 from activation_cache.gemma.taps import Tap
 from activation_cache.harvest.harvest import harvest
 from activation_cache.language_model.model import load_model
 from activation_cache.language_model.shape import read_gemma_config
+from activation_cache.precision import einsum
 from benchmarks.support.apart import apart
 from benchmarks.support.measure import interleaved, prepare
 from sae_train.config.file import load_config
@@ -50,7 +50,7 @@ def our_ways(dtype: Dtype, layer: int, batch: int, length: int) -> dict[str, Cal
     tokens, tap = _tokens(batch, length), Tap("resid_post", layer)
     rows_ND, weight_DF = _factors(model.config.d_model, model.config.d_ff, num_rows=tokens.size)
     x, W = jnp.asarray(rows_ND, dtype), jnp.asarray(weight_DF, dtype)
-    wide = functools.partial(jnp.dot, precision=PRECISION, preferred_element_type=jnp.float32)
+    wide = functools.partial(einsum, "nd,df->nf", precision="float32")
     product = jax.jit(lambda x, W: wide(x, W).astype(dtype))
     return {
         "forward": lambda: np.asarray(model.activations(tokens, [tap])[tap]).astype(np.float32),

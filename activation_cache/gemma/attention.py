@@ -12,13 +12,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-# Without it GPUs multiply float32 in TF32 and TPUs in bfloat16; bfloat16 inputs ignore it.
-PRECISION = jax.lax.Precision.HIGHEST
+from activation_cache.precision import Precision, einsum
 
 MIN_QUERY_BLOCK = 256
 MAX_QUERY_BLOCKS = 8
@@ -93,6 +91,7 @@ def attend(
     scale: float,
     softcap: float | None,
     window: int | None,
+    precision: Precision,
 ) -> Float[Array, "B S H E"]:
     """Causal grouped-query attention; scores, cap and softmax in float32.
 
@@ -124,6 +123,7 @@ def attend(
                 visible=visible[None, None, None],
                 scale=scale,
                 softcap=softcap,
+                precision=precision,
             )
         )
     return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(q_BSHE.shape)
@@ -138,6 +138,7 @@ def attend_cached(
     scale: float,
     softcap: float | None,
     window: int | None,
+    precision: Precision,
 ) -> Float[Array, "B 1 H E"]:
     """`attend` for one query of each sequence; keys are at their positions, 0 to T - 1."""
     batch, _, num_heads, head_dim = q_B1HE.shape
@@ -151,6 +152,7 @@ def attend_cached(
         visible=visible_BT[:, None, None, None],
         scale=scale,
         softcap=softcap,
+        precision=precision,
     )
     return out.reshape(q_B1HE.shape)
 
@@ -163,10 +165,11 @@ def _attend_block(
     visible: Bool[Array, "*any S T"],
     scale: float,
     softcap: float | None,
+    precision: Precision,
 ) -> Float[Array, "B G R S E"]:
     """R query heads of each group against T keys; the softmax's division comes last."""
     batch, groups, repeats, length, head_dim = q_BGRSE.shape
-    dot = functools.partial(jnp.einsum, precision=PRECISION, preferred_element_type=jnp.float32)
+    dot = functools.partial(einsum, precision=precision)
     # One matrix product per group, over the queries of all heads that share its keys.
     q_BGQE = q_BGRSE.reshape(batch, groups, repeats * length, head_dim)
     scores = soft_cap(dot("bgqe,bgte->bgqt", q_BGQE, k_BGTE) * scale, softcap)

@@ -25,11 +25,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from activation_cache.config import Site
-from activation_cache.gemma.attention import PRECISION, attend_in_order
+from activation_cache.gemma.attention import attend_in_order
 from activation_cache.gemma.config import GemmaConfig
 from activation_cache.gemma.params import on_all, on_model_axis
 from activation_cache.gemma.scores import Score, project
 from activation_cache.gemma.taps import Splice, Tap
+from activation_cache.precision import Precision, einsum
 
 Visit = Callable[[Site, Array], Array]
 # Queries, keys and values to heads' outputs, as `attend_in_order`.
@@ -68,17 +69,16 @@ def _weight(module: nn.Module, name: str, shape: tuple[int, int]) -> Array:
     return module.param(name, nn.initializers.lecun_normal(), shape, jnp.float32)
 
 
-def _product(x: Array, weight: Array) -> Array:
+def _product(x: Array, weight: Array, *, precision: Precision) -> Array:
     """x @ weight, accumulated in float32 and rounded once.
 
     Naming the dtype lets XLA use a CPU's bfloat16 matrix units (4 times faster where there are any)
     and costs nothing on other devices.
     """
-    wide = jnp.dot(x, weight, precision=PRECISION, preferred_element_type=jnp.float32)
-    return wide.astype(x.dtype)
+    return einsum("...d,de->...e", x, weight, precision=precision).astype(x.dtype)
 
 
-def _sum_of_products(x: Array, weight: Array, mesh: Mesh | None) -> Array:
+def _sum_of_products(x: Array, weight: Array, mesh: Mesh | None, *, precision: Precision) -> Array:
     """x @ weight where x's columns and the weight's rows are cut over mesh axis `model`.
 
     The partial sums are added in the order of the devices: each device receives its share of the
@@ -88,13 +88,13 @@ def _sum_of_products(x: Array, weight: Array, mesh: Mesh | None) -> Array:
     """
     size = 1 if mesh is None else mesh.shape["model"]
     if mesh is None or size == 1:
-        return _product(x, weight)
+        return _product(x, weight, precision=precision)
     put = jax.lax.with_sharding_constraint
-    dot = functools.partial(jnp.einsum, precision=PRECISION, preferred_element_type=jnp.float32)
     rows = x.reshape(-1, size, x.shape[-1] // size)
     num_rows = len(rows)
     rows = jnp.pad(rows, ((0, -num_rows % size), (0, 0), (0, 0)))
-    parts = dot("nmi,mid->mnd", rows, weight.reshape(size, -1, weight.shape[-1]))
+    weights = weight.reshape(size, -1, weight.shape[-1])
+    parts = einsum("nmi,mid->mnd", rows, weights, precision=precision)
     parts = put(parts, on_model_axis(mesh, dim=0, ndim=3))
     parts = put(parts, on_model_axis(mesh, dim=1, ndim=3))
     total = functools.reduce(jnp.add, [parts[device] for device in range(size)])
@@ -107,6 +107,7 @@ class Attention(nn.Module):
 
     config: GemmaConfig
     is_global: bool
+    precision: Precision
     mesh: Mesh | None = None
 
     @nn.compact
@@ -118,7 +119,8 @@ class Attention(nn.Module):
 
         def heads(name: str, count: int) -> Array:
             weight = _weight(self, name, (c.d_model, count * c.head_dim))
-            return _product(x_BSD, weight).reshape(batch, length, count, c.head_dim)
+            wide = _product(x_BSD, weight, precision=self.precision)
+            return wide.reshape(batch, length, count, c.head_dim)
 
         q_BSHE, k_BSGE = heads("W_Q", c.num_heads), heads("W_K", c.num_kv_heads)
         v_BSGE = heads("W_V", c.num_kv_heads)
@@ -134,26 +136,29 @@ class Attention(nn.Module):
             scale=c.query_scalar**-0.5,
             softcap=c.attention_softcap,
             window=None if self.is_global else c.window,
+            precision=self.precision,
         ).reshape(batch, length, c.num_heads * c.head_dim)
         out_BSD = visit("attn_out_prelinear", out_BSD)
         weight = _weight(self, "W_O", (c.num_heads * c.head_dim, c.d_model))
-        return _sum_of_products(out_BSD, weight, self.mesh)
+        return _sum_of_products(out_BSD, weight, self.mesh, precision=self.precision)
 
 
 class MLP(nn.Module):
     """down(gelu_tanh(gate x) * up x)."""
 
     config: GemmaConfig
+    precision: Precision
     mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         c = self.config
-        gate = _product(x_BSD, _weight(self, "W_gate", (c.d_model, c.d_ff)))
-        up = _product(x_BSD, _weight(self, "W_up", (c.d_model, c.d_ff)))
+        product = functools.partial(_product, x_BSD, precision=self.precision)
+        gate = product(_weight(self, "W_gate", (c.d_model, c.d_ff)))
+        up = product(_weight(self, "W_up", (c.d_model, c.d_ff)))
         active = jax.nn.gelu(gate.astype(jnp.float32), approximate=True).astype(x_BSD.dtype)
         down = _weight(self, "W_down", (c.d_ff, c.d_model))
-        return _sum_of_products(active * up, down, self.mesh)
+        return _sum_of_products(active * up, down, self.mesh, precision=self.precision)
 
 
 class Block(nn.Module):
@@ -161,6 +166,7 @@ class Block(nn.Module):
 
     config: GemmaConfig
     is_global: bool
+    precision: Precision
     mesh: Mesh | None = None
 
     @nn.compact
@@ -168,12 +174,13 @@ class Block(nn.Module):
         self, h_BSD: Float[Array, "B S D"], visit: Visit, attend: Attend
     ) -> Float[Array, "B S D"]:
         norm = functools.partial(RMSNorm, self.config.norm_epsilon)
-        attention = Attention(self.config, self.is_global, self.mesh, name="attention")
+        made = self.precision, self.mesh
+        attention = Attention(self.config, self.is_global, *made, name="attention")
         attended = attention(norm(name="pre_attention_norm")(h_BSD), visit, attend)
         h_BSD = h_BSD + norm(name="post_attention_norm")(attended)
         visit_normalized = functools.partial(visit, "mlp_in_normalized")
         mlp_in = visit("mlp_in", norm(name="pre_mlp_norm")(h_BSD, visit_normalized))
-        mlp_out = MLP(self.config, self.mesh, name="mlp")(mlp_in)
+        mlp_out = MLP(self.config, *made, name="mlp")(mlp_in)
         h_BSD = h_BSD + visit("mlp_out", norm(name="post_mlp_norm")(mlp_out))
         return visit("resid_post", h_BSD)
 
@@ -184,18 +191,21 @@ class Gemma(nn.Module):
     Layers past the last one needed are not computed. Parameters: `embedding` [V, D],
     `layers_0` ..., `final_norm`; `params.py` lists them all, and how they are cut over `mesh` if
     there is one. With `recompute` a gradient keeps each layer's input and computes the rest again.
+    `precision` is that of products of float32 weights; bfloat16 ones ask for no other.
     """
 
     config: GemmaConfig
     mesh: Mesh | None = None
     recompute: bool = False
+    precision: Precision = "float32"
 
     def setup(self) -> None:
         c = self.config
         block = nn.remat(Block, static_argnums=(2, 3)) if self.recompute else Block
         initialiser = nn.initializers.normal(1 / math.sqrt(c.d_model))
         self.embedding = self.param("embedding", initialiser, (c.vocab_size, c.d_model))
-        self.layers = [block(c, is_global, self.mesh) for is_global in c.global_layers]
+        made = self.precision, self.mesh
+        self.layers = [block(c, is_global, *made) for is_global in c.global_layers]
         self.final_norm = RMSNorm(c.norm_epsilon)
 
     def __call__(
@@ -224,8 +234,7 @@ class Gemma(nn.Module):
         if not logits:
             return GemmaOutput(taps=found, logits=None)
         h_BSD = self.final_norm(h_BSD)
-        logits_BSV = project(h_BSD, self.embedding, softcap=self.config.final_softcap)
-        return GemmaOutput(taps=found, logits=logits_BSV)
+        return GemmaOutput(taps=found, logits=self._project(h_BSD))
 
     def scores(
         self,
@@ -247,8 +256,8 @@ class Gemma(nn.Module):
             tokens, taps=(), splices=splices, num_layers=self.config.num_layers, kept=kept
         )
         h_BPD = self.final_norm(h_BSD)[:, :-1]
-        softcap = self.config.final_softcap
-        return score(h_BPD, tokens[:, 1:], counted_BP, self.embedding, softcap=softcap)
+        how = {"softcap": self.config.final_softcap, "precision": self.precision}
+        return score(h_BPD, tokens[:, 1:], counted_BP, self.embedding, **how)
 
     def next_logits(
         self,
@@ -267,7 +276,7 @@ class Gemma(nn.Module):
             tokens, taps=(), splices=splices, num_layers=self.config.num_layers, attend=attend
         )
         h_BD = jnp.take_along_axis(h_BSD, last_B[:, None, None], axis=1)[:, 0]
-        return project(self.final_norm(h_BD), self.embedding, softcap=self.config.final_softcap)
+        return self._project(self.final_norm(h_BD))
 
     def _trunk(
         self,
@@ -306,3 +315,7 @@ class Gemma(nn.Module):
         for layer in range(first, num_layers):
             h_BSD = self.layers[layer](h_BSD, functools.partial(visit, layer=layer), attend)
         return h_BSD, found
+
+    def _project(self, h_D: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        softcap = self.config.final_softcap
+        return project(h_D, self.embedding, softcap=softcap, precision=self.precision)

@@ -33,6 +33,7 @@ from activation_cache.gemma.config import GemmaConfig
 from activation_cache.gemma.forward import Gemma
 from activation_cache.gemma.params import on_all
 from activation_cache.gemma.taps import Splice, Tap, check_tap
+from activation_cache.precision import Precision
 from activation_cache.runtime.errors import UserError
 
 TOKENS_AT_A_TIME = 8  # sampled between two looks at the clock, the stop tokens and the listener
@@ -106,6 +107,7 @@ def sample(
     *,
     how: Sampling,
     mesh: Mesh,
+    precision: Precision,
     splices: Sequence[Splice] = (),
     listener: Callable[[list[Continuation]], None] = lambda so_far: None,
 ) -> list[Continuation]:
@@ -136,7 +138,7 @@ def sample(
     rounds = -(-how.new_tokens // TOKENS_AT_A_TIME)
     room = _bucket(int(lengths.max()) + rounds * TOKENS_AT_A_TIME)
     draws = _draws(how, mesh)
-    prefill, extend = _programs(config, mesh, static)
+    prefill, extend = _programs(config, mesh, precision, static)
     prompt_tokens, length_B = (_put(one, mesh) for one in (_padded(prompts), lengths))
     state = prefill(room, params, arguments, prompt_tokens, length_B, draws.unspliced)
     tokens = np.zeros((len(prompts), 0), np.int32)
@@ -220,10 +222,10 @@ def _continuations(
 
 @functools.lru_cache(maxsize=64)
 def _programs(
-    config: GemmaConfig, mesh: Mesh, static: tuple[_Static, ...]
+    config: GemmaConfig, mesh: Mesh, precision: Precision, static: tuple[_Static, ...]
 ) -> tuple[Callable[..., _State], Callable[..., tuple[_State, Array, Array, Array]]]:
     """`_prefill` and `_extend`, compiled for each shape they are called with."""
-    model, whole = Gemma(config, mesh), on_all(mesh)
+    model, whole = Gemma(config, mesh, precision=precision), on_all(mesh)
     return (
         jax.jit(functools.partial(_prefill, model, static), static_argnums=0),
         jax.jit(

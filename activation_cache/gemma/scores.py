@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from activation_cache.gemma.attention import PRECISION, soft_cap
+from activation_cache.gemma.attention import soft_cap
+from activation_cache.precision import Precision, einsum, rounded
 
 # Logits of this many elements are alive at once (float32: 256 MiB).
 MAX_LOGIT_ELEMENTS = 2**26
@@ -33,6 +34,7 @@ def cross_entropy(
     embedding_VD: Float[Array, "V D"],
     *,
     softcap: float | None,
+    precision: Precision,
 ) -> Float[Array, "B P"]:
     """Next-token loss in nats. It has no gradient: its loop ends with the last counted prediction.
 
@@ -49,11 +51,13 @@ def cross_entropy(
         needed_BP.reshape(-1),
         embedding_VD,
         softcap=softcap,
+        precision=precision,
     )
     normaliser_BP = normaliser_N.reshape(shape)
     normaliser_BP = jnp.where(same_BP, normaliser_BP[:1], normaliser_BP)
     # Elsewhere both are of the same logits, so that their rounding errors cancel in part.
-    alone_BP = soft_cap(_dots(h_BPD, embedding_VD[targets_BP]), softcap)
+    operands = (one.astype(jnp.float32) for one in (h_BPD, embedding_VD[targets_BP]))
+    alone_BP = soft_cap(_dots(*(rounded(one, precision=precision) for one in operands)), softcap)
     target_BP = jnp.where(same_BP, alone_BP, target_N.reshape(shape))
     return jnp.where(counted_BP, normaliser_BP - target_BP, 0.0)
 
@@ -65,6 +69,7 @@ def centred_logit(
     embedding_VD: Float[Array, "V D"],
     *,
     softcap: float | None,
+    precision: Precision,
 ) -> Float[Array, "B P"]:
     """The target token's logit minus the mean of all logits.
 
@@ -76,22 +81,20 @@ def centred_logit(
         mean_D = embedding_VD.astype(jnp.float32).mean(axis=0)
         found_BP = _dots(h_BPD, target_BPD - mean_D[None, None, :])
     else:
-        mean_BP = _capped_means(h_BPD, embedding_VD, softcap=softcap)
+        mean_BP = _capped_means(h_BPD, embedding_VD, softcap=softcap, precision=precision)
         found_BP = soft_cap(_dots(h_BPD, target_BPD), softcap) - mean_BP
     return jnp.where(counted_BP, found_BP, 0.0)
 
 
 def project(
-    h_D: Float[Array, "*batch D"], embedding_VD: Float[Array, "V D"], *, softcap: float | None
+    h_D: Float[Array, "*batch D"],
+    embedding_VD: Float[Array, "V D"],
+    *,
+    softcap: float | None,
+    precision: Precision,
 ) -> Float[Array, "*batch V"]:
     """Logits, float32."""
-    logits = jnp.einsum(
-        "...d,vd->...v",
-        h_D,
-        embedding_VD,
-        precision=PRECISION,
-        preferred_element_type=jnp.float32,
-    )
+    logits = einsum("...d,vd->...v", h_D, embedding_VD, precision=precision)
     return soft_cap(logits, softcap)
 
 
@@ -110,6 +113,7 @@ def _normalisers(
     embedding_VD: Float[Array, "V D"],
     *,
     softcap: float | None,
+    precision: Precision,
 ) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
     """log Σ exp of the needed rows' logits, and their targets' logits; 0 for other rows.
 
@@ -126,7 +130,7 @@ def _normalisers(
         index_C = jax.lax.dynamic_slice_in_dim(order, number * chunk, chunk)
         rows_CD = rows_ND.at[index_C].get(mode="fill", fill_value=0)
         target_C1 = targets_N.at[index_C].get(mode="fill", fill_value=0)[:, None]
-        logits_CV = project(rows_CD, embedding_VD, softcap=softcap)
+        logits_CV = project(rows_CD, embedding_VD, softcap=softcap, precision=precision)
         of_target_C = jnp.take_along_axis(logits_CV, target_C1, axis=-1)[:, 0]
         new = jax.nn.logsumexp(logits_CV, axis=-1), of_target_C
         written = [
@@ -140,7 +144,11 @@ def _normalisers(
 
 
 def _capped_means(
-    h_BPD: Float[Array, "B P D"], embedding_VD: Float[Array, "V D"], *, softcap: float
+    h_BPD: Float[Array, "B P D"],
+    embedding_VD: Float[Array, "V D"],
+    *,
+    softcap: float,
+    precision: Precision,
 ) -> Float[Array, "B P"]:
     batch, length, width = h_BPD.shape
     num_rows = batch * length
@@ -149,7 +157,7 @@ def _capped_means(
 
     @jax.checkpoint
     def one_chunk(rows_CD: Array) -> Array:
-        return project(rows_CD, embedding_VD, softcap=softcap).mean(axis=-1)
+        return project(rows_CD, embedding_VD, softcap=softcap, precision=precision).mean(axis=-1)
 
     means = jax.lax.map(one_chunk, rows.reshape(-1, chunk, width))
     return means.reshape(-1)[:num_rows].reshape(batch, length)

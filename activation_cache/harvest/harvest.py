@@ -29,9 +29,10 @@ from activation_cache.harvest.matching_store import open_matching_store
 from activation_cache.harvest.sizes import check_memory, log_sizes, memory_here
 from activation_cache.harvest.worker import SHARED_DISK_SECONDS, Share
 from activation_cache.language_model.checkpoint import weight_fingerprint
-from activation_cache.language_model.model import convert_once
+from activation_cache.language_model.model import convert_once, precision_on
 from activation_cache.language_model.shape import read_gemma_config
 from activation_cache.language_model.tokenizer import load_tokenizer
+from activation_cache.precision import Precision
 from activation_cache.runtime import exchange, processes
 from activation_cache.runtime.errors import UserError
 from activation_cache.runtime.exchange import shared
@@ -169,6 +170,7 @@ class _Harvest:
         taps = resolve_taps(self.cache.sites, gemma)
         check_context(gemma, self.text.sequence_length)
         weight_fingerprint(self.model)
+        self._precision()
         tokenizer = load_tokenizer(self.model)
         table = prepare_tokens(
             self.text,
@@ -213,10 +215,23 @@ class _Harvest:
         difference = first_difference(plan, model=self.model, text=self.text, cache=self.cache)
         if difference is not None:
             self._refuse(difference)
+        was, now = plan.model.precision, self._precision()
+        if was != now and [entry.tap for entry in plan.sites] != [EMBEDDING]:
+            self._refuse(
+                f"model.precision: the rows so far were made with products in {was}, and "
+                f"{self.model.precision} makes them in {now} on these devices"
+            )
         return plan
+
+    def _precision(self) -> Precision:
+        """How the model's products are made on the devices here."""
+        return precision_on(self.model, place_replicas(self.mesh).meshes[0])
 
     def _plan(self, gemma: GemmaConfig, table: TokenTable) -> Manifest:
         model, cache, summary = self.model, self.cache, table.summary
+        taps = resolve_taps(cache.sites, gemma)
+        # Of the embedding's rows there are no products.
+        precision = "float32" if taps == (EMBEDDING,) else self._precision()
         return Manifest(
             format_version=FORMAT_VERSION,
             model=ModelEntry(
@@ -225,6 +240,7 @@ class _Harvest:
                 fingerprint=weight_fingerprint(model),
                 dtype=model.dtype,
                 num_layers=gemma.num_layers,
+                precision=precision,
             ),
             text=self.text,
             tokenizer_hash=summary.tokenizer_hash,
@@ -232,7 +248,7 @@ class _Harvest:
             num_sequences=summary.sequences,
             sites=[
                 SiteEntry(site=tap.site, layer=tap.layer, width=tap_width(gemma, tap.site))
-                for tap in resolve_taps(cache.sites, gemma)
+                for tap in taps
             ],
             rows=cache.tokens,
             dtype=cache.dtype,

@@ -33,6 +33,7 @@ from activation_cache.language_model.checkpoint import (
 from activation_cache.language_model.gguf_conversion import converted_checkpoint
 from activation_cache.language_model.tokenizer import Tokenizer, load_tokenizer
 from activation_cache.mesh import make_mesh
+from activation_cache.precision import Precision, resolve
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import AnyPath, storage_path, user_cache
 
@@ -48,6 +49,7 @@ class LanguageModel:
         fingerprint: of the released files (`locate.sampled_fingerprint`).
         dtype: the forward computes in it.
         source: `model.weights` of the config.
+        precision: of the products, if the dtype is float32.
     """
 
     config: GemmaConfig
@@ -57,6 +59,7 @@ class LanguageModel:
     dtype: Dtype
     source: str
     mesh: Mesh
+    precision: Precision = "float32"
 
     def activations(
         self, tokens: Int[Array | np.ndarray, "B S"], taps: Sequence[Tap]
@@ -72,7 +75,8 @@ class LanguageModel:
         for tap in taps:
             check_tap(tap, self.config)
         forward = _activations_on(self.mesh)
-        return forward(self.config, tuple(sorted(set(taps))), self.params, self._placed(tokens))
+        static = self.config, self.precision, tuple(sorted(set(taps)))
+        return forward(*static, self.params, self._placed(tokens))
 
     def losses(
         self,
@@ -109,7 +113,7 @@ class LanguageModel:
         if counted is None:
             counted = np.ones((placed.shape[0], placed.shape[1] - 1), bool)
         dynamic = self.params, arguments, placed, stream, jnp.asarray(counted)
-        return _losses(self.config, self.mesh, layer, static, *dynamic)
+        return _losses(self.config, self.mesh, self.precision, layer, static, *dynamic)
 
     def gradient(
         self,
@@ -130,15 +134,14 @@ class LanguageModel:
         check_tap(tap, self.config)
         layer, stream = _start(kept, Splice(tap, _add))
         dynamic = self.params, self._placed(tokens), stream, jnp.asarray(counted)
-        return _gradient(self.config, self.mesh, layer, tap, *dynamic)
+        return _gradient(self.config, self.mesh, self.precision, layer, tap, *dynamic)
 
     def next_logits(
         self, tokens: Int[np.ndarray, "B S"], last_B: Int[np.ndarray, " B"]
     ) -> Float[Array, "B V"]:
         """Logits, float32, of the token after `last_B` of each row; what comes later is ignored."""
-        return _next_logits(
-            self.config, self.mesh, self.params, self._placed(tokens), jnp.asarray(last_B)
-        )
+        static = self.config, self.mesh, self.precision
+        return _next_logits(*static, self.params, self._placed(tokens), jnp.asarray(last_B))
 
     def sample(
         self,
@@ -155,6 +158,7 @@ class LanguageModel:
             prompts,
             how=how,
             mesh=self.mesh,
+            precision=self.precision,
             splices=splices,
             listener=listener,
         )
@@ -180,13 +184,17 @@ def _activations_on(mesh: Mesh) -> Callable[..., dict[Tap, Array]]:
     """The forward to the deepest tap, compiled for a mesh: one program for all of its size."""
 
     def activations(
-        config: GemmaConfig, taps: tuple[Tap, ...], params: Params, tokens: Array
+        config: GemmaConfig,
+        precision: Precision,
+        taps: tuple[Tap, ...],
+        params: Params,
+        tokens: Array,
     ) -> dict[Tap, Array]:
-        model = Gemma(config, mesh)
+        model = Gemma(config, mesh, precision=precision)
         output: Any = model.apply({"params": params}, tokens, taps=taps, logits=False)
         return output.taps
 
-    return jax.jit(activations, static_argnums=(0, 1), out_shardings=on_all(mesh))
+    return jax.jit(activations, static_argnums=(0, 1, 2), out_shardings=on_all(mesh))
 
 
 def _start(kept: Kept | None, splice: Splice | None) -> tuple[int | None, Array | None]:
@@ -206,10 +214,11 @@ def _replace(replace: Callable[..., Array], acts_BSD: Array, arguments: Any) -> 
     return replace(acts_BSD, arguments).astype(acts_BSD.dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _losses(
     config: GemmaConfig,
     mesh: Mesh,
+    precision: Precision,
     layer: int | None,
     static: tuple[Tap, Callable[..., Array], Tap | None] | None,
     params: Params,
@@ -222,7 +231,7 @@ def _losses(
     if static is not None:
         tap, replace, reads = static
         splice = Splice(tap, replace, arguments, reads)
-    losses: Any = Gemma(config, mesh).apply(
+    losses: Any = Gemma(config, mesh, precision=precision).apply(
         {"params": params},
         tokens,
         score=cross_entropy,
@@ -234,19 +243,25 @@ def _losses(
     return losses
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _next_logits(
-    config: GemmaConfig, mesh: Mesh, params: Params, tokens: Array, last_B: Array
+    config: GemmaConfig,
+    mesh: Mesh,
+    precision: Precision,
+    params: Params,
+    tokens: Array,
+    last_B: Array,
 ) -> Array:
-    model = Gemma(config, mesh)
+    model = Gemma(config, mesh, precision=precision)
     logits: Any = model.apply({"params": params}, tokens, last_B, method=Gemma.next_logits)
     return logits
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _gradient(
     config: GemmaConfig,
     mesh: Mesh,
+    precision: Precision,
     layer: int | None,
     tap: Tap,
     params: Params,
@@ -254,7 +269,7 @@ def _gradient(
     stream: Array | None,
     counted: Array,
 ) -> Array:
-    model = Gemma(config, mesh, recompute=True)
+    model = Gemma(config, mesh, recompute=True, precision=precision)
 
     def total(added_BSD: Array) -> Array:
         scores: Any = model.apply(
@@ -299,20 +314,32 @@ def convert_once(model: ModelConfig, *, folder: Path) -> None:
         converted_checkpoint(checkpoint, load_tokenizer(model), folder=folder)
 
 
+def precision_on(model: ModelConfig, mesh: Mesh) -> Precision:
+    """How the model's products are made on the devices of a mesh.
+
+    Raises:
+        UserError: these devices have no such products.
+    """
+    if model.dtype == "bfloat16":
+        return "float32"  # of bfloat16 operands it is the same product
+    platform = mesh.devices.flat[0].platform
+    return resolve(model.precision, platform=platform, key="model.precision")
+
+
 def load_model(
     model: ModelConfig, *, converted: Path | None = None, mesh: Mesh | None = None
 ) -> LanguageModel:
     """Load weights and tokenizer.
 
     Args:
-        model: what to load, and the dtype to compute in.
+        model: what to load, the dtype to compute in and the precision of products.
         converted: folder under which a GGUF file's float32 copy is kept and found again; None
             dequantises each time.
         mesh: over whose axis `model` the weights are cut; None is one device of this process.
 
     Raises:
-        UserError: missing, truncated or wrong weights, a tokenizer that doesn't match, or a model
-            that can't be cut over the mesh.
+        UserError: missing, truncated or wrong weights, a tokenizer that doesn't match, a model
+            that can't be cut over the mesh, or products that the devices don't have.
     """
     meshes = [mesh or make_mesh(jax.local_devices()[:1])]
     return load_replicas(model, converted=converted, meshes=meshes)[0]
@@ -329,6 +356,7 @@ def load_replicas(
 
     With `embedding_only` the replicas compute the activations of that site and nothing else.
     """
+    precision = precision_on(model, meshes[0])
     checkpoint: Checkpoint = open_checkpoint(model)
     for mesh in meshes:
         check_model_axis(checkpoint.config, mesh.shape["model"])
@@ -351,6 +379,7 @@ def load_replicas(
             dtype=model.dtype,
             source=model.weights,
             mesh=mesh,
+            precision=precision,
         )
         for mesh, params in zip(meshes, replicas, strict=True)
     ]

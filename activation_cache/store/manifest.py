@@ -7,7 +7,9 @@ no path of the store, so that the same harvest into two folders gives the same b
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from activation_cache.config import (
     CacheConfig,
@@ -23,16 +25,21 @@ from activation_cache.config import (
     TextConfig,
 )
 from activation_cache.gemma.taps import Tap
+from activation_cache.precision import Precision
 
 
 class ModelEntry(Section):
-    """The language model: its name, its fingerprint, the dtype it computed in."""
+    """The language model: its name, its fingerprint, the dtype it computed in.
+
+    `precision` is that of its products: float32 where nothing is written.
+    """
 
     weights: str
     revision: str | None
     fingerprint: str
     dtype: Dtype
     num_layers: PositiveCount
+    precision: Annotated[Precision, Field(exclude_if=lambda own: own == "float32")] = "float32"
 
 
 class SiteEntry(Section):
@@ -100,6 +107,8 @@ def first_difference(
     pairs: list[tuple[str, Any, Any]] = []
     if model is not None:
         pairs += [("model.dtype", manifest.model.dtype, model.dtype)]
+        if model.dtype == "float32" and model.precision != "auto":
+            pairs += [("model.precision", manifest.model.precision, model.precision)]
     if text is not None:
         stored, asked = manifest.text.model_dump(), text.model_dump()
         pairs += [(f"text.{name}", stored[name], asked[name]) for name in stored]

@@ -67,6 +67,7 @@ def inspect_store(path: StoragePath, *, verify: bool) -> None:
             f"activation store {path}",
             {
                 "model": f"{manifest.model.weights} in {manifest.model.dtype}",
+                "products": manifest.model.precision,
                 "weights": manifest.model.fingerprint[:16],
                 "rows": f"{manifest.rows:,} per tap, {manifest.dtype}",
                 "sequences": f"{manifest.num_sequences:,}, "

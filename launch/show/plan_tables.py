@@ -83,6 +83,7 @@ def _accelerators(arguments: argparse.Namespace, runs: Sequence[Config]) -> list
     if arguments.accelerator:
         return [accelerator(arguments.accelerator)]
     chosen = {one.train.precision for one in runs}
+    chosen |= {one.model.precision for one in runs if one.model.dtype == "float32"}
     return [chip for chip in ACCELERATORS.values() if all(chip.has(one) for one in chosen)]
 
 

@@ -23,6 +23,7 @@ FREE_FIELDS = (
     "output",
     "cache.path",
     "model.weights",
+    "model.precision",
     "text.source",
     "mesh",
     "checkpoint",

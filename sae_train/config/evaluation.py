@@ -18,6 +18,7 @@ from activation_cache.config import (
     SmallCount,
 )
 from activation_cache.language_model.names import model_name
+from activation_cache.precision import PrecisionChoice
 
 
 class EvaluationText(Section):
@@ -66,6 +67,8 @@ class EvaluationConfig(Section):
     loss_sequences: PositiveSmallCount | None = None  # None: all of `sequences`
     importance_sequences: SmallCount = 64  # of them, for the gradients of appendix C.3; 0: none
     sequences_per_batch: PositiveSmallCount = 8
+    # How the products of SAE and language model are made where their weights are float32.
+    precision: PrecisionChoice = "float32"
     compare_precision: bool = False  # SAE and model in float32 and in bfloat16 (section 4.7)
     masked_text: list[str] = Field(default_factory=list)  # excluded from the metrics
     also: list[ExtraEvaluationConfig] = Field(default_factory=list)
@@ -78,7 +81,22 @@ class EvaluationConfig(Section):
             raise ValueError(f"also has {twice[0]} twice: give each entry a label of its own")
         return self
 
+    @model_validator(mode="after")
+    def _compares_with_float32(self) -> EvaluationConfig:
+        if self.compare_precision and self.precision != "float32":
+            raise ValueError(
+                "compare_precision measures SAE and model in float32 beside bfloat16, and "
+                f"precision is {self.precision}: set precision to float32, or compare_precision "
+                "to false"
+            )
+        return self
+
     def recorded(self, entry: ExtraEvaluationConfig | None = None) -> dict[str, Any]:
-        """The settings that evaluation.json holds: of `also` only the extra evaluation's own."""
+        """The settings that evaluation.json holds: of `also` only the extra evaluation's own.
+
+        Of `precision` they tell what isn't float32: there are evaluations without the key.
+        """
         own = self.model_dump(mode="json", exclude={"also"})
+        if self.precision == "float32":
+            del own["precision"]
         return own if entry is None else own | {"also": entry.model_dump(mode="json")}

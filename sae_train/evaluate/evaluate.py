@@ -172,6 +172,7 @@ def _evaluation(index: int, passes: Sequence[Pass]) -> Evaluation:
         fingerprints=job.fingerprints,
         model=job.model.weights,
         label=job.label,
+        precision=job.sae.precision,
         importance_uniformity=importance.mean,
         importance_sequences=job.importance_sequences,
         importance_tokens=int(importance.count),

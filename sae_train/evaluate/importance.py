@@ -50,7 +50,7 @@ def latent_effects(
 ) -> Float[Array, "C F"]:
     """y = f · (W_decᵀ ∇L) of each latent, with its sign."""
     W_dec_FD = jnp.asarray(sae.W_dec).astype(jnp.float32)
-    return latents_CF * einsum("cd,df->cf", gradient_CD, W_dec_FD.T, precision="float32")
+    return latents_CF * einsum("cd,df->cf", gradient_CD, W_dec_FD.T, precision=sae.precision)
 
 
 def _uniformity(y_CF: Float[Array, "C F"]) -> Float[Array, " C"]:

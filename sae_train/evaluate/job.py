@@ -33,6 +33,8 @@ class Job:
         label: names an extra evaluation, in another model or on other text; None for the run's own.
         masked: token sequences excluded from the metrics, such as the prefix of a user's turn.
         compared: measured only for the comparison of precisions.
+
+    The SAE's products, and the model's if it is float32, are made at `sae.precision`.
     """
 
     folder: StoragePath
@@ -76,6 +78,7 @@ class Job:
             evaluation is not None
             and evaluation.format_version == FORMAT_VERSION
             and evaluation.settings == self.record
+            and evaluation.precision == self.sae.precision
             and self.fingerprints.items() <= evaluation.fingerprints.items()
         )
 

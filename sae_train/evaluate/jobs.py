@@ -5,6 +5,7 @@ Everything that can be checked without loading a model is checked here.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import math
@@ -22,6 +23,7 @@ from activation_cache.language_model.checkpoint import open_checkpoint
 from activation_cache.language_model.model import LanguageModel, conversion_folder, load_model
 from activation_cache.language_model.tokenizer import Tokenizer, load_tokenizer
 from activation_cache.mesh import make_mesh
+from activation_cache.precision import resolve
 from activation_cache.runtime import exchange
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import StoragePath, storage_path
@@ -73,18 +75,19 @@ class Models:
 
     def load(self, job: Job) -> LanguageModel:
         """The model a job is measured in; frees the one loaded before."""
+        how = job.sae.precision if job.model.dtype == "float32" else "float32"
         if self.given is not None and job.model == job.config.model:
-            return self.given
+            return dataclasses.replace(self.given, precision=how)
         if self.loaded is None or self.loaded[0] != job.model:
             self.loaded = None  # two don't fit in memory
             gemma, _ = self.config_and_fingerprint(job.model, job.config)
             model = load_model(
-                job.model,
+                job.model.model_copy(update={"precision": "auto"}),
                 converted=conversion_folder(job.config.cache.path),
                 mesh=_local_mesh(job.config, gemma),
             )
             self.loaded = (job.model, model)
-        return self.loaded[1]
+        return dataclasses.replace(self.loaded[1], precision=how)
 
 
 def _local_mesh(config: Config, gemma: GemmaConfig) -> Mesh:
@@ -213,6 +216,9 @@ class Run:
         entry: ExtraEvaluationConfig | None = None,
     ) -> Job:
         """This SAE on some sequences of a table; `masked_text` is found by its tokens."""
+        precision = resolve(
+            settings.precision, platform=jax.default_backend(), key="evaluation.precision"
+        )
         masked: tuple[tuple[int, ...], ...] = ()
         if masked_text:
             encoded = self.models.tokenizer(model).encode_batch(list(masked_text))
@@ -228,7 +234,7 @@ class Run:
             config=self.config,
             settings=settings.model_copy(update={"also": []}),
             step=self.step,
-            sae=self.sae,
+            sae=dataclasses.replace(self.sae, precision=precision),
             model=model,
             table=table,
             sequences=sequences,

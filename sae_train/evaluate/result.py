@@ -70,6 +70,7 @@ class Evaluation:
             whether an evaluation is still current.
         model: `model.weights` of the model it was measured in.
         label: names an extra evaluation, in another model or on other text; None for the run's own.
+        precision: how products of float32 weights were made, of the SAE and of the model.
     """
 
     format_version: int
@@ -105,6 +106,7 @@ class Evaluation:
     target: str | None = None
     model: str = ""
     label: str | None = None
+    precision: str = "float32"
     importance_uniformity: float | None = None
     importance_sequences: int = 0
     importance_tokens: int = 0

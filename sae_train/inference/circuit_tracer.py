@@ -13,6 +13,7 @@ Legend: D model width, F latents.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def read_layer(path: Path, *, config: dict[str, Any]) -> Sae:
             f"{path.with_name(CONFIG)} has k {k!r}; topk needs a number from 1 to the "
             f"{sae.b_enc.shape[0]} latents of {path.name}"
         )
-    return Sae(**sae.tensors, k=k, architecture="topk", metadata=sae.metadata)
+    return dataclasses.replace(sae, k=k, architecture="topk")
 
 
 def _read_config(path: Path) -> dict[str, Any]:

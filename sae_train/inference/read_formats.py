@@ -10,15 +10,18 @@ Legend: D model width, F latents.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 from numpy.lib.npyio import NpzFile
 
 from activation_cache.config import Site
+from activation_cache.precision import Precision, PrecisionChoice, resolve
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import AnyPath, StoragePath, disk_errors, on_disk, storage_path
 from sae_train.inference.circuit_tracer import CONFIG, LAYER_FILE, read_circuit_tracer
@@ -55,21 +58,27 @@ _FOREIGN = {
 }
 
 
-def load_sae(path: AnyPath) -> Sae:
+def load_sae(path: AnyPath, *, precision: PrecisionChoice = "float32") -> Sae:
     """Read an SAE from a folder or from its weights file.
 
     Args:
         path: a local path, a bucket's URL, or an address on the Hub
             (`organisation/repository/folder`), tried in that order. Of a run's folder or its
             `release/` the SAELens format is read: it says most about the origin.
+        precision: how `encode` and `decode` make their products; `auto` is float32 on CPUs and
+            bfloat16 on accelerators (docs/numerics.md).
 
     Returns:
         An `Sae` on raw activations, float32 NumPy tensors.
 
     Raises:
         UserError: there is nothing to read; a file is damaged; a tensor is missing, unknown, not
-            finite or of a wrong shape; the architecture isn't read (a crosscoder, ...).
+            finite or of a wrong shape; the architecture isn't read (a crosscoder, ...); JAX's
+            devices have no such products.
     """
+    resolved: Precision = "float32"
+    if precision != "float32":  # every device has that, and none need be looked for
+        resolved = resolve(precision, platform=jax.default_backend(), key="precision")
     with disk_errors(path, doing="read"):
         given = storage_path(path)
         if not given.exists() and is_hub_address(str(path)):
@@ -81,7 +90,7 @@ def load_sae(path: AnyPath) -> Sae:
             reader = read_circuit_tracer
         sae = _read_on_disk(found, reader)
     check_finite(sae.tensors, where=str(found))
-    return sae
+    return dataclasses.replace(sae, precision=resolved)
 
 
 def _read_on_disk(found: StoragePath, reader: Callable[[Path], Sae]) -> Sae:

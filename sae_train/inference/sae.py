@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from activation_cache.config import Dtype
-from activation_cache.precision import einsum
+from activation_cache.precision import Precision, einsum
 from activation_cache.runtime.errors import UserError
 from sae_train.config.sae import Architecture, SaeConfig
 
@@ -52,6 +52,7 @@ class Sae:
         metadata: what is known of the origin, under SAELens' names (`model_name`, `hook_name`,
             `hf_hook_name`, `context_size`, ...); empty where a file says nothing.
         W_skip: [in, out], of transcoders with an affine skip; else None.
+        precision: of the products, which isn't the file's.
     """
 
     W_enc: Float[HostOrDevice, "D F"]
@@ -63,6 +64,7 @@ class Sae:
     architecture: Architecture = "jumprelu"
     metadata: dict[str, Any] = field(default_factory=dict, compare=False)
     W_skip: Float[HostOrDevice, "D D"] | None = None
+    precision: Precision = field(default="float32", compare=False)
 
     def encode(self, x: ArrayLike) -> Float[Array, "... F"]:
         """Latents of raw activations, in the weights' dtype; 0 where a latent isn't active.
@@ -76,7 +78,7 @@ class Sae:
         Raises:
             UserError: the last dim isn't D, or the values are no real numbers.
         """
-        pre = _product(_as_array(x, self.W_enc, "activations"), self.W_enc)
+        pre = self._product(_as_array(x, self.W_enc, "activations"), self.W_enc)
         pre = pre + _last(self.b_enc, pre.ndim)
         # Not `pre > threshold`, which is false for NaN.
         latents = jnp.where(pre <= _last(self.threshold, pre.ndim), 0.0, jax.nn.relu(pre))
@@ -93,7 +95,7 @@ class Sae:
 
         Takes latents [..., F] as `encode` takes activations.
         """
-        decoded = _product(_as_array(latents, self.W_dec, "latents"), self.W_dec)
+        decoded = self._product(_as_array(latents, self.W_dec, "latents"), self.W_dec)
         return decoded + _last(self.b_dec, decoded.ndim)
 
     def predict(self, x: ArrayLike, *, latents: ArrayLike) -> Float[Array, "... D"]:
@@ -101,7 +103,14 @@ class Sae:
         decoded = self.decode(latents)
         if self.W_skip is None:
             return decoded
-        return decoded + _product(_as_array(x, self.W_skip, "activations"), self.W_skip)
+        return decoded + self._product(_as_array(x, self.W_skip, "activations"), self.W_skip)
+
+    def _product(self, x: HostOrDevice, weight: HostOrDevice) -> Array:
+        """x @ weight, accumulated in float32, returned in the weight's dtype."""
+        weight = jnp.asarray(weight)
+        x = jnp.asarray(x).astype(weight.dtype)
+        wide = einsum("...d,de->...e", x, weight, precision=self.precision)
+        return wide.astype(weight.dtype)
 
     def __call__(self, x: ArrayLike) -> Float[Array, "... D"]:
         """Reconstruct raw activations; of a transcoder, predict its target's."""
@@ -155,32 +164,24 @@ def _as_array(x: ArrayLike, weight: HostOrDevice, what: str) -> HostOrDevice:
     return x
 
 
-def _product(x: HostOrDevice, weight: HostOrDevice) -> Array:
-    """x @ weight, accumulated in float32, returned in the weight's dtype."""
-    weight = jnp.asarray(weight)
-    x = jnp.asarray(x).astype(weight.dtype)
-    wide = einsum("...d,de->...e", x, weight, precision="float32")
-    return wide.astype(weight.dtype)
-
-
 def _last(vector: HostOrDevice, ndim: int) -> Array:
     """A vector along the last of `ndim` dims, for code under strict rank promotion."""
     return jnp.asarray(vector).reshape((1,) * (ndim - 1) + (-1,))
 
 
-_Static = tuple[int | None, Architecture]
+_Static = tuple[int | None, Architecture, Precision]
 
 
 def _flatten(sae: Sae) -> tuple[tuple[Any, ...], _Static]:
     names = (*TENSORS, SKIP)
     children = tuple((jax.tree_util.GetAttrKey(name), getattr(sae, name)) for name in names)
-    return children, (sae.k, sae.architecture)
+    return children, (sae.k, sae.architecture, sae.precision)
 
 
 def _unflatten(static: _Static, children: Any) -> Sae:
     # Without __init__, whose shape checks would reject the placeholders JAX also unflattens with.
     sae = object.__new__(Sae)
-    names = (*TENSORS, SKIP, "k", "architecture", "metadata")
+    names = (*TENSORS, SKIP, "k", "architecture", "precision", "metadata")
     for name, value in zip(names, (*children, *static, {}), strict=True):
         object.__setattr__(sae, name, value)
     return sae

@@ -56,8 +56,14 @@ class Accelerator:
         return self._resolved(chosen, key="train.precision")
 
     def harvesting(self, model: ModelConfig) -> Precision:
-        """At what the language model's products are made: its dtype says it."""
-        return model.dtype
+        """At what the language model's products are made in a harvest.
+
+        Raises:
+            UserError: it has no such products.
+        """
+        if model.dtype == "bfloat16":
+            return "bfloat16"
+        return self._resolved(model.precision, key="model.precision")
 
     def _resolved(self, chosen: PrecisionChoice, *, key: str) -> Precision:
         if not self.has(chosen):

@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
 
 from activation_cache import precision as products
 from activation_cache.precision import Precision, PrecisionChoice, einsum, resolve
 from activation_cache.runtime.errors import UserError
-from tests.support.oracles.rounded_products import numpy_product
+from tests.support.oracles.rounded_products import dots, numpy_product
 
 B, D, F = 24, 40, 56
 
@@ -81,22 +80,10 @@ def test_gradients_of_other_specifications(kind: str):
         np.testing.assert_array_equal(found, expected)
 
 
-def dots(jaxpr: Any) -> list[tuple[str, ...]]:
-    """The dtypes of every product's operands and result, also of those in inner programs."""
-    found = []
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            arrays = (*equation.invars, *equation.outvars)
-            found.append(tuple(array.aval.dtype.name for array in arrays))
-        for inner in jaxprs_in_params(equation.params):
-            found += dots(getattr(inner, "jaxpr", inner))
-    return found
-
-
 def test_no_product_of_bfloat16_mixes_types():
     a, b, g = operands()
     traced = jax.jit(partial(with_gradients, "bfloat16")).trace(a, b, g)
-    assert dots(traced.jaxpr.jaxpr) == [("bfloat16", "bfloat16", "float32")] * 3
+    assert dots(traced.jaxpr) == [("bfloat16", "bfloat16", "float32")] * 3
 
 
 @pytest.mark.parametrize(

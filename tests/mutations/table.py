@@ -97,6 +97,30 @@ MUTATIONS = (
         f"{_T_SPARSE}::test_one_device_with_too_many_pairs_is_enough_to_fall_back",
     ),
     Mutation(
+        "a product in bfloat16 rounds one of its operands",
+        "activation_cache/precision.py",
+        "a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)",
+        "a, b = a.astype(jnp.float32), b.astype(jnp.bfloat16).astype(jnp.float32)",
+        "tests/sae_train/step/test_precision.py"
+        "::test_a_step_is_that_of_rounded_operands[dense-bfloat16]",
+    ),
+    Mutation(
+        "the sparse path's sums leave their weights unrounded",
+        "sae_train/sparse/segment_sums.py",
+        "weight_SC = rounded(weight_SC, precision=precision)",
+        "weight_SC = weight_SC + 0.0",
+        "tests/sae_train/step/test_precision.py"
+        "::test_a_step_is_that_of_rounded_operands[sparse-bfloat16]",
+    ),
+    Mutation(
+        "a run goes on at another precision than its checkpoint's",
+        "sae_train/checkpoint/same_run.py",
+        "if earlier == precision:",
+        "if earlier:",
+        "tests/sae_train/train/test_precision_resume.py"
+        "::test_another_precision_is_refused_until_it_is_accepted[bfloat16-auto-float32]",
+    ),
+    Mutation(
         "the sparse path starts at as many pairs as it stops at",
         _SPARSE,
         "_BEGIN_SPARSE, _END_SPARSE = 0.7, 0.95",

@@ -53,9 +53,9 @@ class StopAfter:
         return self.passes < 0
 
 
-def interrupted(gemma: Path, corpus: Path, path: Path) -> dict[str, Any]:
+def interrupted(gemma: Path, corpus: Path, path: Path, **changes: Any) -> dict[str, Any]:
     """Begin a harvest and stop it with some buckets committed; returns its sections."""
-    made = sections(gemma, corpus, path)
+    made = sections(gemma, corpus, path, **changes)
     with pytest.raises(Interrupted, match="are committed"):
         harvest(**made, stop=StopAfter(12), resolved_config_yaml="name: test\n")
     assert 0 < len(list((path / "commits").iterdir())) < BUCKETS

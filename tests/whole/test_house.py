@@ -70,6 +70,17 @@ MOST_LINES = 400
 MOST_FILES = 14
 MOST_LINES_OF_A_FUNCTION = 60
 KERNELS = "sae_train/sparse/kernels/"
+# Who else multiplies matrices would leave the precision to the device, or choose one of its own.
+PRODUCTS_AT = "activation_cache/precision.py"
+PRODUCTS = {
+    "einsum",
+    "dot",
+    "matmul",
+    "tensordot",
+    "dot_general",
+    "Precision",
+    "DotAlgorithmPreset",
+}
 
 NEVER = {"torch", "transformers", "sae_lens", "pandas"}  # tests only
 # Optional or slow: each in the one file that needs it, and there inside a function.
@@ -263,6 +274,19 @@ def printing_files(root: Path) -> list[str]:
     ]
 
 
+def products_elsewhere(root: Path) -> list[str]:
+    """JAX's products and precisions outside of the one file that decides on them."""
+    return [
+        f"{own}:{node.lineno} has {ast.unparse(node)}: call einsum of {PRODUCTS_AT}"
+        for path in module_files(root).values()
+        if (own := path.relative_to(root).as_posix()) != PRODUCTS_AT
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+        and node.attr in PRODUCTS
+        and ast.unparse(node.value) in ("jnp", "lax", "jax.lax", "jax.numpy")
+    ]
+
+
 RULES: tuple[Callable[[Path], list[str]], ...] = (
     upward_imports,
     import_circles,
@@ -273,6 +297,7 @@ RULES: tuple[Callable[[Path], list[str]], ...] = (
     imported_entry_points,
     heavy_imports,
     printing_files,
+    products_elsewhere,
 )
 
 # For each rule a tree that breaks it: path -> text.
@@ -294,6 +319,10 @@ BROKEN: dict[Callable[[Path], list[str]], dict[str, str]] = {
     imported_entry_points: {"launch/sweep/a.py": "import launch.cli\n", "launch/cli.py": ""},
     heavy_imports: {"launch/sweep/a.py": "def f():\n    import torch\n"},
     printing_files: {"launch/sweep/a.py": "print(1)\n"},
+    products_elsewhere: {
+        PRODUCTS_AT: "x = jnp.einsum('ab,bc->ac', x, x)\n",
+        "sae_train/step/a.py": "x = jax.lax.dot_general(x, x, precision=None)\n",
+    },
 }
 
 

@@ -139,9 +139,9 @@ def projected(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     rows: list[int] = []
     project = scores.project
 
-    def counting(h: jax.Array, embedding: jax.Array, *, softcap: float | None) -> jax.Array:
+    def counting(h: jax.Array, embedding: jax.Array, **options: Any) -> jax.Array:
         jax.debug.callback(lambda: rows.append(len(h)))
-        return project(h, embedding, softcap=softcap)
+        return project(h, embedding, **options)
 
     monkeypatch.setattr(scores, "MAX_LOGIT_ELEMENTS", V)
     monkeypatch.setattr(scores, "project", counting)
@@ -155,7 +155,8 @@ def test_rows_that_count_and_differ_are_projected(
     h, targets, embedding = parts()
     counted = np.ones((B, P), bool)
     counted[0, 1] = counted[2, 4] = False  # the one is needed all the same, for sequence 1
-    found = np.asarray(cross_entropy(h, targets, jnp.asarray(counted), embedding, softcap=softcap))
+    options: dict[str, Any] = {"softcap": softcap, "precision": "float32"}
+    found = np.asarray(cross_entropy(h, targets, jnp.asarray(counted), embedding, **options))
     jax.effects_barrier()
     assert len(projected) == B * P - 3 - 1
     logits = plain_logits(np.asarray(h, np.float64), np.asarray(embedding, np.float64), softcap)
@@ -167,7 +168,8 @@ def test_rows_that_count_and_differ_are_projected(
 def test_all_is_well_where_nothing_counts(projected: list[int]) -> None:
     h, targets, embedding = parts()
     counted = jnp.zeros((B, P), bool)
-    assert not np.asarray(cross_entropy(h, targets, counted, embedding, softcap=None)).any()
+    options: dict[str, Any] = {"softcap": None, "precision": "float32"}
+    assert not np.asarray(cross_entropy(h, targets, counted, embedding, **options)).any()
     jax.effects_barrier()
     assert not projected
 
@@ -187,7 +189,7 @@ def test_the_centred_logit_s_gradient_is_autodiff_s(
         return jnp.where(counted, picked - logits.mean(axis=-1), 0.0)
 
     def ours(h: jax.Array) -> jax.Array:
-        return centred_logit(h, targets, counted, embedding, softcap=softcap)
+        return centred_logit(h, targets, counted, embedding, softcap=softcap, precision="float32")
 
     def gradient(of: Callable[[jax.Array], jax.Array]) -> np.ndarray:
         return np.asarray(jax.grad(lambda h: of(h).sum())(jnp.asarray(h)))

@@ -218,6 +218,7 @@ def test_moved_weights_are_sampled_once_in_a_process(
 
 OTHER_CONFIGS = {
     "model__dtype": "bfloat16",
+    "model__precision": "bfloat16",
     "text__sequence_length": 24,
     "text__held_out_sequences": 5,
     "cache__sites": [SiteConfig(site="resid_post", layers=[0])],

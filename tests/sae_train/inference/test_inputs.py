@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ import torch
 
 from activation_cache.runtime.errors import UserError
 from sae_train.inference.fold import fold
+from sae_train.inference.read_formats import load_sae
 from sae_train.inference.sae import Sae
-from sae_train.inference.write_formats import write_sae_lens
+from sae_train.inference.write_formats import write_gemma_scope, write_sae_lens
+from tests.support.oracles.rounded_products import numpy_product
 from tests.support.saes import make_sae, make_trained_as
 
 D, F, K = 10, 24, 5
@@ -124,3 +127,23 @@ def test_what_is_no_activation_is_told_in_words(given: Any, words: str):
         make_sae(D=D, F=F).encode(given)
     with pytest.raises(UserError, match="latents must end in a dim of 24"):
         make_sae(D=D, F=F).decode(np.ones((4, 10)))
+
+
+def test_products_are_at_the_precision_that_is_asked_for(tmp_path: Path):
+    """In float32 unless told: latents that a bfloat16 encoder would move are where they were."""
+    write_gemma_scope(make_sae(D=40, F=56), tmp_path)
+    x = np.random.default_rng(0).standard_normal((5, 40)).astype(np.float32)
+    plain, rounded = load_sae(tmp_path), load_sae(tmp_path, precision="bfloat16")
+    assert plain.precision == load_sae(tmp_path, precision="auto").precision == "float32"
+    for sae in (plain, rounded):
+        product = numpy_product(sae.precision)
+        pre = product(x, sae.W_enc) + sae.b_enc
+        latents = np.where(pre > sae.threshold, np.maximum(pre, 0), 0)
+        found = jax.jit(lambda sae, x: sae.encode(x))(sae, x)
+        np.testing.assert_allclose(found, latents, atol=1e-5 * np.abs(latents).max())
+        expected = product(np.asarray(found), sae.W_dec) + sae.b_dec
+        np.testing.assert_allclose(sae.decode(found), expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(plain.encode(x) - rounded.encode(x)).max() > 1e-3
+    assert rounded.fingerprint == plain.fingerprint
+    with pytest.raises(UserError, match=r"precision is tf32, .* cpu .* float32, bfloat16"):
+        load_sae(tmp_path, precision="tf32")

@@ -63,7 +63,9 @@ def test_a_step_is_counted_at_the_peak_of_its_precision(
     ("model", "used", "peak"),
     [
         ({"dtype": "bfloat16"}, "bfloat16", 989e12),
-        ({"dtype": "float32"}, "float32", 67e12),
+        ({"dtype": "bfloat16", "precision": "float32"}, "bfloat16", 989e12),
+        ({"dtype": "float32"}, "bfloat16", 989e12),
+        ({"dtype": "float32", "precision": "float32"}, "float32", 67e12),
     ],
 )
 def test_harvesting_is_counted_at_the_model_s(
@@ -75,7 +77,7 @@ def test_harvesting_is_counted_at_the_model_s(
     assert on.harvest_hours == pytest.approx(plan.harvest.flops / (8 * peak * 0.5) / 3600)
 
 
-@pytest.mark.parametrize("key", ["train.precision"])
+@pytest.mark.parametrize("key", ["train.precision", "model.precision"])
 def test_no_peak_at_a_precision(key: str, capsys: pytest.CaptureFixture[str]) -> None:
     asked = [f"{key}=tf32", "model.dtype=float32", "sweep=null"]
     assert main(["plan", EXAMPLE, *asked, "--accelerator", "v5p"]) == 2

@@ -1,14 +1,17 @@
 """Products of each precision, in NumPy's float64 and, for CPUs to show them, in JAX.
 
-Nothing here is ours: bits are cut off float32 numbers, halves rounded to even.
+Nothing here is ours: bits are cut off float32 numbers, halves rounded to even. `dots` says which
+products a program has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
 # Bits after the point that an operand keeps.
 BITS = {"float32": 23, "tf32": 10, "bfloat16": 7}
@@ -59,3 +62,15 @@ def jax_product(precision: str) -> Callable[[str, jax.Array, jax.Array], jax.Arr
         return exact(spec, high_a, high_b) + small
 
     return product
+
+
+def dots(jaxpr: Any) -> list[tuple[str, ...]]:
+    """The dtypes of every product's operands and result, also of those in inner programs."""
+    found = []
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        if equation.primitive.name == "dot_general":
+            arrays = (*equation.invars, *equation.outvars)
+            found.append(tuple(array.aval.dtype.name for array in arrays))
+        for inner in jaxprs_in_params(equation.params):
+            found += dots(inner)
+    return found
