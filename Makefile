@@ -9,6 +9,7 @@ INSTALL := $(BIN)/uv pip install --quiet --system-certs --python $(BIN)/python
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m launch.demo demo-data
 	$(BIN)/sae sweep configs/demo.yaml
+	@echo "Look at the latents, try a text, steer: $(BIN)/sae browse runs/demo"
 
 # Three workers on two cores: some tests wait, for processes and clusters, while others compute. A
 # file's tests stay together and slow files come first (tests/conftest.py). A worker that dies ends

@@ -72,6 +72,8 @@ def catalogue(folders: Sequence[AnyPath]) -> list[Shown]:
     if not any(one.latents is not None for one in found):
         names = " ".join(str(folder) for folder in folders)
         raise UserError(f"{names} holds no latents yet: write them with `sae latents {names}`")
+    if len({one.label for one in found}) < len(found):  # runs of several sweeps
+        found = [dataclasses.replace(one, label=one.name) for one in found]
     return found
 
 
