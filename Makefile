@@ -9,6 +9,7 @@ INSTALL := $(BIN)/uv pip install --quiet --system-certs --python $(BIN)/python
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m launch.demo demo-data
 	$(BIN)/sae sweep configs/demo.yaml
+	$(BIN)/sae latents runs/demo
 	@echo "Look at the latents, try a text, steer: $(BIN)/sae browse runs/demo"
 
 # Three workers on two cores: some tests wait, for processes and clusters, while others compute. A
