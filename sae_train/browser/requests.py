@@ -98,7 +98,8 @@ def explored(live: Live, say: Say, shown: Shown, body: dict[str, Any]) -> dict[s
         "predicted",
         "likely",
     )
-    wanted = dict.fromkeys([*latents, *(one.latent for one in found.overall)])
+    named = (one.latent for one in (*found.overall, *found.effective))
+    wanted = dict.fromkeys([*latents, *named])
     values = found.values(list(wanted)).T.tolist()
     parts = {name: _plain(getattr(found, name)) for name in names}
     return parts | {"values": dict(zip(map(str, wanted), values, strict=True))}
