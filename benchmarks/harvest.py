@@ -31,7 +31,7 @@ from activation_cache.gemma.taps import Tap
 from activation_cache.harvest.harvest import harvest
 from activation_cache.language_model.model import load_model
 from activation_cache.language_model.shape import read_gemma_config
-from activation_cache.precision import einsum
+from activation_cache.products import einsum
 from benchmarks.support.apart import apart
 from benchmarks.support.measure import interleaved, prepare
 from sae_train.config.file import load_config

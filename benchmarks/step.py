@@ -25,7 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from activation_cache.precision import PrecisionChoice, einsum
+from activation_cache.precision import PrecisionChoice
+from activation_cache.products import einsum
 from benchmarks.support.measure import StepTimes, interleaved, markdown, prepare, write_results
 from sae_train.config.run import (
     CacheConfig,

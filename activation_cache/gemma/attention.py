@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from activation_cache.precision import Precision, einsum
+from activation_cache.precision import Precision
+from activation_cache.products import einsum
 
 MIN_QUERY_BLOCK = 256
 MAX_QUERY_BLOCKS = 8

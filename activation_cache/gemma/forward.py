@@ -30,7 +30,8 @@ from activation_cache.gemma.config import GemmaConfig
 from activation_cache.gemma.params import on_all, on_model_axis
 from activation_cache.gemma.scores import Score, project
 from activation_cache.gemma.taps import Splice, Tap
-from activation_cache.precision import Precision, einsum
+from activation_cache.precision import Precision
+from activation_cache.products import einsum
 
 Visit = Callable[[Site, Array], Array]
 # Queries, keys and values to heads' outputs, as `attend_in_order`.

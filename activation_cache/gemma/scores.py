@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from activation_cache.gemma.attention import soft_cap
-from activation_cache.precision import Precision, einsum, rounded
+from activation_cache.precision import Precision
+from activation_cache.products import einsum, rounded
 
 # Logits of this many elements are alive at once (float32: 256 MiB).
 MAX_LOGIT_ELEMENTS = 2**26

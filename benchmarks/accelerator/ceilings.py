@@ -8,7 +8,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from activation_cache.precision import Precision, einsum
+from activation_cache.precision import Precision
+from activation_cache.products import einsum
 from benchmarks.accelerator.results import Clock, Row, milliseconds, over_peak, precisions, timed
 
 

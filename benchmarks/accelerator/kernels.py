@@ -18,7 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from activation_cache.precision import Precision, einsum
+from activation_cache.precision import Precision
+from activation_cache.products import einsum
 from benchmarks.accelerator import steps
 from benchmarks.accelerator.results import Clock, Row, is_gpu, milliseconds, reason, timed
 from sae_train.config.run import Config

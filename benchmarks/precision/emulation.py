@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from activation_cache import precision as products
-from activation_cache.precision import Precision
+from activation_cache import products
+from activation_cache.precision import AVAILABLE, Precision
 
 
 def rounded_to(x: Array, *, bits: int) -> Array:
@@ -51,11 +51,11 @@ EMULATED = {
 @contextmanager
 def emulation() -> Iterator[None]:
     """Let this CPU compute every precision as an accelerator would."""
-    before = dict(products.PRODUCTS), products.AVAILABLE["cpu"]
+    before = dict(products.PRODUCTS), AVAILABLE["cpu"]
     products.PRODUCTS.update(EMULATED)
-    products.AVAILABLE["cpu"] = get_args(Precision)
+    AVAILABLE["cpu"] = get_args(Precision)
     try:
         yield
     finally:
         products.PRODUCTS.update(before[0])
-        products.AVAILABLE["cpu"] = before[1]
+        AVAILABLE["cpu"] = before[1]

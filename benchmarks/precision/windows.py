@@ -31,7 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from activation_cache.precision import PRODUCTS, Precision
+from activation_cache.precision import Precision
+from activation_cache.products import PRODUCTS
 from activation_cache.store.store import open_store
 from benchmarks.precision.emulation import EMULATED
 from benchmarks.precision.quality import STORES, Cell, base_config

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from activation_cache.precision import einsum
+from activation_cache.products import einsum
 from sae_train.evaluate.sums import in_chunks
 from sae_train.inference.sae import Sae
 

@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from activation_cache.config import Dtype
-from activation_cache.precision import Precision, einsum
+from activation_cache.precision import Precision
+from activation_cache.products import einsum
 from activation_cache.runtime.errors import UserError
 from sae_train.config.sae import Architecture, SaeConfig
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from activation_cache.gemma.taps import Tap
 from activation_cache.language_model.model import LanguageModel
-from activation_cache.precision import einsum
+from activation_cache.products import einsum
 from sae_train.inference.sae import HostOrDevice
 from sae_train.latents.activity import lists
 from sae_train.latents.job import LatentsJob

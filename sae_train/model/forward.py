@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from activation_cache.precision import Precision, einsum
+from activation_cache.precision import Precision
+from activation_cache.products import einsum
 from sae_train.config.sae import SaeConfig
 
 Params = dict[str, Array]

@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from activation_cache.precision import Precision, einsum, operand, rounded
+from activation_cache.precision import Precision
+from activation_cache.products import einsum, operand, rounded
 from sae_train.sparse.search_margin import Norms, margin, norms
 from sae_train.step.gradients import has_gradient
 from sae_train.step.tiles import tile_of, varying_like

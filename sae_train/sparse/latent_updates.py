@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from activation_cache.precision import Precision, rounded
+from activation_cache.precision import Precision
+from activation_cache.products import rounded
 from sae_train.config.run import Config
 from sae_train.model.forward import Params
 from sae_train.sparse.segment_sums import (

@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from activation_cache.precision import Precision, rounded
+from activation_cache.precision import Precision
+from activation_cache.products import rounded
 from sae_train.sparse.active_pairs import Pairs
 from sae_train.step.tiles import varying_like
 

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from activation_cache.precision import Precision, einsum
+from activation_cache.precision import Precision
+from activation_cache.products import einsum
 from sae_train.config.run import Config
 from sae_train.model.forward import Params, decoded_with, threshold_of
 from sae_train.model.sharding import max_over_all, over_devices, sum_over

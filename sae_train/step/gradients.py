@@ -25,7 +25,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from activation_cache.precision import Precision, einsum, operand
+from activation_cache.precision import Precision
+from activation_cache.products import einsum, operand
 from sae_train.config.sae import SaeConfig
 from sae_train.model.forward import Params
 from sae_train.step.compiler_hints import row_major

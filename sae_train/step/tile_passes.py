@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from activation_cache.precision import Precision, einsum, operand
+from activation_cache.precision import Precision
+from activation_cache.products import einsum, operand
 from sae_train.config.run import Config
 from sae_train.model.forward import Params
 from sae_train.model.sharding import sum_over

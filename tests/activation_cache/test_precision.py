@@ -1,4 +1,4 @@
-"""`activation_cache.precision`: what each platform has, and products as they are said to be."""
+"""What each platform has, and products as `activation_cache.precision` says they are."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from activation_cache import precision as products
-from activation_cache.precision import Precision, PrecisionChoice, einsum, resolve
+from activation_cache import products
+from activation_cache.precision import Precision, PrecisionChoice, resolve
+from activation_cache.products import einsum
 from activation_cache.runtime.errors import UserError
 from tests.support.oracles.rounded_products import dots, numpy_product
 

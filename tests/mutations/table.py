@@ -98,7 +98,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a product in bfloat16 rounds one of its operands",
-        "activation_cache/precision.py",
+        "activation_cache/products.py",
         "a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)",
         "a, b = a.astype(jnp.float32), b.astype(jnp.bfloat16).astype(jnp.float32)",
         "tests/sae_train/step/test_precision.py"

@@ -24,6 +24,7 @@ ORDER = (
     "activation_cache.runtime",
     "activation_cache.storage",
     "activation_cache.precision",
+    "activation_cache.products",
     "activation_cache.config",
     "activation_cache.mesh",
     "activation_cache.gemma",
@@ -71,7 +72,7 @@ MOST_FILES = 14
 MOST_LINES_OF_A_FUNCTION = 60
 KERNELS = "sae_train/sparse/kernels/"
 # Who else multiplies matrices would leave the precision to the device, or choose one of its own.
-PRODUCTS_AT = "activation_cache/precision.py"
+PRODUCTS_AT = "activation_cache/products.py"
 PRODUCTS = {
     "einsum",
     "dot",

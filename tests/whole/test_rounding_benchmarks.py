@@ -12,7 +12,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from activation_cache import precision as products
+from activation_cache import products
+from activation_cache.precision import AVAILABLE, Precision, resolve
 from benchmarks.precision.candidates import coarse_margin, counts, operand, proven_margin
 from benchmarks.precision.emulation import EMULATED, emulation
 from benchmarks.precision.quality import TARGETS, Cell, Measured, Row, curve_at, table
@@ -29,7 +30,7 @@ def _in_float64(x_BD: np.ndarray, W_FD: np.ndarray) -> np.ndarray:
     return x_BD.astype(np.float64) @ W_FD.astype(np.float64).T
 
 
-def _emulated(precision: products.Precision, x_BD: np.ndarray, W_FD: np.ndarray) -> np.ndarray:
+def _emulated(precision: Precision, x_BD: np.ndarray, W_FD: np.ndarray) -> np.ndarray:
     product_BF = EMULATED[precision](SPEC, jnp.asarray(x_BD), jnp.asarray(W_FD))
     return np.asarray(product_BF, np.float64)
 
@@ -62,11 +63,11 @@ def test_the_emulated_tf32_has_ten_bits_after_the_point():
 
 
 def test_the_emulation_ends_with_its_context():
-    before = dict(products.PRODUCTS), dict(products.AVAILABLE)
+    before = dict(products.PRODUCTS), dict(AVAILABLE)
     with emulation():
-        assert products.resolve("tf32", platform="cpu") == "tf32"
+        assert resolve("tf32", platform="cpu") == "tf32"
         assert products.PRODUCTS["tf32"] is EMULATED["tf32"]
-    assert before == (products.PRODUCTS, products.AVAILABLE)
+    assert before == (products.PRODUCTS, AVAILABLE)
 
 
 def _adversarial() -> tuple[np.ndarray, np.ndarray]:
@@ -85,7 +86,7 @@ def test_no_cheap_product_is_further_from_the_exact_one_than_the_margin(passes, 
         x_BD, W_FD = _random(3, 64), _random(4, 64)
         if rows == "of very different size":
             x_BD, W_FD = x_BD**5, W_FD * np.logspace(-6, 3, D, dtype=np.float32)
-    precision: products.Precision = "bfloat16" if passes == 1 else "bfloat16_3x"
+    precision: Precision = "bfloat16" if passes == 1 else "bfloat16_3x"
     cheap_BF = _emulated(precision, x_BD, W_FD)
     x, W = (operand(jnp.asarray(rows), passes=passes) for rows in (x_BD, W_FD))
     sizes: Any = {"bias_L": jnp.zeros(len(W_FD)), "d_model": x_BD.shape[1]}
@@ -124,7 +125,7 @@ def test_a_curve_is_read_between_its_two_nearest_saes():
 
 
 def test_a_precision_is_compared_with_float32_at_its_own_l0_and_seed():
-    def row(precision: products.Precision, seed: int, l0: float, factor: float) -> Row:
+    def row(precision: Precision, seed: int, l0: float, factor: float) -> Row:
         target = min(TARGETS, key=lambda one: abs(one - l0))
         return Row(Cell("demo", precision, seed, target), l0, factor * l0**-0.5, factor, 1.0)
 

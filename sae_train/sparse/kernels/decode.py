@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from activation_cache.precision import Precision, rounded_in_kernel
+from activation_cache.precision import Precision
+from activation_cache.products import rounded_in_kernel
 from sae_train.sparse.active_pairs import Pairs
 from sae_train.sparse.kernels.pallas import launch, load, store, table
 from sae_train.sparse.segment_sums import sort_by_row

@@ -25,7 +25,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
-from activation_cache.precision import Precision, einsum_in_kernel
+from activation_cache.precision import Precision
+from activation_cache.products import einsum_in_kernel
 from sae_train.sparse.active_pairs import Pairs
 from sae_train.sparse.kernels.pallas import launch, load, store, table
 from sae_train.step.gradients import has_gradient

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from activation_cache.precision import Precision, rounded_in_kernel
+from activation_cache.precision import Precision
+from activation_cache.products import rounded_in_kernel
 from sae_train.config.run import AdamConfig, Config
 from sae_train.sparse.kernels.pallas import launch, load, store
 from sae_train.sparse.segment_sums import Segments

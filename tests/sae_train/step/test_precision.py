@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from activation_cache import precision as products
+from activation_cache import products
 from activation_cache.precision import Precision
 from activation_cache.runtime.errors import UserError
 from sae_train.config.run import Config
