@@ -86,6 +86,7 @@ def one(width: int, tokens: int) -> dict[str, float]:
     model: Any = SimpleNamespace(
         config=shape,
         fingerprint="random",
+        precision="float32",
         params={
             "embedding": random.standard_normal((VOCABULARY, D), np.float32),
             "final_norm": {"scale": np.zeros(D, np.float32)},

@@ -23,7 +23,7 @@ from activation_cache.language_model.checkpoint import open_checkpoint
 from activation_cache.language_model.model import LanguageModel, conversion_folder, load_model
 from activation_cache.language_model.tokenizer import Tokenizer, load_tokenizer
 from activation_cache.mesh import make_mesh
-from activation_cache.precision import resolve
+from activation_cache.precision import Precision, resolve
 from activation_cache.runtime import exchange
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import StoragePath, storage_path
@@ -77,7 +77,7 @@ class Models:
         """The model a job is measured in; frees the one loaded before."""
         how = job.sae.precision if job.model.dtype == "float32" else "float32"
         if self.given is not None and job.model == job.config.model:
-            return dataclasses.replace(self.given, precision=how)
+            return _at(self.given, how)
         if self.loaded is None or self.loaded[0] != job.model:
             self.loaded = None  # two don't fit in memory
             gemma, _ = self.config_and_fingerprint(job.model, job.config)
@@ -87,7 +87,11 @@ class Models:
                 mesh=_local_mesh(job.config, gemma),
             )
             self.loaded = (job.model, model)
-        return dataclasses.replace(self.loaded[1], precision=how)
+        return _at(self.loaded[1], how)
+
+
+def _at(model: LanguageModel, how: Precision) -> LanguageModel:
+    return model if model.precision == how else dataclasses.replace(model, precision=how)
 
 
 def _local_mesh(config: Config, gemma: GemmaConfig) -> Mesh:

@@ -118,7 +118,7 @@ def latents_job(
         _check_tokenizer(table, models, config.model)
         sequences = _own_sequences(table, own, of_embedding=config.sae.tap == EMBEDDING)
     job = run.job(
-        config.evaluation.model_copy(update={"sequences": len(sequences)}),
+        config.evaluation.model_copy(update={"sequences": len(sequences), "precision": "float32"}),
         model=config.model,
         table=table,
         sequences=sequences,

@@ -75,7 +75,7 @@ def make_world(folder: Path, *, bad: float | None = None) -> World:
     table.read = lambda sequences: tokens[np.array(sequences) - 7]
     table.usable = lambda found: found > 2
     table.subset_of = lambda sequences: (np.array(sequences, np.int32) - 7) % 2
-    model = Mock(spec=LanguageModel, config=config, fingerprint="tiny")
+    model = Mock(spec=LanguageModel, config=config, fingerprint="tiny", precision="float32")
     by_tokens = {tokens[row].tobytes(): acts[row] for row in range(N)}
     # Sequences 5 and 6 have activations in common, not tokens.
     nothing = np.zeros((S, D), np.float32)
