@@ -15,6 +15,7 @@ from launch.run_state import needs_evaluation, needs_release
 from launch.sweep.expand import expand
 from launch.targets import other_runs
 from sae_train.config.file import FILE_NAME
+from sae_train.latents.reader import has_latents, open_latents
 from sae_train.runs.folder import RunFolder, State, read_run
 
 _STYLES = {"trained": "green", "running": "cyan", "stopped": "yellow", "failed": "red"}
@@ -43,13 +44,14 @@ def status_table(config: Job) -> Table:
         table.add_column(heading, justify="right")
     table.add_column("evaluated")
     table.add_column("released")
+    table.add_column("latents")
     if queue is not None:
         table.add_column("Slurm job")
     for name, folder, run_config in runs:
         if (folder / FILE_NAME).exists():
             row = _row(name, read_run(folder), queue)
         else:
-            row = [name, "not started", f"0/{run_config.train.steps}", *["-"] * 8]
+            row = [name, "not started", f"0/{run_config.train.steps}", *["-"] * 9]
         if queue is not None:
             row.append(queue.runs.get(name, "-"))
         table.add_row(*row)
@@ -76,6 +78,7 @@ def _row(name: str, run: RunFolder, queue: QueueView | None) -> list[str | Text]
         "-" if run.checkpoint_step is None else str(run.checkpoint_step),
         _evaluated(run),
         _fresh(bool(run.release), stale=run.state == "trained" and needs_release(run.path)),
+        _latents(run),
     ]
 
 
@@ -86,6 +89,14 @@ def _evaluated(run: RunFolder) -> str:
         return "outdated"
     delta = run.evaluation.get("delta_loss")
     return "yes" if delta is None else f"delta loss {delta:.3f}"
+
+
+def _latents(run: RunFolder) -> str:
+    if not has_latents(run.path):
+        return "no"
+    # Those of a released SAE, which has no checkpoint yet, are of step 0.
+    step = open_latents(run.path).record.step
+    return _fresh(True, stale=step != (run.checkpoint_step or 0))
 
 
 def _fresh(present: bool, *, stale: bool) -> str:

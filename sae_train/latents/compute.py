@@ -14,7 +14,6 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from activation_cache.language_model.model import LanguageModel
 from activation_cache.runtime import exchange, processes
@@ -210,7 +209,7 @@ class _Work:
 
 def _entry(one: LatentsJob, seen_from: LatentsJob) -> SaeEntry:
     folder, own = one.job.folder.absolute(), seen_from.job.folder.absolute()
-    is_near = isinstance(folder, Path) and isinstance(own, Path)
+    is_near = folder.parts[0] == own.parts[0]  # both on the disk, or in the same bucket
     relative = os.path.relpath(str(folder), str(own)) if is_near else str(folder)
     return SaeEntry(
         name=one.name,

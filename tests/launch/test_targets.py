@@ -19,6 +19,7 @@ from sae_train.config.file import write_config
 from sae_train.report.page import write_report
 from sae_train.runs.folder import run_folders
 from tests.support.configs import make_config
+from tests.support.oracles.latents import write_latents_folder
 from tests.support.run_folders import sweep_config, write_run
 
 NAMES = {"coefficient_0.001-width_16", "coefficient_0.002-width_16"}
@@ -43,12 +44,12 @@ def two_sweeps(tmp_path: Path) -> Path:
     return folder
 
 
-def shown(folder: Path) -> list[str]:
-    """The names in the table of `sae status`, in its order."""
+def shown(folder: Path, *, column: int = 0) -> list[str]:
+    """The names in the table of `sae status`, in its order, or another column."""
     console = Console(file=io.StringIO(), width=300)
     console.print(status_table(target_config(str(folder))))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    return [line.split("│")[1].strip() for line in lines if line.startswith("│")]
+    return [line.split("│")[1:-1][column].strip() for line in lines if line.startswith("│")]
 
 
 def reported(folder: Path) -> int:
@@ -62,6 +63,15 @@ def test_an_earlier_config_s_runs_count_everywhere(two_sweeps: Path):
     assert {run.name for run in trained_folders(target_config(str(two_sweeps)))} == trained
     assert {run.name for run in run_folders(two_sweeps)} == trained
     assert reported(two_sweeps) == len(trained)
+
+
+def test_status_says_which_runs_have_latents(two_sweeps: Path):
+    assert shown(two_sweeps, column=-1) == ["no", "-", "no", "no"]
+    run = write_run(make_config(output=str(two_sweeps.parent / "one")), l0=20, steps=100)
+    write_latents_folder(run, F=4)
+    assert shown(run, column=-1) == ["yes"]
+    (run / "checkpoints" / "200").mkdir()
+    assert shown(run, column=-1) == ["outdated"]
 
 
 def test_copies_renamed_runs_and_other_sweeps_are_named_and_left_out(two_sweeps: Path, caplog):

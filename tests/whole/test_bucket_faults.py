@@ -1,4 +1,4 @@
-"""Training in a bucket whose server fails, in several processes, and killed: the same weights."""
+"""Training and latents in a bucket whose server fails, in several processes, killed: the same."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from activation_cache.runtime.errors import UserError
+from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.storage import lease
-from activation_cache.storage.files import storage_path
+from activation_cache.storage.files import file_sizes, storage_path
 from sae_train.config.file import write_config
 from sae_train.config.run import Config
+from sae_train.latents import schema
+from sae_train.latents.compute import compute_jobs
+from sae_train.latents.reader import has_latents, open_latents
 from sae_train.runs.folder import newest_checkpoint
 from sae_train.train.loop import train
+from tests.sae_train.latents.support import S, make_job, make_world
 from tests.support.children.processes import Group, start_group
 from tests.support.servers.buckets import Server, run_in
 from tests.support.training import assert_same_run, make_run, stop_after
@@ -110,3 +114,40 @@ def test_two_killed_processes_go_on_from_what_they_saved(
     group = start_two(tmp_path / "again", config)
     assert group.wait() == [0, 0], "\n".join(group.logs)
     assert_same_run(Path(on_disk.output), storage_path(config.output), step=40)
+
+
+@pytest.mark.parametrize("bucket_server", ["gs"], indirect=True)
+def test_latents_in_a_bucket_are_those_on_a_disk(
+    bucket_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Stopped, continued while the server fails for a moment, and read back."""
+    monkeypatch.setenv("SAE_STORAGE_SECONDS", "20")
+    monkeypatch.setattr(schema, "SHARD_TOKENS", 4 * 3 * S)
+    monkeypatch.setattr(schema, "PART_FIRINGS", 2500)
+    world = make_world(tmp_path)
+    local, job = (
+        make_job(world, storage_path(place) / "one")
+        for place in (tmp_path, bucket_server.folder("latents"))
+    )
+    compute_jobs([local], world.models)
+    with pytest.raises(Interrupted):
+        compute_jobs([job], world.models, stop=stop_after(7))
+    assert file_sizes(job.scratch)
+    assert not has_latents(job.job.folder)
+    outages, before, calls = Outages(bucket_server), bucket_server.proxy.refused, iter(range(1000))
+
+    def bad_spell() -> bool:
+        if next(calls) == 2:
+            outages.left = 3
+        return False
+
+    compute_jobs([job], world.models, stop=bad_spell)
+    assert bucket_server.proxy.refused == before + 3
+    in_bucket, on_disk = (
+        {file.name: file.read_bytes() for file in file_sizes(one.folder) if file.name != ".lock"}
+        for one in (job, local)
+    )
+    assert in_bucket == on_disk
+    found, expected = (open_latents(one.job.folder) for one in (job, local))
+    assert found[7].to_dict() == expected[7].to_dict()
+    assert found.summary.equals(expected.summary)

@@ -1,23 +1,25 @@
-"""An evaluation shared by two processes gives the numbers of one process."""
+"""An evaluation and a walk shared by two processes give what one process gives."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
+import random
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from activation_cache.language_model import model
 from activation_cache.language_model.model import LanguageModel
+from activation_cache.mesh import make_mesh
 from activation_cache.store.store import open_store
 from launch.cli import main
 from sae_train.config.file import load_config
 from sae_train.evaluate import jobs
+from sae_train.latents.reader import open_latents
 from tests.support.children.processes import child_environment
 from tests.support.pipeline import write_pipeline
 from tests.support.saes import make_trained, save_run
@@ -36,15 +38,31 @@ def numbers(value: Any, path: str = "") -> dict[str, Any]:
     return {path: value}
 
 
-def test_two_processes_measure_what_one_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, run = str(write_pipeline(tmp_path)), tmp_path / "out"
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pipeline's folder, with a store and a run in `out`."""
+    folder = tmp_path_factory.mktemp("shared")
+    config = str(write_pipeline(folder))
     assert main(["harvest", config]) == 0
-    own = load_config(config, ["cache.mesh={data: 2, model: 4}"])
+    places = ["cache.mesh={data: 2, model: 4}", "evaluation.sequences_per_batch=64"]
+    own = load_config(config, places)
     trained = make_trained(D=20, F=own.sae.width, scale=2.0)
     store = open_store(own.cache.path).identity
-    save_run(run, dataclasses.replace(trained, config=own, store=store))
+    save_run(folder / "out", dataclasses.replace(trained, config=own, store=store))
+    return folder
+
+
+@pytest.fixture
+def of_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is the supervisor: those that it starts have its environment."""
+    for name, value in child_environment().items():
+        monkeypatch.setenv(name, value)
+
+
+def test_two_processes_measure_what_one_does(
+    folder: Path, of_children: None, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    config, run = str(folder / "config.yaml"), folder / "out"
     meshes: list[Any] = []
 
     def load_model(*arguments: Any, mesh: Any, **options: Any) -> LanguageModel:
@@ -57,15 +75,9 @@ def test_two_processes_measure_what_one_does(
     alone = json.loads((run / "evaluation.json").read_text())
     counts = np.load(run / "firing_counts.npy")
     (run / "evaluation.json").unlink()
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.cli", "evaluate", config, *SETTINGS, "launch.processes=2"],
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "joined: process 0 of 2" in done.stderr
+    capsys.readouterr()
+    assert main(["evaluate", config, *SETTINGS, "launch.processes=2"]) == 0
+    assert "joined: process 0 of 2" in capsys.readouterr().err
     shared = json.loads((run / "evaluation.json").read_text())
     np.testing.assert_array_equal(np.load(run / "firing_counts.npy"), counts)
     left, right = numbers(alone), numbers(shared)
@@ -79,3 +91,24 @@ def test_two_processes_measure_what_one_does(
             assert right[key] == pytest.approx(value, rel=1e-5, abs=2e-6), key
         else:
             assert right[key] == value, key
+
+
+def test_two_processes_write_the_latents_that_one_does(
+    folder: Path, of_children: None, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Of other text, which one of them tokenises: two shards, and a part each."""
+    run, words = folder / "out", random.Random(1)
+    (folder / "more.txt").write_text(
+        " ".join(words.choices(["the", "cat", "and", "dog"], k=20_000))
+    )
+    command = ["latents", str(run), f"latents.source=[{folder}/more.txt]", "latents.tokens=20_000"]
+    # As each of the two has it: one device.
+    monkeypatch.setattr(jobs, "_local_mesh", lambda config, gemma: make_mesh(jax.devices()[:1]))
+    assert main(command) == 0
+    assert open_latents(run).record.sequences * 16 > 2**14, "more than a shard"
+    alone = {path.name: path.read_bytes() for path in (run / "latents").iterdir()}
+    (run / "latents" / "latents.json").unlink()
+    capsys.readouterr()
+    assert main([*command, "launch.processes=2"]) == 0
+    assert "joined: process 0 of 2" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (run / "latents").iterdir()} == alone

@@ -13,6 +13,7 @@ import numpy as np
 
 from activation_cache.language_model.model import LanguageModel
 from activation_cache.language_model.tokenizer import load_tokenizer
+from activation_cache.storage.files import StoragePath
 from activation_cache.text.token_table import TokenTable
 from sae_train.config.latents import LatentsConfig
 from sae_train.evaluate.job import Job
@@ -99,7 +100,7 @@ def make_world(folder: Path, *, bad: float | None = None) -> World:
 
 def make_job(
     world: World,
-    folder: Path,
+    folder: StoragePath,
     *,
     architecture: str = "jumprelu",
     F: int = 60,
