@@ -14,6 +14,11 @@ _T_PAIRS, _T_SPARSE = (
     "tests/sae_train/sparse/test_sparse_step.py",
 )
 _KERNELS, _T_KERNELS = "sae_train/sparse/kernels", "tests/sae_train/sparse/test_kernels.py"
+_CONTEXTS = "sae_train/latents/contexts.py"
+_BY_SORT = (
+    "tests/sae_train/latents/test_compute.py"
+    "::test_contexts_are_those_of_a_sort_of_all_firings[jumprelu]"
+)
 _ON_MESH = f"{_T_SPARSE}::test_pairs_on_many_meshes[4-2-128]"
 _BY_REFERENCE = f"{_T_SPARSE}::test_forty_steps_follow_the_float64_reference"
 
@@ -354,5 +359,19 @@ MUTATIONS = (
         "to_P = jnp.where(there_P, to_P, capacity + nth_P)",
         "to_P = jnp.where(there_P, nth_P, capacity + nth_P)",
         f"{_T_KERNELS}::test_programs_in_the_opposite_order_leave_the_same_bits",
+    ),
+    Mutation(
+        "contexts of equal values go by the latest sequence",
+        _CONTEXTS,
+        "np.lexsort((-firings.values[firsts], firings.latents[firsts]))  # stable",
+        "np.lexsort((-firsts, -firings.values[firsts], firings.latents[firsts]))",
+        _BY_SORT,
+    ),
+    Mutation(
+        "a context begins a quarter before its token, not three quarters",
+        _CONTEXTS,
+        "positions_C - 3 * self.size // 4",
+        "positions_C - self.size // 4",
+        _BY_SORT,
     ),
 )
