@@ -157,7 +157,7 @@ def test_the_forward_moves_activations_and_no_weights(gemma: Path):
     mesh = make_mesh(jax.devices()[:4])
     model = load_model(model_of(gemma), mesh=mesh)
     forward = _activations_on(mesh)
-    lowered = forward.lower(model.config, (Tap("resid_post", 3),), model.params, TOKENS)
+    lowered = forward.lower(model.config, "float32", (Tap("resid_post", 3),), model.params, TOKENS)
     kinds = re.findall(
         r"= .* (all-reduce|all-to-all|all-gather|reduce-scatter|collective-permute)(?:-start)?\(",
         lowered.compile().as_text(),

@@ -116,13 +116,13 @@ def test_the_checkpoint_before_is_gone_on_from(
         (newest / "meta" / "metadata").unlink()
 
     def flipped() -> None:
-        file = largest_file(newest)
+        file = largest_array(newest)
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 4
         bucket.write_object(file, bytes(data))
 
     def object_gone() -> None:
-        largest_file(newest).unlink()
+        largest_array(newest).unlink()
 
     for damage in (half_uploaded, flipped, object_gone):
         damage()
@@ -135,8 +135,8 @@ def test_the_checkpoint_before_is_gone_on_from(
         assert_same_run(finished_run / "whole", storage_path(config.output), step=40)
 
 
-def largest_file(folder: BucketPath) -> BucketPath:
-    sizes = files_below(folder)
+def largest_array(checkpoint: BucketPath) -> BucketPath:
+    sizes = files_below(checkpoint / "state")
     return max(sizes, key=lambda file: sizes[file])
 
 

@@ -242,7 +242,7 @@ def test_every_config_field_is_compared():
     """A field added to the config must be compared, or named here as one that needn't be."""
     compared = {"sites", "tokens", "dtype", "shuffle_rows", "block_rows", "seed"}
     assert set(CacheConfig.model_fields) == compared | {"path", "sequences_per_batch", "mesh"}
-    assert set(ModelConfig.model_fields) == {"weights", "revision", "dtype"}
+    assert set(ModelConfig.model_fields) == {"weights", "revision", "dtype", "precision"}
 
 
 def test_all_layers_may_be_written_out():

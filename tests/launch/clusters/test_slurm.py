@@ -56,9 +56,9 @@ def cluster() -> Iterator[Cluster]:
 
 # A stand-in for the trainer, so that the minute of a time limit costs no processor.
 STUB = """#!/bin/bash
+trap 'echo told; exit 75' TERM
 echo "start after ${SLURM_RESTART_COUNT:-0} restarts"
 [ -z "$SLURM_RESTART_COUNT" ] || exit 0
-trap 'echo told; exit 75' TERM
 sleep 100 & wait $!
 """
 
