@@ -47,6 +47,7 @@ class LatentsJob:
     def scratch(self) -> StoragePath:
         """Where unfinished work lies; another text or SAE has another folder."""
         sizes = [schema.SHARD_TOKENS, schema.PART_FIRINGS, schema.PART_ROWS]
+        sizes.append(schema.PART_CONTEXT_TOKENS)
         identity = json.dumps([self.record, self.job.fingerprints, sizes], sort_keys=True)
         return self.folder / f"{SCRATCH}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 

@@ -104,12 +104,20 @@ class Parts:
         ]
 
     def _tiles(self) -> Iterator[range]:
-        """Ranges of at most `PART_FIRINGS`, but of one latent at least."""
-        ends = np.cumsum(self.shards.counts)
+        """Ranges of at most `PART_FIRINGS` and `PART_CONTEXT_TOKENS`; one latent at least."""
+        counts, settings = self.shards.counts, self.one.settings
+        contexts = np.minimum(counts, settings.top)
+        contexts += np.minimum(counts, schema.INTERVALS * settings.per_interval)
+        limits = (
+            (np.cumsum(counts), schema.PART_FIRINGS),
+            (np.cumsum(contexts * settings.context), schema.PART_CONTEXT_TOKENS),
+        )
         begin = 0
-        while begin < len(ends):
-            before = ends[begin - 1] if begin else 0
-            end = int(np.searchsorted(ends, before + schema.PART_FIRINGS, side="right"))
+        while begin < len(counts):
+            end = len(counts)
+            for ends, most in limits:
+                before = ends[begin - 1] if begin else 0
+                end = min(end, int(np.searchsorted(ends, before + most, side="right")))
             yield range(begin, max(end, begin + 1))
             begin = max(end, begin + 1)
 

@@ -28,6 +28,7 @@ RANKED_OF_OTHERS = 5  # neighbours in each other SAE
 # How the work is cut; unfinished work of other sizes is not continued.
 SHARD_TOKENS = 2**14  # of the walk
 PART_FIRINGS = 2**22  # of a part's latents, unless a single latent has more
+PART_CONTEXT_TOKENS = 2**24  # of a part: where latents fire little, each firing has a context
 PART_ROWS = 2**12  # of weights
 
 _INT, _LONG, _REAL, _WIDE = pa.int32(), pa.int64(), pa.float32(), pa.float64()

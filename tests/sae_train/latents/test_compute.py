@@ -15,8 +15,9 @@ from activation_cache.runtime import exchange, processes
 from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.storage.locks import folder_lock
 from sae_train.inference.sae import Sae
-from sae_train.latents import schema, walk
+from sae_train.latents import parts, schema, walk
 from sae_train.latents.compute import _Work, compute_jobs
+from sae_train.latents.contexts import context_rows
 from sae_train.latents.job import LatentsJob
 from sae_train.latents.parts import opened_parts
 from sae_train.latents.reader import open_latents
@@ -181,6 +182,30 @@ def test_parts_and_shards_of_other_sizes_give_the_same_bytes(
     compute_jobs(jobs, world.models)
     for job, expected in zip(jobs, undisturbed, strict=True):
         assert folder_bytes(job) == expected
+
+
+def test_a_part_s_contexts_are_bounded_where_latents_fire_little(
+    world: World,
+    tmp_path: Path,
+    undisturbed: list[dict[str, bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Each firing may be a context, of many tokens: firings alone are no bound."""
+    monkeypatch.setattr(schema, "PART_FIRINGS", 2**22)
+    monkeypatch.setattr(schema, "PART_CONTEXT_TOKENS", 3000)
+    sizes = []
+
+    def watched(*arguments: Any, **options: Any) -> pa.Table:
+        rows = context_rows(*arguments, **options)
+        sizes.append(len(rows["tokens"].combine_chunks().flatten()))
+        return rows
+
+    monkeypatch.setattr(parts, "context_rows", watched)
+    jobs = alone(world, tmp_path)
+    compute_jobs(jobs, world.models)
+    assert [folder_bytes(job) for job in jobs] == undisturbed
+    assert 2 < len(sizes) < 12
+    assert max(sizes) <= 3000
 
 
 @pytest.mark.parametrize("calls", [0, 3, 8, 10, 14])
