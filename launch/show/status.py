@@ -44,14 +44,18 @@ def status_table(config: Job) -> Table:
         table.add_column(heading, justify="right")
     table.add_column("evaluated")
     table.add_column("released")
-    table.add_column("latents")
+    # A terminal is narrow: one more column only where it says something.
+    with_latents = any(has_latents(folder) for _, folder, _ in runs)
+    if with_latents:
+        table.add_column("latents")
     if queue is not None:
         table.add_column("Slurm job")
     for name, folder, run_config in runs:
         if (folder / FILE_NAME).exists():
-            row = _row(name, read_run(folder), queue)
+            run = read_run(folder)
+            row = [*_row(name, run, queue), *([_latents(run)] if with_latents else [])]
         else:
-            row = [name, "not started", f"0/{run_config.train.steps}", *["-"] * 9]
+            row = [name, "not started", f"0/{run_config.train.steps}", *["-"] * (8 + with_latents)]
         if queue is not None:
             row.append(queue.runs.get(name, "-"))
         table.add_row(*row)
@@ -78,7 +82,6 @@ def _row(name: str, run: RunFolder, queue: QueueView | None) -> list[str | Text]
         "-" if run.checkpoint_step is None else str(run.checkpoint_step),
         _evaluated(run),
         _fresh(bool(run.release), stale=run.state == "trained" and needs_release(run.path)),
-        _latents(run),
     ]
 
 

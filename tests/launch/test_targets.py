@@ -65,8 +65,14 @@ def test_an_earlier_config_s_runs_count_everywhere(two_sweeps: Path):
     assert reported(two_sweeps) == len(trained)
 
 
+def headings(folder: Path) -> list[str]:
+    return [str(column.header) for column in status_table(target_config(str(folder))).columns]
+
+
 def test_status_says_which_runs_have_latents(two_sweeps: Path):
-    assert shown(two_sweeps, column=-1) == ["no", "-", "no", "no"]
+    assert "latents" not in headings(two_sweeps)
+    write_latents_folder(two_sweeps / "coefficient_0.001-width_16", F=4)
+    assert shown(two_sweeps, column=-1) == ["outdated", "-", "no", "no"]
     run = write_run(make_config(output=str(two_sweeps.parent / "one")), l0=20, steps=100)
     write_latents_folder(run, F=4)
     assert shown(run, column=-1) == ["yes"]
