@@ -67,9 +67,10 @@ def test_a_save_that_finds_no_room_is_one_message_and_nothing_is_lost(
     )
 
     def fill() -> None:
-        while newest_checkpoint(finished_run / "full") != 10:
+        while newest_checkpoint(finished_run / "full") is None:
             time.sleep(0.01)
-        file_limit(9000)
+        # Orbax gathers arrays in files as they come; a weight matrix alone takes 4.1 kB.
+        file_limit(4000)
 
     with caplog.at_level(logging.INFO), pytest.raises(UserError, match=words):
         train(config, stop=at_call(15, fill))
