@@ -24,7 +24,7 @@ _BUSY = (408, 409, 425, 429)
 
 
 class Unanswered(Exception):
-    """No usable answer after all attempts; the text says what came instead.
+    """Every attempt failed; the text says what the last one was answered.
 
     Attributes:
         was_unsound: the server answers, but not with what was asked for.

@@ -48,6 +48,11 @@ class ExtraEvaluationConfig(Section):
             raise ValueError("give a model, a text or both: else it is the run's own evaluation")
         if self.model is None and self.label is None:
             raise ValueError("text without a model needs a label, after which the file is called")
+        if self.model is not None and self.model.precision != "auto":
+            raise ValueError(
+                f"model.precision is {self.model.precision}, but evaluation.precision says how the "
+                "products of every evaluation are made: leave model.precision out"
+            )
         return self
 
     @property

@@ -380,6 +380,7 @@ def test_too_little_text_of_an_extra_evaluation(world: World, tuned: ModelConfig
     [
         ([{}], "give a model, a text or both"),
         ([{"text": {"source": ["a"]}}], "needs a label"),
+        ([{"model": {"weights": "a", "precision": "bfloat16"}}], "leave model.precision out"),
         ([{"model": {"weights": "org/m"}}] * 2, "also has m twice"),
     ],
 )
