@@ -17,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Field,
     field_validator,
+    model_validator,
 )
 
 from activation_cache.precision import PrecisionChoice
@@ -130,8 +131,19 @@ class TextConfig(Section):
     source: list[FilePath]  # globs, or hf://org/dataset?split=train; empty for the embedding alone
     field: str = "text"
     subset_field: str | None = None  # names a document's subset; dots lead into nested fields
+    # A weight for each entry of `source`: their shares of the text, in characters. None: in turn.
+    mixture: list[Positive32] | None = None
     sequence_length: Annotated[SmallCount, Field(ge=2)] = 1024
     held_out_sequences: SmallCount = 2048
+
+    @model_validator(mode="after")
+    def _a_weight_for_each_source(self) -> TextConfig:
+        if self.mixture is not None and len(self.mixture) != len(self.source):
+            raise ValueError(
+                f"mixture has {len(self.mixture)} weights and source {len(self.source)} entries: "
+                "give each entry one, in the same order"
+            )
+        return self
 
 
 class SiteConfig(Section):

@@ -13,7 +13,16 @@ from activation_cache.runtime.errors import UserError
 logger = logging.getLogger(__name__)
 
 HUB = "hf://"
-ENDINGS = (".txt", ".jsonl", ".jsonl.zst", ".parquet")
+COMPRESSIONS = {".gz": "gzip", ".xz": "xz", ".zst": "zstandard"}
+_PLAIN = (".txt", ".jsonl", ".json", ".csv", ".tsv")  # may be compressed as a whole
+ENDINGS = (".parquet", *_PLAIN, *(kind + packed for kind in _PLAIN for packed in COMPRESSIONS))
+SPELT = f"{', '.join(_PLAIN)} (also with {', '.join(COMPRESSIONS)}) or .parquet"  # in messages
+
+
+def kind_of(name: str) -> str | None:
+    """A file's ending without that of its compression, such as .jsonl; None if it isn't known."""
+    ending = next((ending for ending in ENDINGS if name.endswith(ending)), None)
+    return ending and "." + ending.split(".")[1]
 
 
 def files_of(entry: str) -> list[str]:
@@ -33,7 +42,7 @@ def files_of(entry: str) -> list[str]:
     if os.path.isdir(entry):
         inside = sorted(glob.glob(os.path.join(pattern, "**", "*"), recursive=True))
         names = [name for name in inside if name.endswith(ENDINGS) and os.path.isfile(name)]
-        wanted = f"is a folder without files that end in {', '.join(ENDINGS)}: name one with some"
+        wanted = f"is a folder without files that end in {SPELT}: name one with some"
     else:
         matches = sorted(glob.glob(pattern, recursive=True))
         names = [name for name in matches if os.path.isfile(name)]

@@ -9,24 +9,31 @@ corpus that nobody can describe.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from activation_cache.config import TextConfig
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import disk_errors, refuse_lfs_pointer
-from activation_cache.text.source_files import ENDINGS, HUB, files_of, tell_repeats
+from activation_cache.text.file_rows import (
+    TXT_FIELD,
+    Rows,
+    read_csv,
+    read_json,
+    read_jsonl,
+    read_parquet,
+    read_txt,
+)
+from activation_cache.text.source_files import HUB, SPELT, files_of, kind_of, tell_repeats
 
 logger = logging.getLogger(__name__)
 
-MAX_FILE_DOCUMENT_BYTES = 64 * 2**20  # a .txt file is one document, tokenised in one piece
 _SAMPLE_BYTES = 2**20
 _SAMPLES = 64
 _MOST_POINTER_BYTES = 1024  # of a Git LFS pointer
@@ -106,12 +113,14 @@ class _Fields:
 class Source:
     """One file or one Hub dataset, and how to read its documents.
 
-    `size` is in bytes, None for a dataset of the Hub, which is streamed and may be endless.
+    `size` is in bytes, None for a dataset of the Hub, which is streamed and may be endless. `entry`
+    is the number of the entry of `text.source` that names it.
     """
 
     name: str
     size: int | None
     open: Callable[[], Iterator[Document]]
+    entry: int = 0
 
     @property
     def streamed(self) -> bool:
@@ -146,25 +155,31 @@ def find_sources(config: TextConfig) -> list[Source]:
     found: dict[str, Source] = {}
     names: list[str] = []
     fields = _Fields(config.field, config.subset_field)
-    for entry in config.source:
+    for number, entry in enumerate(config.source):
         matched = [entry] if entry.startswith(HUB) else files_of(entry)
         names += matched
         for name in matched:
             if name not in found:
                 of_hub = name.startswith(HUB)
-                found[name] = _hub_source(name, fields) if of_hub else _file_source(name, fields)
+                source = _hub_source(name, fields) if of_hub else _file_source(name, fields)
+                found[name] = replace(source, entry=number)
+        if config.mixture is not None and all(found[name].entry != number for name in matched):
+            raise UserError(
+                f"text.source {entry!r} names nothing that an entry before it doesn't name, and "
+                "text.mixture gives it a share of the text: remove the entry and its weight."
+            )
     tell_repeats(names)
     return list(found.values())
 
 
 def _file_source(name: str, fields: _Fields) -> Source:
-    ending = next((ending for ending in ENDINGS if name.endswith(ending)), None)
-    if ending is None:
+    kind = kind_of(name)
+    if kind is None:
         raise UserError(
-            f"text.source matches {name}, whose ending is not one of {', '.join(ENDINGS)}: "
-            "name only such files, or convert it."
+            f"text.source matches {name}, whose ending is not one of {SPELT}: name only such "
+            "files, or convert it."
         )
-    if ending == ".txt" and fields.subset is not None:
+    if kind == ".txt" and fields.subset is not None:
         raise UserError(
             f"text.subset_field names a field and {name} has none: make it a .jsonl with one "
             "document a line, or leave text.subset_field out"
@@ -173,19 +188,22 @@ def _file_source(name: str, fields: _Fields) -> Source:
     if size < _MOST_POINTER_BYTES:
         with disk_errors(name, doing="read"):
             refuse_lfs_pointer(name, Path(name).read_bytes())
-    if ending == ".txt":
-        return Source(name, size, lambda: _documents(name, _read_txt(name), _OF_TXT))
-    if ending == ".parquet":
-        return Source(name, size, lambda: _documents(name, _read_parquet(name, fields), fields))
-    return Source(name, size, lambda: _documents(name, _read_jsonl(name), fields))
+    if kind == ".txt":
+        return Source(name, size, lambda: _documents(name, read_txt(name), _OF_TXT))
+    readers: dict[str, Callable[[str], Rows]] = {
+        ".jsonl": read_jsonl,
+        ".json": read_json,
+        ".csv": read_csv,
+        ".tsv": read_csv,
+        ".parquet": partial(read_parquet, columns=fields.columns),
+    }
+    return Source(name, size, lambda: _documents(name, readers[kind](name), fields))
 
 
-_OF_TXT = _Fields("text", None)  # a .txt file is read as one row
+_OF_TXT = _Fields(TXT_FIELD, None)
 
 
-def _documents(
-    name: str, rows: Iterator[tuple[Any, int, str]], fields: _Fields
-) -> Iterator[Document]:
+def _documents(name: str, rows: Rows, fields: _Fields) -> Iterator[Document]:
     """The documents of a source's rows, which come with their position and name in messages.
 
     Raises:
@@ -214,129 +232,23 @@ def _documents(
             )
 
 
-def _read_txt(name: str) -> Iterator[tuple[Any, int, str]]:
-    size = os.path.getsize(name)
-    if size > MAX_FILE_DOCUMENT_BYTES:
-        raise UserError(
-            f"{name} has {size} bytes, and a .txt file is one document of at most "
-            f"{MAX_FILE_DOCUMENT_BYTES}: split it, or make it a .jsonl with one document a line."
-        )
-    with disk_errors(name, doing="read"):
-        data = Path(name).read_bytes()
-    yield {_OF_TXT.text: _decode(data, where=name)}, size, name
-
-
-def _read_jsonl(name: str) -> Iterator[tuple[Any, int, str]]:
-    with disk_errors(name, doing="read"), open(name, "rb") as file:
-        lines = _lines(file, name, compressed=name.endswith(".zst"))
-        for number, line in enumerate(lines, start=1):
-            where = f"{name}, line {number}"
-            text = _decode(line, where=where)
-            if text.strip():
-                yield _parsed(text, where=where), file.tell(), where
-
-
-def _parsed(line: str, *, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where} is not JSON ({error}): each line must be one JSON object. "
-            "Mend the line; if it is the last one, the file may be cut short."
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{where} is JSON that can't be read ({error}): numbers may have 4,300 digits and "
-            "brackets may stand some 1,000 deep. Remove that field or the line."
-        ) from error
-
-
-def _lines(file: BinaryIO, name: str, *, compressed: bool) -> Iterator[bytes]:
-    if not compressed:
-        yield from file
-        return
-    rest = b""
-    for part in _decompressed(file, name):
-        *lines, rest = (rest + part).split(b"\n")
-        yield from lines
-    if rest:
-        yield rest
-
-
-def _decompressed(file: BinaryIO, name: str) -> Iterator[bytes]:
-    """Every frame of a zstandard file. (The library's stream reader ends a cut file in silence.)"""
-    import zstandard
-
-    decompressor = zstandard.ZstdDecompressor()
-    frame = None
-    try:
-        while chunk := file.read(2**20):
-            while chunk:
-                frame = frame or decompressor.decompressobj()
-                yield frame.decompress(chunk)
-                if not frame.eof:
-                    break
-                chunk, frame = frame.unused_data, None
-    except zstandard.ZstdError as error:
-        raise UserError(f"{name} is not readable zstandard ({error}): it is damaged") from error
-    if frame is not None:
-        raise UserError(f"{name} ends within a zstandard frame: the file was cut short")
-
-
-def _read_parquet(name: str, fields: _Fields) -> Iterator[tuple[Any, int, str]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    size = os.path.getsize(name)
-    try:
-        with pyarrow.parquet.ParquetFile(name) as file:
-            present = Counter(file.schema_arrow.names)
-            if fields.text not in present:
-                raise UserError(
-                    f"{name} has no column {fields.text!r} (text.field); it has {list(present)}. "
-                    "Set text.field to the one with the text."
-                )
-            total, number = max(1, file.metadata.num_rows), 0
-            columns = [column for column in fields.columns if column in present]
-            for column in columns:
-                if present[column] > 1:
-                    raise UserError(
-                        f"{name} has {present[column]} columns named {column!r}, and one is "
-                        "needed: rename the others."
-                    )
-            for batch in file.iter_batches(batch_size=256, columns=columns):
-                for values in zip(*(batch.column(column) for column in columns), strict=True):
-                    number += 1
-                    where = f"{name}, row {number}"
-                    plain = (_python(value, where=where) for value in values)
-                    row = dict(zip(columns, plain, strict=True))
-                    yield row, size * number // total, where
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{name} is not readable parquet ({error}): the file is damaged") from error
-
-
-def _python(value: Any, *, where: str) -> Any:
-    try:
-        return value.as_py()
-    except UnicodeDecodeError as error:
-        raise _not_utf8(error, where) from error
-
-
 def _hub_source(url: str, fields: _Fields) -> Source:
     parts = urlsplit(url)
     options = dict(parse_qsl(parts.query))
+    fields = replace(fields, text=options.pop("field", fields.text))
     unknown = sorted(set(options) - {"split", "name", "revision"})
     dataset = (parts.netloc + parts.path).strip("/")
     if unknown or not dataset:
         raise UserError(
             f"text.source {url!r} is not understood (unknown: {unknown or 'no dataset'}): write "
-            "hf://organisation/dataset?split=train, optionally with &name=... and &revision=..."
+            "hf://organisation/dataset?split=train, optionally with &name=..., &revision=... and "
+            "&field=..."
         )
     options.setdefault("split", "train")
     return Source(url, None, lambda: _documents(url, _read_hub(url, dataset, options), fields))
 
 
-def _read_hub(url: str, dataset: str, options: dict[str, str]) -> Iterator[tuple[Any, int, str]]:
+def _read_hub(url: str, dataset: str, options: dict[str, str]) -> Rows:
     try:
         import datasets
     except ImportError as error:
@@ -352,18 +264,3 @@ def _read_hub(url: str, dataset: str, options: dict[str, str]) -> Iterator[tuple
             f"cannot read {url} ({type(error).__name__}: {error}): the dataset, split and name "
             "must exist and the Hub must be reachable. Check them, or use local files."
         ) from error
-
-
-def _decode(data: bytes, *, where: str) -> str:
-    """Bytes as text, without the byte order mark with which some programs begin a file."""
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _not_utf8(error, where) from error
-
-
-def _not_utf8(error: UnicodeDecodeError, where: str) -> UserError:
-    return UserError(
-        f"{where} is not UTF-8 (byte {error.start} is 0x{error.object[error.start]:02x}): text "
-        "must be UTF-8. Convert it, for instance with iconv."
-    )

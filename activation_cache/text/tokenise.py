@@ -20,6 +20,7 @@ from activation_cache.runtime.progress import ProgressMeter
 from activation_cache.storage.arrays import write_shards
 from activation_cache.storage.files import StoragePath, make_folder, remove_tree
 from activation_cache.storage.records import FORMAT_VERSION, write_record
+from activation_cache.text.mixture import read_documents
 from activation_cache.text.packing import pack, pack_by_subset, pack_vocabulary
 from activation_cache.text.sources import Document, Source, find_sources
 from activation_cache.text.token_table import (
@@ -163,19 +164,16 @@ def _regroup(parts: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
         yield np.concatenate(waiting)
 
 
-def _batches(sources: list[Source]) -> Iterator[tuple[list[Document], int]]:
+def _batches(text: TextConfig, sources: list[Source]) -> Iterator[tuple[list[Document], int]]:
     """Documents in batches for the tokenizer, and how many bytes of all sources lie before."""
     documents: list[Document] = []
-    characters = position = before = 0
-    for source in sources:
-        for document in source.open():
-            documents.append(document)
-            characters += len(document.text)
-            position = before + document.position
-            if characters >= _BATCH_CHARACTERS or len(documents) >= _BATCH_DOCUMENTS:
-                yield documents, position
-                documents, characters = [], 0
-        before += source.size or 0
+    characters = position = 0
+    for document, position in read_documents(text, sources):
+        documents.append(document)
+        characters += len(document.text)
+        if characters >= _BATCH_CHARACTERS or len(documents) >= _BATCH_DOCUMENTS:
+            yield documents, position
+            documents, characters = [], 0
     if documents:
         yield documents, position
 
@@ -274,7 +272,7 @@ class _TableBuilder:
         total = None if streamed else sum(source.size or 0 for source in sources)
         unit = "documents" if streamed else "B"
         with ProgressMeter("tokenising", total=total, unit=unit) as meter:
-            for documents, position in _batches(sources):
+            for documents, position in _batches(self.recipe.text, sources):
                 if self.stop():
                     raise Interrupted("stopped while tokenising: next time it begins again")
                 encoded = self.tokenizer.encode_batch([one.text for one in documents])

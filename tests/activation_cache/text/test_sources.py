@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import json
+import lzma
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,7 @@ import zstandard
 
 from activation_cache.config import TextConfig
 from activation_cache.runtime.errors import UserError
+from activation_cache.text import file_rows
 from activation_cache.text import sources as text_module
 from activation_cache.text.sources import find_sources, sampled_hash
 
@@ -34,20 +40,104 @@ def write_parquet(path: Path, texts: list[str | None], column: str = "text") -> 
     return path
 
 
-def test_each_kind_of_file_gives_the_same_documents(tmp_path: Path):
+def table(texts: list[str], separator: str = ",") -> bytes:
+    lines = io.StringIO()
+    csv.writer(lines, delimiter=separator).writerows([["id", "text"], *((1, t) for t in texts)])
+    return lines.getvalue().encode()
+
+
+CONTENTS = {
+    ".jsonl": jsonl(TEXTS),
+    ".json": json.dumps([{"id": 12345678901234567890123, "text": text} for text in TEXTS]).encode(),
+    ".lines.json": jsonl(TEXTS),  # as in C4
+    ".csv": table(TEXTS),
+    ".tsv": table(TEXTS, "\t"),
+}
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.ZstdCompressor(write_checksum=True).compress,
+}
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+def test_each_kind_of_file_gives_the_same_documents(tmp_path: Path, compression: str):
+    compress = COMPRESS[compression]
     for number, text in enumerate(TEXTS):
-        (tmp_path / f"{number}.txt").write_bytes(text.encode())
-    (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
-    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress(jsonl(TEXTS)))
-    write_parquet(tmp_path / "c.parquet", list(TEXTS))
-    for pattern in ("*.txt", "a.jsonl", "b.jsonl.zst", "c.parquet"):
-        assert documents(tmp_path / pattern) == TEXTS, pattern
+        (tmp_path / f"{number}.txt{compression}").write_bytes(compress(text.encode()))
+    assert documents(tmp_path / f"*.txt{compression}") == TEXTS
+    for ending, content in CONTENTS.items():
+        file = tmp_path / f"a{ending}{compression}"
+        file.write_bytes(compress(content))
+        assert documents(file) == TEXTS, file
+        file.write_bytes(compress(b"\xef\xbb\xbf" + content))
+        assert documents(file) == TEXTS, "a byte order mark is no text"
 
 
-def test_zstandard_in_several_frames_is_read_to_the_end(tmp_path: Path):
-    frames = [zstandard.compress(jsonl([text])) for text in TEXTS]
-    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
-    assert documents(tmp_path / "a.jsonl.zst") == TEXTS
+@pytest.mark.parametrize("codec", ["none", "snappy", "gzip", "zstd", "brotli", "lz4"])
+def test_parquet_files_of_all_codecs(tmp_path: Path, codec: str):
+    rows = pa.table({"id": [1, 2, 3], "text": TEXTS})
+    pyarrow.parquet.write_table(rows, tmp_path / "c.parquet", compression=codec)
+    assert documents(tmp_path / "c.parquet") == TEXTS
+
+
+@pytest.mark.parametrize("compression", [".gz", ".xz", ".zst"])
+def test_several_compressed_parts_are_read_to_the_end(tmp_path: Path, compression: str):
+    """Such files come of `cat a.gz b.gz`."""
+    parts = [COMPRESS[compression](jsonl([text])) for text in TEXTS]
+    file = tmp_path / f"a.jsonl{compression}"
+    file.write_bytes(b"".join(parts))
+    assert documents(file) == TEXTS
+
+
+@pytest.mark.parametrize("compression", [".gz", ".xz", ".zst"])
+def test_a_compressed_file_that_is_damaged_or_cut_short_is_named(tmp_path: Path, compression: str):
+    file = tmp_path / f"a.jsonl{compression}"
+    packed = COMPRESS[compression](jsonl([f"text {number}" for number in range(5000)]))
+    file.write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(UserError, match=rf"{compression} ends within its .*: .* was cut short"):
+        documents(file)
+    for content in (b"nothing compressed at all", packed[:200] + b"\0" * 50 + packed[250:]):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=rf"{compression} is not readable .*: it is damaged"):
+            documents(file)
+
+
+BAD_JSON = {
+    "cut short": (b'[{"text": "a"}, {"te', "is not JSON after element 1 .*EOF"),
+    "no comma": (b'[{"text": "a"} {"text": "b"}]', "after element 1 .*I expect ','"),
+    "not UTF-8": (b'[{"text": "\xff"}]', "after element 0 .*invalid bytes in UTF8"),
+    "trailing": (b'[{"text": "a"}]\n{"text": "b"}', "after element 1 .*trailing garbage"),
+    "not an object": (b'["a"]', "element 1 is str, not an object"),
+    "an object over lines": (b'{\n"text": "a"}', "line 1 is not JSON"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_JSON)
+def test_a_bad_array_is_named(tmp_path: Path, kind: str):
+    content, message = BAD_JSON[kind]
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=f"a.json.* {message}"):
+        documents(tmp_path / "a.json")
+
+
+BAD_TABLES = {
+    "a short row": (b"id,text\n1,a\n2\n", "line 3 ends a row of 1 fields, and .* names 2: quote"),
+    "a long row": (b"id,text\n1,a,b\n", "line 2 ends a row of 3 fields"),
+    "an open quote": (b'id,text\n1,"a\n', r"line 2 is not CSV \(unexpected end of data\)"),
+    "not UTF-8": (b"id,text\n1,\xff\n", "line 2 is not UTF-8"),
+    "a field twice": (b"text,text\n1,a\n", "line 1 names the field 'text' twice"),
+    "no such field": (b"id,body\n1,a\n", "1 rows and no text in field 'text'.*'body'"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_TABLES)
+def test_a_bad_table_is_named(tmp_path: Path, kind: str):
+    content, message = BAD_TABLES[kind]
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(UserError, match=f"a.csv.* {message}"):
+        documents(tmp_path / "a.csv")
 
 
 def test_files_come_sorted_sources_as_listed_and_none_twice(tmp_path: Path):
@@ -111,9 +201,9 @@ def test_a_bad_txt_file_is_named(tmp_path: Path):
 
 
 def test_a_txt_file_too_large_for_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(text_module, "MAX_FILE_DOCUMENT_BYTES", 3)
+    monkeypatch.setattr(file_rows, "MAX_FILE_DOCUMENT_BYTES", 3)
     (tmp_path / "a.txt").write_text("four")
-    with pytest.raises(UserError, match=r"4 bytes, .* at most 3: split it"):
+    with pytest.raises(UserError, match=r"more than 3 bytes, .* at most that many: split it"):
         documents(tmp_path / "a.txt")
 
 
@@ -129,23 +219,11 @@ def test_a_parquet_file_without_the_column_or_with_two_is_named(tmp_path: Path):
         documents(file)
 
 
-def test_damaged_files_are_named(tmp_path: Path):
+def test_a_damaged_parquet_file_is_named(tmp_path: Path):
     parquet = write_parquet(tmp_path / "c.parquet", list(TEXTS))
     parquet.write_bytes(parquet.read_bytes()[:-10])
     with pytest.raises(UserError, match=r"c\.parquet is not readable parquet"):
         documents(parquet)
-    packed = zstandard.compress(jsonl(TEXTS * 1000))
-    for content in (b"no zstandard at all", packed[:200] + b"\0" * 50):
-        (tmp_path / "b.jsonl.zst").write_bytes(content)
-        with pytest.raises(UserError, match=r"b\.jsonl\.zst"):
-            documents(tmp_path / "b.jsonl.zst")
-
-
-def test_a_zstandard_file_cut_short_is_noticed(tmp_path: Path):
-    packed = zstandard.compress(jsonl([f"text {number}" for number in range(5000)]))
-    (tmp_path / "b.jsonl.zst").write_bytes(packed[: len(packed) // 2])
-    with pytest.raises(UserError, match=r"b\.jsonl\.zst"):
-        documents(tmp_path / "b.jsonl.zst")
 
 
 ROWS_WITHOUT_TEXT = [{}, {"text": None}, {"text": ""}, {"text": " \n"}]
@@ -256,8 +334,8 @@ def test_a_file_named_twice_is_told(tmp_path: Path, caplog: pytest.LogCaptureFix
 def test_a_glob_without_files_and_an_unknown_ending(tmp_path: Path):
     with pytest.raises(UserError, match="matches no file"):
         documents(tmp_path / "*.txt")
-    (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(UserError, match=r"a\.csv, whose ending is not one of \.txt, \.jsonl"):
+    (tmp_path / "a.pdf").write_text("x")
+    with pytest.raises(UserError, match=r"a\.pdf, whose ending is not one of \.txt, \.jsonl"):
         documents(tmp_path / "*")
 
 
