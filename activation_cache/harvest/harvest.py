@@ -40,6 +40,7 @@ from activation_cache.storage.arrays import bucket_rows, remove_stray_files
 from activation_cache.storage.files import StoragePath, remove_tree, storage_path, write_text
 from activation_cache.storage.locks import folder_lock
 from activation_cache.storage.records import FORMAT_VERSION, read_record, write_record
+from activation_cache.store.centring import gamma_of
 from activation_cache.store.manifest import (
     Manifest,
     ModelEntry,
@@ -54,6 +55,7 @@ from activation_cache.store.store import (
     PROVENANCE,
     TOKENS_FOLDER,
     Store,
+    open_store,
 )
 from activation_cache.store.writer import BucketWriter, Commit, read_commits
 from activation_cache.text.token_table import TokenSummary, TokenTable
@@ -303,6 +305,9 @@ class _Harvest:
         write_record(self.path / MANIFEST_FILE, manifest)
         (self.path / PLAN_FILE).unlink()
         logger.info("the store at %s is finished: %d rows", self.path, manifest.rows)
+        store = open_store(self.path)
+        far = ", ".join(f"{tap.name} {gamma_of(store, tap):.2f}" for tap in store.taps)
+        logger.info("γ, the length of the mean over the spread around it: %s", far)
         return manifest
 
     def _all_commits(self, plan: Manifest) -> dict[int, Commit]:

@@ -81,7 +81,7 @@ def inspect_store(path: StoragePath, *, verify: bool) -> None:
         )
     )
     taps = Table(title=f"taps (means over the first {min(_SAMPLE_ROWS, store.rows):,} rows)")
-    for heading in ("tap", "width", "mean |x|²", "mean |x|", "max |x|", "|mean x|²/mean |x|²"):
+    for heading in ("tap", "width", "mean |x|²", "mean |x|", "max |x|", "|mean x|²/mean |x|²", "γ"):
         taps.add_column(heading, justify="left" if heading == "tap" else "right")
     for tap in store.taps:
         taps.add_row(*_tap_row(store, tap))
@@ -91,12 +91,20 @@ def inspect_store(path: StoragePath, *, verify: bool) -> None:
 
 
 def _tap_row(store: Store, tap: Tap) -> list[str]:
+    from activation_cache.store.centring import gamma
+
     info = store.tap_info(tap)
     x_ND = store.read(tap, start=0, stop=min(_SAMPLE_ROWS, store.rows)).astype(np.float64)
     norms_N = np.linalg.norm(x_ND, axis=1)
     share = float(np.sum(x_ND.mean(axis=0) ** 2) / np.mean(norms_N**2))
     sizes = (info.mean_squared_norm, norms_N.mean(), norms_N.max())
-    return [tap.name, str(info.width), *(f"{size:.5g}" for size in sizes), f"{share:.1%}"]
+    return [
+        tap.name,
+        str(info.width),
+        *(f"{size:.5g}" for size in sizes),
+        f"{share:.1%}",
+        f"{gamma(x_ND):.2f}",
+    ]
 
 
 def verify_store(store: Store) -> None:

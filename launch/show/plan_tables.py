@@ -9,7 +9,7 @@ from dataclasses import replace
 from rich.table import Table
 
 from activation_cache.runtime.amounts import bytes_text
-from activation_cache.storage.files import json_text
+from activation_cache.storage.files import json_text, storage_path
 from launch.config.job import Job
 from launch.console import print_table, print_text
 from launch.show.units import (
@@ -56,8 +56,25 @@ def show_plan(config: Job, arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_text(json_text(plan_record(plan), indent=2))
         return
-    for table in tables(plan):
+    for table in [*tables(plan), *_centring_tables(config)]:
         print_table(table)
+
+
+def _centring_tables(config: Config) -> list[Table]:
+    """γ of the taps of a config's store, if there is one: its harvest has finished."""
+    path = storage_path(config.cache.path)
+    if not (path / "manifest.json").exists():
+        return []
+    from activation_cache.store.centring import gamma_of
+    from activation_cache.store.store import open_store
+
+    store = open_store(path)
+    table = plan_table(f"how far from zero, in the store at {path}", "tap", "γ", "sae.b_dec_init")
+    for tap in store.taps:
+        found = gamma_of(store, tap)
+        advice = "mean (or auto)" if found > 1 else "zeros will do"
+        table.add_row(tap.name, f"{found:.2f}", advice)
+    return [table]
 
 
 def _show_suite(config: Job, arguments: argparse.Namespace) -> None:

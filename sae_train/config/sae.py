@@ -58,6 +58,7 @@ class SaeConfig(Section):
     With a `target`, a later site of the same layer, it is a transcoder: it predicts that site's
     rows. They are divided by the RMS norm of what is read (Gemma Scope, appendix B) or, with
     `target_scale: own`, by their own. `affine_skip` adds a trained matrix from input to output.
+    With `subtract_mean` its encoder reads rows less their mean, a constant taken from the data.
 
     `bandwidth` and `threshold` are JumpReLU's. TopK and BatchTopK have `k`, the active latents per
     row, and `aux_k_coefficient`, the weight of the aux loss that revives dead latents (1/32 in Gao
@@ -69,6 +70,7 @@ class SaeConfig(Section):
     layer: SmallCount
     target: Site | None = None
     target_scale: Literal["input", "own"] = "input"
+    subtract_mean: bool = False
     affine_skip: bool = False
     architecture: Architecture = "jumprelu"
     width: PositiveSmallCount = 16_384
@@ -79,7 +81,8 @@ class SaeConfig(Section):
     threshold: ThresholdConfig = ThresholdConfig()
     pre_encoder_bias: bool = True
     # Gemma Scope starts b_dec at zero; a run of a few hundred steps can't carry it to the mean.
-    b_dec_init: Literal["zeros", "mean"] = "zeros"
+    # `auto` takes the mean where it is longer than what is left of the rows without it.
+    b_dec_init: Literal["zeros", "mean", "auto"] = "zeros"
 
     @property
     def is_transcoder(self) -> bool:
@@ -112,7 +115,11 @@ class SaeConfig(Section):
     @model_validator(mode="after")
     def _whole_transcoder(self) -> SaeConfig:
         if self.target is None:
-            own = {"affine_skip": self.affine_skip, "target_scale": self.target_scale != "input"}
+            own = {
+                "affine_skip": self.affine_skip,
+                "target_scale": self.target_scale != "input",
+                "subtract_mean": self.subtract_mean,
+            }
             for key in (key for key, is_set in own.items() if is_set):
                 raise ValueError(
                     f"sae.{key} is for transcoders, which have a sae.target, the site they "

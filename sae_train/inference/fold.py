@@ -22,7 +22,8 @@ def fold(trained: Trained) -> Sae:
     the term W_enc b_dec is absent.
 
     For a transcoder whose target was divided by T, T replaces C, and the two matrices that read
-    x_raw are multiplied by T/C: W_enc' = T/C W_enc, W_skip' = T/C W_skip.
+    x_raw are multiplied by T/C: W_enc' = T/C W_enc, W_skip' = T/C W_skip. A mean m that it
+    subtracts from its input goes the way of b_dec: b_enc' = T (b_enc - W_enc m).
 
     Returns:
         Float32 NumPy tensors W_enc [D, F], W_dec [F, D], ...; computed in float64.
@@ -41,6 +42,8 @@ def fold(trained: Trained) -> Sae:
     bias_F = params["b_enc"]
     if config.pre_encoder_bias:
         bias_F = bias_F - params["W_enc"] @ params["b_dec"]
+    if config.subtract_mean:
+        bias_F = bias_F - params["W_enc"] @ params["input_mean"]
     W_enc_FD = params["W_enc"] if ratio == 1.0 else ratio * params["W_enc"]
     return Sae(
         W_enc=np.ascontiguousarray(W_enc_FD.T, np.float32),

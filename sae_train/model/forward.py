@@ -5,8 +5,8 @@
     loss = mean over rows of |x - x̂|², plus a penalty (sae_train/step/sparsity_penalty.py)
 
 A transcoder predicts another row y instead of x (Gemma Scope, arXiv 2408.05147, appendix B): the
-loss compares ŷ with y, no b_dec is subtracted, and with an affine skip
-ŷ = f W_dec + b_dec + x W_skip. Inputs are scaled to unit mean squared norm.
+loss compares ŷ with y, no b_dec is subtracted (but, if configured, a constant: the mean of x), and
+with an affine skip ŷ = f W_dec + b_dec + x W_skip. Inputs are scaled to unit mean squared norm.
 
 Legend: B rows of a batch, D model width, F latents. Weights are latent-major, [F, D] both.
 """
@@ -66,11 +66,15 @@ def pre_activations(
 ) -> Float[Array, "B F"]:
     """(x - b_dec) W_encᵀ + bias, b_dec subtracted only if `pre_encoder_bias` is set.
 
+    A transcoder subtracts its input's mean instead, if `subtract_mean` is set.
+
     A constant copy of b_dec is subtracted; its gradient comes from another term, whose value is 0.
     Autodiff would otherwise spend a [B, F] by [F, D] product, a fifth of the step, on a gradient
     that the sum over rows reduces to one matrix-vector product.
     """
     bias_F = bias
+    if config.subtract_mean:
+        x_BD = x_BD - jax.lax.stop_gradient(params["input_mean"])[None, :]
     if config.pre_encoder_bias:
         b_dec_D = jax.lax.stop_gradient(params["b_dec"])
         x_BD = x_BD - b_dec_D[None, :]

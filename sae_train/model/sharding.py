@@ -74,6 +74,7 @@ _SHARED: dict[str, Tensor] = {
 }
 _UNTIED = Tensor(dims=("F", "D"), dtype=_FLOAT, init=_other_unit_rows)
 _SKIP = Tensor(dims=("D", "D"), dtype=_FLOAT, init=_zeros)  # [in, out], whole on every device
+_INPUT_MEAN = Tensor(dims=("D",), dtype=_FLOAT, init=_zeros)  # never trained
 _BIAS = Tensor(dims=("F",), dtype=_FLOAT, init=_zeros)
 _OWN: dict[Architecture, dict[str, Tensor]] = {
     "jumprelu": {
@@ -90,19 +91,28 @@ BATCH_DIMS = ("B", "D")
 
 
 def params_table(
-    architecture: Architecture, *, is_transcoder: bool = False, has_skip: bool = False
+    architecture: Architecture,
+    *,
+    is_transcoder: bool = False,
+    has_skip: bool = False,
+    subtracts_mean: bool = False,
 ) -> dict[str, Tensor]:
     """The rows of the parameters that an architecture trains, as an SAE or as a transcoder."""
     table = _SHARED | _OWN[architecture]
     if is_transcoder:
         table["W_enc"] = _UNTIED
+    if subtracts_mean:
+        table["input_mean"] = _INPUT_MEAN
     return table | ({"W_skip": _SKIP} if has_skip else {})
 
 
 def table_of(config: SaeConfig) -> dict[str, Tensor]:
     """`params_table` of a config."""
     return params_table(
-        config.architecture, is_transcoder=config.is_transcoder, has_skip=config.affine_skip
+        config.architecture,
+        is_transcoder=config.is_transcoder,
+        has_skip=config.affine_skip,
+        subtracts_mean=config.subtract_mean,
     )
 
 

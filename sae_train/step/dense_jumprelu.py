@@ -127,6 +127,8 @@ class DenseStep:
     def _encoder_operands(self, params: Params, x_BD: Array) -> EncoderOperands:
         if self._sae.pre_encoder_bias:
             x_BD = x_BD - params["b_dec"][None, :]
+        if self._sae.subtract_mean:
+            x_BD = x_BD - params["input_mean"][None, :]
         theta_F = threshold_of(params, config=self._sae)
         return params["W_enc"], params["W_dec"], params["b_enc"], theta_F, x_BD
 

@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
+from activation_cache.store.centring import gamma_of_moments
 from sae_train.config.run import Config, MatchL0Penalty, TargetL0Penalty
 from sae_train.config.sae import SaeConfig
 from sae_train.model.forward import Params, pre_activations
@@ -37,8 +38,11 @@ TYPICAL_L0 = 100.0
 # The warning looks at this many pre-activations: 64 MiB on one device and on the host.
 LOOKED_AT = 2**24
 
-# b_dec starts at the mean of this many rows: its error is a hundredth of a standard deviation.
+# A mean is that of so many rows: its error is a hundredth of a standard deviation.
 MEAN_ROWS = 16_384
+
+# `sae.b_dec_init: auto` takes the mean above this γ: it then has more of the mean square.
+_FAR_FROM_ZERO = 1.0
 
 
 # Raw rows [B, D]: one array of what an SAE reads; of a transcoder also one of what it predicts.
@@ -55,7 +59,8 @@ def prepare_start(
 ) -> TrainState:
     """The state that training starts from; logs a warning if thresholds can't rise far enough.
 
-    b_dec is set to the mean of the data if the config says so. With `sae.start_from` the parameters
+    b_dec is set to the mean of the data if the config says so, or leaves it to γ and that is above
+    1; so is what a transcoder subtracts from its input. With `sae.start_from` the parameters
     are a released SAE's, and nothing is warned of: its thresholds fit the data.
 
     Args:
@@ -66,15 +71,19 @@ def prepare_start(
     Raises:
         UserError: `sae.start_from` names no SAE that fits.
     """
-    if config.sae.b_dec_init == "mean":
-        count = -(-MEAN_ROWS // config.train.batch_size)
-        means = [batch(step)[-1].astype(np.float64).mean(axis=0) for step in range(count)]
-        b_dec_D = (np.mean(means, axis=0) / target_scale).astype(np.float32)
-        state = _with_params(state, {"b_dec": b_dec_D})
+    if config.sae.b_dec_init != "zeros":
+        state = _with_params(state, _b_dec(config, batch, target_scale=target_scale))
+    input_mean_D = None
+    if config.sae.subtract_mean:
+        input_mean_D = (_moments(config, batch, which=0)[0] / input_scale).astype(np.float32)
+        state = _with_params(state, {"input_mean": input_mean_D})
     if config.sae.start_from is not None:
-        D = state.params["b_dec"].shape[0]
         params = starting_params(
-            config.sae, d_model=D, input_scale=input_scale, target_scale=target_scale
+            config.sae,
+            d_model=state.params["b_dec"].shape[0],
+            input_scale=input_scale,
+            target_scale=target_scale,
+            input_mean_D=input_mean_D,
         )
         return _with_params(state, params)
     if config.sae.architecture != "jumprelu":
@@ -85,6 +94,38 @@ def prepare_start(
     if warning:
         logger.warning("%s", warning)
     return state
+
+
+def _moments(
+    config: Config, batch: Callable[[int], HostBatch], *, which: int
+) -> tuple[Float[np.ndarray, " D"], float]:
+    """The mean of the first raw rows and of their |x|²; `which`: 0 of inputs, -1 of targets."""
+    means, squares = [], []
+    for step in range(-(-MEAN_ROWS // config.train.batch_size)):
+        x_BD = batch(step)[which].astype(np.float64)
+        means.append(x_BD.mean(axis=0))
+        squares.append(np.square(x_BD).sum(axis=1).mean())
+    return np.mean(means, axis=0), float(np.mean(squares))
+
+
+def _b_dec(
+    config: Config, batch: Callable[[int], HostBatch], *, target_scale: float
+) -> dict[str, Float[np.ndarray, " D"]]:
+    """Where b_dec starts if not at zero, which of `auto` γ decides."""
+    mean_D, mean_square = _moments(config, batch, which=-1)
+    if config.sae.b_dec_init == "auto":
+        found = gamma_of_moments(mean_D, mean_square=mean_square)
+        takes_mean = found > _FAR_FROM_ZERO
+        logger.info(
+            "%s: b_dec starts at %s, for γ is %.2f and sae.b_dec_init auto takes the mean above %g",
+            config.output,
+            "the mean of the data" if takes_mean else "zeros",
+            found,
+            _FAR_FROM_ZERO,
+        )
+        if not takes_mean:
+            return {}
+    return {"b_dec": (mean_D / target_scale).astype(np.float32)}
 
 
 def _with_params(state: TrainState, values: Mapping[str, np.ndarray]) -> TrainState:

@@ -29,13 +29,19 @@ _SMALLEST_THRESHOLD = 1e-6
 
 
 def starting_params(
-    config: SaeConfig, *, d_model: int, input_scale: float, target_scale: float
+    config: SaeConfig,
+    *,
+    d_model: int,
+    input_scale: float,
+    target_scale: float,
+    input_mean_D: Float[np.ndarray, " D"] | None = None,
 ) -> dict[str, Float[np.ndarray, "..."]]:
     """The parameters that training begins with, float32, by the names in `sharding.table_of`.
 
     Args:
         d_model: the width of the activations that the run reads.
         input_scale, target_scale: C and T.
+        input_mean_D: what is subtracted from a transcoder's scaled rows.
 
     Raises:
         UserError: no SAE is there, or it has another architecture, width or site.
@@ -51,6 +57,8 @@ def starting_params(
     b_enc_F = norm_F * t["b_enc"] / target_scale
     if config.pre_encoder_bias:
         b_enc_F = b_enc_F + W_enc_FD @ b_dec_D
+    if input_mean_D is not None:
+        b_enc_F = b_enc_F + W_enc_FD @ input_mean_D
     threshold_F = norm_F * t["threshold"] / target_scale
     params = {
         "W_dec": t["W_dec"] / norm_F[:, None],

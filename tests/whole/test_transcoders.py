@@ -27,6 +27,7 @@ from sae_train.model.sharding import make_mesh
 from sae_train.release.export import export_run
 from sae_train.step.schedule import scheduled
 from sae_train.step.state import init_state
+from sae_train.train.initial_state import prepare_start
 from sae_train.train.loop import train, train_cohort
 from sae_train.train.train_step import make_train_step
 from sae_train.train.warm_start import starting_params
@@ -107,6 +108,37 @@ def test_forty_steps_follow_the_float64_reference(skip: bool):
         np.testing.assert_allclose(value, oracle.params[name], rtol=1e-4, atol=2e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("way", ["dense", "sparse", "gated"])
+def test_a_mean_that_is_subtracted_counts_as_if_the_rows_were_without_it(way: str):
+    """On a mesh with the mean, and on one device on rows that it was taken off before."""
+    mean_D = np.linspace(-1, 1, 24).astype(np.float32)
+    found = []
+    for mesh, subtracts in (((1, 1), False), ((2, 4), True)):
+        values = pair_config(mesh=mesh, sparse_capacity=96).model_dump()
+        values["sae"] |= {"subtract_mean": subtracts}
+        if way == "gated":
+            values["sae"] |= {"architecture": "gated"}
+            values["train"] |= {"sparsity": L1}
+        else:
+            values["train"] |= {"step": way}
+        config = Config.model_validate(values)
+        devices = make_mesh(config.mesh)
+        state = init_state(config.sae, d_model=24, seed=3, mesh=devices)
+        if subtracts:
+            same = np.tile(3 * mean_D, (64, 1)), np.ones((64, 24), np.float32)
+            scales = {"input_scale": 3.0, "target_scale": 2.0}
+            state = prepare_start(config, state=state, batch=lambda step, same=same: same, **scales)
+        take = make_train_step(config, input_scale=3.0, target_scale=2.0, mesh=devices)
+        for number in range(4):
+            x, y = rows_of(number)
+            x = x if subtracts else x - 3 * mean_D
+            state, _ = take(state, (x, y), scheduled(config.train, step=number))
+        found.append({name: np.asarray(value) for name, value in state.params.items()})
+    np.testing.assert_array_equal(found[1].pop("input_mean"), mean_D)
+    for name, value in found[0].items():
+        np.testing.assert_allclose(found[1][name], value, atol=2e-5, err_msg=name)
+
+
 @pytest.mark.parametrize("mesh", [(4, 2), (1, 8)])
 def test_losses_agree_on_all_meshes(mesh: tuple[int, int]):
     def losses(config: Config) -> list[float]:
@@ -139,6 +171,7 @@ def test_an_sae_and_a_transcoder_do_not_stand_in_for_each_other(tmp_path: Path):
     [
         ({"affine_skip": True}, "sae.affine_skip is for transcoders"),
         ({"target_scale": "own"}, "sae.target_scale is for transcoders"),
+        ({"subtract_mean": True}, "sae.subtract_mean is for transcoders"),
         (PAIR | {"site": "attn_out_prelinear"}, "can't read attn_out_prelinear and predict"),
         (PAIR | {"site": "resid_post"}, "can't read resid_post and predict mlp_out"),
         (PAIR | {"site": "mlp_out"}, "can't read mlp_out and predict mlp_out"),
@@ -246,14 +279,23 @@ def test_a_cohort_reads_one_pair_of_sites(folder: Path):
 
 @SKIPS
 def test_training_starts_from_a_released_transcoder(folder: Path, tmp_path: Path, skip: bool):
-    config = tiny(folder, name=f"first-{skip}", affine_skip=skip, target_scale="own")
+    # The one without a skip subtracts its input's mean, in both runs.
+    more = {"affine_skip": skip, "subtract_mean": not skip}
+    config = tiny(folder, name=f"first-{skip}", target_scale="own", **more)
     if not (Path(config.output) / "checkpoints").exists():
         train(config)
     sae = fold(load_trained(config.output))
     write_sae_lens(sae, tmp_path / "theirs")
-    own = {"start_from": str(tmp_path / "theirs"), "affine_skip": skip}
+    own = {"start_from": str(tmp_path / "theirs")} | more
     again = tiny(folder, name=f"again-{skip}", **own)
-    params = starting_params(again.sae, d_model=20, input_scale=1.3, target_scale=0.7)
+    means = {} if skip else {"input_mean": np.linspace(-1, 1, 20).astype(np.float32)}
+    params = means | starting_params(
+        again.sae,
+        d_model=20,
+        input_scale=1.3,
+        target_scale=0.7,
+        input_mean_D=means.get("input_mean"),
+    )
     trained = dataclasses.replace(
         load_trained(config.output), params=params, input_scale=1.3, target_scale=0.7
     )
@@ -270,7 +312,7 @@ def test_training_starts_from_a_released_transcoder(folder: Path, tmp_path: Path
 
 def _as_sae(config: Config) -> Config:
     values = config.model_dump()
-    values["sae"] |= {"target": None, "affine_skip": False}
+    values["sae"] |= {"target": None, "affine_skip": False, "subtract_mean": False}
     return Config.model_validate(values | {"output": f"{config.output}-sae"})
 
 

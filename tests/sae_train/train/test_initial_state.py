@@ -26,10 +26,10 @@ def batch(step: int) -> tuple[np.ndarray]:
     return ((5.0 * (OFFSET + rng.standard_normal((1024, 16)) / 4)).astype(np.float32),)
 
 
-def start(**options):
+def start(*, rows=batch, **options):
     config = make_config(**options)
     state = init_state(config.sae, d_model=16, seed=0, mesh=make_mesh(config.mesh))
-    return prepare_start(config, state=state, batch=batch, input_scale=5.0, target_scale=5.0)
+    return prepare_start(config, state=state, batch=rows, input_scale=5.0, target_scale=5.0)
 
 
 def test_b_dec_starts_at_the_mean_only_when_asked():
@@ -37,6 +37,24 @@ def test_b_dec_starts_at_the_mean_only_when_asked():
     assert not np.asarray(start(**options).params["b_dec"]).any()
     found = np.asarray(start(**options, sae={"b_dec_init": "mean"}).params["b_dec"])
     np.testing.assert_allclose(found, OFFSET, atol=5 * 0.25 / np.sqrt(MEAN_ROWS))
+
+
+def test_left_to_itself_b_dec_starts_at_the_mean_of_rows_far_from_zero(
+    caplog: pytest.LogCaptureFixture,
+):
+    """γ of the rows is |OFFSET| over 1 as they are, and is less than a tenth around zero."""
+    options = {"batch_size": 1024, "tokens": 1024, "threshold_init": 10.0}
+    options["sae"] = {"b_dec_init": "auto"}
+    with caplog.at_level(logging.INFO):
+        far = start(**options)
+        near = start(**options, rows=lambda step: (batch(step)[0] - np.float32(5.0 * OFFSET),))
+    np.testing.assert_allclose(far.params["b_dec"], OFFSET, atol=5 * 0.25 / np.sqrt(MEAN_ROWS))
+    assert not np.asarray(near.params["b_dec"]).any()
+    first, second = (record.message for record in caplog.records)
+    assert "b_dec starts at the mean of the data, for γ is " in first
+    said = float(first.partition("γ is ")[2].split()[0])
+    assert said == pytest.approx(np.linalg.norm(OFFSET), rel=0.02)
+    assert "b_dec starts at zeros, for γ is 0.0" in second
 
 
 def test_a_log_threshold_in_a_short_run_is_warned_about(caplog: pytest.LogCaptureFixture):
