@@ -125,6 +125,16 @@ class ModelConfig(Section):
     precision: PrecisionChoice = "auto"
 
 
+class ChatConfig(Section):
+    """Conversations, rendered by the model's own chat template; some roles' words make rows.
+
+    Only the words of a message count, not the marks that the template puts around them.
+    """
+
+    field: str = "messages"  # the column: a list of objects with `role` and `content`
+    roles: Annotated[list[str], Field(min_length=1)] = Field(default_factory=lambda: ["assistant"])
+
+
 class TextConfig(Section):
     """Where the text comes from and how it is cut into sequences."""
 
@@ -135,6 +145,8 @@ class TextConfig(Section):
     mixture: list[Positive32] | None = None
     sequence_length: Annotated[SmallCount, Field(ge=2)] = 1024
     held_out_sequences: SmallCount = 2048
+    chat: ChatConfig | None = None  # None: documents are texts
+    masked_text: list[str] = Field(default_factory=list)  # makes no rows, wherever it occurs
 
     @model_validator(mode="after")
     def _a_weight_for_each_source(self) -> TextConfig:

@@ -127,7 +127,8 @@ class BucketFiller:
         Rows before the bucket or past its end belong to other buckets. Returns the row after the
         batch's last.
         """
-        used_sequence, used_position = np.nonzero(self.table.usable(batch.tokens))
+        usable = self.table.usable(batch.tokens, batch.sequences.tolist())
+        used_sequence, used_position = np.nonzero(usable)
         rows = np.arange(row, row + len(used_sequence))
         inside = np.flatnonzero((rows >= 0) & (rows < len(positions)))
         target = positions[rows[inside]]

@@ -28,6 +28,7 @@ from activation_cache.gemma.taps import EMBEDDING, resolve_taps, tap_width
 from activation_cache.harvest.matching_store import open_matching_store
 from activation_cache.harvest.sizes import check_memory, log_sizes, memory_here
 from activation_cache.harvest.worker import SHARED_DISK_SECONDS, Share
+from activation_cache.language_model.chat_template import load_chat_template
 from activation_cache.language_model.checkpoint import weight_fingerprint
 from activation_cache.language_model.model import convert_once, precision_on
 from activation_cache.language_model.shape import read_gemma_config
@@ -173,10 +174,10 @@ class _Harvest:
         check_context(gemma, self.text.sequence_length)
         weight_fingerprint(self.model)
         self._precision()
-        tokenizer = load_tokenizer(self.model)
         table = prepare_tokens(
             self.text,
-            tokenizer=tokenizer,
+            tokenizer=load_tokenizer(self.model),
+            template=load_chat_template(self.model) if self.text.chat else None,
             path=self.path / TOKENS_FOLDER,
             rows=self.cache.tokens,
             vocabulary=gemma.vocab_size if taps == (EMBEDDING,) else None,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 
 from activation_cache.config import ModelConfig
@@ -52,6 +53,14 @@ class Tokenizer:
         """Ids of each text, without BOS or EOS; neither cut nor padded."""
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each text the ids, as `encode_batch` gives them, and where each token begins in it."""
+        encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        return [
+            (np.array(one.ids, np.int32), np.array([begin for begin, _ in one.offsets], np.int32))
+            for one in encodings
+        ]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids, special tokens included."""

@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from activation_cache.config import TextConfig
+from activation_cache.language_model.chat_template import Message
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import disk_errors, refuse_lfs_pointer
 from activation_cache.text.file_rows import (
@@ -44,12 +45,14 @@ _ROWS_IN_VAIN = 10_000  # so many rows without any text: text.field is wrong, or
 class Document:
     """One text; `position` is where it ends in its source (bytes of a file, rows of a dataset).
 
-    `subset` is the value of `text.subset_field`, None without that setting.
+    `subset` is the value of `text.subset_field`, None without that setting. Of a conversation
+    (`text.chat`) there are the `messages`, and `text` is their contents in a row.
     """
 
     text: str
     position: int
     subset: str | None = None
+    messages: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,12 @@ class _Fields:
 
     text: str
     subset: str | None
+    of_chats: bool = False  # then the text's field holds messages
+
+    @property
+    def key(self) -> str:
+        """The key of the config that names the text's field."""
+        return "text.chat.field" if self.of_chats else "text.field"
 
     @property
     def columns(self) -> list[str]:
@@ -79,19 +88,40 @@ class _Fields:
         text = row.get(self.text)
         if text is None:
             return None
+        if self.of_chats:
+            return "\n".join(one.content for one in self.messages_of(row, where=where)) or None
         if not isinstance(text, str):
             raise UserError(
                 f"{where}: field {self.text!r} holds {type(text).__name__}, not text. "
                 "Point text.field at the field with the text, or remove the row."
             )
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair: "\\ud800"
-            raise UserError(
-                f"{where} is not UTF-8 (character {error.start} is half a surrogate pair): text "
-                "must be UTF-8. Mend the row or remove it."
-            ) from error
+        _check_utf8(text, where=where)
         return text if text.strip() else None
+
+    def messages_of(self, row: Any, *, where: str) -> tuple[Message, ...]:
+        """A row's conversation; empty of texts. Raises `UserError` if it is none."""
+        if not self.of_chats:
+            return ()
+        entries = row[self.text]
+        wanted = "a list of messages, objects with the texts `role` and `content`"
+        if not isinstance(entries, list):
+            raise UserError(
+                f"{where}: field {self.text!r} (text.chat.field) holds {type(entries).__name__}, "
+                f"not {wanted}. Point text.chat.field at the field with the messages."
+            )
+        messages = []
+        for entry in entries:
+            role, content = (
+                entry.get(key) if isinstance(entry, dict) else None for key in ("role", "content")
+            )
+            if not (isinstance(role, str) and isinstance(content, str)):
+                raise UserError(
+                    f"{where}: field {self.text!r} holds a message {str(entry)[:80]!r}, and "
+                    f"needed is {wanted}. Convert the file."
+                )
+            _check_utf8(content, where=where)
+            messages.append(Message(role, content))
+        return tuple(messages)
 
     def subset_of(self, row: Any, *, where: str) -> str | None:
         """The subset a row names; raises `UserError` if it names none."""
@@ -107,6 +137,16 @@ class _Fields:
                 "every row has."
             )
         return value
+
+
+def _check_utf8(text: str, *, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair: "\\ud800"
+        raise UserError(
+            f"{where} is not UTF-8 (character {error.start} is half a surrogate pair): text "
+            "must be UTF-8. Mend the row or remove it."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -154,7 +194,8 @@ def find_sources(config: TextConfig) -> list[Source]:
     """
     found: dict[str, Source] = {}
     names: list[str] = []
-    fields = _Fields(config.field, config.subset_field)
+    chat = config.chat
+    fields = _Fields(chat.field if chat else config.field, config.subset_field, chat is not None)
     for number, entry in enumerate(config.source):
         matched = [entry] if entry.startswith(HUB) else files_of(entry)
         names += matched
@@ -183,6 +224,11 @@ def _file_source(name: str, fields: _Fields) -> Source:
         raise UserError(
             f"text.subset_field names a field and {name} has none: make it a .jsonl with one "
             "document a line, or leave text.subset_field out"
+        )
+    if kind in (".txt", ".csv", ".tsv") and fields.of_chats:
+        raise UserError(
+            f"text.chat reads lists of messages, and {name} can't hold any: make it a .jsonl with "
+            "one conversation a line, or leave text.chat out"
         )
     size = os.path.getsize(name)
     if size < _MOST_POINTER_BYTES:
@@ -215,15 +261,16 @@ def _documents(name: str, rows: Rows, fields: _Fields) -> Iterator[Document]:
             number += 1
             text = fields.text_of(row, where=where)
             if text is not None:
-                yield Document(text, position, fields.subset_of(row, where=where))
+                subset = fields.subset_of(row, where=where)
+                yield Document(text, position, subset, fields.messages_of(row, where=where))
                 continue
             skipped += 1
             if skipped == number == _ROWS_IN_VAIN:
                 break
         if skipped == number > 0 and fields is not _OF_TXT:
             raise UserError(
-                f"{name}: {number} rows and no text in field {fields.text!r} (text.field); the "
-                f"last row has {list(row)}. Set text.field to the one with the text."
+                f"{name}: {number} rows and no text in field {fields.text!r} ({fields.key}); the "
+                f"last row has {list(row)}. Set {fields.key} to the one with the text."
             )
     finally:
         if skipped:

@@ -1,15 +1,16 @@
 """The stored table of tokens: the sequences that a text was cut into, read by their index.
 
 On disk (docs/store.md): `tokens` int32 [sequences, S], `usable` int32 [sequences] (the usable
-tokens of each), with `text.subset_field` also `subset` int32 [sequences], and `tokens.json`,
-written last. A usable token makes a row of an activation store: it is neither BOS, EOS nor padding
-(Gemma Scope, section 3.1). Legend: S sequence length, N sequences.
+tokens of each), with `text.subset_field` also `subset` int32 [sequences], with `text.chat` or
+`text.masked_text` also `masked` uint8 [sequences, S], and `tokens.json`, written last. A usable
+token makes a row of an activation store: it is neither BOS, EOS nor padding (Gemma Scope, section
+3.1), nor masked. Legend: S sequence length, N sequences.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -56,6 +57,7 @@ class TokenSummary(Section):
     text: TextConfig
     sources: list[SourceEntry]
     tokenizer_hash: str
+    template_hash: str | None = None  # of the chat template, with `text.chat`
     rows_wanted: PositiveCount | None  # at which reading a stream ended; None without streams
     vocabulary: PositiveCount | None = None  # number of ids, if they are harvested, not text
     special_ids: SpecialIds
@@ -111,9 +113,19 @@ class TokenTable:
         segments = [Segment(int(sequence), 1) for sequence in sequences]
         return read_rows(self._array, layout, segments)
 
-    def usable(self, tokens: Int32[np.ndarray, "N S"]) -> Bool[np.ndarray, "N S"]:
-        """Which tokens make a row: neither BOS, EOS nor padding."""
-        return usable_tokens(tokens, self.summary.special_ids)
+    def usable(
+        self, tokens: Int32[np.ndarray, "N S"], sequences: Sequence[int]
+    ) -> Bool[np.ndarray, "N S"]:
+        """Which tokens of these sequences make a row: neither BOS, EOS nor padding, nor masked."""
+        return usable_tokens(tokens, self.summary.special_ids) & ~self.masked(sequences)
+
+    def masked(self, sequences: Sequence[int]) -> Bool[np.ndarray, "N S"]:
+        """Which tokens of these sequences are masked by `text.chat` or `text.masked_text`."""
+        if not masks(self.summary.text):
+            return np.zeros((len(sequences), self.sequence_length), bool)
+        layout = mask_layout(self.path, self.num_sequences, self.sequence_length)
+        segments = [Segment(int(sequence), 1) for sequence in sequences]
+        return read_rows(self._masked, layout, segments).astype(bool)
 
     def usable_counts(self) -> Int32[np.ndarray, " N"]:
         """Usable tokens of every sequence, held-out ones included."""
@@ -136,17 +148,23 @@ class TokenTable:
                 f"{self.summary.usable_rows} without BOS, EOS and padding: set cache.tokens to "
                 f"{self.summary.usable_rows}; train.tokens may be more, the rows come again."
             )
+        chat = self.summary.text.chat
         if rows > self.summary.usable_rows:
             raise UserError(
                 f"cache.tokens asks for {rows} rows and the text has {self.summary.usable_rows} "
                 f"usable tokens (in {self.num_harvestable} of {self.num_sequences} sequences; "
                 f"{len(self.held_out)} are held out): lower cache.tokens to at most "
                 f"{self.summary.usable_rows}, lower text.held_out_sequences, or add text."
+                + (f" Only words of text.chat.roles {chat.roles} count." if chat else "")
             )
 
     @cached_property
     def _array(self) -> ts.TensorStore:
         return token_layout(self.path, self.num_sequences, self.sequence_length).open()
+
+    @cached_property
+    def _masked(self) -> ts.TensorStore:
+        return mask_layout(self.path, self.num_sequences, self.sequence_length).open()
 
 
 def open_tokens(path: StoragePath) -> TokenTable:
@@ -170,6 +188,17 @@ def token_layout(path: StoragePath, sequences: int, length: int) -> ArrayLayout:
         chunk_rows=_chunk_sequences(length),
         shard_rows=_SHARD_CHUNKS * _chunk_sequences(length),
     )
+
+
+def masks(text: TextConfig) -> bool:
+    """Has a table of this text an array of masked tokens?"""
+    return text.chat is not None or bool(text.masked_text)
+
+
+def mask_layout(path: StoragePath, sequences: int, length: int) -> ArrayLayout:
+    """The array of masked tokens, uint8 [sequences, length], 1 or 0: cut as the tokens are."""
+    tokens = token_layout(path, sequences, length)
+    return replace(tokens, path=path / "masked", dtype="uint8")
 
 
 def count_layout(path: StoragePath, sequences: int) -> ArrayLayout:

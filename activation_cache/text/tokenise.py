@@ -14,12 +14,14 @@ import numpy as np
 from jaxtyping import Int32
 
 from activation_cache.config import Section, TextConfig
+from activation_cache.language_model.chat_template import ChatTemplate
 from activation_cache.language_model.tokenizer import Tokenizer
 from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.runtime.progress import ProgressMeter
-from activation_cache.storage.arrays import write_shards
+from activation_cache.storage.arrays import ArrayLayout, write_shards
 from activation_cache.storage.files import StoragePath, make_folder, remove_tree
 from activation_cache.storage.records import FORMAT_VERSION, write_record
+from activation_cache.text.masked import encode_chats, masked_tokens, split_masks
 from activation_cache.text.mixture import read_documents
 from activation_cache.text.packing import pack, pack_by_subset, pack_vocabulary
 from activation_cache.text.sources import Document, Source, find_sources
@@ -30,6 +32,8 @@ from activation_cache.text.token_table import (
     TokenSummary,
     TokenTable,
     count_layout,
+    mask_layout,
+    masks,
     open_tokens,
     subset_layout,
     token_layout,
@@ -49,6 +53,7 @@ class Recipe(Section):
     text: TextConfig
     sources: list[SourceEntry]
     tokenizer_hash: str
+    template_hash: str | None = None  # of the chat template, with `text.chat`
     rows_wanted: int | None  # at which reading streams ends; None if all sources are files
     vocabulary: int | None = None  # number of ids, which come before text that is all held out
 
@@ -63,6 +68,7 @@ class Recipe(Section):
                 pairs.append((f"file {name}", str(stored_files[name]), str(entry)))
         pairs += [
             ("the tokenizer", stored.tokenizer_hash, self.tokenizer_hash),
+            ("the chat template", stored.template_hash, self.template_hash),
             ("cache.tokens (the text is a stream)", stored.rows_wanted, self.rows_wanted),
             ("the vocabulary (of the embedding)", stored.vocabulary, self.vocabulary),
         ]
@@ -78,6 +84,7 @@ def prepare_tokens(
     tokenizer: Tokenizer,
     path: StoragePath,
     rows: int,
+    template: ChatTemplate | None = None,
     vocabulary: int | None = None,
     keep: bool = False,
     stop: Callable[[], bool] = lambda: False,
@@ -88,6 +95,7 @@ def prepare_tokens(
     and the held-out sequences.
 
     Args:
+        template: of the model; needed with `text.chat`.
         vocabulary: a number of ids to harvest, each once, instead of text; text is then read for
             the held-out sequences alone.
         keep: refuse to replace a table of other text, because a harvest depends on it.
@@ -99,7 +107,12 @@ def prepare_tokens(
     """
     sources = find_sources(text)
     recipe = _recipe(
-        text, sources, tokenizer_hash=tokenizer.fingerprint, rows=rows, vocabulary=vocabulary
+        text,
+        sources,
+        tokenizer_hash=tokenizer.fingerprint,
+        template_hash=None if template is None else template.fingerprint,
+        rows=rows,
+        vocabulary=vocabulary,
     )
     if (path / TOKENS_FILE).exists():
         table = open_tokens(path)
@@ -113,7 +126,7 @@ def prepare_tokens(
                 "what it was, or choose another cache.path (nothing was changed)."
             )
         logger.info("tokens are made again: %s", difference)
-    summary = _TableBuilder(path, recipe, tokenizer, stop).run(sources)
+    summary = _TableBuilder(path, recipe, tokenizer, template, stop).run(sources)
     logger.info("tokens: %s", summary)
     return TokenTable(path, summary)
 
@@ -129,6 +142,7 @@ def describe_text(text: TextConfig, *, like: TokenSummary) -> Recipe:
         text,
         find_sources(text),
         tokenizer_hash=like.tokenizer_hash,
+        template_hash=like.template_hash,
         rows=rows,
         vocabulary=like.vocabulary,
     )
@@ -139,6 +153,7 @@ def _recipe(
     sources: list[Source],
     *,
     tokenizer_hash: str,
+    template_hash: str | None,
     rows: int,
     vocabulary: int | None,
 ) -> Recipe:
@@ -147,6 +162,7 @@ def _recipe(
         text=text,
         sources=[SourceEntry(name=s.name, size=s.size, sha256=s.content_hash()) for s in sources],
         tokenizer_hash=tokenizer_hash,
+        template_hash=template_hash,
         rows_wanted=rows if any(source.streamed for source in sources) else None,
     )
 
@@ -182,9 +198,17 @@ class _TableBuilder:
     """Writes one table, shard by shard; memory holds a batch of text and one shard."""
 
     def __init__(
-        self, path: StoragePath, recipe: Recipe, tokenizer: Tokenizer, stop: Callable[[], bool]
+        self,
+        path: StoragePath,
+        recipe: Recipe,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        stop: Callable[[], bool],
     ) -> None:
         self.path, self.recipe, self.tokenizer, self.stop = path, recipe, tokenizer, stop
+        self.template = template
+        self.masks = masks(recipe.text)
+        self.masked_ids = tokenizer.encode_batch(recipe.text.masked_text)
         self.length = recipe.text.sequence_length
         self.held_out = recipe.text.held_out_sequences
         self.special = SpecialIds(bos=tokenizer.bos_id, eos=tokenizer.eos_id, pad=tokenizer.pad_id)
@@ -201,12 +225,13 @@ class _TableBuilder:
         written = 0
         shard_rows = token_layout(self.path, 0, self.length).shard_rows
         for rows in _regroup(self._counted(self._packed(sources)), shard_rows):
-            layout = token_layout(self.path, written + len(rows), self.length)
-            # The array is described at the end, when the number of sequences is known.
-            write_shards(layout.open(assume=True), layout, start=written, rows=rows)
+            # The arrays are described at the end, when the number of sequences is known.
+            for layout, part in self._columns(rows, sequences=written + len(rows)):
+                write_shards(layout.open(assume=True), layout, start=written, rows=part)
             written += len(rows)
         self._require_sequences(written)
-        token_layout(self.path, written, self.length).open(create=True)
+        for layout, _ in self._columns(np.empty((0, self.length), np.int32), sequences=written):
+            layout.open(create=True)
         counts = self._write_counts(written)
         summary = TokenSummary(
             format_version=FORMAT_VERSION,
@@ -221,6 +246,15 @@ class _TableBuilder:
         )
         write_record(self.path / TOKENS_FILE, summary)
         return summary
+
+    def _columns(
+        self, packed: Int32[np.ndarray, "N S"], *, sequences: int
+    ) -> Iterator[tuple[ArrayLayout, np.ndarray]]:
+        """The arrays of that many sequences, and their parts of packed rows."""
+        tokens, masked = split_masks(packed)
+        yield token_layout(self.path, sequences, self.length), tokens
+        if self.masks:
+            yield mask_layout(self.path, sequences, self.length), masked.astype(np.uint8)
 
     def _packed(self, sources: list[Source]) -> Iterator[np.ndarray]:
         """Yield sequences; if documents have subsets, note the subset of each sequence."""
@@ -275,7 +309,7 @@ class _TableBuilder:
             for documents, position in _batches(self.recipe.text, sources):
                 if self.stop():
                     raise Interrupted("stopped while tokenising: next time it begins again")
-                encoded = self.tokenizer.encode_batch([one.text for one in documents])
+                encoded = self._encode(documents)
                 self.documents += len(encoded)
                 self.tokens += sum(map(len, encoded))
                 yield [(one.subset, ids) for one, ids in zip(documents, encoded, strict=True)]
@@ -283,6 +317,19 @@ class _TableBuilder:
                 meter.update(self.documents if streamed else position)
                 if self._enough():
                     return
+
+    def _encode(self, documents: list[Document]) -> list[list[int]]:
+        """Token ids; those of a conversation that are masked are complemented."""
+        chat = self.recipe.text.chat
+        if chat is None:
+            return self.tokenizer.encode_batch([one.text for one in documents])
+        assert self.template is not None
+        return encode_chats(
+            [one.messages for one in documents],
+            tokenizer=self.tokenizer,
+            template=self.template,
+            roles=chat.roles,
+        )
 
     def _enough(self) -> bool:
         """Whether a stream has given the rows asked for, besides all that may be held out."""
@@ -292,13 +339,17 @@ class _TableBuilder:
         return self.usable_total >= self.recipe.rows_wanted + held_out
 
     def _counted(self, parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Pass sequences through, hashing them and counting their usable tokens."""
-        for tokens in parts:
-            self.digest.update(np.ascontiguousarray(tokens, "<i4").data)
-            counts = usable_tokens(tokens, self.special).sum(axis=1, dtype=np.int32)
+        """Mask the texts to be masked; hash sequences and count their usable tokens."""
+        for packed in parts:
+            tokens, masked = split_masks(packed)
+            masked |= masked_tokens(tokens, self.masked_ids)
+            marked = np.where(masked, ~tokens, tokens)
+            self.digest.update(np.ascontiguousarray(marked, "<i4").data)
+            usable = usable_tokens(tokens, self.special) & ~masked
+            counts = usable.sum(axis=1, dtype=np.int32)
             self.usable.append(counts)
             self.usable_total += int(counts.sum(dtype=np.int64))
-            yield tokens
+            yield marked
 
     def _require_sequences(self, sequences: int) -> None:
         if self.documents == 0 and self.recipe.vocabulary is None:

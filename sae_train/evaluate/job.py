@@ -5,12 +5,8 @@ Legend: B sequences of a batch, S position.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
-from jaxtyping import Bool, Int
 
 from activation_cache.config import ModelConfig
 from activation_cache.gemma.taps import Tap
@@ -81,18 +77,3 @@ class Job:
             and evaluation.precision == self.sae.precision
             and self.fingerprints.items() <= evaluation.fingerprints.items()
         )
-
-
-def masked_tokens(
-    tokens_BS: Int[np.ndarray, "B S"], masked: Sequence[Sequence[int]]
-) -> Bool[np.ndarray, "B S"]:
-    """Which tokens are part of one of the `masked` token sequences, wherever it occurs."""
-    masked_BS = np.zeros(tokens_BS.shape, bool)
-    for ids in masked:
-        if len(ids) > tokens_BS.shape[1]:
-            continue
-        windows = np.lib.stride_tricks.sliding_window_view(tokens_BS, len(ids), axis=1)
-        begins = (windows == np.asarray(ids)).all(axis=-1)
-        for offset in range(len(ids)):
-            masked_BS[:, offset : offset + begins.shape[1]] |= begins
-    return masked_BS

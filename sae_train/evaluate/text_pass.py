@@ -26,8 +26,9 @@ from activation_cache.runtime import exchange, processes
 from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.runtime.exchange import shared
 from activation_cache.runtime.progress import ProgressMeter
+from activation_cache.text.masked import masked_tokens
 from sae_train.evaluate.importance import ImportanceSums, uniformity
-from sae_train.evaluate.job import Job, masked_tokens
+from sae_train.evaluate.job import Job
 from sae_train.evaluate.result import Losses
 from sae_train.evaluate.splice import splice_of, splice_zero
 from sae_train.evaluate.sums import LossSums, SaeSums, SiteSums, Subsets, are_finite, sae_batch
@@ -193,9 +194,12 @@ class Pass:
         pad = self.table.summary.special_ids.pad
         filling = size - len(indices)
         tokens_BS = self.table.read(indices)
-        tokens_BS = np.pad(tokens_BS, ((0, filling), (0, 0)), constant_values=pad)
         masked_BS = masked_tokens(tokens_BS, self.jobs[0].masked if of_text else ())
-        usable_BS = self.table.usable(tokens_BS) & ~masked_BS
+        masked_BS |= self.table.masked(indices)
+        usable_BS = self.table.usable(tokens_BS, indices) & ~masked_BS
+        rows = ((0, filling), (0, 0))
+        tokens_BS = np.pad(tokens_BS, rows, constant_values=pad)
+        masked_BS, usable_BS = np.pad(masked_BS, rows), np.pad(usable_BS, rows)
         predicts_BP = usable_BS[:, :-1] & (tokens_BS[:, 1:] != pad) & ~masked_BS[:, 1:]
         number_B1 = start + np.arange(size)[:, None]
         subsets = Subsets(self.num_subsets, np.pad(self.table.subset_of(indices), (0, filling)))

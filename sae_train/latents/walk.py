@@ -22,7 +22,7 @@ from activation_cache.runtime import exchange, processes
 from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.runtime.progress import ProgressMeter
 from activation_cache.storage.files import StoragePath
-from sae_train.evaluate.job import masked_tokens
+from activation_cache.text.masked import masked_tokens
 from sae_train.evaluate.sums import are_finite, in_chunks
 from sae_train.inference.sae import Sae
 from sae_train.latents import schema
@@ -50,7 +50,7 @@ class Text:
         """Read a job's sequences."""
         table = one.job.table
         tokens = table.read(one.sequences)
-        usable = table.usable(tokens)
+        usable = table.usable(tokens, one.sequences)
         if not one.of_embedding:
             usable &= ~masked_tokens(tokens, one.job.masked)
         if not usable.any():

@@ -102,12 +102,12 @@ def check_order(store: Store) -> None:
     found, table = store.provenance(start=0, stop=rows_in_all), store.tokens
     assert found.sequence.max() < table.num_harvestable
     tokens = table.read(range(table.num_sequences))
-    assert table.usable(tokens)[found.sequence, found.position].all()
+    assert table.usable(tokens, range(len(tokens)))[found.sequence, found.position].all()
     order = sequence_order(sequences=table.num_harvestable, seed=0)
     expected = [
-        (int(sequence), int(position))
-        for sequence in order.forward(np.arange(table.num_harvestable))
-        for position in np.flatnonzero(table.usable(tokens[[sequence]])[0])
+        (sequence, int(position))
+        for sequence in order.forward(np.arange(table.num_harvestable)).tolist()
+        for position in np.flatnonzero(table.usable(tokens[[sequence]], [sequence])[0])
     ]
     rows = list(zip(found.sequence.tolist(), found.position.tolist(), strict=True))
     for bucket in range(store.manifest.num_buckets):

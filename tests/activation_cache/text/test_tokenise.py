@@ -95,7 +95,7 @@ def test_the_table_is_the_packed_text(corpus: Path, tokenizer: Tokenizer):
     summary = table.summary
     assert (summary.documents, summary.sequences) == (12, len(expected))
     assert summary.tokens == sum(map(len, encoded))
-    usable = table.usable(found)
+    usable = table.usable(found, range(len(found)))
     np.testing.assert_array_equal(table.usable_counts(), usable.sum(axis=1))
     assert summary.usable_rows == usable[:-5].sum()
     assert list(table.held_out) == list(range(len(expected) - 5, len(expected)))
@@ -116,7 +116,9 @@ def test_small_batches_and_shards_make_the_same_table(
     shards = list((corpus.parent / "tokens" / "tokens" / "c").iterdir())
     assert len(shards) == -(-len(whole) // 16) > 3
     np.testing.assert_array_equal(cut.read(range(cut.num_sequences)), whole)
-    np.testing.assert_array_equal(cut.usable_counts(), table.usable(whole).sum(axis=1))
+    np.testing.assert_array_equal(
+        cut.usable_counts(), table.usable(whole, range(len(whole))).sum(axis=1)
+    )
     assert cut.summary.token_hash == token_hash
 
 

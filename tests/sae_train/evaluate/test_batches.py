@@ -38,7 +38,8 @@ def make_pass(
     table = Mock(spec=TokenTable, sequence_length=S, num_harvestable=vocabulary or 99)
     table.summary = SimpleNamespace(special_ids=SimpleNamespace(pad=0), subsets=[])
     table.read = lambda indices: tokens[list(indices)]
-    table.usable = lambda found: found > BOS
+    table.usable = lambda found, _: found > BOS
+    table.masked = lambda sequences: np.zeros((len(sequences), S), bool)
     table.subset_of = lambda indices: np.zeros(len(indices), np.int32)
     model = Mock(spec=LanguageModel, config=SimpleNamespace(vocab_size=11))
     acts = np.ones((sequences, S, D), np.float32) if acts is None else acts

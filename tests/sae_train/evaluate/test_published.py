@@ -24,6 +24,7 @@ from activation_cache.harvest.harvest import harvest
 from activation_cache.language_model.model import LanguageModel, load_model
 from activation_cache.runtime.errors import UserError
 from activation_cache.store.store import open_store
+from activation_cache.text.masked import masked_tokens
 from activation_cache.text.token_table import open_tokens
 from launch.run_state import needs_evaluation
 from sae_train.checkpoint.trained import load_trained
@@ -31,7 +32,6 @@ from sae_train.config.evaluation import EvaluationConfig, ExtraEvaluationConfig
 from sae_train.config.run import Config
 from sae_train.evaluate.evaluate import evaluate
 from sae_train.evaluate.importance import ImportanceSums, uniformity
-from sae_train.evaluate.job import masked_tokens
 from sae_train.evaluate.result import Evaluation, read_evaluation, read_frequencies
 from sae_train.evaluate.splice import splice_sae
 from sae_train.inference.fold import fold

@@ -74,7 +74,7 @@ def make_world(folder: Path, *, bad: float | None = None) -> World:
     special = SimpleNamespace(bos=2, pad=0)
     table.summary = SimpleNamespace(special_ids=special, subsets=["news", "law"])
     table.read = lambda sequences: tokens[np.array(sequences) - 7]
-    table.usable = lambda found: found > 2
+    table.usable = lambda found, _: found > 2
     table.subset_of = lambda sequences: (np.array(sequences, np.int32) - 7) % 2
     model = Mock(spec=LanguageModel, config=config, fingerprint="tiny", precision="float32")
     by_tokens = {tokens[row].tobytes(): acts[row] for row in range(N)}
