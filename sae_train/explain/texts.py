@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sae_train.latents.reader import Latents
-from sae_train.latents.records import Context, Latent, text_of
+from sae_train.latents.records import Context, Latent, TextWindow, text_of
+from sae_train.latents.schema import WINDOW_TOKENS
 
-WINDOW = 32  # tokens of an excerpt; three quarters of it up to the peak, as in delphi
+_BEFORE = WINDOW_TOKENS * 3 // 4 - 1  # tokens before the peak
 _STRONG = 0.3  # of the excerpt's greatest value: tokens above it are marked
 _SHOWN = 20  # excerpts that an explanation is made from, of the greatest values
 _VALUES = 8  # tokens of an excerpt whose values are written out
@@ -22,11 +23,10 @@ _VALUES = 8  # tokens of an excerpt whose values are written out
 
 @dataclass(frozen=True)
 class Excerpt:
-    """Up to `WINDOW` tokens around a token.
+    """Up to `WINDOW_TOKENS` tokens, three quarters of them up to the peak, as in delphi.
 
     Attributes:
-        values: of a latent that may not be the one whose context it is.
-        peak: index of the token the context was chosen for.
+        peak: index of the token the context was chosen for; of a silent text the first.
         origin: sequence and position of that token.
         scale: the latent's maximum.
     """
@@ -111,8 +111,8 @@ def _line(text: str) -> str:
 
 def excerpt(context: Context, *, latent: Latent) -> Excerpt:
     """The part of a context that questions show."""
-    begin = max(0, min(context.peak - WINDOW * 3 // 4 + 1, len(context.tokens) - WINDOW))
-    end = begin + WINDOW
+    begin = max(0, min(context.peak - _BEFORE, len(context.tokens) - WINDOW_TOKENS))
+    end = begin + WINDOW_TOKENS
     return Excerpt(
         tokens=context.tokens[begin:end],
         values=context.values[begin:end],
@@ -129,7 +129,7 @@ class Drawn:
     Attributes:
         explaining: excerpts that the explanation is made from.
         active: other excerpts in which it fires.
-        silent: excerpts in which other latents fire and it is not known to.
+        silent: pieces of the text in which it doesn't fire.
     """
 
     explaining: tuple[Excerpt, ...]
@@ -161,11 +161,12 @@ def draw(latents: Latents, latent: Latent, *, count: int, seed: int) -> Drawn:
     chosen = active[:count]
     shown = [one for one in explaining if one.interval == 0][:_SHOWN]
     shown += [one for one in explaining if one.interval > 0]
-    silent = _silent(latents, latent, count=len(chosen), rng=rng)
+    windows = latents.silent_windows(latent.index)
+    silent = rng.sample(windows, min(len(chosen), len(windows)))
     return Drawn(
         tuple(excerpt(one, latent=latent) for one in shown),
         tuple(excerpt(one, latent=latent) for one in chosen),
-        silent,
+        tuple(_silent(one, latent=latent) for one in silent),
     )
 
 
@@ -179,35 +180,15 @@ def _apart(contexts: Sequence[Context], *, beside: Sequence[Context] = ()) -> li
 
 
 def _overlap(one: Context, other: Context) -> bool:
-    near = abs(one.position - other.position) < WINDOW
+    near = abs(one.position - other.position) < WINDOW_TOKENS
     return (one.sequence == other.sequence and near) or one.token_ids == other.token_ids
 
 
-def _silent(
-    latents: Latents,
-    latent: Latent,
-    *,
-    count: int,
-    rng: random.Random,
-) -> tuple[Excerpt, ...]:
-    """Excerpts of other latents' contexts, away from every context in which this one fires."""
-    excluded = {latent.index, *(one.index for one in latent.coactive)}
-    found: list[Context] = []
-    for _ in range(50 * count):
-        if len(found) == count:
-            break
-        other = rng.randrange(len(latents))
-        contexts = () if other in excluded else latents[other].contexts
-        if contexts:
-            one = rng.choice(contexts)
-            found += _apart([one], beside=(*latent.contexts, *found))
-    return tuple(
-        Excerpt(
-            tokens=cut.tokens,
-            values=(0.0,) * len(cut.tokens),
-            peak=cut.peak,
-            origin=cut.origin,
-            scale=latent.maximum,
-        )
-        for cut in (excerpt(one, latent=latent) for one in found)
+def _silent(window: TextWindow, *, latent: Latent) -> Excerpt:
+    return Excerpt(
+        tokens=window.tokens,
+        values=(0.0,) * len(window.tokens),
+        peak=0,
+        origin=(window.sequence, window.position),
+        scale=latent.maximum,
     )

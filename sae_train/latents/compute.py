@@ -40,7 +40,7 @@ from sae_train.latents.job import (
     with_names,
 )
 from sae_train.latents.parts import Parts, opened_parts, others_of
-from sae_train.latents.schema import RECORD, TABLES, VOCABULARY, Record, SaeEntry
+from sae_train.latents.schema import RECORD, TABLES, VOCABULARY, WINDOWS, Record, SaeEntry
 from sae_train.latents.walk import Text, walk
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ def _is_current(one: LatentsJob, jobs: Sequence[LatentsJob]) -> bool:
         and record.fingerprints == one.job.fingerprints
         and wanted <= {(entry.name, entry.fingerprint) for entry in record.saes}
         and all((one.folder / table.name).is_file() for table in TABLES)
-        and (one.folder / VOCABULARY).is_file()
+        and all((one.folder / name).is_file() for name in (VOCABULARY, WINDOWS))
     )
 
 

@@ -1,4 +1,4 @@
-"""The contexts of a tile of latents: which tokens they are chosen for, and the text around them.
+"""Pieces of text: the contexts of a tile of latents, and windows with all that fires in them.
 
 Legend: T latents of a tile, P firings of the tile, C contexts.
 """
@@ -11,9 +11,11 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Int
 
-from sae_train.latents.activity import Activity
+from sae_train.latents import schema
+from sae_train.latents.activity import Activity, lists
+from sae_train.latents.firings import Shards
 from sae_train.latents.sampling import sampling_order
-from sae_train.latents.schema import CONTEXTS, INTERVALS
+from sae_train.latents.schema import CONTEXTS, INTERVALS, WINDOWS_SCHEMA
 
 _CANDIDATES = 40  # for each sample wanted: fewer than one group in 10^11 then lacks candidates
 
@@ -36,6 +38,23 @@ class Window:
     begins: Int[np.ndarray, " N"]
     size: int
     alone: bool = False
+
+    def pieces(self) -> tuple[Int[np.ndarray, " C"], Int[np.ndarray, " C"]]:
+        """Sequence and first position of each piece: sequences are cut, and their rests left out.
+
+        A sequence that is shorter than a piece is one.
+        """
+        size = self.piece_size
+        lengths_N = self.ends - self.begins
+        numbers_N = np.where(lengths_N > 0, np.maximum(lengths_N // size, 1), 0)
+        sequences_C = np.repeat(np.arange(len(lengths_N)), numbers_N)
+        before_C = np.repeat(np.cumsum(numbers_N) - numbers_N, numbers_N)
+        return sequences_C, self.begins[sequences_C] + size * (np.arange(len(before_C)) - before_C)
+
+    @property
+    def piece_size(self) -> int:
+        """Tokens of a piece."""
+        return 1 if self.alone else min(schema.WINDOW_TOKENS, self.size)
 
     def around(
         self, sequences_C: Int[np.ndarray, " C"], positions_C: Int[np.ndarray, " C"]
@@ -95,6 +114,32 @@ def context_rows(
         ],
         schema=CONTEXTS.schema,
     )
+
+
+def window_rows(shards: Shards, window: Window, tokens_N: Int[np.ndarray, " N"]) -> pa.Table:
+    """The rows of `windows.parquet`: a sample of pieces of the text, in its order.
+
+    Args:
+        tokens_N: the token id of each row of the walk.
+    """
+    sequences, starts = window.pieces()
+    order = sampling_order(np.zeros_like(starts), sequences + window.first_sequence, starts)
+    chosen = np.sort(np.argsort(order, kind="stable")[: schema.WINDOWS_KEPT])
+    sequences, starts = sequences[chosen], starts[chosen]
+    sizes = np.minimum(window.piece_size, window.ends[sequences] - starts)
+    begins = sequences * window.sequence_length + starts
+    piece_of_row = np.full(len(tokens_N), -1, np.int32)
+    for number, (begin, size) in enumerate(zip(begins, sizes, strict=True)):
+        piece_of_row[begin : begin + size] = number
+    return pa.table(
+        [
+            pa.array(sequences + window.first_sequence),
+            pa.array(starts.astype(np.int32)),
+            lists([tokens_N[begin:][:size] for begin, size in zip(begins, sizes, strict=True)]),
+            lists(shards.latents_in(piece_of_row)),
+        ],
+        names=WINDOWS_SCHEMA.names,
+    ).cast(WINDOWS_SCHEMA)
 
 
 def top_places(activity: Activity, window: Window, number: int) -> Int[np.ndarray, " C"]:

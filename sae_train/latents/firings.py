@@ -126,6 +126,21 @@ class Shards:
             parts.append(fires.tocsr())
         return scipy.sparse.vstack(parts, format="csr")
 
+    def latents_in(self, piece_of_row_N: Int[np.ndarray, " N"]) -> list[Int64[np.ndarray, " L"]]:
+        """Of each piece of the text the latents that fire in it, rising.
+
+        Args:
+            piece_of_row_N: the piece each row of the walk is in, or -1; pieces rise with rows.
+        """
+        keys = [np.zeros(0, np.int64)]
+        for shard, first in enumerate(self.first_rows):
+            pieces = piece_of_row_N[self._rows[shard] + np.int64(first)]
+            inside = np.flatnonzero(pieces >= 0)
+            latents = np.searchsorted(self._starts[shard], inside, side="right") - 1
+            keys.append(np.unique(pieces[inside] * np.int64(self.width) + latents))
+        pieces, latents = np.divmod(np.concatenate(keys), self.width)
+        return np.split(latents, np.searchsorted(pieces, np.arange(1, piece_of_row_N.max() + 1)))
+
     def firings_of(self, shard: int) -> int:
         """How many firings a shard has."""
         return len(self._rows[shard])

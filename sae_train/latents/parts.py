@@ -22,7 +22,7 @@ from activation_cache.storage.files import StoragePath, on_disk, remove_tree, re
 from activation_cache.storage.records import write_record
 from sae_train.latents import schema
 from sae_train.latents.activity import Activity, Cofiring
-from sae_train.latents.contexts import Window, context_rows
+from sae_train.latents.contexts import Window, context_rows, window_rows
 from sae_train.latents.directions import Readout, directed
 from sae_train.latents.firings import Shards, shard_file
 from sae_train.latents.job import LatentsJob
@@ -36,7 +36,7 @@ from sae_train.latents.schema import (
     SaeEntry,
 )
 from sae_train.latents.walk import Text
-from sae_train.latents.writer import write_table, write_vocabulary
+from sae_train.latents.writer import write_table, write_vocabulary, write_windows
 
 COFIRING_FIRINGS = 2**25  # of the first shards: co-firing is counted on them
 
@@ -209,6 +209,8 @@ class Parts:
         write_table(folder, ACTIVITY, activity, width=width)
         write_table(folder, DIRECTIONS, self._read("directions"), width=width)
         write_table(folder, SUMMARY, [self._summary()], width=width)
+        windows = window_rows(self.shards, self._window, self.text.tokens.reshape(-1))
+        write_windows(folder, windows)
         write_vocabulary(folder, pieces)
         record = self._record(saes)
         write_record(folder / RECORD, record)

@@ -24,6 +24,7 @@ from sae_train.latents.records import (
     Histogram,
     Latent,
     Neighbour,
+    TextWindow,
     TokenCount,
     TokenValue,
 )
@@ -37,6 +38,7 @@ from sae_train.latents.schema import (
     RECORD,
     SUMMARY,
     VOCABULARY,
+    WINDOWS,
     Record,
     Table,
 )
@@ -160,6 +162,39 @@ class Latents:
             ),
             explanations=self.explanations.get(index, ()),
         )
+
+    def silent_windows(self, index: int) -> list[TextWindow]:
+        """The windows of the text in which a latent fires on none of the tokens that count.
+
+        Raises:
+            UserError: the files are of a version that kept no windows.
+        """
+        windows, numbers, latents = self._windows
+        fires = set(numbers[latents == index].tolist())
+        return [window for number, window in enumerate(windows) if number not in fires]
+
+    @functools.cached_property
+    def _windows(self) -> tuple[list[TextWindow], np.ndarray, np.ndarray]:
+        """All windows; of each pair of a window and a latent that fires in it the two numbers."""
+        if not (self.folder / WINDOWS).is_file():
+            raise UserError(
+                f"{self.folder} has no {WINDOWS}, from which texts are taken in which a latent is "
+                "silent: an earlier version wrote these latents. Write them anew with "
+                f"`sae latents {self.folder.parent}`; explanations and answers stay"
+            )
+        table = self.open_file(WINDOWS).read()
+        rows = table.select(["sequence", "start", "tokens"]).to_pylist()
+        windows = [
+            TextWindow(
+                tuple(self.vocabulary[token] for token in row["tokens"]),
+                row["sequence"],
+                row["start"],
+            )
+            for row in rows
+        ]
+        latents = table["latents"].combine_chunks()
+        numbers = np.repeat(np.arange(len(rows)), np.diff(latents.offsets.to_numpy()))
+        return windows, numbers, latents.values.to_numpy()
 
     def _rows(self, table: Table, index: int) -> list[dict[str, Any]]:
         group = self._group(table.name, index // GROUP)

@@ -106,6 +106,19 @@ class Context:
 
 
 @dataclass(frozen=True)
+class TextWindow:
+    """A piece of the text that was chosen for no latent.
+
+    Attributes:
+        sequence, position: where its first token is in the table of tokens; BOS is position 0.
+    """
+
+    tokens: tuple[str, ...]
+    sequence: int
+    position: int
+
+
+@dataclass(frozen=True)
 class Explanation:
     """A latent in words, as `sae explain` found them, and how well the words predict it."""
 

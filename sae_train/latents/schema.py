@@ -17,6 +17,7 @@ from activation_cache.config import Count, PositiveCount, Section
 FOLDER = "latents"  # in a run's folder
 RECORD = "latents.json"
 VOCABULARY = "vocabulary.parquet"
+WINDOWS = "windows.parquet"
 EXPLANATIONS = "explanations.parquet"
 
 GROUP = 128  # latents of a row group of the detailed tables
@@ -24,6 +25,8 @@ BINS = 50  # of both histograms, as SAEDashboard's
 INTERVALS = 5  # of a latent's activation, as SAEDashboard's
 RANKED = 10  # tokens, co-firing latents and neighbours of the same SAE that are kept
 RANKED_OF_OTHERS = 5  # neighbours in each other SAE
+WINDOW_TOKENS = 32  # of a window, as a text of delphi's
+WINDOWS_KEPT = 1024
 
 # How the work is cut; unfinished work of other sizes is not continued.
 SHARD_TOKENS = 2**14  # of the walk
@@ -135,6 +138,9 @@ CONTEXTS = Table(
 )
 TABLES = (SUMMARY, ACTIVITY, DIRECTIONS, CONTEXTS)
 
+WINDOWS_SCHEMA = pa.schema(
+    [("sequence", _LONG), ("start", _INT), ("tokens", _INTS), ("latents", _INTS)]
+)
 VOCABULARY_SCHEMA = pa.schema([("id", _INT), ("piece", pa.string())])
 EXPLANATIONS_SCHEMA = pa.schema(
     [

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from activation_cache.storage.files import StoragePath, replacing
-from sae_train.latents.schema import VOCABULARY, VOCABULARY_SCHEMA, Table
+from sae_train.latents.schema import VOCABULARY, VOCABULARY_SCHEMA, WINDOWS, Table
 
 
 def write_table(
@@ -55,6 +55,14 @@ def write_vocabulary(folder: StoragePath, pieces: Iterable[str]) -> None:
     """Write the string of every token id."""
     pieces = list(pieces)
     columns = [pa.array(np.arange(len(pieces), dtype=np.int32)), pa.array(pieces, pa.string())]
-    table = pa.Table.from_arrays(columns, schema=VOCABULARY_SCHEMA)
-    with replacing(folder / VOCABULARY) as temporary:
+    _write(folder / VOCABULARY, pa.Table.from_arrays(columns, schema=VOCABULARY_SCHEMA))
+
+
+def write_windows(folder: StoragePath, windows: pa.Table) -> None:
+    """Write the windows of the text."""
+    _write(folder / WINDOWS, windows)
+
+
+def _write(path: StoragePath, table: pa.Table) -> None:
+    with replacing(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")

@@ -20,8 +20,9 @@ from sae_train.explain.endpoint import Endpoint, EndpointSettings
 from sae_train.explain.measures import area_under_curve, balanced_accuracy, correlation
 from sae_train.explain.question import Answer, Answers, Question
 from sae_train.explain.scoring import asked
-from sae_train.explain.texts import WINDOW, Drawn, draw, join
+from sae_train.explain.texts import Drawn, draw, join
 from sae_train.latents.reader import Latents, open_latents
+from sae_train.latents.schema import WINDOW_TOKENS
 from tests.support.oracles import latents as brute_force
 from tests.support.servers.fake_endpoint import (
     Body,
@@ -289,14 +290,18 @@ def test_a_folder_without_latents_names_the_command(tmp_path: Path, fake, capsys
 
 
 def test_the_drawn_texts(latents: Latents):
+    acts = brute_force.made_up(F=F).acts
     for index in range(F - 1):
         drawn = draw(latents, latents[index], count=10, seed=0)
         assert drawn == draw(latents, latents[index], count=10, seed=0)
         assert len(drawn.active) == len(drawn.silent) >= 2
+        for one in drawn.silent:
+            sequence, position = one.origin
+            assert not acts[sequence - 100, position:, index][: len(one.tokens)].any()
         origins = [one.origin for one in (*drawn.explaining, *drawn.active)]
         assert len(set(origins)) == len(origins)
         for one in (*drawn.explaining, *drawn.active):
-            assert len(one.tokens) <= WINDOW
+            assert len(one.tokens) <= WINDOW_TOKENS
             assert one.values[one.peak] > 0
             assert one.tenths(one.peak) >= 1
             plain = one.marked().replace("<<", "").replace(">>", "")

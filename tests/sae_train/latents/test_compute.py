@@ -58,6 +58,7 @@ def pair(request, world: World, tmp_path_factory) -> list[LatentsJob]:
     folder, kind = tmp_path_factory.mktemp(request.param), KINDS[request.param]
     with pytest.MonkeyPatch.context() as monkeypatch:
         make_small(monkeypatch)
+        monkeypatch.setattr(schema, "WINDOWS_KEPT", 30)
         jobs = [
             make_job(world, folder / "a", F=60, **kind),
             make_job(world, folder / "b", F=31, **kind),
@@ -108,6 +109,20 @@ def test_contexts_are_those_of_a_sort_of_all_firings(pair: list[LatentsJob], wor
         found = rows(job, CONTEXTS)
         assert_rows(found, expected)
         assert {row["interval"] for row in found} >= set(range(5))
+
+
+def test_windows_name_all_latents_that_fire_in_them(pair: list[LatentsJob], world: World):
+    for job in pair:
+        walked = world.walked(job.job.sae)
+        found = pq.read_table(job.folder / schema.WINDOWS).to_pylist()
+        assert found == brute_force.windows(walked, size=10, most=30)
+        assert len(found) == 30
+        latents = open_latents(job.job.folder)
+        for latent in (0, job.width - 1):
+            silent = {
+                (row["sequence"], row["start"]) for row in found if latent not in row["latents"]
+            }
+            assert {(o.sequence, o.position) for o in latents.silent_windows(latent)} == silent
 
 
 def test_directions_and_summary_are_those_of_float64(pair: list[LatentsJob], world: World):

@@ -28,11 +28,12 @@ from sae_train.latents.schema import (
     RANKED_OF_OTHERS,
     RECORD,
     SUMMARY,
+    WINDOWS_SCHEMA,
     Record,
     SaeEntry,
     Table,
 )
-from sae_train.latents.writer import write_table, write_vocabulary
+from sae_train.latents.writer import write_table, write_vocabulary, write_windows
 from tests.support.tiny_gemma import tiny_pieces
 
 BOS = 2
@@ -153,6 +154,32 @@ def _context(
     }
 
 
+def windows(walked: Walked, *, size: int, most: int) -> list[Row]:
+    """The rows of `windows.parquet`: pieces of the text, and who fires on any of their tokens."""
+    places = [
+        (n, start)
+        for n, end in enumerate(walked.length)
+        for start in range(1, max(2, end - size + 1), size)
+    ]
+
+    def order(place: tuple[int, int]) -> int:
+        numbers = (0, walked.sequences[place[0]], place[1])
+        return int(sampling_order(*(np.array([one]) for one in numbers))[0])
+
+    rows = []
+    for n, start in sorted(sorted(places, key=order)[:most]):
+        part = slice(start, min(start + size, walked.length[n]))
+        rows.append(
+            {
+                "sequence": walked.sequences[n],
+                "start": start,
+                "tokens": walked.tokens[n, part].tolist(),
+                "latents": np.flatnonzero((walked.acts[n, part] > 0).any(axis=0)).tolist(),
+            }
+        )
+    return rows
+
+
 def direction(
     latent: int,
     decoders: Sequence[np.ndarray],
@@ -252,6 +279,8 @@ def write_latents_folder(
         rows[CONTEXTS] += contexts(walked, latent, top=20, per_interval=5, size=16)
     for table, listed in rows.items():
         write_table(folder, table, [pa.Table.from_pylist(listed, table.schema)], width=F)
+    found = windows(walked, size=6, most=100)
+    write_windows(folder, pa.Table.from_pylist(found, WINDOWS_SCHEMA))
     write_vocabulary(folder, pieces)
     saes = [
         SaeEntry(name=one, folder=f"../{one}" if one != name else ".", width=F, fingerprint=one)
