@@ -15,6 +15,7 @@ from sae_train.config.run import Config
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 4
+THRESHOLDS = "thresholds"  # of a run's last checkpoint, with `sae.threshold_per_latent`
 
 # Fields that may change between two starts of one run: they say where data lies, how often
 # something is saved, measured or logged and, the mesh, on which devices the arithmetic happens.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import AnyPath
 from sae_train.checkpoint.checkpoints import StoredCheckpoints
+from sae_train.checkpoint.same_run import THRESHOLDS
 from sae_train.config.run import Config
 from sae_train.model.sharding import local_mesh
 from sae_train.runs.folder import CHECKPOINTS
@@ -25,7 +27,8 @@ class Trained:
     Attributes:
         params: float32 arrays W_enc [F, D], W_dec [F, D], b_dec [D] and what else the architecture
             has (`sae_train.model.sharding.table_of`). The threshold [F] is θ itself, also where
-            its logarithm was trained; for BatchTopK it is the one that replaces the selection.
+            its logarithm was trained; for BatchTopK it replaces the selection: one for all
+            latents, or, of a run's last checkpoint with `sae.threshold_per_latent`, their own.
         input_scale: C of x = x_raw / C.
         target_scale: what a transcoder's target was divided by; for an SAE, C.
         step: optimiser steps done.
@@ -74,8 +77,7 @@ def load_trained(run_folder: AnyPath, *, step: int | None = None) -> Trained:
     chosen, (meta, config, state) = newest
     params = {name: np.array(value) for name, value in state.params.items()}
     if config.sae.architecture == "batch_topk":
-        theta = np.float32(state.selection_threshold)
-        params["threshold"] = np.full_like(params["b_enc"], theta)
+        params["threshold"] = _inference_threshold(meta, state, width=config.sae.width)
     elif "threshold" in params and config.sae.threshold.parametrisation == "log":
         params["threshold"] = np.exp(params["threshold"])
     return Trained(
@@ -87,3 +89,11 @@ def load_trained(run_folder: AnyPath, *, step: int | None = None) -> Trained:
         config=config,
         store=meta["store"],
     )
+
+
+def _inference_threshold(
+    meta: Mapping[str, Any], state: TrainState, *, width: int
+) -> Float[np.ndarray, " F"]:
+    if THRESHOLDS in meta:
+        return np.frombuffer(base64.b64decode(meta[THRESHOLDS]), "<f4").astype(np.float32)
+    return np.full(width, state.selection_threshold, np.float32)

@@ -62,8 +62,9 @@ class SaeConfig(Section):
 
     `bandwidth` and `threshold` are JumpReLU's. TopK and BatchTopK have `k`, the active latents per
     row, and `aux_k_coefficient`, the weight of the aux loss that revives dead latents (1/32 in Gao
-    et al. 2024, arXiv 2406.04093). `start_from` is a released SAE, a path or a Hub
-    address, that training starts from instead of random weights.
+    et al. 2024, arXiv 2406.04093). With `threshold_per_latent` a BatchTopK SAE is released with a
+    threshold for each latent (Gemma Scope 2, appendix B) instead of one for all. `start_from` is a
+    released SAE, a path or a Hub address, that training starts from instead of random weights.
     """
 
     site: Site
@@ -76,6 +77,7 @@ class SaeConfig(Section):
     width: PositiveSmallCount = 16_384
     k: PositiveSmallCount | None = None
     aux_k_coefficient: NonNegative32 = 1 / 32
+    threshold_per_latent: bool = False
     start_from: FilePath | None = None
     bandwidth: Positive32 = 0.001
     threshold: ThresholdConfig = ThresholdConfig()
@@ -153,6 +155,12 @@ class SaeConfig(Section):
             raise ValueError(
                 f"a {self.architecture} SAE can't start from sae.start_from, for its release is a "
                 "JumpReLU one: set sae.architecture to jumprelu"
+            )
+        if self.threshold_per_latent and self.architecture != "batch_topk":
+            raise ValueError(
+                f"sae.threshold_per_latent is for batch_topk, and sae.architecture is "
+                f"{self.architecture}: a jumprelu SAE trains a threshold for each latent anyway, "
+                "and others have none. Leave it out"
             )
         selects = self.architecture in ("topk", "batch_topk")
         if selects and self.k is None:

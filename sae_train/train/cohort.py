@@ -45,6 +45,7 @@ _NOT_COMPILED_IN = (
     "sae.layer",
     "sae.threshold.init",
     "sae.b_dec_init",
+    "sae.threshold_per_latent",
     "train.seed",
     "train.data_seed",
     "train.learning_rate",

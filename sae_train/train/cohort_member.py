@@ -23,7 +23,12 @@ from activation_cache.storage.files import storage_path
 from activation_cache.storage.locks import folder_lock
 from activation_cache.store.store import Store
 from sae_train.checkpoint.checkpoints import Checkpoints
-from sae_train.checkpoint.same_run import checkpoint_meta, refuse_difference, refuse_precision
+from sae_train.checkpoint.same_run import (
+    THRESHOLDS,
+    checkpoint_meta,
+    refuse_difference,
+    refuse_precision,
+)
 from sae_train.config.file import FILE_NAME, write_config
 from sae_train.config.run import Config
 from sae_train.runs.folder import record_failure, record_start
@@ -33,6 +38,7 @@ from sae_train.step.path_choice import precision_on
 from sae_train.step.schedule import Scheduled, scheduled
 from sae_train.step.state import TrainState, abstract_state, init_state
 from sae_train.train.initial_state import HostBatch, prepare_start
+from sae_train.train.latent_thresholds import as_text, latent_thresholds
 from sae_train.train.step_log import InputClock, StepLog
 from sae_train.train.train_step import StepMetrics
 
@@ -203,6 +209,22 @@ class Member(Closing):
         self.step_log.flush()
         assert self._state is not None
         self.checkpoints.save(self._state, step=self.done, meta=self._meta)
+
+    def find_thresholds(self, batch: Callable[[int], HostBatch]) -> None:
+        """After the last step: what the checkpoint to come says of each latent's threshold.
+
+        Before that checkpoint, so that a run which is trained has them, whenever it was killed.
+        """
+        assert self.done == self.steps, (self.done, self.steps)
+        assert self._state is not None
+        threshold_F = latent_thresholds(
+            self.config,
+            params=self._state.params,
+            single=float(self._state.selection_threshold),
+            batch=batch,
+            input_scale=self._meta["input_scale"],
+        )
+        self._meta = {**self._meta, THRESHOLDS: as_text(threshold_F)}
 
     def fail(self, error: Exception) -> None:
         """Take no further part, and leave the reason in the folder if it is a run's."""

@@ -154,7 +154,7 @@ def needed_threshold(pre_BF: Float[np.ndarray, "B F"], *, l0: float) -> float:
     return float(np.quantile(np.asarray(pre_BF), share))
 
 
-def _pre_activations_of_all(
+def pre_activations_of_all(
     params: Params, x_BD: Float[np.ndarray, "B D"], *, config: SaeConfig
 ) -> Float[np.ndarray, "B F"]:
     """Pre-activations of all latents on the host, also where the parameters are split up."""
@@ -182,7 +182,7 @@ def threshold_warning(
     l0 = TYPICAL_L0
     if isinstance(penalty, TargetL0Penalty | MatchL0Penalty):
         l0 = penalty.target
-    pre_BF = _pre_activations_of_all(params, x_BD, config=config.sae)
+    pre_BF = pre_activations_of_all(params, x_BD, config=config.sae)
     needed, reachable = needed_threshold(pre_BF, l0=l0), reachable_threshold(config)
     if reachable >= needed:
         return None

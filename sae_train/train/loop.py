@@ -31,6 +31,7 @@ from sae_train.model.sharding import make_mesh, place_batch, rows_here
 from sae_train.train.cohort import check_cohort
 from sae_train.train.cohort_member import Member
 from sae_train.train.cohort_step import CohortStep
+from sae_train.train.initial_state import HostBatch
 from sae_train.train.progress import CohortProgress
 from sae_train.train.step_log import Diverged, InputClock
 
@@ -100,7 +101,15 @@ def train_cohort(
             for member in at_work:
                 member.start(anew=fresh)
             progress = CohortProgress(at_work, stack=stack)
-            _steps(at_work, readers=readers, mesh=mesh, clock=clock, progress=progress, stop=stop)
+            _steps(
+                at_work,
+                store=store,
+                readers=readers,
+                mesh=mesh,
+                clock=clock,
+                progress=progress,
+                stop=stop,
+            )
     exchange.barrier("trained")
     exchange.run_on_main_and_broadcast("failures", lambda: _tell_failures(members))
     return [TrainResult(one.folder, one.done, one.step_log.last_row) for one in members]
@@ -153,13 +162,19 @@ def _prepare(members: Sequence[Member], store: Store) -> None:
     """Prepare new runs; every process looks at the same whole batches, each read once."""
     if not members:
         return
+    with _whole_batches(members[0].config, store=store) as batch:
+        read_once = functools.cache(batch)
+        _each(members, lambda member: member.prepare(read_once))
+
+
+@contextmanager
+def _whole_batches(config: Config, *, store: Store) -> Iterator[Callable[[int], HostBatch]]:
+    """A function from a step to its whole batch, the same in every process."""
     with ExitStack() as stack:
         readers = [
-            stack.enter_context(reader)
-            for reader in _readers(members[0].config, store=store, read_ahead=1)
+            stack.enter_context(reader) for reader in _readers(config, store=store, read_ahead=1)
         ]
-        batch = functools.cache(lambda step: tuple(reader.batch(step) for reader in readers))
-        _each(members, lambda member: member.prepare(batch))
+        yield lambda step: tuple(reader.batch(step) for reader in readers)
 
 
 def _readers(config: Config, *, store: Store, **options: Any) -> Iterator[ActivationReader]:
@@ -178,6 +193,7 @@ def _readers(config: Config, *, store: Store, **options: Any) -> Iterator[Activa
 def _steps(
     members: Sequence[Member],
     *,
+    store: Store,
     readers: Sequence[ActivationReader],
     mesh: jax.sharding.Mesh,
     clock: InputClock,
@@ -207,12 +223,16 @@ def _steps(
         take_step(turn, placed[0] if len(placed) == 1 else (placed[0], placed[1]))
         # Only now, with the next steps dispatched: reading waits for the devices.
         _each(turn, Member.judge, errors=Diverged)
-        _leave([member for member in turn if member.failure is None and not member.at_work])
+        _leave([one for one in turn if one.failure is None and not one.at_work], store)
         progress.show(step + 1)
 
 
-def _leave(members: Sequence[Member]) -> None:
+def _leave(members: Sequence[Member], store: Store) -> None:
     """Save the last state of those that are done, and only then wait for the disk."""
+    selecting = [member for member in members if member.config.sae.threshold_per_latent]
+    if selecting:
+        with _whole_batches(selecting[0].config, store=store) as batch:
+            _each(selecting, lambda member: member.find_thresholds(batch))
     _each(members, Member.save, errors=Diverged)
     for member in members:
         member.close()

@@ -36,7 +36,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "relu": {"sparsity": L1, "sae": {"architecture": "relu"}},
     "gated": {"sparsity": L1, "sae": {"architecture": "gated"}},
     "topk": {"sparsity": NONE, "sae": {"architecture": "topk", "k": K}},
-    "batch_topk": {"sparsity": NONE, "sae": {"architecture": "batch_topk", "k": K}},
+    "batch_topk": {
+        "sparsity": NONE,
+        "sae": {"architecture": "batch_topk", "k": K, "threshold_per_latent": True},
+    },
 }
 
 
@@ -244,8 +247,14 @@ def test_a_run_learns_resumes_exactly_and_is_released(tmp_path: Path, architectu
     if architecture == "topk":
         assert rows[-1]["l0"] == pytest.approx(K, abs=0.01)
     if architecture == "batch_topk":
-        theta = float(trained.params["threshold"][0])
-        assert rows[-1]["threshold_mean"] == pytest.approx(theta, rel=0.1)  # before the last
+        theta_F = trained.params["threshold"]
+        parts_F = load_trained(tmp_path / "parts").params["threshold"]
+        np.testing.assert_array_equal(theta_F, parts_F)
+        assert len(np.unique(theta_F)) > 1
+        assert rows[-1]["threshold_mean"] == pytest.approx(np.median(theta_F), rel=0.3)
+        single_F = load_trained(tmp_path / "whole", step=30).params["threshold"]
+        assert rows[30]["threshold_mean"] == pytest.approx(single_F[0])
+        assert len(np.unique(single_F)) == 1
         assert rows[-1]["l0"] == pytest.approx(K, abs=0.01)
 
 
@@ -258,6 +267,9 @@ def test_every_mesh_trains_the_same(tmp_path: Path, architecture: str):
     for one, many in zip(rows["one"], rows["many"], strict=True):
         for key in ("loss", "mse", "fvu", "l0", "threshold_mean"):
             np.testing.assert_allclose(one[key], many[key], rtol=1e-5, atol=1e-7, err_msg=key)
+    if architecture == "batch_topk":
+        found = [load_trained(tmp_path / name).params["threshold"] for name in rows]
+        np.testing.assert_allclose(*found, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -267,6 +279,7 @@ def test_every_mesh_trains_the_same(tmp_path: Path, architecture: str):
         ({"sae": {"k": 3}}, "jumprelu has no k"),
         ({"sae": {"architecture": "topk", "k": 99}, "width": F, "sparsity": NONE}, "k 99 is above"),
         ({"sae": {"architecture": "relu"}}, "penalty l0 does not go with .* relu: use l1"),
+        ({"sae": {"threshold_per_latent": True}}, "is for batch_topk, and .* is jumprelu"),
         ({"sparsity": NONE}, "penalty none does not go with .* jumprelu: use l0 or"),
     ],
 )
