@@ -252,6 +252,7 @@ class Config(Section):
             *_check_target(self.train.sparsity, width=self.sae.width),
             *_check_penalty(self.sae, self.train.sparsity),
             *_check_step(self.sae, self.train),
+            *_check_revival(self.sae, self.train),
             *_check_limits(self.train, self.mesh),
             *_check_divisible("train.batch_size", self.train.batch_size, "data", self.mesh.data),
             *_check_divisible("sae.width", self.sae.width, "model", self.mesh.model),
@@ -319,6 +320,17 @@ def _check_step(sae: SaeConfig, train: TrainConfig) -> Iterator[str]:
             "train.kernels pallas is for the sparse step, and sae.architecture is "
             f"{sae.architecture} and train.step {train.step}: set train.kernels to xla, or "
             "sae.architecture to jumprelu and train.step to sparse"
+        )
+
+
+def _check_revival(sae: SaeConfig, train: TrainConfig) -> Iterator[str]:
+    dead_after = -(-train.dead_after_tokens // train.batch_size)
+    if sae.revive_coefficient and dead_after >= train.steps:
+        yield (
+            f"sae.revive_coefficient {sae.revive_coefficient:g} has nothing to revive: a latent "
+            f"counts as dead after train.dead_after_tokens {train.dead_after_tokens}, {dead_after} "
+            f"steps, and the run has {train.steps}. Set train.dead_after_tokens to a tenth of "
+            f"train.tokens {train.tokens}, or sae.revive_coefficient to 0"
         )
 
 

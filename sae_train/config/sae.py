@@ -78,6 +78,7 @@ class SaeConfig(Section):
     k: PositiveSmallCount | None = None
     aux_k_coefficient: NonNegative32 = 1 / 32
     threshold_per_latent: bool = False
+    revive_coefficient: NonNegative32 = 0.0  # AuxK's weight for a JumpReLU (step/revive.py)
     start_from: FilePath | None = None
     bandwidth: Positive32 = 0.001
     threshold: ThresholdConfig = ThresholdConfig()
@@ -169,4 +170,10 @@ class SaeConfig(Section):
             raise ValueError(f"sae.k is for topk and batch_topk; {self.architecture} has no k")
         if self.k is not None and self.k > self.width:
             raise ValueError(f"sae.k {self.k} is above sae.width {self.width}: lower it")
+        if self.revive_coefficient and self.architecture != "jumprelu":
+            instead = "set sae.aux_k_coefficient" if selects else "leave it at 0"
+            raise ValueError(
+                f"sae.revive_coefficient is for jumprelu, and sae.architecture is "
+                f"{self.architecture}: {instead}"
+            )
         return self

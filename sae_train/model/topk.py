@@ -46,7 +46,7 @@ def kth_largest(values_BF: Float[Array, "B F"], *, k: int) -> Float[Array, " B"]
     def enough(least_B: Array) -> Array:
         return (bits_BF >= least_B[:, None]).sum(axis=1, dtype=jnp.int32) >= k
 
-    return _bisect(enough, jnp.zeros(values_BF.shape[0], jnp.int32))
+    return bisect(enough, jnp.zeros(values_BF.shape[0], jnp.int32))
 
 
 def kth_largest_of_all(values_BF: Float[Array, "B F"], *, k: int) -> Float[Array, ""]:
@@ -57,10 +57,10 @@ def kth_largest_of_all(values_BF: Float[Array, "B F"], *, k: int) -> Float[Array
         # Counted in float32: B·F may pass 2^31, and up to k, at most 2^24, the sum is exact.
         return (bits_BF >= least).sum(axis=1, dtype=jnp.int32).astype(jnp.float32).sum() >= float(k)
 
-    return _bisect(enough, jnp.zeros((), jnp.int32))
+    return bisect(enough, jnp.zeros((), jnp.int32))
 
 
-def _bisect(
+def bisect(
     enough: Callable[[Int[Array, "..."]], Bool[Array, "..."]], start: Int[Array, "..."]
 ) -> Float[Array, "..."]:
     """The largest value >= 0 that is still `enough`, from its highest bit down.

@@ -42,6 +42,7 @@ from sae_train.step.gradients import (
 )
 from sae_train.step.latents import read_kept
 from sae_train.step.result import StepResult
+from sae_train.step.revive import revive
 from sae_train.step.schedule import Scheduled
 from sae_train.step.sparsity_penalty import Penalty, penalty_of
 from sae_train.step.state import TrainState
@@ -105,11 +106,28 @@ class DenseStep:
         params, second_moment, touched_F, norm = self._update(
             state, x_BD, encoded, output, scalars=scalars
         )
+        loss = jnp.square(residual_BD).sum(axis=1).mean() + penalty.loss
+        if self._sae.revive_coefficient:
+            params, second_moment, touched_F, revival = revive(
+                state,
+                params,
+                second_moment,
+                touched_F,
+                active_F=encoded.active_F,
+                encoder_input_BD=output.x_BD,
+                residual_BD=residual_BD,
+                gradient_norm=norm,
+                scalars=scalars,
+                config=self._config,
+                mesh=self._mesh,
+                precision=self._precision,
+            )
+            loss = loss + revival
         return StepResult(
             params=params,
             second_moment=second_moment,
             last_touched=jnp.where(touched_F, state.step + 1, state.last_touched),
-            loss=jnp.square(residual_BD).sum(axis=1).mean() + penalty.loss,
+            loss=loss,
             penalty=penalty,
             gradient_norm=norm,
             reconstruction_BD=reconstruction_BD,

@@ -25,7 +25,10 @@ STEPS, WIDTH = 150, 64
 
 
 def by_pairs(folder: Path, output: str, **options: Any) -> Config:
-    """A run in which most latents are silent in most steps, and none falls back to products."""
+    """A run in which most latents are silent in most steps, and none falls back to products.
+
+    From step 30 on dead ones are revived.
+    """
     return make_run(
         folder,
         output=output,
@@ -35,6 +38,8 @@ def by_pairs(folder: Path, output: str, **options: Any) -> Config:
             "threshold_init": 0.5,
             "step": "sparse",
             "sparse_capacity": WIDTH,
+            "sae": {"revive_coefficient": 0.1},
+            "dead_after_tokens": 48 * 30,
             "checkpoint": {"every_steps": 7, "keep": 2},
         }
         | options,

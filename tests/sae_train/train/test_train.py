@@ -60,9 +60,15 @@ def test_resuming_at_any_step_is_bit_identical(tmp_path: Path, stop_step: int):
     assert_same_run(tmp_path / "whole", tmp_path / "parts", step=40)
 
 
-@pytest.mark.parametrize("stop_step", [3, 25])
-def test_steering_goes_on_where_it_was(tmp_path: Path, stop_step: int):
+@pytest.mark.parametrize(("stop_step", "mesh"), [(3, (1, 1)), (25, (2, 4))])
+def test_steering_and_reviving_go_on_where_they_were(
+    tmp_path: Path, stop_step: int, mesh: tuple[int, int]
+):
     options = {
+        "mesh": mesh,
+        "threshold_init": 0.5,
+        "sae": {"revive_coefficient": 0.5},
+        "dead_after_tokens": 48 * 3,
         "sparsity": {
             "penalty": "match_l0",
             "target": 5.0,
@@ -70,7 +76,7 @@ def test_steering_goes_on_where_it_was(tmp_path: Path, stop_step: int):
             "warmup_steps": 8,
             "settle_steps": 10,
             "frequency": {"scale": 0.1, "coefficient": 0.02},
-        }
+        },
     }
     train(make_run(tmp_path, output="whole", **options))
     parts = make_run(tmp_path, output="parts", **options)
@@ -81,6 +87,8 @@ def test_steering_goes_on_where_it_was(tmp_path: Path, stop_step: int):
     inforce = [row["sparsity_coefficient"] for row in read_metrics(tmp_path / "parts")]
     assert inforce[0] == 0.0, "the warm-up begins at nothing"
     assert len(set(inforce[8:])) > 25, "steering moves it from step to step"
+    dead = [row["dead_fraction"] for row in read_metrics(tmp_path / "parts")]
+    assert max(dead) > dead[-1] > 0, "some are revived, and some are left"
 
 
 def test_a_checkpoint_is_the_state_at_its_step_though_the_loop_ran_on(tmp_path: Path):

@@ -97,6 +97,27 @@ def loss_and_gradients(params, x, *, bandwidth, sparsity, target=None, product=n
     return metrics, gradients
 
 
+def revival(params, x, gradients, *, dead, coefficient):
+    """The aux loss of dead latents, whose gradients are added to those that are given.
+
+    AuxK (arXiv 2406.04093, appendix A.2) of ReLU(pre): D/2 a row, selected by sorting.
+    """
+    rows, k = x.shape[0], x.shape[1] // 2
+    pre, active, latents = encode(params, x)
+    missed = x - (latents @ params["W_dec"] + params["b_dec"])
+    dead = dead & ~active.any(axis=0)
+    z = np.where(dead, np.maximum(pre, 0.0), 0.0)
+    z = np.where(z >= np.sort(z, axis=1)[:, -k][:, None], z, 0.0)
+    missed = missed - z @ params["W_dec"]
+    share = coefficient * min(dead.sum() / k, 1.0)
+    g = -2 / rows * share * missed
+    g_pre = (z > 0) * (g @ params["W_dec"].T)
+    gradients["W_enc"] += g_pre.T @ (x - params["b_dec"])
+    gradients["b_enc"] += g_pre.sum(axis=0)
+    gradients["W_dec"] += z.T @ g
+    return share * (missed**2).sum(axis=1).mean(), dead, active.any(axis=0)
+
+
 def adam(param, gradient, moment, *, rate, step, beta2=0.999, epsilon=1e-8):
     """One update with β₁ = 0; `step` counts from 1."""
     moment = beta2 * moment + (1 - beta2) * gradient**2
@@ -113,10 +134,13 @@ class Trainer:
     threshold_multiplier: float = 1.0
     steps: int = 0
     product: Callable = np.matmul
+    revive: float = 0.0  # the aux loss's coefficient
+    dead_after: int = 1  # steps
 
     def __post_init__(self):
         self.params = {name: np.asarray(v, np.float64) for name, v in self.params.items()}
         self.moments = {name: np.zeros_like(v) for name, v in self.params.items()}
+        self.last_fired = np.zeros(self.params["b_enc"].shape[0], int)
 
     def step(self, x, *, rate, sparsity, target=None):
         x = np.asarray(x, np.float64)
@@ -128,6 +152,13 @@ class Trainer:
             target=target,
             product=self.product,
         )
+        if self.revive:
+            dead = self.steps - self.last_fired >= self.dead_after
+            auxiliary, dead, fired = revival(
+                self.params, x, gradients, dead=dead, coefficient=self.revive
+            )
+            metrics |= {"loss": metrics["loss"] + auxiliary, "revived": dead.sum()}
+            self.last_fired[fired] = self.steps + 1
         self.steps += 1
         decoder = self.params["W_dec"]
         for latent in range(decoder.shape[0]):
