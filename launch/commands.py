@@ -180,6 +180,27 @@ def latents(arguments: argparse.Namespace, stop: StopFlag) -> int:
     return 0
 
 
+def probe(arguments: argparse.Namespace, stop: StopFlag) -> int:
+    """`sae probe`: write probe.json beside each trained run; returns 0.
+
+    The command line may set keys of `probe` and `launch`, choose runs, and say where stores and
+    weights lie. It is one process, whatever `launch.processes` says.
+
+    Raises:
+        UserError: an override of another key, which the runs were trained with.
+    """
+    config = target_config(arguments.target, arguments.overrides)
+    folders = released_or_trained(config)
+    if any(newest_checkpoint(folder) is not None for folder in folders):
+        _refuse_overrides(arguments.overrides, config, command="probe")
+    if any(one.startswith("sweep.only") for one in arguments.overrides):
+        folders = chosen_folders(config, folders)
+    told = ("model.weights=", "cache.path=")
+    places = [one for one in arguments.overrides if one.startswith(told)]
+    stages.probe(folders, config=config, places=places, stop=stop)
+    return 0
+
+
 _MEASURING_KEYS = ("output", "launch", "cache.path", "model.weights", "sweep.only")
 
 

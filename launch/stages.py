@@ -226,6 +226,24 @@ def latents_in_group(
     )
 
 
+def probe(
+    folders: Sequence[StoragePath], *, config: Job, places: Sequence[str] = (), stop: StopFlag
+) -> None:
+    """Probe the SAEs of trained runs, those of one model in one pass of each data set.
+
+    Args:
+        config: its `probe` counts; the rest is read from the runs' folders.
+        places: overrides of the runs' configs that say where their store and their weights lie.
+
+    Raises:
+        Interrupted: a signal came; the same command continues.
+    """
+    _prepare_process()
+    from sae_train.probe.probe import probe as run_probe
+
+    run_probe(folders, settings=config.probe, places=places, stop=stop)
+
+
 def export(folders: Sequence[StoragePath]) -> None:
     """Write and check the release of each run."""
     from sae_train.release.export import export as run_export

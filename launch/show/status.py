@@ -16,6 +16,7 @@ from launch.sweep.expand import expand
 from launch.targets import other_runs
 from sae_train.config.file import FILE_NAME
 from sae_train.latents.reader import has_latents, open_latents
+from sae_train.probe.record import ProbeRecord, read_probe
 from sae_train.runs.folder import RunFolder, State, read_run
 
 _STYLES = {"trained": "green", "running": "cyan", "stopped": "yellow", "failed": "red"}
@@ -48,14 +49,19 @@ def status_table(config: Job) -> Table:
     with_latents = any(has_latents(folder) for _, folder, _ in runs)
     if with_latents:
         table.add_column("latents")
+    probed = {folder: record for _, folder, _ in runs if (record := read_probe(folder))}
+    if probed:
+        table.add_column("probed")
     if queue is not None:
         table.add_column("Slurm job")
     for name, folder, run_config in runs:
         if (folder / FILE_NAME).exists():
             run = read_run(folder)
             row = [*_row(name, run, queue), *([_latents(run)] if with_latents else [])]
+            row += [_probed(run, probed.get(folder))] if probed else []
         else:
-            row = [name, "not started", f"0/{run_config.train.steps}", *["-"] * (8 + with_latents)]
+            row = [name, "not started", f"0/{run_config.train.steps}"]
+            row += ["-"] * (8 + with_latents + bool(probed))
         if queue is not None:
             row.append(queue.runs.get(name, "-"))
         table.add_row(*row)
@@ -100,6 +106,14 @@ def _latents(run: RunFolder) -> str:
     # Those of a released SAE, which has no checkpoint yet, are of step 0.
     step = open_latents(run.path).record.step
     return _fresh(True, stale=step != (run.checkpoint_step or 0))
+
+
+def _probed(run: RunFolder, record: ProbeRecord | None) -> str:
+    if record is None:
+        return "no"
+    if record.step != (run.checkpoint_step or 0):
+        return "outdated"
+    return f"{len(record.data_sets)} data sets"
 
 
 def _fresh(present: bool, *, stale: bool) -> str:

@@ -30,6 +30,7 @@ FREE_FIELDS = (
     "checkpoint",
     "evaluation",
     "latents",
+    "probe",
     "train.stacked",
     "train.log_every_steps",
     "train.tensorboard",

@@ -35,6 +35,7 @@ from activation_cache.gemma.taps import Tap
 from activation_cache.precision import Precision, PrecisionChoice
 from sae_train.config.evaluation import EvaluationConfig
 from sae_train.config.latents import LatentsConfig
+from sae_train.config.probe import ProbeConfig
 from sae_train.config.sae import SaeConfig
 
 logger = logging.getLogger(__name__)
@@ -228,6 +229,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     latents: LatentsConfig = LatentsConfig()
+    probe: ProbeConfig = ProbeConfig()
     output: Location
 
     @property

