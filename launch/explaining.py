@@ -76,7 +76,7 @@ SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
             "choices": ("max-act-logits", "examples"),
             "default": "max-act-logits",
             "help": "what the model is shown: the tokens a latent fires on and raises (a label of "
-            "a few words), or texts with its values (a sentence)",
+            "a few words), or texts with its values (a sentence); default max-act-logits",
         },
     ),
     (
@@ -107,6 +107,16 @@ SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
             "metavar": "N",
             "help": "N texts in which a latent fires, and N others, test its explanation "
             "(default 10)",
+        },
+    ),
+    (
+        "--together",
+        {
+            "type": _count(1),
+            "default": 5,
+            "metavar": "N",
+            "help": "at most N of these texts in one question, answered with a list (default 5); "
+            "with 1 the answer is yes or no, for small models that make no lists",
         },
     ),
     (
@@ -168,6 +178,7 @@ def explain(arguments: argparse.Namespace, stop: StopFlag) -> int:
         method=arguments.method,
         scores=arguments.scores,
         texts=arguments.texts,
+        together=arguments.together,
         seed=arguments.seed,
         max_tokens=arguments.max_tokens,
         parallel=arguments.parallel,

@@ -15,7 +15,7 @@ from typing import Any
 
 from activation_cache.runtime.errors import UserError
 from activation_cache.runtime.json_post import JsonPost, Unanswered
-from sae_train.explain.question import Answer, Question
+from sae_train.explain.question import VERDICTS, Answer, Question
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def _answer(question: Question, response: Any) -> Answer | None:
             text=str(message.get("content") or ""),
             finish=str(choice.get("finish_reason") or "stop"),
             refusal=None if refusal is None else str(refusal),
-            ones=probabilities if question.digits else None,
+            ones=probabilities if question.verdicts else None,
             tokens_in=int(usage.get("prompt_tokens") or 0),
             tokens_out=int(usage.get("completion_tokens") or 0),
         )
@@ -155,25 +155,24 @@ def _answer(question: Question, response: Any) -> Answer | None:
 
 
 def _ones(content: list[dict[str, Any]]) -> tuple[float, ...] | None:
-    """The probability of 1 at each token of the answer that is a 0 or a 1; None without tokens.
+    """The probability of 1 or yes at each token of the answer that is a verdict; None without one.
 
     P(1) / (P(0) + P(1)), over the alternatives that the endpoint lists.
     """
     found = []
     for token in content:
-        if _digit(token["token"]) is None:
+        if _verdict(token["token"]) is None:
             continue
         listed = [token, *token.get("top_logprobs", ())]
         weights = {one["token"]: math.exp(min(0.0, float(one["logprob"]))) for one in listed}
         sums = [
-            sum(weight for text, weight in weights.items() if _digit(text) == digit)
-            for digit in ("0", "1")
+            sum(weight for text, weight in weights.items() if _verdict(text) == verdict)
+            for verdict in (0, 1)
         ]
         found.append(sums[1] / sum(sums) if sum(sums) else 0.5)
     return tuple(found) or None
 
 
-def _digit(token: str) -> str | None:
-    """`1` of `[1`, ` 1,` and the like; None of a token with no or another digit."""
-    digits = re.sub(r"[\s\[\],]", "", token)
-    return digits if digits in ("0", "1") else None
+def _verdict(token: str) -> int | None:
+    """1 of `[1`, ` 1,`, ` Yes` and the like; None of a token that is no verdict."""
+    return VERDICTS.get(re.sub(r"[\s\[\],.]", "", token).casefold())

@@ -49,6 +49,7 @@ class ExplainSettings:
 
     Attributes:
         texts: in which the latent fires, to score with; as many in which it doesn't.
+        together: texts of one question of a score; 5 as in delphi.
         max_tokens: of an answer.
         parallel: questions under way at once.
     """
@@ -56,6 +57,7 @@ class ExplainSettings:
     method: Method
     scores: tuple[Score, ...]
     texts: int = 10
+    together: int = 5
     seed: int = 0
     max_tokens: int = 500
     parallel: int = 8
@@ -119,7 +121,8 @@ class Explainer:
             if self._answers.get(question.key(model)) is None:
                 calls += 1
                 tokens_in += round(question.size / 3.5) + 8 * len(question.messages)
-                tokens_out += 20 if question.kind == "explanation" else 12
+                of_texts = 2 * self.settings.together + 2
+                tokens_out += 20 if question.kind == "explanation" else of_texts
         return Estimate(calls, tokens_in, tokens_out, calls * self.settings.max_tokens)
 
     def _questions(self, model: str) -> Iterator[Question]:
@@ -241,6 +244,7 @@ class Explainer:
                         explanation,
                         drawn,
                         seed=self.settings.seed,
+                        together=self.settings.together,
                         max_tokens=self.settings.max_tokens,
                     )
                     yield _Scored(latent, kind, is_baseline, parts)

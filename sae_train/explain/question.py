@@ -19,6 +19,8 @@ from activation_cache.storage.files import disk_errors
 
 logger = logging.getLogger(__name__)
 
+VERDICTS = {"1": 1, "yes": 1, "0": 0, "no": 0}  # words of an answer about a text
+CUT_OFF = "cut off"
 _TOP = 5  # alternatives of a token whose log-probabilities are asked for
 
 
@@ -31,18 +33,18 @@ class Question:
         latent: whom it is about.
         messages: role and content of each.
         max_tokens: of the answer.
-        digits: the answer is a list of 0 and 1, whose probabilities are wanted.
+        verdicts: the answer is yes or no, or a list of 1 and 0, whose probabilities are wanted.
     """
 
     kind: str
     latent: int
     messages: tuple[tuple[str, str], ...]
     max_tokens: int
-    digits: bool = False
+    verdicts: bool = False
 
     def body(self) -> dict[str, Any]:
         """The request, but for the model."""
-        wanted = {"logprobs": True, "top_logprobs": _TOP} if self.digits else {}
+        wanted = {"logprobs": True, "top_logprobs": _TOP} if self.verdicts else {}
         return {
             "messages": [{"role": role, "content": text} for role, text in self.messages],
             "temperature": 0,
@@ -69,7 +71,7 @@ class Answer:
     Attributes:
         finish: the endpoint's word: `stop`, `length` if it was cut off, ...
         refusal: what it says instead, if it declines in the field made for that.
-        ones: the probability of 1 at each digit of the answer, where it gives log-probabilities.
+        ones: the probability of 1 or yes at each verdict, where it gives log-probabilities.
         tokens_in, tokens_out: as the endpoint counts them; 0 if it doesn't.
     """
 
@@ -85,7 +87,7 @@ class Answer:
         """Why it can't be read, whatever was asked; None if it can."""
         if self.refusal is not None or self.finish == "content_filter":
             return "refused"
-        return "cut off" if self.finish == "length" else None
+        return CUT_OFF if self.finish == "length" else None
 
 
 class Answers:

@@ -12,13 +12,13 @@ from sae_train.explain.prompts import (
     Score,
     judge_question,
     read_numbers,
+    read_verdicts,
     simulation_question,
 )
 from sae_train.explain.question import Answer, Question
 from sae_train.explain.texts import Drawn, Excerpt
 from sae_train.latents.records import text_of
 
-TOGETHER = 5  # texts of one question, as in delphi
 _STRONGEST = 10  # of a predicted value
 CHANCE: dict[Score, float] = {"detection": 0.5, "fuzzing": 0.5, "simulation": 0.0}
 MEASURE: dict[Score, str] = {
@@ -50,11 +50,21 @@ class Asked:
 
 
 def asked(
-    kind: Score, latent: int, explanation: str, drawn: Drawn, *, seed: int, max_tokens: int
+    kind: Score,
+    latent: int,
+    explanation: str,
+    drawn: Drawn,
+    *,
+    seed: int,
+    together: int,
+    max_tokens: int,
 ) -> list[Asked]:
     """The questions of one score; none where the latent has too few texts.
 
     The texts and their order don't depend on the explanation.
+
+    Args:
+        together: texts of one question, at most; of simulation always one.
     """
     rng = random.Random(f"{seed} {latent} {kind}")
     if kind == "simulation":
@@ -72,8 +82,9 @@ def asked(
         items += [Item((one.marked(_wrong(one, rng)),), (0,)) for one in drawn.active]
     rng.shuffle(items)
     found = []
-    for begin in range(0, len(items), TOGETHER):
-        part = tuple(items[begin : begin + TOGETHER])
+    number = -(-len(items) // together)
+    for place in range(number):  # as even as can be: a text alone would be asked about otherwise
+        part = tuple(items[len(items) * place // number : len(items) * (place + 1) // number])
         texts = [item.shown[0] for item in part]
         question = judge_question(kind, latent, explanation, texts, max_tokens=max_tokens)
         found.append(Asked(question, part))
@@ -91,6 +102,12 @@ def _wrong(one: Excerpt, rng: random.Random) -> set[int]:
     return set(rng.sample(quiet, min(len(one.strong), len(quiet))))
 
 
+def _numbers(kind: Score, answer: Answer, *, count: int) -> list[int] | None:
+    if kind == "simulation":
+        return read_numbers(answer, count=count, most=_STRONGEST)
+    return read_verdicts(answer, count=count)
+
+
 def result(kind: Score, parts: Sequence[tuple[Asked, Answer | None]]) -> dict[str, Any]:
     """The score of these answers, for explanations.parquet.
 
@@ -105,17 +122,16 @@ def result(kind: Score, parts: Sequence[tuple[Asked, Answer | None]]) -> dict[st
     unanswered = 0
     for part, answer in parts:
         expected = [value for item in part.items for value in item.truth]
-        most = _STRONGEST if kind == "simulation" else 1
-        numbers = None
-        if answer is not None:
-            numbers = read_numbers(answer, count=len(expected), most=most)
+        numbers = None if answer is None else _numbers(kind, answer, count=len(expected))
         if answer is None or numbers is None:
             unanswered += len(part.items)
             continue
         truth += expected
         said += numbers
-        if likely is not None and answer.ones is not None and len(answer.ones) == len(numbers):
-            likely += answer.ones
+        ones = answer.ones or ()
+        ones = ones[:1] if len(numbers) == 1 else ones
+        if likely is not None and len(ones) == len(numbers):
+            likely += ones
         else:
             likely = None
     texts = sum(len(part.items) for part, _ in parts) - unanswered

@@ -15,7 +15,7 @@ import pytest
 from activation_cache.runtime import json_post
 from activation_cache.runtime.errors import UserError
 from sae_train.explain.endpoint import Endpoint, EndpointError, EndpointSettings, QuestionRefused
-from sae_train.explain.prompts import read_explanation, read_numbers
+from sae_train.explain.prompts import read_explanation, read_numbers, read_verdicts
 from sae_train.explain.question import Answer, Question
 from tests.support.servers.fake_endpoint import (
     FakeEndpoint,
@@ -25,7 +25,7 @@ from tests.support.servers.fake_endpoint import (
 )
 
 KEY = "sk-very-secret"
-QUESTION = Question("detection", 3, (("user", "Which?"),), max_tokens=20, digits=True)
+QUESTION = Question("detection", 3, (("user", "Which?"),), max_tokens=20, verdicts=True)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_a_question_is_sent_with_the_key_and_its_answer_read(fake: FakeEndpoint)
     assert body["logprobs"] is True
 
 
-def test_probabilities_of_the_digits(fake: FakeEndpoint):
+def test_probabilities_of_verdicts(fake: FakeEndpoint):
     def token(text: str, *others: tuple[str, float]) -> dict[str, Any]:
         top = [{"token": one, "logprob": math.log(share)} for one, share in others]
         return {"token": text, "logprob": top[0]["logprob"] if top else 0.0, "top_logprobs": top}
@@ -63,7 +63,10 @@ def test_probabilities_of_the_digits(fake: FakeEndpoint):
         token("]"),
     ]
     fake.script = lambda body: completion("[1, 0]", logprobs={"content": content})
-    assert ask(fake)[0].ones == pytest.approx((0.75, 0.1))
+    assert ask(fake)[0].ones == pytest.approx((0.75 - 0.15, 0.1))
+    content = [token(" Yes", (" Yes", 0.5), ("yes", 0.1), ("No", 0.2), ("maybe", 0.2)), token(".")]
+    fake.script = lambda body: completion("Yes.", logprobs={"content": content})
+    assert ask(fake)[0].ones == pytest.approx((0.75,))
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 529])
@@ -208,3 +211,27 @@ def test_a_cut_or_refused_answer_is_not_read():
 )
 def test_reading_numbers(text: str, numbers: list[int] | None):
     assert read_numbers(Answer(text), count=3, most=1) == numbers
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "verdicts"),
+    [
+        ("[1,0,1]", 3, [1, 0, 1]),
+        ("1,0,1", 3, [1, 0, 1]),
+        ("Yes\nno\nNo.", 3, [1, 0, 0]),
+        ("1. yes 2. no 3. no", 3, None),
+        ("yes, no", 3, None),
+        ("[2]", 1, None),
+        ("[1]", 1, [1]),
+        ("No, it is not: 1 is", 1, [0]),
+        ("<think>yes or no</think> Yes", 1, [1]),
+        ("<think>yes or", 1, None),
+        ("<think>[1,0,1]", 3, None),
+        ("I can't tell", 1, None),
+    ],
+)
+def test_reading_verdicts(text: str, count: int, verdicts: list[int] | None):
+    assert read_verdicts(Answer(text), count=count) == verdicts
+    cut_off = verdicts if count == 1 else None
+    assert read_verdicts(Answer(text, "length"), count=count) == cut_off
+    assert read_verdicts(Answer(text, "content_filter"), count=count) is None

@@ -205,8 +205,9 @@ def test_hostile_text_is_carried_as_it_is(run: Path, fake: FakeEndpoint):
     assert "<img" not in latent._repr_html_()
 
 
+@pytest.mark.parametrize("together", [5, 1])
 def test_an_explanation_that_knows_scores_1_and_another_s_scores_less(
-    run: Path, fake: FakeEndpoint
+    run: Path, fake: FakeEndpoint, together: int
 ):
     """The endpoint's explanation is the latent's number, and it has the table of the texts."""
     latents, drawn = open_latents(run), {}
@@ -219,13 +220,16 @@ def test_an_explanation_that_knows_scores_1_and_another_s_scores_less(
         if is_explanation(body):
             return completion(f"Explanation: {next(i for key, i in shown.items() if key in text)}")
         first, *lines, last = text.splitlines()
-        assert last == f"Answer with {len(lines)} numbers."
+        assert last == (
+            "Answer yes or no." if together == 1 else f"Answer with {len(lines)} numbers."
+        )
         texts = drawn[int(first.removeprefix("Explanation: "))].active
         right = {one.text for one in texts} | {one.marked() for one in texts}
-        return completion(json.dumps([int(line.split(". ", 1)[1] in right) for line in lines]))
+        said = [int(re.sub(r"^(\d+\.|Text:) ", "", line) in right) for line in lines]
+        return completion(json.dumps(said) if together > 1 else ("No.", "Yes, it does")[said[0]])
 
     fake.script = script
-    assert explain(run, "--latents", "0-5") == 0
+    assert explain(run, "--latents", "0-5", "--together", str(together)) == 0
     for index in drawn:
         for score in open_latents(run)[index].explanation.scores.values():
             assert score["balanced_accuracy"] == 1.0
@@ -314,7 +318,7 @@ def test_the_drawn_texts(latents: Latents):
 
 
 def questions(drawn: Drawn, latent: int, kind: Any):
-    return asked(kind, latent, "words", drawn, seed=0, max_tokens=9)
+    return asked(kind, latent, "words", drawn, seed=0, together=5, max_tokens=9)
 
 
 def test_measures():
