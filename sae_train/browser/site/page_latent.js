@@ -27,12 +27,20 @@ function scores(explanation) {
   for (const [kind, score] of Object.entries(explanation.scores ?? {})) {
     if (score === null || typeof score !== 'object') continue;
     const value = score.balanced_accuracy ?? score.correlation;
-    if (value === undefined || value === null) continue;
+    const unanswered = score.unanswered ? `${score.unanswered} of ${score.unanswered + score.texts} texts without an answer` : null;
+    if (value === undefined || value === null) {
+      if (unanswered) shown.push(h('li', {}, `${kind}: ${unanswered}`));
+      continue;
+    }
     const beside = [score.auc != null ? `AUC ${number(score.auc)}` : null, score.shuffled != null ? `with another's explanation ${number(score.shuffled)}` : null,
-      score.chance != null ? `chance ${number(score.chance)}` : null].filter(Boolean).join(', ');
+      score.chance != null ? `chance ${number(score.chance)}` : null, unanswered].filter(Boolean).join(', ');
     shown.push(h('li', {}, h('span', {}, `${kind} `), h('b', {}, number(value)), beside ? h('span', {}, ` (${beside})`) : ''));
   }
   return shown.length ? h('ul', {class: 'facts'}, shown) : null;
+}
+
+function explained(explanation) {
+  return [h('p', {class: 'explanation'}, explanation.text), h('p', {class: 'soft small'}, `by ${explanation.model}, ${explanation.method}`), scores(explanation)];
 }
 
 export async function latentPage(sae, index) {
@@ -50,7 +58,7 @@ export async function latentPage(sae, index) {
   };
   addEventListener('keydown', keys);
   const own = latent.neighbours.filter(row => row.sae === latent.sae), others = latent.neighbours.filter(row => row.sae !== latent.sae);
-  const written = latent.explanations.at(-1);
+  const written = latent.explanations.at(-1), before = latent.explanations.slice(0, -1).reverse();
   const groups = [0, 1, 2, 3, 4, 5].map(interval => [interval, latent.contexts.filter(one => one.interval === interval)]).filter(([, list]) => list.length);
   const edges = at => `${number(latent.maximum * (5 - at) / 5)} to ${number(latent.maximum * (6 - at) / 5)}`;
   const share = at => latent.count ? `, ${percent(latent.interval_counts[at - 1] / latent.count)} of its firings` : '';
@@ -59,8 +67,8 @@ export async function latentPage(sae, index) {
       index > 0 ? h('a', {href: link([sae.id, index - 1]), title: 'or the left arrow key', rel: 'prev'}, '‹ previous') : null,
       index + 1 < sae.width ? h('a', {href: link([sae.id, index + 1]), title: 'or the right arrow key', rel: 'next'}, 'next ›') : null,
       h('a', {href: link([sae.id, 'text'], {latent: index})}, 'Try a text'), h('a', {href: link([sae.id, 'steer'], {latent: index, strength: Math.round(2 * latent.maximum)})}, 'Steer'), copy),
-    written ? h('p', {class: 'explanation'}, written.text) : null,
-    written ? h('p', {class: 'soft small'}, `by ${written.model}, ${written.method}`) : null, written ? scores(written) : null,
+    written ? h('div', {}, explained(written)) : null,
+    before.length ? h('details', {}, h('summary', {}, before.length === 1 ? 'Another explanation' : `${before.length} other explanations`), before.map(explained)) : null,
     h('ul', {class: 'facts'}, [['fires on', percent(latent.frequency)], ['tokens', latent.count.toLocaleString('en')], ['maximum', number(latent.maximum)], ['mean', number(latent.mean)]]
       .map(([name, value]) => h('li', {}, h('span', {}, `${name} `), h('b', {}, value)))),
     h('div', {class: 'latent'},

@@ -63,7 +63,9 @@ def browsed_sweep(root: Path) -> Path:
 
 def _explain(path: Path) -> None:
     scores = '{"detection": {"balanced_accuracy": 0.75, "shuffled": 0.5, "chance": 0.5}}'
+    none = '{"fuzzing": {"balanced_accuracy": null, "texts": 0, "unanswered": 20}}'
     rows = [
+        {"latent": 17, "text": "words", "method": "examples", "model": "small", "scores": none},
         {"latent": 17, "text": NASTY, "method": "examples", "model": "a model", "scores": scores},
         {"latent": 3, "text": "numbers", "method": "examples", "model": "a model", "scores": "{}"},
     ]

@@ -109,6 +109,9 @@ def test_from_the_saes_to_a_latent(
     assert browser.evaluate("document.querySelectorAll('main img').length") == 0
     assert browser.evaluate("document.title") == f"Latent 17 of {FIRST}"
     assert "detection 0.75 (with another's explanation 0.5, chance 0.5)" in shown
+    earlier = browser.evaluate("document.querySelector('details').textContent")
+    assert "by small, examples" in earlier
+    assert "fuzzing: 20 of 20 texts without an answer" in earlier
     contexts = browser.evaluate("document.querySelectorAll('.context').length")
     assert contexts == len(latent.contexts)
     first = latent.contexts[0]
