@@ -252,13 +252,27 @@ class Gemma(nn.Module):
             kept: a layer, and the residual stream after it, as the taps of an earlier forward hold
                 it: this one goes on from there. What is spliced may not lie further below.
         """
-        splices = () if splice is None else (splice,)
-        h_BSD, _ = self._trunk(
-            tokens, taps=(), splices=splices, num_layers=self.config.num_layers, kept=kept
-        )
-        h_BPD = self.final_norm(h_BSD)[:, :-1]
+        h_BPD, _ = self.predictions(tokens, splice=splice, kept=kept)
         how = {"softcap": self.config.final_softcap, "precision": self.precision}
         return score(h_BPD, tokens[:, 1:], counted_BP, self.embedding, **how)
+
+    def predictions(
+        self,
+        tokens: Int[Array, "B S"],
+        *,
+        taps: Sequence[Tap] = (),
+        splice: Splice | None = None,
+        kept: tuple[int, Float[Array, "B S D"]] | None = None,
+    ) -> tuple[Float[Array, "B S-1 D"], dict[Tap, Array]]:
+        """What the final norm returns for every prediction, which logits are products of; and taps.
+
+        Arguments as of `__call__` and `scores`.
+        """
+        splices = () if splice is None else (splice,)
+        h_BSD, found = self._trunk(
+            tokens, taps=taps, splices=splices, num_layers=self.config.num_layers, kept=kept
+        )
+        return self.final_norm(h_BSD)[:, :-1], found
 
     def next_logits(
         self,

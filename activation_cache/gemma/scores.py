@@ -1,6 +1,8 @@
 """Scores of a language model's predictions: the loss, or the target token's mean-centred logit.
 
-Both are computed from what the final norm returns. Logits of all predictions would be larger than
+And how far the predictions are from others (`divergence`).
+
+All are computed from what the final norm returns. Logits of all predictions would be larger than
 anything else in memory, so they exist for a chunk of them at a time.
 
 Legend: B sequences, P predictions of a sequence, N = B * P, C predictions of a chunk, D model
@@ -10,6 +12,7 @@ width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +88,76 @@ def centred_logit(
         mean_BP = _capped_means(h_BPD, embedding_VD, softcap=softcap, precision=precision)
         found_BP = soft_cap(_dots(h_BPD, target_BPD), softcap) - mean_BP
     return jnp.where(counted_BP, found_BP, 0.0)
+
+
+def divergence(
+    h_BPD: Float[Array, "B P D"],
+    original_BPD: Float[Array, "B P D"],
+    counted_BP: Bool[Array, "B P"],
+    embedding_VD: Float[Array, "V D"],
+    *,
+    softcap: float | None,
+    precision: Precision,
+) -> Float[Array, "B P"]:
+    """KL(p || q) in nats of every counted prediction, p the original's and q that of `h_BPD`.
+
+    p and q are distributions of the next token over the vocabulary. Only `h_BPD` has a gradient. It
+    is computed together with the value, which takes three products with the vocabulary in all;
+    a gradient that computed the logits again would take five.
+    """
+    width = h_BPD.shape[-1]
+    rows = (one.reshape(-1, width) for one in (h_BPD, original_BPD))
+    found_N = _divergences(*rows, embedding_VD, softcap, precision)
+    return jnp.where(counted_BP, found_N.reshape(counted_BP.shape), 0.0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _divergences(
+    h_ND: Array, original_ND: Array, embedding_VD: Array, softcap: float | None, how: Precision
+) -> Float[Array, " N"]:
+    return _divergences_and_gradients(h_ND, original_ND, embedding_VD, softcap, how)[0]
+
+
+def _divergences_and_gradients(
+    h_ND: Array, original_ND: Array, embedding_VD: Array, softcap: float | None, how: Precision
+) -> tuple[Float[Array, " N"], Float[Array, "N D"]]:
+    num_rows, width = h_ND.shape
+    # Of size [C, V] there are both distributions and what becomes of them: fewer rows at a time.
+    chunk = _chunk_size(num_rows, 4 * len(embedding_VD))
+
+    def one_chunk(rows: tuple[Array, Array]) -> tuple[Array, Array]:
+        logits_CV, original_CV = (
+            project(one, embedding_VD, softcap=softcap, precision=how) for one in rows
+        )
+        log_q_CV, log_p_CV = jax.nn.log_softmax(logits_CV), jax.nn.log_softmax(original_CV)
+        p_CV = jnp.exp(log_p_CV)
+        kl_C = (p_CV * (log_p_CV - log_q_CV)).sum(axis=-1)
+        g_CV = jnp.exp(log_q_CV) - p_CV
+        if softcap is not None:
+            g_CV = g_CV * (1.0 - jnp.square(logits_CV / softcap))
+        g_CV = g_CV.astype(embedding_VD.dtype)
+        return kl_C, einsum("cv,vd->cd", g_CV, embedding_VD, precision=how)
+
+    padded = (jnp.pad(one, ((0, -num_rows % chunk), (0, 0))) for one in (h_ND, original_ND))
+    chunks = tuple(one.reshape(-1, chunk, width) for one in padded)
+    kl, gradient = jax.lax.map(one_chunk, chunks)
+    return kl.reshape(-1)[:num_rows], gradient.reshape(-1, width)[:num_rows]
+
+
+def _divergences_forwards(
+    h_ND: Array, original_ND: Array, embedding_VD: Array, softcap: float | None, how: Precision
+) -> tuple[Array, Array]:
+    kl_N, g_ND = _divergences_and_gradients(h_ND, original_ND, embedding_VD, softcap, how)
+    return kl_N, g_ND.astype(h_ND.dtype)
+
+
+def _divergences_backwards(
+    softcap: float | None, how: Precision, g_ND: Array, of_kl_N: Array
+) -> tuple[Array, None, None]:
+    return of_kl_N[:, None].astype(g_ND.dtype) * g_ND, None, None
+
+
+_divergences.defvjp(_divergences_forwards, _divergences_backwards)
 
 
 def project(

@@ -33,6 +33,8 @@ from activation_cache.config import (
 )
 from activation_cache.gemma.taps import Tap
 from activation_cache.precision import Precision, PrecisionChoice
+from sae_train.config import end_to_end
+from sae_train.config.end_to_end import EndToEndConfig
 from sae_train.config.evaluation import EvaluationConfig
 from sae_train.config.latents import LatentsConfig
 from sae_train.config.probe import ProbeConfig
@@ -173,6 +175,7 @@ class TrainConfig(Section):
     # How products are made (docs/numerics.md); weights, sums and comparisons stay float32.
     precision: PrecisionChoice = "auto"  # float32 on CPUs, bfloat16 on accelerators
     gradient_clip: Positive32 | None = None  # global norm; Gemma Scope clips nothing
+    end_to_end: EndToEndConfig | None = None  # a last phase, through the language model
     dead_after_tokens: PositiveCount = 10_000_000  # a latent silent for so long counts as dead
     # What a step's gradients are made from (docs/performance.md): products of whole matrices, pairs
     # of a row and an active latent where there are few, or one of the two by the SAE's shape.
@@ -196,6 +199,12 @@ class TrainConfig(Section):
     def steps(self) -> int:
         """Optimiser steps: the token budget in whole batches, at least one."""
         return max(1, self.tokens // self.batch_size)
+
+    def is_end_to_end(self, *, step: int) -> bool:
+        """Does the step that turns `step` done steps into `step + 1` go through the model?"""
+        if self.end_to_end is None:
+            return False
+        return step >= self.steps - max(1, self.end_to_end.tokens // self.batch_size)
 
     @property
     def order_seed(self) -> int:
@@ -256,6 +265,14 @@ class Config(Section):
             *_check_step(self.sae, self.train),
             *_check_revival(self.sae, self.train),
             *_check_limits(self.train, self.mesh),
+            *end_to_end.mistakes(
+                self.train.end_to_end,
+                sae=self.sae,
+                tokens=self.train.tokens,
+                batch_size=self.train.batch_size,
+                text=self.text,
+                mesh=self.mesh,
+            ),
             *_check_divisible("train.batch_size", self.train.batch_size, "data", self.mesh.data),
             *_check_divisible("sae.width", self.sae.width, "model", self.mesh.model),
         ]

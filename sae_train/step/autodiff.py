@@ -8,6 +8,9 @@ Legend: B rows of a batch, D model width, F latents.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -23,6 +26,17 @@ from sae_train.step.schedule import Scheduled
 from sae_train.step.sparsity_penalty import Penalty, penalty_of
 from sae_train.step.state import TrainState, is_dead
 
+# Of reconstructions and targets [B, D]: what stands in the loss for their distance, and what else
+# is to be told of it.
+Error = Callable[[Array, Array], tuple[Array, Any]]
+
+
+def squared_error(
+    reconstruction_BD: Float[Array, "B D"], target_BD: Float[Array, "B D"]
+) -> tuple[Float[Array, ""], None]:
+    """Summed over D, mean over rows."""
+    return jnp.square(target_BD - reconstruction_BD).sum(axis=1).mean(), None
+
 
 def loss_and_forward(
     params: Params,
@@ -35,21 +49,23 @@ def loss_and_forward(
     sae: SaeConfig,
     train: TrainConfig,
     precision: Precision,
-) -> tuple[Float[Array, ""], tuple[Forward, Penalty]]:
-    """Squared error plus penalty, mean over rows, and an auxiliary loss if there is one.
+    error: Error = squared_error,
+) -> tuple[Float[Array, ""], tuple[Forward, Penalty, Any]]:
+    """The error plus penalty, mean over rows, and an auxiliary loss if there is one.
 
     Args:
         x_BD, target_BD: scaled rows; of an SAE the target is x.
+        error: what it tells is the last of the results.
     """
     out = forward(params, x_BD, target_BD=target_BD, config=sae, dead_F=dead_F, precision=precision)
-    mse = jnp.square(target_BD - out.reconstruction_BD).sum(axis=1).mean()
+    distance, told = error(out.reconstruction_BD, target_BD)
     penalty = penalty_of(
         out.l0_B, out.frequency_F, l1_B=out.l1_B, scalars=scalars, log_gain=log_gain, train=train
     )
-    loss = mse + penalty.loss
+    loss = distance + penalty.loss
     if out.auxiliary is not None:
         loss = loss + out.auxiliary
-    return loss, (out, penalty)
+    return loss, (out, penalty, told)
 
 
 class AutodiffStep:
@@ -65,9 +81,11 @@ class AutodiffStep:
         *,
         target_BD: Float[Array, "B D"],
         scalars: Scheduled,
+        error: Error = squared_error,
     ) -> StepResult:
         """One step on scaled rows."""
-        (loss, (out, penalty)), gradients = jax.value_and_grad(loss_and_forward, has_aux=True)(
+        of_params = jax.value_and_grad(loss_and_forward, has_aux=True)
+        (loss, (out, penalty, told)), gradients = of_params(
             state.params,
             x_BD,
             scalars,
@@ -77,6 +95,7 @@ class AutodiffStep:
             sae=self._config.sae,
             train=self._config.train,
             precision=self._precision,
+            error=error,
         )
         params, second_moment = optimiser.update_all(
             state, gradients, scalars=scalars, config=self._config
@@ -95,4 +114,5 @@ class AutodiffStep:
             is_sparse=jnp.zeros((), bool),
             overflowed=jnp.zeros((), bool),
             smallest=out.smallest,
+            told=told,
         )

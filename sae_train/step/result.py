@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Bool, Float
@@ -29,6 +29,7 @@ class StepResult:
         is_sparse: was the sparse path taken?
         overflowed: was it tried in vain, for there were more pairs than it has space for?
         smallest: the smallest latent that was selected; BatchTopK only.
+        told: what an `Error` of the caller's tells of the batch; None without one.
     """
 
     params: Params
@@ -44,6 +45,7 @@ class StepResult:
     is_sparse: Bool[Array, ""]
     overflowed: Bool[Array, ""]
     smallest: Float[Array, ""] | None = None
+    told: Any = None
 
 
 @runtime_checkable

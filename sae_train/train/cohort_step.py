@@ -2,7 +2,8 @@
 
 Members whose steps differ in numbers alone (`cohort.step_key`) share a compiled program. With
 `train.stacked` those of them that stand at the same step are given to the devices together, as one
-program over all: fewer program launches, which small SAEs on a fast device wait for.
+program over all: fewer program launches, which small SAEs on a fast device wait for. Steps through
+the language model take their turns: in them it is the model that takes time.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
+from sae_train.end_to_end import reader
+from sae_train.end_to_end.frozen_model import FrozenModel
 from sae_train.train.cohort import step_key
 from sae_train.train.cohort_member import Member
 from sae_train.train.train_step import (
     Batch,
+    EndToEndStep,
     StackedStep,
     TrainStep,
+    make_end_to_end_step,
     make_stacked_step,
     make_train_step,
 )
@@ -28,6 +33,7 @@ class CohortStep:
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
         self._alone: dict[str, TrainStep] = {}
+        self._end_to_end: dict[str, EndToEndStep] = {}
         self._stacked: dict[tuple[str, int], StackedStep] = {}
         self._keys: dict[Member, str] = {}
 
@@ -44,6 +50,17 @@ class CohortStep:
                     )
                 state, scalars = member.give()
                 member.take(*self._alone[key](state, batch, scalars))
+
+    def through(self, model: FrozenModel, members: Sequence[Member], batch: reader.Batch) -> None:
+        """The same through the language model, on its sequences."""
+        for key, group in self._grouped(members).items():
+            for member in group:
+                if key not in self._end_to_end:
+                    self._end_to_end[key] = make_end_to_end_step(
+                        member.config, **member.scales, mesh=self._mesh, model=model
+                    )
+                state, scalars = member.give()
+                member.take(*self._end_to_end[key](state, batch, scalars))
 
     def _grouped(self, members: Sequence[Member]) -> dict[str, list[Member]]:
         groups: dict[str, list[Member]] = {}

@@ -27,6 +27,7 @@ from activation_cache.storage.files import StoragePath
 from activation_cache.store.reader import ActivationReader
 from activation_cache.store.store import Store
 from sae_train.config.run import Config
+from sae_train.end_to_end.reader import OriginalReader
 from sae_train.model.sharding import make_mesh, place_batch, rows_here
 from sae_train.train.cohort import check_cohort
 from sae_train.train.cohort_member import Member
@@ -34,6 +35,7 @@ from sae_train.train.cohort_step import CohortStep
 from sae_train.train.initial_state import HostBatch
 from sae_train.train.progress import CohortProgress
 from sae_train.train.step_log import Diverged, InputClock
+from sae_train.train.train_step import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +91,7 @@ def train_cohort(
         at_work = [member for member in members if member.at_work]
         if at_work:
             config = at_work[0].config
+            originals = _original_reader(at_work, store=store, mesh=mesh)
             readers = [
                 stack.enter_context(reader)
                 for reader in _readers(
@@ -101,15 +104,8 @@ def train_cohort(
             for member in at_work:
                 member.start(anew=fresh)
             progress = CohortProgress(at_work, stack=stack)
-            _steps(
-                at_work,
-                store=store,
-                readers=readers,
-                mesh=mesh,
-                clock=clock,
-                progress=progress,
-                stop=stop,
-            )
+            batches = _Batches(store, readers, originals, mesh=mesh, clock=clock)
+            _steps(at_work, batches=batches, mesh=mesh, progress=progress, stop=stop)
     exchange.barrier("trained")
     exchange.run_on_main_and_broadcast("failures", lambda: _tell_failures(members))
     return [TrainResult(one.folder, one.done, one.step_log.last_row) for one in members]
@@ -190,19 +186,56 @@ def _readers(config: Config, *, store: Store, **options: Any) -> Iterator[Activa
         )
 
 
+def _original_reader(
+    members: Sequence[Member], *, store: Store, mesh: jax.sharding.Mesh
+) -> OriginalReader | None:
+    """The language model and its text, if a member will train through it; checked at once."""
+    config = next((one.config for one in members if one.config.train.end_to_end), None)
+    return None if config is None else OriginalReader(config, store=store, mesh=mesh)
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """What steps read: rows of the store, or sequences and what the model makes of them."""
+
+    store: Store
+    readers: Sequence[ActivationReader]
+    originals: OriginalReader | None
+    mesh: jax.sharding.Mesh
+    clock: InputClock
+
+    def give(self, members: Sequence[Member], take_step: CohortStep, *, step: int) -> None:
+        """Give the devices a step of members, each with the batch of its phase."""
+        through = [one for one in members if one.config.train.is_end_to_end(step=step)]
+        plain = [one for one in members if one not in through]
+        if plain:
+            take_step(plain, self._rows(step))
+        if through:
+            assert self.originals is not None
+            with self.clock.waiting():
+                batch = self.originals.batch(step)
+            take_step.through(self.originals.model, through, batch)
+
+    def _rows(self, step: int) -> Batch:
+        with self.clock.waiting():
+            rows = [reader.batch(step) for reader in self.readers]
+        batch_size = self.readers[0].batch_size
+        span = rows_here(self.mesh, batch_size=batch_size)
+        placed = [
+            place_batch(own, mesh=self.mesh, batch_size=batch_size, span=span) for own in rows
+        ]
+        return placed[0] if len(placed) == 1 else (placed[0], placed[1])
+
+
 def _steps(
     members: Sequence[Member],
     *,
-    store: Store,
-    readers: Sequence[ActivationReader],
+    batches: _Batches,
     mesh: jax.sharding.Mesh,
-    clock: InputClock,
     progress: CohortProgress,
     stop: Callable[[], bool],
 ) -> None:
     """The loop: the members furthest behind take the next step, until none wants another."""
-    batch_size = readers[0].batch_size
-    span = rows_here(mesh, batch_size=batch_size)
     take_step = CohortStep(mesh)
     while at_work := [member for member in members if member.at_work]:
         step = min(member.done for member in at_work)
@@ -216,14 +249,11 @@ def _steps(
             if going_on:
                 raise _interrupted(going_on, alone=len(members) == 1, step=step)
             return  # the last of them has just failed
-        with clock.waiting():
-            rows = [reader.batch(step) for reader in readers]
-        placed = [place_batch(own, mesh=mesh, batch_size=batch_size, span=span) for own in rows]
         turn = [member for member in turn if member.at_work]
-        take_step(turn, placed[0] if len(placed) == 1 else (placed[0], placed[1]))
+        batches.give(turn, take_step, step=step)
         # Only now, with the next steps dispatched: reading waits for the devices.
         _each(turn, Member.judge, errors=Diverged)
-        _leave([one for one in turn if one.failure is None and not one.at_work], store)
+        _leave([one for one in turn if one.failure is None and not one.at_work], batches.store)
         progress.show(step + 1)
 
 

@@ -23,6 +23,9 @@ from jaxtyping import Array, Float
 
 from sae_train.config.run import Config
 from sae_train.config.sae import SaeConfig
+from sae_train.end_to_end import reader
+from sae_train.end_to_end.frozen_model import FrozenModel
+from sae_train.end_to_end.loss import through_model
 from sae_train.model.forward import threshold_of
 from sae_train.model.sharding import BATCH_DIMS, sharding
 from sae_train.sparse.jumprelu_step import SparseStep
@@ -62,6 +65,20 @@ class StepMetrics:
     finite: Array
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class EndToEndMetrics(StepMetrics):
+    """The same of a step through the model, where the loss has KL in it.
+
+    Attributes:
+        kl: in nats a token, of the predictions with the reconstruction against the original ones.
+        alpha: what KL was multiplied by beside β, so that it weighs as much as the squared error.
+    """
+
+    kl: Float[Array, ""]
+    alpha: Float[Array, ""]
+
+
 # The decay of past values in the mean that is BatchTopK's threshold; SAELens has the same.
 _SELECTION_DECAY = 0.99
 
@@ -73,6 +90,7 @@ StackedStep = Callable[
     [tuple[TrainState, ...], Batch, tuple[Scheduled, ...]],
     tuple[tuple[TrainState, ...], tuple[StepMetrics, ...]],
 ]
+EndToEndStep = Callable[[TrainState, reader.Batch, Scheduled], tuple[TrainState, EndToEndMetrics]]
 
 
 def _threshold_mean(state: TrainState, *, config: SaeConfig) -> Array:
@@ -166,9 +184,58 @@ def make_stacked_step(
     return _compiled(step, (state_shardings(mesh, config=config.sae),) * members, mesh)
 
 
-def _compiled(step: Callable[..., Any], states: Any, mesh: Mesh) -> Callable[..., Any]:
-    """The step with every argument and result in its place; `states`: where the states lie."""
-    rows, scalar = sharding(mesh, BATCH_DIMS), sharding(mesh, ())
+def make_end_to_end_step(
+    config: Config,
+    *,
+    input_scale: float,
+    target_scale: float | None = None,
+    mesh: Mesh,
+    model: FrozenModel,
+) -> EndToEndStep:
+    """As `make_train_step`, for a batch of sequences: the loss is that of `end_to_end.loss`.
+
+    Gradients are autodiff's for every architecture: those that are written out for JumpReLU begin
+    with the squared error.
+    """
+    take_step = AutodiffStep(config, precision=precision_on(config, mesh))
+    phase = config.train.end_to_end
+    assert phase is not None
+
+    def step(
+        state: TrainState, batch: reader.Batch, scalars: Scheduled
+    ) -> tuple[TrainState, EndToEndMetrics]:
+        params, original = batch
+        inputs_ND = _merged(original.inputs_BRD)
+        targets = original.targets_BRD
+        rows = inputs_ND if targets is None else (inputs_ND, _merged(targets))
+        x_ND, target_ND = _scaled(rows, input_scale=input_scale, target_scale=target_scale)
+
+        def kl_of(reconstruction_ND: Array) -> Array:
+            raw_ND = reconstruction_ND * (target_scale or input_scale)
+            raw_BRD = raw_ND.reshape(*original.inputs_BRD.shape[:2], -1)
+            return model.divergence(params, original, raw_BRD)
+
+        error = through_model(kl_of, beta=phase.beta)
+        result = take_step(state, x_ND, target_BD=target_ND, scalars=scalars, error=error)
+        state, metrics = _measure(state, result, target_BD=target_ND, config=config)
+        return state, EndToEndMetrics(**vars(metrics), kl=result.told.kl, alpha=result.told.alpha)
+
+    return _compiled(step, state_shardings(mesh, config=config.sae), mesh, batch=None)
+
+
+def _merged(rows_BRD: Array) -> Array:
+    return rows_BRD.reshape(-1, rows_BRD.shape[-1])
+
+
+def _compiled(
+    step: Callable[..., Any], states: Any, mesh: Mesh, *, batch: Any = BATCH_DIMS
+) -> Callable[..., Any]:
+    """The step with every argument and result in its place; `states`: where the states lie.
+
+    Args:
+        batch: dims of the batch's arrays; None: they stay where they are.
+    """
+    rows, scalar = None if batch is None else sharding(mesh, batch), sharding(mesh, ())
     return jax.jit(
         step,
         in_shardings=(states, rows, scalar),

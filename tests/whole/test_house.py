@@ -36,6 +36,7 @@ ORDER = (
     "sae_train.model",
     "sae_train.step",
     "sae_train.sparse",
+    "sae_train.end_to_end",
     "sae_train.runs",
     "sae_train.checkpoint",
     "sae_train.inference",

@@ -63,7 +63,7 @@ def make_params(config: Config) -> dict[str, np.ndarray]:
 
 def ours(config: Config, params: dict[str, np.ndarray], x: np.ndarray, dead: np.ndarray):
     """(loss, Forward, gradients)."""
-    (loss, (out, _)), gradients = jax.value_and_grad(loss_and_forward, has_aux=True)(
+    (loss, (out, *_)), gradients = jax.value_and_grad(loss_and_forward, has_aux=True)(
         jax.tree.map(jnp.asarray, params),
         jnp.asarray(x),
         scheduled(config.train, step=0),
