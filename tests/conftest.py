@@ -62,10 +62,12 @@ def logging_unconfigured() -> None:
 def steps_made_once() -> Iterator[None]:
     """The runs of a test file that have one step share its compilation."""
     from sae_train.train import cohort_step
+    from sae_train.train.train_step import make_end_to_end_step
     from tests.support.session.steps_made_once import StepsMadeOnce
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cohort_step, "make_train_step", StepsMadeOnce())
+        patch.setattr(cohort_step, "make_end_to_end_step", StepsMadeOnce(make_end_to_end_step))
         yield
 
 

@@ -46,6 +46,7 @@ def checkpoint_meta(
     d_model: int,
     store: str,
     precision: Precision,
+    model_precision: Precision | None = None,
 ) -> dict[str, Any]:
     """The JSON saved beside a state: what `refuse_difference` and `load_trained` read.
 
@@ -54,6 +55,7 @@ def checkpoint_meta(
         target_scale: what a transcoder's target is divided by; for an SAE, C.
         store: the identity of the activation store.
         precision: at which the run's products are made: `train.precision`, resolved.
+        model_precision: the language model's, of a run that trains through it.
     """
     return {
         "format_version": FORMAT_VERSION,
@@ -62,6 +64,7 @@ def checkpoint_meta(
         "d_model": d_model,
         "store": store,
         "precision": precision,
+        "model_precision": model_precision,
         "config": config.model_dump(mode="json", include=set(Config.model_fields)),
     }
 
@@ -122,6 +125,28 @@ def refuse_precision(
         precision,
         earlier,
     )
+
+
+def refuse_model_precision(
+    config: Config,
+    meta: Mapping[str, Any],
+    *,
+    precision: Precision | None,
+    folder: StoragePath,
+) -> None:
+    """Raise `UserError` if a run through the language model would compute it at another precision.
+
+    Args:
+        precision: at which the model's products are made here; None without `train.end_to_end`.
+    """
+    earlier = meta.get("model_precision")
+    if precision is not None and earlier != precision:
+        raise UserError(
+            f"{folder} trains through the language model with its products in {earlier}, and "
+            f"model.precision {config.model.precision} makes them in {precision} on these devices: "
+            f"set model.precision={earlier}, choose another output, or give --fresh to delete the "
+            "run and start anew."
+        )
 
 
 def refuse_other_config(earlier: Config, config: Config, *, folder: StoragePath) -> None:

@@ -6,7 +6,6 @@ Weights are checked when a run begins and loaded when the phase does.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from functools import cached_property, partial
 
 import jax
@@ -36,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 # Of a step: the weights, and the sequences through the model as it is.
 Batch = tuple[ModelParams, Original]
+
+
+_read = jax.jit(FrozenModel.read, static_argnums=0)
 
 
 class OriginalReader:
@@ -79,8 +81,8 @@ class OriginalReader:
 
     def batch(self, step: int) -> Batch:
         """The weights and a step's sequences, with what the model makes of them."""
-        params = self._params
-        return params, self._read(params, self._placed(self._sequences.text(step)))
+        text = self._placed(self._sequences.text(step))
+        return self._params, _read(self.model, self._params, text)
 
     @cached_property
     def _params(self) -> ModelParams:
@@ -90,10 +92,6 @@ class OriginalReader:
         exchange.run_on_main_and_broadcast("conversion", convert)
         logger.info("%s is loaded: training goes on through it", config.model.weights)
         return load_model(config.model, converted=folder, mesh=self._mesh).params
-
-    @cached_property
-    def _read(self) -> Callable[..., Original]:
-        return jax.jit(self.model.read)
 
     def _placed(self, text: Text) -> Text:
         """Each sequence on the devices at its index of mesh axis `data`."""

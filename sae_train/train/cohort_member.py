@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from activation_cache.language_model.model import precision_on as model_precision_on
 from activation_cache.precision import Precision
 from activation_cache.runtime import exchange, processes
 from activation_cache.runtime.closing import Closing
@@ -27,6 +28,7 @@ from sae_train.checkpoint.same_run import (
     THRESHOLDS,
     checkpoint_meta,
     refuse_difference,
+    refuse_model_precision,
     refuse_precision,
 )
 from sae_train.config.file import FILE_NAME, write_config
@@ -76,6 +78,9 @@ class Member(Closing):
         scales = {tap: float(np.sqrt(info.mean_squared_norm)) for tap, info in infos.items()}
         scaled_like = "target_tap" if config.sae.target_scale == "own" else "tap"
         self._precision = precision_on(config, self._mesh)
+        model_precision = None
+        if config.train.end_to_end is not None:
+            model_precision = model_precision_on(config.model, self._mesh)
         self._meta = checkpoint_meta(
             config,
             input_scale=scales[config.sae.tap],
@@ -83,6 +88,7 @@ class Member(Closing):
             d_model=infos[config.sae.tap].width,
             store=store.identity,
             precision=self._precision,
+            model_precision=model_precision,
         )
 
     @property
@@ -150,6 +156,8 @@ class Member(Closing):
             refuse_precision(
                 self.config, earlier, step=step, precision=self._precision, folder=self.folder
             )
+            own = self._meta["model_precision"]
+            refuse_model_precision(self.config, earlier, precision=own, folder=self.folder)
         abstract = abstract_state(self.config.sae, d_model=self._meta["d_model"], mesh=self._mesh)
         return self.checkpoints.restore(abstract, step=step)
 

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from tests.support.paths import ROOT
 from tests.support.tiny_gemma import write_tiny_gemma
@@ -37,9 +38,12 @@ output: {folder}/out
 """
 
 
-def write_pipeline(folder: Path, *, sweep: str = "") -> Path:
-    """Write weights, text and `config.yaml` into `folder`; returns the config's path."""
-    write_tiny_gemma(folder / "gemma")
+def write_pipeline(folder: Path, *, sweep: str = "", **model: Any) -> Path:
+    """Write weights, text and `config.yaml` into `folder`; returns the config's path.
+
+    `model` changes the tiny Gemma's sizes.
+    """
+    write_tiny_gemma(folder / "gemma", **model)
     words = random.Random(0)
     documents = (" ".join(words.choice(_WORDS) for _ in range(60)) for _ in range(30))
     (folder / "text.txt").write_text("\n\n".join(documents))

@@ -7,25 +7,27 @@ half. Where processes are started, each compiles for itself.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from jax.sharding import Mesh
 
 from sae_train.config.run import Config
 from sae_train.train.cohort import step_key
-from sae_train.train.train_step import TrainStep, make_train_step
+from sae_train.train.train_step import make_train_step
 from tests.support.session.compiled_programs import overrides
 
 
 class StepsMadeOnce:
-    """Stands in for `make_train_step` where a cohort makes its steps."""
+    """Stands in for `make_train_step`, or another maker, where a cohort makes its steps."""
 
-    def __init__(self) -> None:
-        self._made: dict[Any, TrainStep] = {}
+    def __init__(self, make: Callable[..., Any] = make_train_step) -> None:
+        self._make = make
+        self._made: dict[Any, Any] = {}
 
-    def __call__(self, config: Config, *, mesh: Mesh, **scales: Any) -> TrainStep:
-        made_with = *sorted(scales.items()), *overrides
+    def __call__(self, config: Config, *, mesh: Mesh, **options: Any) -> Any:
+        made_with = *sorted(options.items()), *overrides
         program = step_key(config), mesh, made_with
         if program not in self._made:
-            self._made[program] = make_train_step(config, mesh=mesh, **scales)
+            self._made[program] = self._make(config, mesh=mesh, **options)
         return self._made[program]
