@@ -134,13 +134,17 @@ def check_model_axis(config: GemmaConfig, size: int) -> None:
     )
 
 
-def placement(parameter: Parameter, config: GemmaConfig, mesh: Mesh) -> NamedSharding:
-    """The sharding of a parameter of our tree: cut over `model` as `check_model_axis` says."""
-    size = mesh.shape[_MODEL]
+def cut_dims(parameter: Parameter, config: GemmaConfig, *, size: int) -> tuple[bool, ...]:
+    """Which dims of a parameter of our tree are cut over `size` devices of mesh axis `model`."""
     units = {"V": config.vocab_size, "H": config.num_heads, "F": config.d_ff}
     units["G"] = config.num_kv_heads
     dims = parameter.dims[::-1] if parameter.is_projection else parameter.dims
-    cut = (dim in units and units[dim] % size == 0 for dim in dims)
+    return tuple(dim in units and units[dim] % size == 0 for dim in dims)
+
+
+def placement(parameter: Parameter, config: GemmaConfig, mesh: Mesh) -> NamedSharding:
+    """The sharding of a parameter of our tree: cut over `model` as `check_model_axis` says."""
+    cut = cut_dims(parameter, config, size=mesh.shape[_MODEL])
     return NamedSharding(mesh, PartitionSpec(*(_MODEL if one else None for one in cut)))
 
 

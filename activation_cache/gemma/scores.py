@@ -122,8 +122,7 @@ def _divergences_and_gradients(
     h_ND: Array, original_ND: Array, embedding_VD: Array, softcap: float | None, how: Precision
 ) -> tuple[Float[Array, " N"], Float[Array, "N D"]]:
     num_rows, width = h_ND.shape
-    # Of size [C, V] there are both distributions and what becomes of them: fewer rows at a time.
-    chunk = _chunk_size(num_rows, 4 * len(embedding_VD))
+    chunk = divergence_chunk(num_rows, len(embedding_VD))
 
     def one_chunk(rows: tuple[Array, Array]) -> tuple[Array, Array]:
         logits_CV, original_CV = (
@@ -178,6 +177,11 @@ def _dots(a_BPD: Array, b_BPD: Array) -> Float[Array, "B P"]:
 
 def _chunk_size(num_rows: int, vocab_size: int) -> int:
     return max(1, min(num_rows, MAX_LOGIT_ELEMENTS // vocab_size))
+
+
+def divergence_chunk(num_rows: int, vocab_size: int) -> int:
+    """C of `divergence`: of size [C, V] there are both distributions and what becomes of them."""
+    return _chunk_size(num_rows, 4 * vocab_size)
 
 
 def _normalisers(

@@ -113,7 +113,8 @@ def tables(plan: Plan) -> list[Table]:
     on = plan.accelerators
     last = _accelerator_table(plan, on[0]) if len(on) == 1 else _comparison_table(plan)
     cohorts = [_cohort_table(plan)] if any(len(one.runs) > 1 for one in plan.cohorts) else []
-    return [_store_table(plan), _work_table(plan), _memory_table(plan), *cohorts, last]
+    through = [_end_to_end_table(plan)] if any(run.end_to_end for run in plan.runs) else []
+    return [_store_table(plan), _work_table(plan), _memory_table(plan), *through, *cohorts, last]
 
 
 def alike(plan: Plan) -> list[list[int]]:
@@ -189,6 +190,27 @@ def _memory_table(plan: Plan) -> Table:
             bytes_text(memory.total),
             bytes_text(run.memory_cpu.total),
             _path(run.sparse_path_cpu),
+        )
+    return table
+
+
+def _end_to_end_table(plan: Plan) -> Table:
+    """Steps through the language model: how many, their work, and one device's memory in them."""
+    phases = {index: run.end_to_end for index, run in enumerate(plan.runs) if run.end_to_end}
+    items = list(next(iter(phases.values())).memory.items)
+    headings = [name.replace(" ", "\n") for name in items]
+    headings = ["run", "steps", "sequences\na step", "a step", *headings, "in all"]
+    table = plan_table("through the language model, memory of each device", *headings, words=3)
+    for group in alike(plan):
+        if (phase := phases.get(group[0])) is None:
+            continue
+        table.add_row(
+            _label(plan, group),
+            f"{phase.steps:,}",
+            str(phase.sequences),
+            flops_text(float(phase.model_flops + phase.sae_flops)),
+            *(bytes_text(size) for size in phase.memory.items.values()),
+            bytes_text(phase.memory.total),
         )
     return table
 

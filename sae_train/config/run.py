@@ -200,11 +200,16 @@ class TrainConfig(Section):
         """Optimiser steps: the token budget in whole batches, at least one."""
         return max(1, self.tokens // self.batch_size)
 
+    @property
+    def end_to_end_steps(self) -> int:
+        """The last so many steps go through the language model."""
+        if self.end_to_end is None:
+            return 0
+        return max(1, self.end_to_end.tokens // self.batch_size)
+
     def is_end_to_end(self, *, step: int) -> bool:
         """Does the step that turns `step` done steps into `step + 1` go through the model?"""
-        if self.end_to_end is None:
-            return False
-        return step >= self.steps - max(1, self.end_to_end.tokens // self.batch_size)
+        return step >= self.steps - self.end_to_end_steps
 
     @property
     def order_seed(self) -> int:

@@ -45,8 +45,8 @@ FLOAT_BYTES = 4
 STATE_SCALAR_BYTES = 16
 PATH_BYTES = 8
 SCALAR_BYTES = 12  # learning rate, coefficient, bias correction
-_STATE = ("weights", "second moment")
-_HELD = (*_STATE, "batch")  # from one step to the next; the other items are temporaries
+STATE_ITEMS = ("weights", "second moment")
+_HELD = (*STATE_ITEMS, "batch")  # from one step to the next; the other items are temporaries
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def cohort_memory(members: Sequence[StepMemory]) -> StepMemory:
         return {name: size for name, size in memory.items.items() if name not in _HELD}
 
     fullest = max(members, key=lambda memory: sum(temporaries(memory).values()))
-    states = {name: sum(memory.items[name] for memory in members) for name in _STATE}
+    states = {name: sum(memory.items[name] for memory in members) for name in STATE_ITEMS}
     return StepMemory(
         items=states | {"batch": fullest.items["batch"]} | temporaries(fullest),
         next_batch=fullest.next_batch,

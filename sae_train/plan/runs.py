@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from activation_cache.gemma.config import GemmaConfig
 from activation_cache.precision import PrecisionChoice
 from sae_train.config.run import Config
-from sae_train.plan.memory import Shape, StepMemory, cohort_memory, step_memory
+from sae_train.plan.end_to_end import EndToEndPlan, plan_end_to_end
+from sae_train.plan.memory import (
+    STATE_ITEMS,
+    Shape,
+    StepMemory,
+    cohort_memory,
+    step_memory,
+)
 from sae_train.plan.work import collective_bytes, paper_step_flops, sent_bytes, step_flops
 from sae_train.step.path_choice import capacity_per_row, may_be_sparse
 from sae_train.train.cohort import group_cohorts
@@ -24,7 +31,8 @@ class RunPlan:
 
     `sparse_path` and `sparse_path_cpu` say whether steps may take the sparse path, on accelerators
     and on CPUs; `memory` and `memory_cpu` are that path's then. Work and collectives are always
-    those of the dense path. `precision` is what `train.precision` says, which may be `auto`.
+    those of the dense path; of steps through the language model `end_to_end` has them, if there
+    are any. `precision` is what `train.precision` says, which may be `auto`.
     """
 
     name: str
@@ -41,6 +49,13 @@ class RunPlan:
     collectives: Mapping[str, int]
     sent_per_step: float
     batch_bytes: int
+    end_to_end: EndToEndPlan | None
+
+    @property
+    def needed_bytes(self) -> int:
+        """Bytes a device must have for all steps of the run."""
+        through = 0 if self.end_to_end is None else self.end_to_end.memory.total
+        return max(self.memory.total, through)
 
     @property
     def devices(self) -> int:
@@ -62,6 +77,18 @@ class CohortPlan:
     memory_cpu: StepMemory
     batches: int
     batch_bytes: int
+
+
+def cohort_bytes(runs: Sequence[RunPlan]) -> int:
+    """Bytes a device must have for runs that train together, through the model too."""
+    states = [sum(run.memory.items[name] for name in STATE_ITEMS) for run in runs]
+    through = [
+        run.end_to_end.memory.total - own
+        for run, own in zip(runs, states, strict=True)
+        if run.end_to_end is not None
+    ]
+    plain = cohort_memory([run.memory for run in runs]).total
+    return max(plain, sum(states) + max(through, default=0))
 
 
 def plan_run(config: Config, *, name: str, gemma: GemmaConfig) -> RunPlan:
@@ -96,6 +123,7 @@ def plan_run(config: Config, *, name: str, gemma: GemmaConfig) -> RunPlan:
         collectives=collectives,
         sent_per_step=sent_bytes(collectives, sizes),
         batch_bytes=memory.next_batch * config.mesh.data,
+        end_to_end=plan_end_to_end(config, gemma, state=memory),
     )
 
 

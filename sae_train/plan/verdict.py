@@ -14,8 +14,8 @@ from activation_cache.precision import Precision
 from activation_cache.runtime.errors import UserError
 from sae_train.config.run import Config, MeshConfig
 from sae_train.plan.accelerators import Accelerator
-from sae_train.plan.memory import cohort_memory, nearest_mesh
-from sae_train.plan.runs import CohortPlan, RunPlan
+from sae_train.plan.memory import nearest_mesh
+from sae_train.plan.runs import CohortPlan, RunPlan, cohort_bytes
 from sae_train.plan.work import HarvestWork, step_traffic
 
 # The runtime's own share, compiled programs, collectives' buffers, fragmentation.
@@ -171,13 +171,21 @@ def _verdict(
     run: RunPlan, chip: Accelerator, config: Config, usable: int, assumptions: Assumptions
 ) -> Verdict:
     most = assumptions.most_devices
-    fits = run.memory.total <= usable and run.devices <= most
+    fits = run.needed_bytes <= usable and run.devices <= most
     precision = chip.training(run.precision)
     traffic = step_traffic(run.shape, kind=chip.kind, precision=precision)
     compute = run.flops_per_step / (chip.flops[precision] * assumptions.mfu * run.devices)
     memory = traffic / chip.hbm_bandwidth
     seconds = max(compute, memory)
-    hours = run.steps * seconds / 3600 if fits else None
+    hours = None
+    if fits:
+        spent = run.steps * seconds
+        if (phase := run.end_to_end) is not None:
+            rate = assumptions.mfu * run.devices
+            through = phase.model_flops / chip.flops[chip.harvesting(config.model)]
+            through += phase.sae_flops / chip.flops[precision]
+            spent += phase.steps * (through / rate - seconds)
+        hours = spent / 3600
     reads = run.batch_bytes / seconds if fits else None
     return Verdict(
         run=run.name,
@@ -195,7 +203,7 @@ def _verdict(
         above_reader=above_reader(reads),
         above_default=fits
         and chip.kind == "gpu"
-        and run.memory.total > chip.hbm_bytes * GPU_DEFAULT_SHARE,
+        and run.needed_bytes > chip.hbm_bytes * GPU_DEFAULT_SHARE,
     )
 
 
@@ -208,10 +216,10 @@ def _cohort_verdict(
     assumptions: Assumptions,
 ) -> CohortVerdict:
     members = [runs[number] for number in cohort.runs]
-    memories = sorted((one.memory for one in members), key=lambda memory: -memory.total)
+    widest = sorted(members, key=lambda one: -one.needed_bytes)
     enough = members[0].devices <= assumptions.most_devices
     counts = range(1, len(members) + 1)
-    fitting = [n for n in counts if cohort_memory(memories[:n]).total <= usable]
+    fitting = [n for n in counts if cohort_bytes(widest[:n]) <= usable]
     at_once = max(fitting, default=0) if enough else 0
     seconds = sum(verdicts[number].step_seconds for number in cohort.runs)
     fits = at_once == len(members)

@@ -209,6 +209,28 @@ def test_json_holds_every_run_and_the_total(
     assert memory["biggest"] == "activations"
 
 
+def test_a_phase_through_the_model_is_planned(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["plan", str(config_file), "sweep=null", "--json", "--accelerator", "h100"]
+    records = []
+    for own in ([], ["train.end_to_end.tokens=1_000_000"]):
+        assert main([*given, *own]) == 0
+        records.append(json.loads(capsys.readouterr().out))
+    plain, through = records
+    phase = through["runs"][0]["end_to_end"]
+    assert plain["runs"][0]["end_to_end"] is None
+    assert (phase["steps"], phase["sequences"]) == (1_000_000 // 4096, 4)
+    # Gemma 2 2B: 26 layers of 77.9 M weights and attention, 13 of them three times more; 256,000
+    # tokens of 2,304, times three.
+    layers = 4 * 1024 * 2 * 77.9e6 * (26 + 3 * 13)
+    assert phase["model_flops"] == pytest.approx(layers + 3 * 4 * 1023 * 2 * 590e6, rel=0.1)
+    assert phase["memory"]["items"]["language model"] == pytest.approx(2 * 2.614e9, rel=0.01)
+    hours = [one["accelerators"][0]["verdicts"][0]["hours"] for one in records]
+    added = phase["steps"] * phase["model_flops"] / (0.4 * 989e12) / 3600
+    assert hours[1] - hours[0] == pytest.approx(added, rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
