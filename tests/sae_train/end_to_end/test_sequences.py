@@ -14,16 +14,15 @@ from activation_cache.text.token_table import TokenTable
 from activation_cache.text.tokenise import prepare_tokens
 from sae_train.end_to_end.sequences import Sequences
 from tests.support.oracles.their_gemma import HELD_OUT, world_config
-from tests.support.tiny_gemma import write_tiny_tokenizer
+from tests.support.tiny_gemma import write_tiny_gemma
 
 
 @pytest.fixture
 def table(tmp_path: Path) -> TokenTable:
     """Many EOS, padding in the text and at its end, 7 sequences held out."""
     config = world_config(tmp_path)
-    (tmp_path / "gemma").mkdir()
-    write_tiny_tokenizer(tmp_path / "gemma")
-    tokenizer = load_tokenizer(ModelConfig(weights=str(tmp_path / "gemma")))
+    weights = write_tiny_gemma(tmp_path / "gemma")
+    tokenizer = load_tokenizer(ModelConfig(weights=str(weights)))
     return prepare_tokens(config.text, tokenizer=tokenizer, path=tmp_path / "tokens", rows=200)
 
 

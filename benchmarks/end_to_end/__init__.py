@@ -1,0 +1,1 @@
+"""What training through the language model does to delta loss."""
