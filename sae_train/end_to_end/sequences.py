@@ -2,10 +2,10 @@
 
 A step is a pure function of (token table, batch size, seed, step), as `batch(step)` is of a store.
 It has whole sequences, for later tokens attend to what is replaced at earlier ones. Each gives
-S - 1 rows, one for every position but BOS. Where a position is EOS or padding, which are never
-rows, a usable one of the same sequence is taken a second time: so every step has as many rows, and
-the mean over them needs no mask. A sequence that is mostly padding would repeat its few tokens very
-often, so one with fewer than half is left out: of each subset of the text at most the last.
+S - 1 rows, one for every position but BOS. Where a position is EOS, padding or masked, which are
+never rows, a usable one of the same sequence is taken again: so every step has as many rows, and
+the mean over them needs no mask. A sequence of few usable tokens would repeat them very often, so
+one with fewer than a quarter is left out, such as the last one, which is mostly padding.
 
 Legend: B sequences of a step, S position, R = S - 1 rows of a sequence, P = S - 1 predictions.
 """
@@ -25,6 +25,8 @@ from sae_train.config.end_to_end import sequences_per_step
 
 # The first word after the seed in the key, as `store.order` has one for each of its orders.
 _THROUGH_MODEL = 4
+# One token in so many must be usable.
+_FEWEST = 4
 
 
 @jax.tree_util.register_dataclass
@@ -37,7 +39,7 @@ class Text:
         row_BS: of each usable position its first row, 0 elsewhere.
         usable_BS: the positions whose activations are replaced.
         counted_BP: the predictions that count, as in an evaluation's losses: from a usable token,
-            and not of padding.
+            and neither of padding nor of a masked one.
     """
 
     tokens_BS: Int[Array | np.ndarray, "B S"]
@@ -55,12 +57,12 @@ class Sequences:
         length = table.sequence_length
         self.per_step = sequences_per_step(batch_size, sequence_length=length)
         counts = table.usable_counts()[: table.num_harvestable]
-        self._eligible = np.flatnonzero(2 * counts >= length - 1)
+        self._eligible = np.flatnonzero(_FEWEST * counts >= length - 1)
         if not self._eligible.size:
             raise UserError(
-                f"train.end_to_end finds no sequence at {table.path} of which half is text: none "
-                f"of {table.num_harvestable} has {-(-(length - 1) // 2)} usable tokens. Lower "
-                "text.sequence_length, or give more text"
+                f"train.end_to_end finds no sequence at {table.path} of which a quarter is usable: "
+                f"none of {table.num_harvestable} has {-(-(length - 1) // _FEWEST)} usable tokens. "
+                "Lower text.sequence_length, mask less, or give more text"
             )
 
     def chosen(self, step: int) -> list[int]:
@@ -76,8 +78,9 @@ class Sequences:
 
     def text(self, step: int) -> Text:
         """A step's text, on the host; raises `UserError` where the table is damaged."""
-        tokens_BS = self._table.read(self.chosen(step))
-        usable_BS = self._table.usable(tokens_BS)
+        chosen = self.chosen(step)
+        tokens_BS, masked_BS = self._table.read(chosen), self._table.masked(chosen)
+        usable_BS = self._table.usable(tokens_BS, chosen)
         pad = self._table.summary.special_ids.pad
         rows = tokens_BS.shape[1] - 1
         positions = [np.resize(np.flatnonzero(usable_S), rows) for usable_S in usable_BS]
@@ -86,5 +89,5 @@ class Sequences:
             position_BR=np.stack(positions).astype(np.int32),
             row_BS=np.where(usable_BS, usable_BS.cumsum(axis=1) - 1, 0).astype(np.int32),
             usable_BS=usable_BS,
-            counted_BP=usable_BS[:, :-1] & (tokens_BS[:, 1:] != pad),
+            counted_BP=usable_BS[:, :-1] & (tokens_BS[:, 1:] != pad) & ~masked_BS[:, 1:],
         )
