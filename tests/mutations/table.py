@@ -374,4 +374,12 @@ MUTATIONS = (
         "positions_C - self.size // 4",
         _BY_SORT,
     ),
+    Mutation(
+        "the weight of KL has a gradient of its own",
+        "sae_train/end_to_end/loss.py",
+        "jax.lax.stop_gradient(mse / (kl + _SMALLEST_KL))",
+        "mse / (kl + _SMALLEST_KL)",
+        "tests/sae_train/end_to_end/test_gradient.py"
+        "::test_loss_and_gradient_are_theirs[gemma2-resid_post.0-mesh0]",
+    ),
 )
