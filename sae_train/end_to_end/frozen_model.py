@@ -10,7 +10,7 @@ sequences. A gradient recomputes the layers one by one, and logits exist for som
 time.
 
 Legend: B sequences of a step, S position, R = S - 1 rows of a sequence, P = S - 1 predictions,
-D width of a tap or of the model.
+D width of a tap, M of the model.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ ModelParams = Any  # the tree that `gemma.params.parameter_table` describes
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Original:
-    """The model as it is on the sequences of a step.
+    """The model as it is on the sequences of a step, perhaps in groups of them.
 
     Attributes:
         inputs_BRD: rows of the tap that the SAE reads, raw.
         targets_BRD: of what a transcoder predicts; None of an SAE.
-        stream_BSD: the residual stream from which a forward with the SAE goes on; None where that
+        stream_BSM: the residual stream from which a forward with the SAE goes on; None where that
             is the tokens.
-        final_BPD: what the final norm gives for each prediction.
+        final_BPM: what the final norm gives for each prediction.
     """
 
     text: Text
-    inputs_BRD: Float[Array, "B R D"]
-    targets_BRD: Float[Array, "B R D"] | None
-    stream_BSD: Float[Array, "B S D"] | None
-    final_BPD: Float[Array, "B P D"]
+    inputs_BRD: Float[Array, "... B R D"]
+    targets_BRD: Float[Array, "... B R D"] | None
+    stream_BSM: Float[Array, "... B S M"] | None
+    final_BPM: Float[Array, "... B P M"]
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,15 @@ class FrozenModel:
 
         def own(text: Text) -> Original:
             taps = {self.tap, self.target, *((self._start,) if self._start else ())}
-            final_BPD, found = self._predictions(params, text, recompute=False, taps=tuple(taps))
+            final_BPM, found = self._predictions(params, text, recompute=False, taps=tuple(taps))
             inputs_BRD = _rows(found[self.tap], text)
             is_sae = self.target == self.tap
             return Original(
                 text=text,
                 inputs_BRD=inputs_BRD,
                 targets_BRD=None if is_sae else _rows(found[self.target], text),
-                stream_BSD=found[self._start] if self._start else None,
-                final_BPD=final_BPD,
+                stream_BSM=found[self._start] if self._start else None,
+                final_BPM=final_BPM,
             )
 
         return self._over_data(own)(text)
@@ -106,11 +106,11 @@ class FrozenModel:
             splice = Splice(self.target, _replaced, (placed_BSD, text.usable_BS))
             kept = {}
             if self._start is not None:
-                kept = {"kept": (self._start.layer, original.stream_BSD)}
-            final_BPD, _ = self._predictions(params, text, recompute=True, splice=splice, **kept)
+                kept = {"kept": (self._start.layer, original.stream_BSM)}
+            final_BPM, _ = self._predictions(params, text, recompute=True, splice=splice, **kept)
             return divergence(
-                final_BPD,
-                original.final_BPD,
+                final_BPM,
+                original.final_BPM,
                 text.counted_BP,
                 params["embedding"],
                 softcap=self.config.final_softcap,

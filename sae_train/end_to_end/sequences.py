@@ -32,7 +32,7 @@ _FEWEST = 4
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Text:
-    """The sequences of a step, on the host or on devices.
+    """The sequences of a step, on the host or on devices; there perhaps in groups of them.
 
     Attributes:
         position_BR: of each row its position in its sequence.
@@ -42,11 +42,11 @@ class Text:
             and neither of padding nor of a masked one.
     """
 
-    tokens_BS: Int[Array | np.ndarray, "B S"]
-    position_BR: Int[Array | np.ndarray, "B R"]
-    row_BS: Int[Array | np.ndarray, "B S"]
-    usable_BS: Bool[Array | np.ndarray, "B S"]
-    counted_BP: Bool[Array | np.ndarray, "B P"]
+    tokens_BS: Int[Array | np.ndarray, "... B S"]
+    position_BR: Int[Array | np.ndarray, "... B R"]
+    row_BS: Int[Array | np.ndarray, "... B S"]
+    usable_BS: Bool[Array | np.ndarray, "... B S"]
+    counted_BP: Bool[Array | np.ndarray, "... B P"]
 
 
 class Sequences:
