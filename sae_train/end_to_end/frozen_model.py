@@ -111,7 +111,7 @@ class FrozenModel:
             return divergence(
                 final_BPM,
                 original.final_BPM,
-                text.counted_BP,
+                jnp.asarray(text.counted_BP),
                 params["embedding"],
                 softcap=self.config.final_softcap,
                 precision=self.precision,
