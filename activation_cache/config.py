@@ -191,3 +191,23 @@ class CacheConfig(Section):
     sequences_per_batch: PositiveSmallCount = 8  # per forward pass of one replica of the model
     seed: Seed = 0
     mesh: MeshConfig | None = None  # of the language model; None: the section `mesh`
+
+
+class RolloutConfig(Section):
+    """Prompts, and how the model continues them.
+
+    `prompt` says what a document of `source` is: `text` is continued as it is; of a `user` it is
+    what somebody says to the model; `messages` is a conversation, answered after its last message
+    of a user. The last two are rendered by the model's chat template.
+    """
+
+    path: Location
+    source: Annotated[list[FilePath], Field(min_length=1)]
+    field: str = "text"
+    prompt: Literal["text", "user", "messages"] = "text"
+    prompts: PositiveCount | None = None  # at most so many; None: all, and the source must end
+    per_prompt: PositiveSmallCount = 1  # continuations of each
+    tokens: PositiveSmallCount = 512  # of a continuation, at most
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    seed: Seed = 0
+    batch: PositiveSmallCount = 16  # continuations made at once by one replica of the model

@@ -59,6 +59,14 @@ COMMANDS = (
         options=(_DRY_RUN,),
     ),
     Command(
+        name="rollout",
+        handler=commands.rollout,
+        summary="write the model's own continuations of prompts, as text",
+        details="Samples what the section rollout asks for into files that text.source can name. "
+        "After a stop or a crash the same command continues from the last complete file.",
+        example="sae rollout configs/demo.yaml rollout.path=rollouts 'rollout.source=[p.jsonl]'",
+    ),
+    Command(
         name="train",
         handler=commands.train,
         summary="train one SAE on a harvested store, or several side by side",

@@ -47,6 +47,18 @@ def harvest(arguments: argparse.Namespace, stop: StopFlag) -> int:
     return 0
 
 
+def rollout(arguments: argparse.Namespace, stop: StopFlag) -> int:
+    """`sae rollout`: write the model's continuations of prompts; returns 0."""
+    config = target_config(arguments.target, arguments.overrides)
+    if config.launch.on != "local":
+        raise UserError(
+            f"launch.on is {config.launch.on}, and rollouts are made where the command runs: start "
+            "it in a job of yours, with launch=null"
+        )
+    stages.rollout(config, stop=stop)
+    return 0
+
+
 def train(arguments: argparse.Namespace, stop: StopFlag) -> int:
     """`sae train`: train one SAE, or those of several configs on the same batches; returns 0.
 

@@ -68,6 +68,36 @@ def harvest(config: Job, *, stop: Callable[[], bool]) -> None:
     )
 
 
+def rollout(config: Job, *, stop: Callable[[], bool]) -> None:
+    """Write the continuations that `config.rollout` asks for, or finish those that were begun.
+
+    Raises:
+        UserError: there is no such section, or it is to run on a cluster.
+    """
+    settings = config.rollout
+    if settings is None:
+        raise UserError(
+            "the config has no section rollout: it says whose prompts are continued, and where "
+            "the continuations go (docs/rollout.md)"
+        )
+    _, mesh = config.harvest_mesh
+    if group.starts_here(config):
+        path = storage_path(settings.path)
+        group.run_stage(
+            "rollout",
+            config,
+            devices=mesh.data * mesh.model,
+            progress=lambda: sum(1 for _ in path.iterdir()) if path.is_dir() else 0,
+            stop=stop,
+        )
+        return
+    group.join(config, stop=stop)
+    _prepare_process()
+    from activation_cache.rollout.rollout import rollout as run_rollout
+
+    run_rollout(model=config.model, settings=settings, mesh=mesh, stop=stop)
+
+
 def _saved(store: StoragePath) -> int:
     """A number that grows with what a harvest has saved: its tokens, then its buckets."""
     finished_tokens = (store / "tokens" / "tokens.json").exists()

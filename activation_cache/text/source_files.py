@@ -30,7 +30,7 @@ def files_of(entry: str) -> list[str]:
 
     What exists is taken literally, though it has characters of a pattern: `[2024]/a.txt` is that
     file, and in `[2024]/*.txt` the folder is that one. Of a folder all files are taken, at any
-    depth, whose ending is known.
+    depth, whose ending is known; not .json, which in folders of text is mostly about the text.
 
     Raises:
         UserError: there is no such file.
@@ -41,7 +41,8 @@ def files_of(entry: str) -> list[str]:
     pattern = glob.escape(literal) + entry[len(literal) :]
     if os.path.isdir(entry):
         inside = sorted(glob.glob(os.path.join(pattern, "**", "*"), recursive=True))
-        names = [name for name in inside if name.endswith(ENDINGS) and os.path.isfile(name)]
+        wanted_here = tuple(ending for ending in ENDINGS if ending != ".json")
+        names = [name for name in inside if name.endswith(wanted_here) and os.path.isfile(name)]
         wanted = f"is a folder without files that end in {SPELT}: name one with some"
     else:
         matches = sorted(glob.glob(pattern, recursive=True))

@@ -1,4 +1,4 @@
-"""The whole YAML: `Job` adds the sections `sweep` and `launch` to a run's config.
+"""The whole YAML: `Job` adds the sections `sweep`, `launch` and `rollout` to a run's config.
 
 It imports `sae_train.config` and nothing else of this package.
 """

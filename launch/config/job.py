@@ -1,4 +1,4 @@
-"""`Job`: the whole YAML. It is a run's config with two sections more, `sweep` and `launch`."""
+"""`Job`: the whole YAML, a run's config with the sections `sweep`, `launch` and `rollout`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from activation_cache.config import RolloutConfig
 from activation_cache.storage.files import AnyPath
 from launch.config.kubernetes import KubernetesLaunch
 from launch.config.local import LocalLaunch
@@ -32,13 +33,14 @@ Launch = Annotated[
 
 
 class Job(Config):
-    """What a command reads: one run or a sweep of runs, and where their stages are started.
+    """What a command reads: a run or a sweep of runs, where stages are started, rollouts.
 
     Every stage takes it for the run's config that it also is.
     """
 
     sweep: SweepConfig | None = None
     launch: Launch = LocalLaunch()
+    rollout: RolloutConfig | None = None
 
     @property
     def is_suite(self) -> bool:
@@ -54,7 +56,7 @@ def load_job(path: AnyPath, overrides: Sequence[str] = ()) -> Job:
 def read_job(folder: AnyPath, overrides: Sequence[str] = ()) -> Job:
     """The resolved config of an output folder, with all its sections.
 
-    Where training was started from Python the file has neither `sweep` nor `launch`, and means a
+    Where training was started from Python the file has none of a command's sections, and means a
     run on this machine.
 
     Raises:

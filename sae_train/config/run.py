@@ -2,7 +2,7 @@
 
 Numbers come from the Gemma Scope paper (arXiv 2408.05147, section 3) unless said otherwise.
 `sae_train.config.file` reads a file, overrides a value and writes the resolved config. The same
-YAML may hold two sections more, `sweep` and `launch`: `launch.config.job` adds them.
+YAML may hold three sections more, `sweep`, `launch` and `rollout`: `launch.config.job` adds them.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from sae_train.config.sae import SaeConfig
 
 logger = logging.getLogger(__name__)
 
-# Sections of the same YAML that say how runs are multiplied and where they are started.
-COMMAND_SECTIONS = ("sweep", "launch")
+# Sections of the same YAML of which a run knows nothing.
+COMMAND_SECTIONS = ("sweep", "launch", "rollout")
 
 
 class LearningRateConfig(Section):

@@ -32,6 +32,7 @@ ORDER = (
     "activation_cache.text",
     "activation_cache.store",
     "activation_cache.harvest",
+    "activation_cache.rollout",
     "sae_train.config",
     "sae_train.model",
     "sae_train.step",

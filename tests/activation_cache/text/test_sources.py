@@ -307,7 +307,7 @@ def test_a_folder_is_all_its_readable_files(tmp_path: Path):
     inside.mkdir(parents=True)
     (tmp_path / "corpus" / "c.txt").write_text("c")
     (inside / "a.jsonl").write_bytes(jsonl(["a"]))
-    for name in ("README.md", ".hidden.txt"):
+    for name in ("README.md", ".hidden.txt", "dataset_infos.json"):
         (inside / name).write_text("not text to read")
     assert documents(tmp_path / "corpus") == documents(f"{tmp_path}/corpus/") == ["a", "c"]
     (inside / "a.jsonl").unlink()
