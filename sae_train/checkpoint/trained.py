@@ -15,7 +15,9 @@ from activation_cache.storage.files import AnyPath
 from sae_train.checkpoint.checkpoints import StoredCheckpoints
 from sae_train.checkpoint.same_run import THRESHOLDS
 from sae_train.config.run import Config
-from sae_train.model.sharding import local_mesh
+from sae_train.config.sae import SaeConfig
+from sae_train.model.matryoshka import latent_at
+from sae_train.model.sharding import local_mesh, table_of
 from sae_train.runs.folder import CHECKPOINTS
 from sae_train.step.state import TrainState, abstract_state
 
@@ -23,6 +25,8 @@ from sae_train.step.state import TrainState, abstract_state
 @dataclass(frozen=True)
 class Trained:
     """A trained SAE as training holds it: for scaled inputs, one row per latent.
+
+    Latents are in their order, in which a prefix of a Matryoshka SAE is the first of them.
 
     Attributes:
         params: float32 arrays W_enc [F, D], W_dec [F, D], b_dec [D] and what else the architecture
@@ -81,7 +85,7 @@ def load_trained(run_folder: AnyPath, *, step: int | None = None) -> Trained:
     elif "threshold" in params and config.sae.threshold.parametrisation == "log":
         params["threshold"] = np.exp(params["threshold"])
     return Trained(
-        params=params,
+        params=in_order(params, config=config.sae),
         input_scale=meta["input_scale"],
         # Runs from before there were transcoders don't have it.
         target_scale=meta.get("target_scale", meta["input_scale"]),
@@ -89,6 +93,16 @@ def load_trained(run_folder: AnyPath, *, step: int | None = None) -> Trained:
         config=config,
         store=meta["store"],
     )
+
+
+def in_order(params: Mapping[str, np.ndarray], *, config: SaeConfig) -> dict[str, np.ndarray]:
+    """Parameters as training holds them, thresholds included, with latents in their order."""
+    if config.matryoshka is None:
+        return dict(params)
+    order, table = np.argsort(latent_at(config)), table_of(config)
+    per_latent = {name for name, tensor in table.items() if tensor.dims[0] == "F"}
+    per_latent.add("threshold")
+    return {name: one[order] if name in per_latent else one for name, one in params.items()}
 
 
 def _inference_threshold(

@@ -37,6 +37,7 @@ from sae_train.config import end_to_end
 from sae_train.config.end_to_end import EndToEndConfig
 from sae_train.config.evaluation import EvaluationConfig
 from sae_train.config.latents import LatentsConfig
+from sae_train.config.matryoshka import check_shares
 from sae_train.config.probe import ProbeConfig
 from sae_train.config.sae import SaeConfig
 
@@ -280,6 +281,7 @@ class Config(Section):
             ),
             *_check_divisible("train.batch_size", self.train.batch_size, "data", self.mesh.data),
             *_check_divisible("sae.width", self.sae.width, "model", self.mesh.model),
+            *check_shares(tuple(end for end, _ in self.sae.groups), self.mesh),
         ]
         if self.train.tensorboard and "://" in self.output:
             mistakes.append(

@@ -19,6 +19,7 @@ from activation_cache.config import (
     SmallCount,
 )
 from activation_cache.gemma.taps import Tap
+from sae_train.config.matryoshka import MatryoshkaConfig
 
 
 class ThresholdConfig(Section):
@@ -48,6 +49,9 @@ def has_unit_decoder(architecture: Architecture) -> bool:
     return architecture != "relu"
 
 
+# ReLU and Gated SAEs add an L1 penalty that is a whole SAE's, and nobody trains them so.
+MATRYOSHKA: tuple[Architecture, ...] = ("jumprelu", "topk", "batch_topk")
+
 # The sites of a layer that have the model's width, in the order of the forward pass.
 _IN_ORDER: tuple[Site, ...] = ("mlp_in_normalized", "mlp_in", "mlp_out", "resid_post")
 
@@ -65,6 +69,7 @@ class SaeConfig(Section):
     et al. 2024, arXiv 2406.04093). With `threshold_per_latent` a BatchTopK SAE is released with a
     threshold for each latent (Gemma Scope 2, appendix B) instead of one for all. `start_from` is a
     released SAE, a path or a Hub address, that training starts from instead of random weights.
+    With `matryoshka` prefixes of the latents reconstruct too.
     """
 
     site: Site
@@ -79,6 +84,7 @@ class SaeConfig(Section):
     aux_k_coefficient: NonNegative32 = 1 / 32
     threshold_per_latent: bool = False
     revive_coefficient: NonNegative32 = 0.0  # AuxK's weight for a JumpReLU (step/revive.py)
+    matryoshka: MatryoshkaConfig | None = None
     start_from: FilePath | None = None
     bandwidth: Positive32 = 0.001
     threshold: ThresholdConfig = ThresholdConfig()
@@ -106,6 +112,18 @@ class SaeConfig(Section):
     def taps(self) -> tuple[Tap, ...]:
         """What training reads: one tap, of a transcoder two."""
         return tuple(dict.fromkeys((self.tap, self.target_tap)))
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """Widths of the prefixes that reconstruct; the last, of a plain SAE the only, is all."""
+        return (self.width,) if self.matryoshka is None else self.matryoshka.widths(self.width)
+
+    @property
+    def groups(self) -> tuple[tuple[int, float], ...]:
+        """Of each prefix whose error counts its width and weight: what the loss is made of."""
+        weights = (1.0,) if self.matryoshka is None else self.matryoshka.loss_weights
+        pairs = zip(self.prefixes, weights, strict=True)
+        return tuple((end, weight) for end, weight in pairs if weight > 0)
 
     @model_validator(mode="before")
     @classmethod
@@ -175,5 +193,13 @@ class SaeConfig(Section):
             raise ValueError(
                 f"sae.revive_coefficient is for jumprelu, and sae.architecture is "
                 f"{self.architecture}: {instead}"
+            )
+        if self.matryoshka is None:
+            return self
+        self.matryoshka.widths(self.width)  # raises what is wrong with them
+        if self.architecture not in MATRYOSHKA:
+            raise ValueError(
+                f"sae.matryoshka is for {', '.join(MATRYOSHKA)}, and sae.architecture is "
+                f"{self.architecture}: take sae.matryoshka out, or choose one of those"
             )
         return self

@@ -26,6 +26,7 @@ from sae_train.evaluate.result import (
     Evaluation,
     headline,
     measures,
+    prefix_row,
     read_evaluation,
     write_evaluation,
 )
@@ -177,7 +178,25 @@ def _evaluation(index: int, passes: Sequence[Pass]) -> Evaluation:
         importance_sequences=job.importance_sequences,
         importance_tokens=int(importance.count),
         by_precision=_by_precision(index, passes) if len(passes) > 1 else [],
+        by_prefix=_by_prefix(index, first),
     )
+
+
+def _by_prefix(index: int, one: Pass) -> list[dict[str, Any]]:
+    """A row for each prefix of a Matryoshka SAE, the whole SAE last; none of another."""
+    job, whole = one.jobs[index], one.saes[index]
+    return [
+        prefix_row(
+            first,
+            site=one.sites[job.target],
+            whole=whole,
+            squared_error_S=sums.squared_error_S,
+            base=one.base,
+            spliced=spliced,
+        )
+        for first in job.sae.prefixes
+        for sums, spliced in [one.prefixes.get((index, first), (whole, one.spliced[index, False]))]
+    ]
 
 
 def _by_precision(index: int, passes: Sequence[Pass]) -> list[dict[str, Any]]:

@@ -112,6 +112,7 @@ class Evaluation:
     importance_tokens: int = 0
     by_subset: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     by_precision: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    by_prefix: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
         def shown(value: float | None) -> str:
@@ -161,6 +162,32 @@ def headline(*, site: SiteSums, sae: SaeSums, base: LossSums, spliced: LossSums)
         "loss": _finite(base.mean),
         "loss_spliced": _finite(spliced.mean),
         "delta_loss": _finite(spliced.mean - base.mean),
+    }
+
+
+def prefix_row(
+    first: int,
+    *,
+    site: SiteSums,
+    whole: SaeSums,
+    squared_error_S: Float[np.ndarray, " S"],
+    base: LossSums,
+    spliced: LossSums,
+) -> dict[str, Any]:
+    """The numbers of an SAE's first latents, as if there were no others.
+
+    Args:
+        whole: of the whole SAE, whose latents fire as they would alone.
+        squared_error_S, spliced: of what the first latents reconstruct.
+    """
+    fired = whole.fired_F[:first]
+    return {
+        "latents": first,
+        "l0": float(fired.sum() / site.count_S.sum()),
+        "fvu": _ratio(float(squared_error_S.sum()), float(site.spread_S.sum())),
+        "loss_spliced": _finite(spliced.mean),
+        "delta_loss": _finite(spliced.mean - base.mean),
+        "alive_fraction": float((fired > 0).mean()),
     }
 
 

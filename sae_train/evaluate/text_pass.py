@@ -32,6 +32,7 @@ from sae_train.evaluate.job import Job
 from sae_train.evaluate.result import Losses
 from sae_train.evaluate.splice import splice_of, splice_zero
 from sae_train.evaluate.sums import LossSums, SaeSums, SiteSums, Subsets, are_finite, sae_batch
+from sae_train.inference.sae import Sae
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -68,6 +69,8 @@ class Pass:
         base, zero, spliced: the losses of the model as it is; with a tap at zero, by (tap,
             everywhere); with a job's SAE, by (index, everywhere). Everywhere includes BOS, EOS
             and padding.
+        prefixes: of a Matryoshka SAE, by (index, number of latents), the sums and the losses of
+            what its first latents reconstruct.
     """
 
     jobs: list[Job]
@@ -79,6 +82,7 @@ class Pass:
     base: LossSums = field(default_factory=LossSums)
     zero: dict[tuple[Tap, bool], LossSums] = field(default_factory=dict)
     spliced: dict[tuple[int, bool], LossSums] = field(default_factory=dict)
+    prefixes: dict[tuple[int, int], tuple[SaeSums, LossSums]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         first = self.jobs[0]
@@ -101,6 +105,11 @@ class Pass:
             (index, everywhere): LossSums()
             for index, job in enumerate(self.jobs)
             for everywhere in ((False,) if job.compared else (False, True))
+        }
+        self.prefixes = {
+            (index, first): (SaeSums(), LossSums())
+            for index in self.whole
+            for first in self.jobs[index].sae.prefixes[:-1]
         }
 
     @property
@@ -126,7 +135,7 @@ class Pass:
             )
 
     def _work(self) -> int:
-        passes = 1 + len(self.zero) + len(self.spliced)
+        passes = 1 + len(self.zero) + len(self.spliced) + len(self.prefixes)
         gradients = _GRADIENT_PASSES * len(self.zero) // 2
         walked = self.table.num_harvestable if self.of_embedding else self.settings.sequences
         sequences = walked + passes * self.loss_limit
@@ -165,14 +174,17 @@ class Pass:
         """All objects that hold sums, each with the names and shapes of its arrays."""
         S, G = self.table.sequence_length, self.num_subsets
         by_loss: Shapes = {"sum_S": (S - 1,), "count_S": (S - 1,), "sum_G": (G,), "count_G": (G,)}
-        for losses in (self.base, *self.zero.values(), *self.spliced.values()):
+        of_prefixes = [losses for _, losses in self.prefixes.values()]
+        for losses in (self.base, *self.zero.values(), *self.spliced.values(), *of_prefixes):
             yield losses, by_loss
         for tap, site in self.sites.items():
             D = tap_width(self.model.config, tap.site)
             by_position: Shapes = {"sum_SD": (S, D), "square_S": (S,), "count_S": (S,)}
             yield site, by_position | {"sum_GD": (G, D), "square_G": (G,), "count_G": (G,)}
-        for job, sums in zip(self.jobs, self.saes, strict=True):
-            F = job.sae.W_enc.shape[1]
+        with_sums = [*enumerate(self.saes)]
+        with_sums += [(index, sums) for (index, _), (sums, _) in self.prefixes.items()]
+        for index, sums in with_sums:
+            F = self.jobs[index].sae.W_enc.shape[1]
             by_position = {"squared_error_S": (S,), "active_S": (S,), "fired_F": (F,)}
             yield sums, by_position | {"squared_error_G": (G,), "active_G": (G,)}
         for importance in self.importance:
@@ -238,11 +250,12 @@ class Pass:
             if mine:
                 self.sites[tap].add(acts[tap], batch.usable_BS, batch.subsets)
         if mine:
-            for job, sums in zip(self.jobs, self.saes, strict=True):
+            for index, job in enumerate(self.jobs):
                 sae = jax.device_put(job.sae)
                 target = None if job.target == job.tap else acts[job.target]
-                found = sae_batch(sae, acts[job.tap], batch.usable_BS, target)
-                sums.add(found, batch.subsets)
+                for one, sums in [(sae, self.saes[index]), *self._prefixes_of(index, sae, of=0)]:
+                    found = sae_batch(one, acts[job.tap], batch.usable_BS, target)
+                    sums.add(found, batch.subsets)
             self._advance(batch)
         return acts
 
@@ -281,6 +294,14 @@ class Pass:
                 if (index, everywhere) in self.spliced:
                     arguments = (sae, jnp.asarray(where[everywhere]))
                     measure(self.spliced[index, everywhere], splice_of(job, arguments))
+            for prefix, sums in self._prefixes_of(index, sae, of=1):
+                measure(sums, splice_of(job, (prefix, jnp.asarray(where[False]))))
+
+    def _prefixes_of(self, index: int, sae: Sae, *, of: int) -> Iterator[tuple[Sae, Any]]:
+        """Each prefix of a job's SAE, as an SAE of the same shape, with its sums or losses."""
+        for (number, first), both in self.prefixes.items():
+            if number == index:
+                yield sae.reconstructing_with(first), both[of]
 
     def _advance(self, batch: _Batch, *, passes: int = 1) -> None:
         tokens = passes * batch.tokens_BS.size * processes.process_count()

@@ -35,6 +35,7 @@ def metadata_of(trained: Trained) -> dict[str, Any]:
         "model_from_pretrained_kwargs": {},
         "neuronpedia_id": None,
         "training_architecture": config.sae.architecture,
+        **_prefixes(config.sae),
         "training": {
             "library": f"open-gemma-scope {package_version()}",
             "run": config.name,
@@ -46,6 +47,11 @@ def metadata_of(trained: Trained) -> dict[str, Any]:
             "seed": config.train.seed,
         },
     }
+
+
+def _prefixes(config: SaeConfig) -> dict[str, list[int]]:
+    """Of a Matryoshka SAE the widths of its prefixes, all latents last, under SAELens' name."""
+    return {} if config.matryoshka is None else {"matryoshka_widths": list(config.prefixes)}
 
 
 def _target_hooks(config: SaeConfig) -> dict[str, str]:

@@ -130,6 +130,18 @@ class Sae:
         return dataclasses.replace(self, **tensors)
 
     @property
+    def prefixes(self) -> tuple[int, ...]:
+        """How many latents each prefix of a Matryoshka SAE has, all of them last; else empty."""
+        widths = self.metadata.get("matryoshka_widths")
+        return tuple(widths) if isinstance(widths, list | tuple) else ()
+
+    def reconstructing_with(self, first: int) -> Sae:
+        """The SAE that encodes as this one and reconstructs from its first latents alone."""
+        W_dec = jnp.asarray(self.W_dec)
+        counts_F = jnp.arange(W_dec.shape[0]) < first
+        return dataclasses.replace(self, W_dec=jnp.where(counts_F[:, None], W_dec, 0))
+
+    @property
     def tensors(self) -> dict[str, np.ndarray]:
         """The tensors on the host, by attribute name."""
         names = TENSORS if self.W_skip is None else (*TENSORS, SKIP)

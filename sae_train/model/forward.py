@@ -38,6 +38,7 @@ class Forward:
         l1_B: the L1 norm that is penalised; ReLU and Gated only.
         auxiliary: a loss of the architecture's own; Gated, TopK and BatchTopK only.
         smallest: the smallest latent that was selected; BatchTopK only.
+        inner: of a Matryoshka SAE the reconstructions by its smaller prefixes.
     """
 
     reconstruction_BD: Float[Array, "B D"]
@@ -47,6 +48,7 @@ class Forward:
     l1_B: Float[Array, " B"] | None = None
     auxiliary: Float[Array, ""] | None = None
     smallest: Float[Array, ""] | None = None
+    inner: tuple[Float[Array, "B D"], ...] = ()
 
 
 def threshold_of(params: Params, *, config: SaeConfig) -> Float[Array, " F"]:

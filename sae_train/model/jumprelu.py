@@ -38,7 +38,8 @@ from jaxtyping import Array, Bool, Float
 
 from activation_cache.precision import Precision
 from sae_train.config.sae import SaeConfig
-from sae_train.model.forward import Forward, Params, decode, pre_activations, threshold_of
+from sae_train.model.forward import Forward, Params, pre_activations, threshold_of
+from sae_train.model.matryoshka import decode_prefixes, with_prefixes
 
 
 def window(pre_BF: Array, theta_1F: Array, bandwidth: float) -> Bool[Array, "B F"]:
@@ -87,11 +88,15 @@ def forward(
     theta_1F = threshold_of(params, config=config)[None, :]
     latents_BF = jumprelu(pre_BF, theta_1F, config.bandwidth)
     active_BF = step(pre_BF, theta_1F, config.bandwidth)
+    *inner, reconstruction_BD = decode_prefixes(
+        params, latents_BF, x_BD=x_BD, config=config, precision=precision
+    )
     return Forward(
-        reconstruction_BD=decode(params, latents_BF, x_BD=x_BD, precision=precision),
+        reconstruction_BD=reconstruction_BD,
         latents_BF=latents_BF,
         l0_B=active_BF.sum(axis=1),
         frequency_F=active_BF.mean(axis=0),
+        inner=tuple(inner),
     )
 
 
@@ -112,4 +117,5 @@ def loss(
     """
     out = forward(params, x_BD, config=config, precision=precision)
     error = jnp.square(target_BD - out.reconstruction_BD).sum(axis=1).mean()
+    error = with_prefixes(error, out, target_BD, config=config)
     return error + penalty(out.l0_B, out.frequency_F)

@@ -30,10 +30,10 @@ from sae_train.model.forward import (
     Forward,
     Params,
     counted,
-    decode,
     pre_activations,
     product_with_decoder,
 )
+from sae_train.model.matryoshka import decode_prefixes
 
 # Bits of a float32 that isn't negative; read as integers, they have the floats' order.
 _BITS = 31
@@ -115,7 +115,9 @@ def forward(
     else:
         smallest = kth_largest_of_all(jax.lax.stop_gradient(pre_BF), k=config.k * x_BD.shape[0])
         latents_BF = jnp.where(pre_BF >= smallest, pre_BF, 0.0)
-    reconstruction_BD = decode(params, latents_BF, x_BD=x_BD, precision=precision)
+    *inner, reconstruction_BD = decode_prefixes(
+        params, latents_BF, x_BD=x_BD, config=config, precision=precision
+    )
 
     def aux_loss() -> Array:
         """AuxK: the D/2 largest of the dead latents predict what the others missed.
@@ -135,4 +137,5 @@ def forward(
         latents_BF,
         auxiliary=config.aux_k_coefficient * found,
         smallest=smallest,
+        inner=tuple(inner),
     )

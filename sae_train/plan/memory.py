@@ -22,6 +22,7 @@ Legend: B rows of a batch, D model width, F latents, each as one device holds th
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from activation_cache.config import Dtype
 from activation_cache.gemma.config import GemmaConfig
 from activation_cache.gemma.taps import check_tap, tap_width
 from sae_train.config.run import Config, MeshConfig
-from sae_train.config.sae import Architecture
+from sae_train.config.sae import Architecture, SaeConfig
 from sae_train.model.sharding import AXIS_OF_DIM, BATCH_DIMS, LAST_FIRED, Tensor, params_table
 from sae_train.step.dense_jumprelu import cpu_tile
 from sae_train.step.tiles import tile_of
@@ -53,7 +54,8 @@ _HELD = (*STATE_ITEMS, "batch")  # from one step to the next; the other items ar
 class Shape:
     """The sizes a step is compiled for: global dims, and the mesh that cuts them.
 
-    `capacity` is the sparse path's, in active pairs a row; None: the dense path only.
+    `capacity` is the sparse path's, in active pairs a row; None: the dense path only. `groups` are
+    the latents of each group of a Matryoshka SAE; empty for another.
     """
 
     batch_size: int
@@ -64,6 +66,7 @@ class Shape:
     is_transcoder: bool = False
     has_skip: bool = False
     capacity: int | None = None
+    groups: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, config: Config, gemma: GemmaConfig, *, capacity: int | None) -> Shape:
@@ -79,6 +82,7 @@ class Shape:
             is_transcoder=config.sae.is_transcoder,
             has_skip=config.sae.affine_skip,
             capacity=capacity,
+            groups=_groups(config.sae),
         )
 
     def local(self, dims: tuple[str, ...]) -> int:
@@ -100,6 +104,13 @@ class Shape:
             self.architecture, is_transcoder=self.is_transcoder, has_skip=self.has_skip
         )
         return self.tensor_bytes(*table.values())
+
+
+def _groups(config: SaeConfig) -> tuple[int, ...]:
+    ends = [end for end, _ in config.groups]
+    if len(ends) == 1:
+        return ()
+    return tuple(end - start for start, end in itertools.pairwise([0, *ends]))
 
 
 @dataclass(frozen=True)
@@ -156,7 +167,24 @@ def step_memory(
         latents = shape.local(("B", "F")) * FLOAT_BYTES
         rows = shape.local(("B", "D")) * FLOAT_BYTES
         items |= {"gradients": params, "activations": 2 * latents + (1 + arrays) * rows}
+        if shape.groups and shape.architecture == "jumprelu":
+            items["gradients"] = max(params, _of_largest_group(shape))
+    if shape.groups:
+        arrays = _SPARSE_PREFIX_ROWS if shape.capacity is not None else _PREFIX_ROWS
+        rows = shape.local(("B", "D")) * FLOAT_BYTES
+        items["activations"] += arrays * (len(shape.groups) - 1) * rows
     return StepMemory(items=items, next_batch=batch)
+
+
+# Of a Matryoshka SAE: arrays [B, D] for each prefix but one, read off XLA's CPU compiler; and of
+# rows [F, D] of a group those taken out, their gradients and the new ones.
+_PREFIX_ROWS, _SPARSE_PREFIX_ROWS, _GROUP_ROWS = 2, 5, 8
+
+
+def _of_largest_group(shape: Shape) -> int:
+    """Bytes of the rows that one group's update takes out of the arrays and puts back."""
+    rows = max(shape.groups) // shape.mesh.model
+    return _GROUP_ROWS * rows * shape.d_model * FLOAT_BYTES
 
 
 def cohort_memory(members: Sequence[StepMemory]) -> StepMemory:
@@ -205,7 +233,7 @@ def nearest_mesh(shape: Shape, store_dtype: Dtype, *, usable: int, most: int) ->
 
 def _meshes(shape: Shape, *, most: int) -> Iterator[MeshConfig]:
     for data in _divisors(shape.batch_size, most=most):
-        for model in _divisors(shape.width, most=most // data):
+        for model in _divisors(math.gcd(shape.width, *shape.groups), most=most // data):
             yield MeshConfig(data=data, model=model)
 
 

@@ -200,12 +200,14 @@ def step_traffic(shape: Shape, *, kind: ChipKind, precision: Precision) -> int:
 def collective_bytes(shape: Shape) -> dict[str, int]:
     """Bytes that each device puts into a step's all-reduces, per mesh axis; scalars left out.
 
-    Over `model` the partial reconstruction [B, D], L0 of each row and b_dec's gradient; over
+    Over `model` the partial reconstruction [B, D], of a Matryoshka SAE one for each group, L0 of
+    each row and b_dec's gradient; over
     `data` the gradients of all parameters, and which latents fired (a byte each).
     """
     found = {}
     if shape.mesh.model > 1:
-        elements = shape.local(("B", "D")) + shape.local(("B",)) + shape.local(("D",))
+        decoded = max(1, len(shape.groups)) * shape.local(("B", "D"))
+        elements = decoded + shape.local(("B",)) + shape.local(("D",))
         found["model"] = elements * FLOAT_BYTES
     if shape.mesh.data > 1:
         found["data"] = shape.params_bytes() + shape.local(("F",))

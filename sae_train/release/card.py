@@ -73,6 +73,7 @@ def model_card(sae: Sae, *, config: Config, evaluation: Evaluation | None) -> st
         ("site", f"{config.sae.site} of layer {config.sae.layer}, `{sae.metadata['hook_name']}`"),
         *_target(sae, config=config),
         ("architecture", f"{kind}{selected}, {F:,} latents on vectors of {D:,}"),
+        *_prefixes(sae),
         ("trained on", f"{training['tokens']:,} tokens in {training['step']:,} steps"),
         ("text", sae.metadata["dataset_path"]),
         ("context", f"{config.text.sequence_length} tokens, each beginning with BOS"),
@@ -103,6 +104,14 @@ def _target(sae: Sae, *, config: Config) -> list[tuple[str, str]]:
     return [("predicts", f"{config.sae.target}, `{sae.metadata['hook_name_out']}`{skip}")]
 
 
+def _prefixes(sae: Sae) -> list[tuple[str, str]]:
+    """The row about the prefixes of a Matryoshka SAE; none for another."""
+    if not sae.prefixes:
+        return []
+    widths = ", ".join(f"{first:,}" for first in sae.prefixes)
+    return [("Matryoshka", f"the first {widths} latents each reconstruct alone")]
+
+
 def front_matter(config: Config, architectures: Sequence[str]) -> str:
     """The card's YAML front matter, which the Hub reads."""
     tags = f"tags: [sparse-autoencoder, {', '.join(architectures)}, interpretability]"
@@ -130,10 +139,27 @@ def _measured(evaluation: Evaluation | None) -> str:
         ("latents firing on over 10% of tokens", "–" if frequent is None else f"{frequent:.2%}"),
     ]
     return (
-        f"{table(rows)}\nOn {e.sequences:,} held-out sequences of {e.sequence_length} tokens "
+        f"{table(rows)}\n{_by_prefix(e)}"
+        f"On {e.sequences:,} held-out sequences of {e.sequence_length} tokens "
         f"({e.loss_sequences:,} for the losses). BOS, EOS and padding are masked in every mean "
         "and, but where said, keep the model's own activations when the SAE is spliced in.\n"
     )
+
+
+def _by_prefix(evaluation: Evaluation) -> str:
+    """A table of the prefixes of a Matryoshka SAE; nothing for another."""
+    if not evaluation.by_prefix:
+        return ""
+    lines = [
+        "| first latents | L0 | FVU | delta LM loss | alive |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in evaluation.by_prefix:
+        lines.append(
+            f"| {row['latents']:,} | {row['l0']:.2f} | {number(row['fvu'])} | "
+            f"{number(row['delta_loss'])} | {row['alive_fraction']:.1%} |"
+        )
+    return "\n".join(lines) + "\n\n"
 
 
 def number(value: float | None) -> str:

@@ -157,6 +157,29 @@ def position_figures(charts: Charts, runs: Sequence[ReportRun]) -> str:
     return figures
 
 
+def prefix_figures(charts: Charts, runs: Sequence[ReportRun]) -> str:
+    """FVU, delta loss, L0 and alive latents of each prefix of Matryoshka SAEs."""
+    metrics = (
+        ("fvu", "FVU"),
+        ("delta_loss", "delta loss (nats)"),
+        ("l0", "L0"),
+        ("alive_fraction", "share of latents alive"),
+    )
+    figures = ""
+    for metric, label in metrics:
+        traces = []
+        for run in runs:
+            rows = (run.folder.evaluation or {}).get("by_prefix") or []
+            points = [(row["latents"], row[metric]) for row in rows if row.get(metric) is not None]
+            if points:
+                hover = f"the first %{{x:,}} latents<br>{label} %{{y:.4~g}}"
+                traces.append(curve(run, points, hover=hover))
+        if traces:
+            x = Axis("latents of the prefix", log=True, ticks="~s")
+            figures += charts.figure(_capital(label), traces, x=x, y=Axis(label))
+    return figures
+
+
 def _capital(words: str) -> str:
     return words[0].upper() + words[1:]
 

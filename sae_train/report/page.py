@@ -35,6 +35,7 @@ from sae_train.report.figures import (
     frequency_figures,
     frontier,
     position_figures,
+    prefix_figures,
     tiles,
     training_figures,
 )
@@ -60,6 +61,12 @@ _SECTIONS = (
         "By position in the sequence",
         "Held-out averages at each position; BOS stands at position 0.",
         position_figures,
+    ),
+    (
+        "By prefix",
+        "What the first latents of a Matryoshka SAE do alone, on held-out tokens; the last point "
+        "is the whole SAE.",
+        prefix_figures,
     ),
 )
 _PACKAGES = (

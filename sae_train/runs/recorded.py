@@ -51,6 +51,14 @@ class _Precision(_Open):
     delta_loss: _Measured = None
 
 
+class _Prefix(_Open):
+    latents: _Whole
+    l0: _Number
+    fvu: _Measured = None
+    delta_loss: _Measured = None
+    alive_fraction: _Number
+
+
 class _Evaluation(_Open):
     step: _Whole = 0
     l0: _Number = 0.0
@@ -73,6 +81,7 @@ class _Evaluation(_Open):
     by_position: dict[str, list[_Measured]] | None = None
     by_subset: dict[str, dict[str, _Measured]] | None = None
     by_precision: list[_Precision] | None = None
+    by_prefix: list[_Prefix] | None = None
 
 
 class _Failure(BaseModel):

@@ -38,7 +38,6 @@ from sae_train.sparse.kernels.mode import is_interpreted
 from sae_train.sparse.segment_sums import longest_first, per_latent
 from sae_train.step import optimiser
 from sae_train.step.dense_jumprelu import (
-    ENCODED_DIMS,
     ENCODER_DIMS,
     ROW_DIMS,
     DenseStep,
@@ -57,7 +56,7 @@ from sae_train.step.path_choice import capacity_per_row
 from sae_train.step.schedule import Scheduled
 from sae_train.step.state import TrainState
 from sae_train.step.tile_passes import Update
-from sae_train.step.tiles import tile_of
+from sae_train.step.tiles import first_rows, tile_of, tiled_groups
 
 # Hysteresis: sparse below 70 % of capacity, dense above 95 %, so that a run near the limit doesn't
 # try in vain every other step.
@@ -74,8 +73,7 @@ class SparseStep(DenseStep):
     def __init__(self, config: Config, mesh: Mesh, *, precision: Precision) -> None:
         super().__init__(config, mesh, precision=precision)
         self._parts = parts_of(config, mesh)
-        self._tile = tile_of(config.sae.width // mesh.shape["model"])
-        self._num_tiles = config.sae.width // mesh.shape["model"] // self._tile
+        self._groups = tiled_groups(config.sae, devices=mesh.shape["model"], tile_of=tile_of)
         self._capacity_per_row = capacity_per_row(config)
         # P: of each device, whose latents are a part of all.
         self._capacity = -(-self._num_rows * self._capacity_per_row // mesh.shape["model"])
@@ -113,19 +111,27 @@ class SparseStep(DenseStep):
             theta_P = jnp.pad(theta_F, (0, 1), constant_values=jnp.inf)[pairs.latent_P]
             active_P = pairs.pre_P > theta_P
             latents_P = jnp.where(active_P, pairs.pre_P, 0.0)
-            decoded_BD, l0_B = self._parts.decode(
-                pairs,
-                latents_P,
-                W_dec_FD,
-                num_rows=x_BD.shape[0],
-                precision=self._precision,
-            )
+            decoded_BD, l0_B = self._decoded(pairs, latents_P, W_dec_FD, num_rows=x_BD.shape[0])
             active_F = per_latent(active_P, pairs.counts_F)
             stacked = jax.tree.map(lambda array: array[None, None], pairs)
             return self._summed(decoded_BD, l0_B, active_F, pairs.total, kept=stacked)
 
-        out_dims = dataclasses.replace(ENCODED_DIMS, kept=_PAIR_DIMS)
-        return self._over_devices(part, ENCODER_DIMS, out_dims)(*operands)
+        return self._over_devices(part, ENCODER_DIMS, self._encoded_dims(_PAIR_DIMS))(*operands)
+
+    def _decoded(
+        self, pairs: Pairs, latents_P: Array, W_dec_FD: Array, *, num_rows: int
+    ) -> tuple[Array, Array]:
+        """f W_dec and L0; of several groups each is decoded into rows of its own."""
+        groups, first_F = len(self._groups), first_rows(self._groups, num_rows=num_rows)
+        if first_F is not None:
+            first_P = jnp.pad(first_F, (0, 1))[pairs.latent_P]
+            pairs = dataclasses.replace(pairs, row_P=pairs.row_P + first_P)
+        decoded, l0 = self._parts.decode(
+            pairs, latents_P, W_dec_FD, num_rows=groups * num_rows, precision=self._precision
+        )
+        if first_F is None:
+            return decoded, l0
+        return decoded.reshape(groups, num_rows, -1), l0.reshape(groups, num_rows).sum(axis=0)
 
     def _without_pairs(self, operands: EncoderOperands) -> Encoded:
         """Instead of an encoding that wasn't tried: infinitely many pairs."""
@@ -167,8 +173,7 @@ class SparseStep(DenseStep):
         """
         fits = encoded.is_sparse
         rows, by_pairs, touched_F = self._update_touched(rows, encoded, output, update)
-        num_tiles = jnp.where(fits, 0, self._num_tiles)
-        rows, by_tiles = self._update_tiles(rows, output, None, num_tiles, update)
+        rows, by_tiles = self._update_tiles(rows, output, None, ~fits, update)
         sums = jax.tree.map(partial(jnp.where, fits), by_pairs, by_tiles)
         return rows, sums, touched_F | ~fits
 
@@ -183,19 +188,24 @@ class SparseStep(DenseStep):
 
         def part(rows, pairs, fits, output, update):
             counts_F, row_P, pre_P = self._merged(pairs)
+            num_rows, d_model = output.x_BD.shape
+            # What each group's latents read lies in rows of its own.
+            output = dataclasses.replace(output, g_BD=output.g_BD.reshape(-1, d_model))
             rows, sums = self._parts.touched(
                 rows,
                 longest_first(counts_F, wanted=fits),
                 row_P,
                 pre_P,
                 output=output,
+                first_g_F=first_rows(self._groups, num_rows=num_rows),
                 update=update,
                 config=self._config,
                 precision=self._precision,
             )
             return rows, self._latent_sums(sums), fits & (counts_F > 0)
 
-        in_dims = (ROW_DIMS, _WHOLE_PAIR_DIMS, (), output_dims("whole"), update_dims(update))
+        whole = output_dims("whole", groups=len(self._groups))
+        in_dims = (ROW_DIMS, _WHOLE_PAIR_DIMS, (), whole, update_dims(update))
         return self._over_devices(part, in_dims, (ROW_DIMS, SUM_DIMS, ("F",)))(
             rows, encoded.kept, encoded.is_sparse, output, update
         )

@@ -46,6 +46,7 @@ def touched_pass(
     pre_P: Float[Array, " P"],
     *,
     output: OutputGradients,
+    first_g_F: Int[Array, " F"] | None = None,
     update: Update | None,
     config: Config,
     precision: Precision,
@@ -55,11 +56,11 @@ def touched_pass(
     Args:
         segments: of each latent the pairs it has, `row_P` and `pre_P` being their rows and
             pre-activations.
+        first_g_F: the row of `output.g_BD` where those of a latent's group begin; None: all at 0.
         update: None leaves the rows as they are; their sums then have the gradients' norm.
     """
     size, num = segments.block, segments.ids_N.shape[0]
     width, d_model = rows[0]["W_enc"].shape
-    like = rows[0]["W_enc"][0, 0] + pre_P[0]
     output = output.operands(precision)
 
     def one_block(number: Array, carry: tuple[Rows, LatentSums]) -> tuple[Rows, LatentSums]:
@@ -77,6 +78,7 @@ def touched_pass(
             row_P=row_P,
             pre_P=pre_P,
             output=output,
+            first_g_S=None if first_g_F is None else first_g_F[near_S],
             bandwidth=config.sae.bandwidth,
             precision=precision,
         )
@@ -85,10 +87,9 @@ def touched_pass(
         if update is None:
             return rows, sums
         new = updated_rows(own, gradients, near_S, update=update, config=config)
-        write = partial(_write, ids_S)
-        return jax.tree.map(write, rows, new), sums
+        return jax.tree.map(partial(_write, ids_S), rows, new), sums
 
-    start = rows, no_sums(num, d_model, like=like)
+    start = rows, no_sums(num, d_model, like=rows[0]["W_enc"][0, 0] + pre_P[0])
     rows, sums = jax.lax.fori_loop(0, segments.num_blocks, one_block, start)
     back_F = jnp.argsort(segments.ids_N)[:width]
     return rows, LatentSums(
@@ -113,6 +114,7 @@ def _from_pairs(
     row_P: Array,
     pre_P: Array,
     output: OutputGradients,
+    first_g_S: Array | None,
     bandwidth: float,
     precision: Precision,
 ) -> Params:
@@ -123,16 +125,17 @@ def _from_pairs(
 
     def add(so_far: Params, position_SC: Array, there_SC: Array) -> Params:
         row_SC, pre_SC = row_P[position_SC], pre_P[position_SC]
+        g_row_SC = row_SC if first_g_S is None else row_SC + first_g_S[:, None]
         active_SC = there_SC & (pre_SC > theta_S[:, None])
         window_SC = there_SC & (jnp.abs(pre_SC - theta_S[:, None]) < bandwidth / 2)
-        g_f_SC = _dots(output.g_BD, row_SC, multiplied_SD, precision=precision)
+        g_f_SC = _dots(output.g_BD, g_row_SC, multiplied_SD, precision=precision)
         g_pre_SC = jnp.where(active_SC, g_f_SC, 0.0)
         g_step_SC = output.g_l0_B[row_SC] + g_count_S[:, None]
         g_theta_SC = jnp.where(window_SC, theta_S[:, None] * g_f_SC + g_step_SC, 0.0)
         f_SC = jnp.where(active_SC, pre_SC, 0.0)
         return {
             "W_enc": so_far["W_enc"] + add_rows(output.x_BD, row_SC, g_pre_SC),
-            "W_dec": so_far["W_dec"] + add_rows(output.g_BD, row_SC, f_SC),
+            "W_dec": so_far["W_dec"] + add_rows(output.g_BD, g_row_SC, f_SC),
             "b_enc": so_far["b_enc"] + g_pre_SC.sum(axis=1),
             "threshold": so_far["threshold"] - g_theta_SC.sum(axis=1) / bandwidth,
         }

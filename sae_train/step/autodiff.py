@@ -20,6 +20,7 @@ from sae_train.config.run import Config, TrainConfig
 from sae_train.config.sae import SaeConfig
 from sae_train.model.architectures import forward
 from sae_train.model.forward import Forward, Params
+from sae_train.model.matryoshka import with_prefixes
 from sae_train.step import optimiser
 from sae_train.step.result import StepResult
 from sae_train.step.schedule import Scheduled
@@ -55,14 +56,14 @@ def loss_and_forward(
 
     Args:
         x_BD, target_BD: scaled rows; of an SAE the target is x.
-        error: what it tells is the last of the results.
+        error: of all latents' reconstruction; what it tells is the last of the results.
     """
     out = forward(params, x_BD, target_BD=target_BD, config=sae, dead_F=dead_F, precision=precision)
     distance, told = error(out.reconstruction_BD, target_BD)
     penalty = penalty_of(
         out.l0_B, out.frequency_F, l1_B=out.l1_B, scalars=scalars, log_gain=log_gain, train=train
     )
-    loss = distance + penalty.loss
+    loss = with_prefixes(distance, out, target_BD, config=sae) + penalty.loss
     if out.auxiliary is not None:
         loss = loss + out.auxiliary
     return loss, (out, penalty, told)

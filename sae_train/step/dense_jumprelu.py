@@ -15,7 +15,6 @@ Legend: B rows of a batch, D model width, F latents, T tiles, L latents of a til
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +26,8 @@ from jaxtyping import Array, Bool, Float
 from activation_cache.precision import Precision
 from activation_cache.products import einsum
 from sae_train.config.run import Config
-from sae_train.model.forward import Params, decoded_with, threshold_of
+from sae_train.model.forward import Params, threshold_of
+from sae_train.model.matryoshka import group_gradients, reconstructions, weighted_error
 from sae_train.model.sharding import max_over_all, over_devices, sum_over
 from sae_train.step import optimiser
 from sae_train.step.gradients import (
@@ -38,16 +38,14 @@ from sae_train.step.gradients import (
     Rows,
     output_dims,
     small_gradients,
-    tile_gradients,
 )
-from sae_train.step.latents import read_kept
 from sae_train.step.result import StepResult
 from sae_train.step.revive import revive
 from sae_train.step.schedule import Scheduled
 from sae_train.step.sparsity_penalty import Penalty, penalty_of
 from sae_train.step.state import TrainState
-from sae_train.step.tile_passes import Update, encode_tiles, update_tiles
-from sae_train.step.tiles import tile_of
+from sae_train.step.tile_passes import Update, encode_tiles, update_tiles, whole_gradients
+from sae_train.step.tiles import in_order, tile_of, tiled_groups
 
 # A width without divisors in reach is one tile: hundreds of small ones would take longer.
 _SMALLEST_TILE = 256
@@ -55,7 +53,6 @@ _SMALLEST_TILE = 256
 MATRIX = ("F", "D")
 ROW_DIMS = ({"W_enc": MATRIX, "W_dec": MATRIX},) * 2
 ENCODER_DIMS = (MATRIX, MATRIX, ("F",), ("F",), ("B", "D"))
-ENCODED_DIMS = Encoded(("B", "D"), ("B",), ("F",), (), None, ())
 _KEPT_DIMS = ("F", "whole", "B")  # [T, L, B]
 
 # W_enc, W_dec, b_enc, θ, and what the encoder multiplies.
@@ -79,10 +76,11 @@ class DenseStep:
     def __init__(self, config: Config, mesh: Mesh, *, precision: Precision) -> None:
         self._config, self._mesh, self._precision = config, mesh, precision
         self._sae, self._train = config.sae, config.train
-        width = config.sae.width // mesh.shape["model"]
         # Elsewhere one tile of all: five products, each as large as it can be.
-        self._tile = cpu_tile(width) if mesh.devices.flat[0].platform == "cpu" else width
-        self._num_tiles = width // self._tile
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        self._groups = tiled_groups(
+            config.sae, devices=mesh.shape["model"], tile_of=cpu_tile if on_cpu else int
+        )
         self._num_rows = config.train.batch_size // mesh.shape["data"]  # of each device
 
     def __call__(
@@ -96,17 +94,17 @@ class DenseStep:
         """One step on scaled rows."""
         operands = self._encoder_operands(state.params, x_BD)
         encoded = self._encode(state, operands)
-        reconstruction_BD = decoded_with(
+        every = reconstructions(
             state.params, encoded.decoded_BD, x_BD=x_BD, precision=self._precision
         )
-        residual_BD = target_BD - reconstruction_BD
+        residuals = [target_BD - reconstruction_BD for reconstruction_BD in every]
         penalty, output = self._output_gradients(
-            operands, residual_BD, encoded, scalars=scalars, log_gain=state.log_gain
+            operands, residuals, encoded, scalars=scalars, log_gain=state.log_gain
         )
         params, second_moment, touched_F, norm = self._update(
             state, x_BD, encoded, output, scalars=scalars
         )
-        loss = jnp.square(residual_BD).sum(axis=1).mean() + penalty.loss
+        loss = weighted_error(residuals, config=self._sae) + penalty.loss
         if self._sae.revive_coefficient:
             params, second_moment, touched_F, revival = revive(
                 state,
@@ -115,7 +113,7 @@ class DenseStep:
                 touched_F,
                 active_F=encoded.active_F,
                 encoder_input_BD=output.x_BD,
-                residual_BD=residual_BD,
+                residual_BD=residuals[-1],
                 gradient_norm=norm,
                 scalars=scalars,
                 config=self._config,
@@ -130,7 +128,7 @@ class DenseStep:
             loss=loss,
             penalty=penalty,
             gradient_norm=norm,
-            reconstruction_BD=reconstruction_BD,
+            reconstruction_BD=every[-1],
             l0_B=encoded.l0_B,
             fired_F=encoded.active_F > 0,
             pairs_per_row=encoded.pairs_per_row,
@@ -158,17 +156,37 @@ class DenseStep:
         """The dense encoder; with `keep` latents stay, else pairs are counted."""
 
         def part(*operands):
-            decoded_BD, l0_B, active_F, kept_TLB, total = encode_tiles(
-                *operands,
-                tile=self._tile,
-                bandwidth=self._sae.bandwidth,
-                keep=keep,
-                precision=self._precision,
+            found = [
+                encode_tiles(
+                    *operands,
+                    latents_of_pass=group,
+                    bandwidth=self._sae.bandwidth,
+                    keep=keep,
+                    precision=self._precision,
+                )
+                for group in self._groups
+            ]
+            decoded, l0, active, kept, total = zip(*found, strict=True)
+            return self._summed(
+                decoded[0] if len(found) == 1 else jnp.stack(decoded),
+                sum(l0[1:], l0[0]),
+                in_order(active, self._groups),
+                None if keep else sum(total[1:], total[0]),
+                kept=kept if keep else None,
             )
-            return self._summed(decoded_BD, l0_B, active_F, None if keep else total, kept=kept_TLB)
 
-        out_dims = dataclasses.replace(ENCODED_DIMS, kept=_KEPT_DIMS if keep else None)
+        out_dims = self._encoded_dims(self._kept_dims if keep else None)
         return self._over_devices(part, ENCODER_DIMS, out_dims)(*operands)
+
+    @property
+    def _kept_dims(self) -> Any:
+        """Of each group [T, L, B]."""
+        return (_KEPT_DIMS,) * len(self._groups)
+
+    def _encoded_dims(self, kept: Any) -> Encoded:
+        """The dims of a batch's latents, given those of what is kept of them."""
+        decoded_dims = ("B", "D") if len(self._groups) == 1 else ("whole", "B", "D")
+        return Encoded(decoded_dims, ("B",), ("F",), (), kept, ())
 
     def _summed(
         self, decoded_BD: Array, l0_B: Array, active_F: Array, total: Array | None, *, kept: Any
@@ -193,14 +211,14 @@ class DenseStep:
     def _output_gradients(
         self,
         operands: EncoderOperands,
-        residual_BD: Array,
+        residuals: list[Array],
         encoded: Encoded,
         *,
         scalars: Scheduled,
         log_gain: Array,
     ) -> tuple[Penalty, OutputGradients]:
-        """The penalty, and the gradients of the loss in reconstruction, L0 and frequencies."""
-        num_rows = residual_BD.shape[0]
+        """The penalty, and the gradients of the loss in reconstructions, L0 and frequencies."""
+        num_rows = residuals[0].shape[0]
 
         def penalty(l0_B: Array, frequency_F: Array) -> tuple[Array, Penalty]:
             found = penalty_of(
@@ -214,7 +232,7 @@ class DenseStep:
         _, _, bias_F, theta_F, encoder_input_BD = operands
         return found, OutputGradients(
             x_BD=encoder_input_BD,
-            g_BD=-2.0 / num_rows * residual_BD,
+            g_BD=group_gradients(residuals, config=self._sae),
             g_l0_B=g_l0_B,
             g_count_F=g_frequency_F / num_rows,
             theta_F=theta_F,
@@ -293,41 +311,47 @@ class DenseStep:
         self, rows: Rows, encoded: Encoded, output: OutputGradients, update: Update | None
     ) -> tuple[Rows, LatentSums, Array]:
         """New rows, sums of their gradients and which latents were touched: here all."""
-        rows, sums = self._update_tiles(rows, output, encoded.kept, self._num_tiles, update)
+        rows, sums = self._update_tiles(rows, output, encoded.kept, None, update)
         return rows, sums, jnp.ones(self._sae.width, bool)
 
     def _update_tiles(
         self,
         rows: Rows,
         output: OutputGradients,
-        kept_TLB: Array | None,
-        num_tiles: int | Array,
+        kept: tuple[Array, ...] | None,
+        wanted: Array | None,
         update: Update | None,
     ) -> tuple[Rows, LatentSums]:
-        def part(rows, output, kept_TLB, num_tiles, update):
-            rows, sums = update_tiles(
-                rows,
-                output,
-                kept_TLB,
-                self._num_tiles if num_tiles is None else num_tiles,
-                tile=self._tile,
-                update=update,
-                config=self._config,
-                mesh=self._mesh,
-                precision=self._precision,
-            )
+        """`update_tiles` of every group, or where `wanted` is False nothing."""
+
+        def part(rows, output, kept, wanted, update):
+            sums: LatentSums | None = None
+            for number, group in enumerate(self._groups):
+                num_tiles = group.num_tiles
+                rows, sums = update_tiles(
+                    rows,
+                    output.of_group(number),
+                    None if kept is None else kept[number],
+                    num_tiles if wanted is None else jnp.where(wanted, num_tiles, 0),
+                    latents_of_pass=group,
+                    before=sums,
+                    update=update,
+                    config=self._config,
+                    mesh=self._mesh,
+                    precision=self._precision,
+                )
+            assert sums is not None
             return rows, self._latent_sums(sums)
 
-        dynamic = None if isinstance(num_tiles, int) else num_tiles
         in_dims = (
             ROW_DIMS,
-            output_dims(),
-            None if kept_TLB is None else _KEPT_DIMS,
-            None if dynamic is None else (),
+            output_dims(groups=len(self._groups)),
+            None if kept is None else self._kept_dims,
+            None if wanted is None else (),
             update_dims(update),
         )
         return self._over_devices(part, in_dims, (ROW_DIMS, SUM_DIMS))(
-            rows, output, kept_TLB, dynamic, update
+            rows, output, kept, wanted, update
         )
 
     def _latent_sums(self, sums: LatentSums) -> LatentSums:
@@ -342,38 +366,28 @@ class DenseStep:
     ) -> Params:
         """Of every parameter, as a whole, the decoder's not yet projected."""
 
-        def part(W_enc_FD, W_dec_FD, kept_TLB, output):
-            multiplied = output.operands(self._precision)
-
-            def one_tile(tile):
-                W_dec_LD, kept_LB, theta_L, g_count_L = tile
-                latents = read_kept(
-                    kept_LB,
-                    theta_S=theta_L,
-                    bandwidth=self._sae.bandwidth,
+        def part(W_enc_FD, W_dec_FD, kept, output):
+            own = [
+                whole_gradients(
+                    W_dec_FD,
+                    kept[number],
+                    output.of_group(number),
+                    latents_of_pass=group,
+                    config=self._config,
+                    mesh=self._mesh,
                     precision=self._precision,
                 )
-                gradients = tile_gradients(
-                    W_dec_LD,
-                    latents,
-                    theta_S=theta_L,
-                    g_count_S=g_count_L,
-                    output=multiplied,
-                    bandwidth=self._sae.bandwidth,
-                    precision=self._precision,
-                )
-                return sum_over("data", gradients, mesh=self._mesh)
-
-            per_latent = W_dec_FD, output.theta_F, output.g_count_F
-            W_dec_TLD, *others = (a.reshape(-1, self._tile, *a.shape[1:]) for a in per_latent)
-            tiled = jax.lax.map(one_tile, (W_dec_TLD, kept_TLB, *others))
-            whole = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tiled)
+                for number, group in enumerate(self._groups)
+            ]
+            whole = {name: in_order([one[name] for one in own], self._groups) for name in own[0]}
             encoded_D = einsum("f,fd->d", whole["b_enc"], W_enc_FD, precision="float32")
             return whole, sum_over("model", encoded_D, mesh=self._mesh)
 
         whole_dims = {"W_enc": MATRIX, "W_dec": MATRIX, "b_enc": ("F",), "threshold": ("F",)}
         whole, encoded_D = self._over_devices(
-            part, (MATRIX, MATRIX, _KEPT_DIMS, output_dims()), (whole_dims, ("D",))
+            part,
+            (MATRIX, MATRIX, self._kept_dims, output_dims(groups=len(self._groups))),
+            (whole_dims, ("D",)),
         )(params["W_enc"], params["W_dec"], encoded.kept, output)
         sums = LatentSums(whole["b_enc"], whole["threshold"], encoded_D, None, None)
         return whole | self._small_gradients(params, x_BD, output=output, sums=sums)

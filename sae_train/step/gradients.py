@@ -44,7 +44,7 @@ class Encoded:
     """A batch's latents in sum; the same class also holds dims, field by field.
 
     Attributes:
-        decoded_BD: f W_dec.
+        decoded_BD: f W_dec; of a Matryoshka SAE that of each group, [G, B, D].
         l0_B: active latents of each row.
         active_F: active rows of each latent, over the whole batch.
         pairs_per_row: pairs of row and latent that have a gradient, per row, of the device with the
@@ -71,7 +71,8 @@ class OutputGradients:
 
     Attributes:
         x_BD: what the encoder multiplied: rows less b_dec, if it is subtracted at all.
-        g_BD: the gradient in the reconstruction.
+        g_BD: the gradient in the reconstruction; of a Matryoshka SAE that in each group's part of
+            all reconstructions, [G, B, D].
         g_l0_B: that in each row's count of active latents.
         g_count_F: that in each latent's count of active rows.
         theta_F, bias_F: thresholds and encoder biases.
@@ -92,6 +93,17 @@ class OutputGradients:
             g_l0_B=factor * self.g_l0_B,
             g_count_F=factor * self.g_count_F,
         )
+
+    @property
+    def shared_g_BD(self) -> Any:
+        """The gradient in what is part of every reconstruction: b_dec and an affine skip."""
+        return self.of_group(0).g_BD
+
+    def of_group(self, number: int) -> OutputGradients:
+        """As the latents of one group see it."""
+        if self.g_BD.ndim == 2:
+            return self
+        return dataclasses.replace(self, g_BD=self.g_BD[number])
 
     def operands(self, precision: Precision) -> OutputGradients:
         """With x and g as products at this precision are given them; of no use for sums."""
@@ -120,9 +132,10 @@ class LatentSums:
     projected: Any
 
 
-def output_dims(row: str = "B") -> OutputGradients:
+def output_dims(row: str = "B", *, groups: int = 1) -> OutputGradients:
     """The dims of `OutputGradients`; `row="whole"` gives every device all rows."""
-    return OutputGradients((row, "D"), (row, "D"), (row,), ("F",), ("F",), ("F",))
+    g_dims = (row, "D") if groups == 1 else ("whole", row, "D")
+    return OutputGradients((row, "D"), g_dims, (row,), ("F",), ("F",), ("F",))
 
 
 SUM_DIMS = LatentSums(bias_F=("F",), theta_F=("F",), encoded_D=("D",), squares=(), projected=())
@@ -182,7 +195,7 @@ def small_gradients(
         x_BD: scaled rows, b_dec not subtracted.
         sums: what a pass over the latents left.
     """
-    b_dec_D = output.g_BD.sum(axis=0)
+    b_dec_D = output.shared_g_BD.sum(axis=0)
     log = sae.threshold.parametrisation == "log"
     small = {
         "b_enc": sums.bias_F,
@@ -192,7 +205,7 @@ def small_gradients(
     if "input_mean" in params:
         small["input_mean"] = jnp.zeros_like(params["input_mean"])  # it stays as it is
     if "W_skip" in params:
-        small["W_skip"] = einsum("bd,be->de", x_BD, output.g_BD, precision=precision)
+        small["W_skip"] = einsum("bd,be->de", x_BD, output.shared_g_BD, precision=precision)
     return small
 
 

@@ -23,6 +23,8 @@ from activation_cache.runtime.errors import UserError
 from sae_train.config.sae import SaeConfig
 from sae_train.inference.read_formats import load_sae
 from sae_train.inference.sae import Sae, check_kind
+from sae_train.model.matryoshka import latent_at
+from sae_train.model.sharding import table_of
 
 # Training log θ can't hold θ = 0. A released latent with θ = 0 starts from this instead.
 _SMALLEST_THRESHOLD = 1e-6
@@ -74,7 +76,12 @@ def starting_params(
         if config.threshold.parametrisation == "log":
             threshold_F = np.log(np.maximum(threshold_F, _SMALLEST_THRESHOLD))
         params["threshold"] = threshold_F
-    return {name: value.astype(np.float32) for name, value in params.items()}
+    # The release's first latents become those of the smallest prefix.
+    latents, table = latent_at(config), table_of(config)
+    return {
+        name: (value[latents] if table[name].dims[0] == "F" else value).astype(np.float32)
+        for name, value in params.items()
+    }
 
 
 def _check(sae: Sae, config: SaeConfig, *, d_model: int) -> None:

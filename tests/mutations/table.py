@@ -46,6 +46,21 @@ MUTATIONS = (
         f"{_T_EQUATIONS}::test_a_step_has_the_gradients_of_the_equations[l0-log-sparse]",
     ),
     Mutation(
+        "a latent of a Matryoshka SAE learns from one of the prefixes it is part of",
+        "sae_train/model/matryoshka.py",
+        "[*itertools.accumulate(reversed(own))][::-1]",
+        "own",
+        "tests/sae_train/step/test_matryoshka.py::test_steps_follow_the_float64_reference[dense]",
+    ),
+    Mutation(
+        "latents of a Matryoshka SAE are released as they lie in training",
+        "sae_train/checkpoint/trained.py",
+        "np.argsort(latent_at(config))",
+        "np.arange(config.width)",
+        "tests/sae_train/inference/test_sae_lens.py"
+        "::test_a_matryoshka_release_is_a_plain_one_in_the_order_of_prefixes",
+    ),
+    Mutation(
         "the penalty's gradient in the threshold is lost",
         _EQUATIONS,
         "-1.0 / bandwidth, 0.0)",

@@ -32,6 +32,9 @@ def published_sweep(folder: Path, *, more: bool = True) -> Path:
                 name: {"l0": l0, "fvu": 0.2, "delta_loss": None if f is None else f * delta}
                 for name, f in rows
             },
+            "by_prefix": [
+                numbers | {"latents": latents, "alive_fraction": 0.5} for latents in (512, 2048)
+            ],
             "by_precision": [numbers | {"model": m, "sae": s} for m in kinds for s in kinds],
         }
         if more:

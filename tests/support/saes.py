@@ -93,6 +93,13 @@ def make_sae(**arguments: Any) -> Sae:
     return fold(make_trained(**arguments))
 
 
+def of_first(first: int, sae: Sae) -> Sae:
+    """The SAE that is made of so many first latents."""
+    t = sae.tensors
+    own = {name: t[name][:first] for name in ("W_dec", "b_enc", "threshold")}
+    return dataclasses.replace(sae, W_enc=t["W_enc"][:, :first], **own)
+
+
 def reference_latents(sae: Sae, x: np.ndarray) -> np.ndarray:
     """Gemma Scope's inference in float64: relu(z) where z > threshold."""
     t = {name: tensor.astype(np.float64) for name, tensor in sae.tensors.items()}

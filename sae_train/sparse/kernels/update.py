@@ -57,6 +57,7 @@ class _Read(NamedTuple):
     g_count_F: Any
     theta_F: Any
     decay_F: Any
+    first_g_F: Any
     scalars: Any
 
 
@@ -86,6 +87,7 @@ def touched_pass(
     pre_P: Float[Array, " P"],
     *,
     output: OutputGradients,
+    first_g_F: Int[Array, " F"] | None = None,
     update: Update | None,
     config: Config,
     precision: Precision,
@@ -112,6 +114,7 @@ def touched_pass(
         g_count_F=output.g_count_F,
         theta_F=output.theta_F,
         decay_F=decay_F,
+        first_g_F=jnp.zeros(1, jnp.int32) if first_g_F is None else first_g_F,
         scalars=scalars,
     )
     vectors = jnp.zeros(width), jnp.zeros(width)
@@ -131,6 +134,7 @@ def touched_pass(
             bandwidth=config.sae.bandwidth,
             config=config.train.adam,
             writes=update is not None,
+            in_groups=first_g_F is not None,
             precision=precision,
         ),
         (*read, *vectors, *matrices),
@@ -205,7 +209,12 @@ class _Found(NamedTuple):
 
 
 def _one_program(
-    *refs: Any, bandwidth: float, config: AdamConfig, writes: bool, precision: Precision
+    *refs: Any,
+    bandwidth: float,
+    config: AdamConfig,
+    writes: bool,
+    in_groups: bool,
+    precision: Precision,
 ) -> None:
     read, refs = _Read(*refs[: len(_Read._fields)]), refs[len(_Read._fields) + 2 :]
     # Rows are written in place: then the operands are no longer to be read.
@@ -219,7 +228,13 @@ def _one_program(
         latent = read.ids_N[segment]
         W_enc, W_dec = row.read(own.W_enc, latent), row.read(own.W_dec, latent)
         found = _gradients(
-            read, row, segment=segment, W_dec=W_dec, bandwidth=bandwidth, precision=precision
+            read,
+            row,
+            segment=segment,
+            W_dec=W_dec,
+            first_g=read.first_g_F[latent] if in_groups else None,
+            bandwidth=bandwidth,
+            precision=precision,
         )
         store(written.bias_F.at[latent], found.bias)
         store(written.theta_F.at[latent], found.theta / bandwidth)
@@ -248,6 +263,7 @@ def _gradients(
     *,
     segment: Array,
     W_dec: Pieces,
+    first_g: Array | None,
     bandwidth: float,
     precision: Precision,
 ) -> _Found:
@@ -260,7 +276,8 @@ def _gradients(
     def add(nth: Array, so_far: _Found) -> _Found:
         b, pre = read.row_P[start + nth], read.pre_P[start + nth]
         active, window = pre > theta, jnp.abs(pre - theta) < bandwidth / 2
-        x, g = row.read(read.x_BD, b), row.read(read.g_BD, b)
+        x = row.read(read.x_BD, b)
+        g = row.read(read.g_BD, b if first_g is None else b + first_g)
         g_f = _dot(g, multiplied)
         g_pre, f = jnp.where(active, g_f, 0.0), jnp.where(active, pre, 0.0)
         weight_x, weight_g = as_seen(g_pre), as_seen(f)

@@ -300,12 +300,16 @@ def test_transcoders_and_embeddings_are_runs_like_the_others() -> None:
     assert table.sae.tap.name == "embedding"
     assert (table.cache.path[-10:], table.cache.tokens) == ("/embedding", 256_000 - 3)
     path = folder / "gemma_scope_2" / "1b-pt.yaml"
-    config = load_job(path, ['sweep.only=["transcoder/layer_7_*", "mlp_out/layer_7_*"]'])
+    overrides = ['sweep.only=["transcoder/layer_7_*", "mlp_out/layer_7_*"]']
+    config = load_job(path, [*overrides, "sae.matryoshka=[0.0625, 0.125, 0.5]"])
     second = {run.name: run.config.sae for run in expand(config)}
     skips = [name for name, sae in second.items() if sae.affine_skip]
     assert skips
     assert all(name.startswith("transcoder/") and "_affine" in name for name in skips)
     assert {sae.site for sae in second.values()} == {"mlp_in", "mlp_out"}
+    assert len({sae.width for sae in second.values()}) > 1
+    for sae in second.values():
+        assert sae.prefixes == (sae.width // 16, sae.width // 8, sae.width // 2, sae.width)
 
 
 def test_all_cells_are_those_of_every_kind() -> None:

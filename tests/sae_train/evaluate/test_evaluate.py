@@ -40,6 +40,7 @@ from tests.support.oracles.their_gemma import (
 from tests.support.saes import (
     make_sae,
     make_trained,
+    of_first,
     reference_latents,
     reference_reconstruction,
     save_run,
@@ -48,6 +49,7 @@ from tests.support.saes import (
 pytestmark = pytest.mark.slow
 
 
+PREFIXES = [0.25, 0.5]
 FEW = {"sequences": 3, "sequences_per_batch": 3, "importance_sequences": 0}
 
 
@@ -84,6 +86,8 @@ def save_world_run(folder: Path, config: Config, store: Store, *, index: int, **
     trained = make_trained(D=width, F=F, seed=index, scale=2.0 if width == D else 0.5)
     values = config.model_dump()
     values["sae"] |= {"site": site, "layer": layer}
+    if index == 0:
+        values["sae"] |= {"matryoshka": PREFIXES}
     values |= {"output": str(folder), "name": folder.name}
     trained = dataclasses.replace(
         trained,
@@ -117,9 +121,9 @@ def test_a_released_sae_is_measured_as_it_is(world, evaluations, tmp_path: Path)
 # The oracle -------------------------------------------------------------------------------------
 
 
-def expected(world, index, tokens) -> dict[str, Any]:
-    """Every headline number of one run, from transformers' model and NumPy in float64."""
-    tap, sae = TAPS[index], fold(load_trained(world.runs[index]))
+def expected(world, index, tokens, *, first: int = F) -> dict[str, Any]:
+    """Every headline number of a run's `first` latents, by transformers and NumPy in float64."""
+    tap, sae = TAPS[index], of_first(first, fold(load_trained(world.runs[index])))
     usable = ~np.isin(tokens, [PAD, EOS, BOS])
     counted = usable[:, :-1] & (tokens[:, 1:] != PAD)
     base, acts = their_losses(world.theirs, tokens, tap=tap)
@@ -196,6 +200,16 @@ def test_every_number_is_the_oracles(world, evaluations, index):
         np.round(read_frequencies(world.runs[index], got) * got.tokens), want["fired"]
     )
     assert got.mse / got.variance == pytest.approx(got.fvu)
+
+
+def test_every_prefix_is_measured_as_an_sae_of_its_latents(world, evaluations):
+    assert [row["latents"] for row in evaluations[0].by_prefix] == [F // 4, F // 2, F]
+    for row in evaluations[0].by_prefix:
+        want = expected(world, 0, world.held_out, first=row["latents"])
+        for key in ("l0", "fvu", "alive_fraction"):
+            assert row[key] == pytest.approx(want[key], rel=1e-5), key
+        assert row["delta_loss"] == pytest.approx(want["loss_spliced"] - want["loss"], abs=2e-5)
+    assert evaluations[1].by_prefix == []
 
 
 def test_the_two_treatments_of_bos_differ(evaluations):

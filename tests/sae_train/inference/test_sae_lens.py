@@ -19,13 +19,14 @@ from sae_train import load_sae
 from sae_train.inference.fold import fold
 from sae_train.inference.sae import Sae
 from sae_train.inference.write_formats import write_gemma_scope, write_gemma_scope_2, write_sae_lens
-from sae_train.release.export import check_same
+from sae_train.release.export import check_same, export
 from tests.support.saes import (
     make_sae,
     make_trained,
     make_trained_as,
     reference_latents,
     reference_reconstruction,
+    save_run,
 )
 
 pytestmark = pytest.mark.slow
@@ -65,6 +66,23 @@ def test_sae_lens_loads_our_folder(sae_lens, tmp_path, x_raw):
         latents = theirs.encode(torch.from_numpy(x_raw)).numpy()
     expected = scale * z * (z > p["threshold"])
     np.testing.assert_allclose(latents, expected, rtol=1e-4, atol=1e-4)  # float32 both ways
+
+
+def test_a_matryoshka_release_is_a_plain_one_in_the_order_of_prefixes(sae_lens, tmp_path, x_raw):
+    """What training holds lies dealt out; the first latents of every format are one prefix."""
+    dealt = make_trained(D=D, F=F, matryoshka=[6, 12])
+    (release,) = export(save_run(tmp_path, dealt))
+    theirs = sae_lens.SAE.load_from_disk(tmp_path / "release/sae_lens")
+    assert type(theirs).__name__ == "JumpReLUSAE"
+    assert_agrees(theirs, release.sae, x_raw)
+    # Six runs of four positions, of which one is the first prefix's and one the second's.
+    runs = dealt.params["W_dec"].reshape(6, 4, D)
+    ordered = np.concatenate([runs[:, 0], runs[:, 1], runs[:, 2:].reshape(12, D)])
+    for folder in ("gemma_scope", "gemma_scope_2", "sae_lens"):
+        read = load_sae(tmp_path / "release" / folder)
+        np.testing.assert_array_equal(read.W_dec, ordered, err_msg=folder)
+    assert read.prefixes == (6, 12, 24)
+    assert "| Matryoshka | the first 6, 12, 24 latents" in release.files[-1].read_text()
 
 
 def test_sae_lens_keeps_the_metadata(sae_lens, tmp_path):

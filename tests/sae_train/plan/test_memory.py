@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import pytest
 
@@ -110,6 +111,19 @@ def test_an_accelerator_needs_what_the_step_keeps_alive() -> None:
     }
     assert memory.biggest == "activations"
     assert memory.total == sum(memory.items.values()) + 4 * 8 * 4
+
+
+@pytest.mark.parametrize("step", ["dense", "sparse"])
+def test_prefixes_take_arrays_of_rows(step: Literal["dense", "sparse"]) -> None:
+    capacity = 128 if step == "sparse" else None
+    groups = (256, 256, 512, 1024, 2048)
+    sizes = Shape(512, 256, 4096, MeshConfig(), capacity=capacity, groups=groups)
+    own = {"matryoshka": [0.0625, 0.125, 0.25, 0.5]}
+    arguments, total = measured_bytes(compile_step(sizes, step=step, sae=own))
+    planned = step_memory(sizes, backend="cpu")
+    held = sum(planned.items[name] for name in ("weights", "second moment", "batch"))
+    assert held - (PATH_BYTES if capacity else 0) == arguments
+    assert planned.step == pytest.approx(total, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("skip", [False, True])

@@ -247,6 +247,8 @@ def test_each_published_figure_has_its_numbers(tmp_path: Path) -> None:
     order = subsets[0]["layout"]["yaxis"]["ticktext"]
     assert order == ["&lt;b&gt;DM Math", "Europarl", "silent"], "from best to worst"
     assert subsets[0]["data"][0]["y"] == [0, 1], "silent has no bar"
+    prefixes = charts_of(section(page, "By prefix"), of=page)
+    assert [chart["data"][0]["x"] for chart in prefixes] == [[512, 2048]] * 4
     assert section(page, "Precision").count("<tr>") == 5
     for chart in charts_of(section(page, "Precision"), of=page):
         hollow = [t for t in chart["data"] if t["marker"]["symbol"].endswith("-open")]
@@ -260,5 +262,5 @@ def test_each_published_figure_has_its_numbers(tmp_path: Path) -> None:
 
 def test_what_was_not_measured_is_not_shown(tmp_path: Path) -> None:
     words = Page(write_report(published_sweep(tmp_path / "sweep", more=False))).words
-    for heading in ("By subset", "Importance", "Precision", "In gemma-it"):
+    for heading in ("By subset", "By prefix", "Importance", "Precision", "In gemma-it"):
         assert heading not in words

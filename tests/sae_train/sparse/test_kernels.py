@@ -53,6 +53,7 @@ class Touched:
         *,
         num_rows: int = 31,
         width: int = 48,
+        groups: int = 1,
         precision: Precision = "float32",
     ) -> None:
         self.precision: Precision = precision
@@ -71,12 +72,15 @@ class Touched:
         theta_F = theta_F.at[: width // 4].set(1e6)
         self.output = OutputGradients(
             x_BD=x_BD,
-            g_BD=normal(num_rows, d_model),
+            g_BD=normal(groups * num_rows, d_model),
             g_l0_B=normal(num_rows),
             g_count_F=normal(width),
             theta_F=theta_F,
             bias_F=normal(width),
         )
+        self.first_g_F: jax.Array | None = None
+        if groups > 1:
+            self.first_g_F = jnp.arange(width, dtype=jnp.int32) % groups * num_rows
         self.pairs = jax.jit(
             partial(
                 active_pairs.select_pairs,
@@ -107,6 +111,7 @@ class Touched:
         update = self.update if writes else None
         return {
             "output": self.output,
+            "first_g_F": self.first_g_F,
             "update": update,
             "config": self.config,
             "precision": self.precision,
@@ -119,19 +124,21 @@ class Touched:
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
-    ("d_model", "programs", "writes"),
-    [(8, 1024, True), (300, 7, True), (300, 7, False)],  # of 300 the last piece ends behind the row
+    ("d_model", "programs", "writes", "groups"),
+    # Of 300 the last piece ends behind the row.
+    [(8, 1024, True, 1), (300, 7, True, 3), (300, 7, False, 1)],
 )
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_touched_latents_are_updated_as_by_xla(
     d_model: int,
     programs: int,
     writes: bool,
+    groups: int,
     precision: Precision,
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(update_module, "PROGRAMS", programs)
-    case = Touched(d_model, precision=precision)
+    case = Touched(d_model, groups=groups, precision=precision)
     assert 12 <= int((case.pairs.counts_F == 0).sum()) < 40
     found, expected = (
         jax.jit(partial(function, writes=writes))(case.rows, case.pairs)

@@ -62,11 +62,11 @@ def test_golden_numbers_of_the_authors():
         encoded = dense._encode_tiles(operands, keep=True)
         reconstruction = encoded.decoded_BD + here["b_dec"][None, :]
         penalty, output = dense._output_gradients(
-            operands, x - reconstruction, encoded, scalars=scalars, log_gain=jnp.asarray(0.0)
+            operands, [x - reconstruction], encoded, scalars=scalars, log_gain=jnp.asarray(0.0)
         )
         loss = jnp.square(x - reconstruction).sum(axis=1).mean() + penalty.loss
         gradients = dense._gradients(here, x, encoded, output)
-        pre = encoded.kept.reshape(len(params["b_enc"]), -1).T
+        pre = encoded.kept[0].reshape(len(params["b_enc"]), -1).T
     assert_golden(loss, gradients, reconstruction=reconstruction, pre=pre)
 
 

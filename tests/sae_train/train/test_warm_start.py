@@ -61,7 +61,11 @@ def test_one_step_at_no_rate_is_the_released_sae(tmp_path: Path, parametrisation
         width=F,
         steps=1,
         parametrisation=parametrisation,
-        sae={"start_from": str(tmp_path / "theirs"), "pre_encoder_bias": bias},
+        sae={
+            "start_from": str(tmp_path / "theirs"),
+            "pre_encoder_bias": bias,
+            "matryoshka": [6, 12] if bias else None,
+        },
         learning_rate={"peak": 1e-30, "warmup_steps": 0},
     )
     train(config)
@@ -70,6 +74,8 @@ def test_one_step_at_no_rate_is_the_released_sae(tmp_path: Path, parametrisation
     x = 3 * np.random.default_rng(0).standard_normal((50, WIDTH)).astype(np.float32)
     assert 0.05 < (np.asarray(sae.encode(x)) > 0).mean() < 0.95
     np.testing.assert_allclose(fold(trained)(x), sae(x), rtol=1e-4, atol=1e-4)
+    active = [np.asarray(one.encode(x)) > 0 for one in (fold(trained), sae)]
+    assert (active[0] == active[1]).mean() > 0.999, "latents in another order"
 
 
 def test_it_goes_on_from_there_and_resumes_without_the_source(tmp_path: Path):

@@ -54,18 +54,28 @@ def penalty_and_slope(l0, sparsity):
     return value, np.full_like(l0, (2 * lam / target) * (l0.mean() / target - 1))
 
 
-def loss_and_gradients(params, x, *, bandwidth, sparsity, target=None, product=np.matmul):
+def loss_and_gradients(
+    params, x, *, bandwidth, sparsity, target=None, product=np.matmul, prefixes=None
+):
     """Loss, metrics and the gradient of every parameter, the threshold's in θ itself.
 
     With a `target` a transcoder's: it is predicted from x, which b_dec isn't subtracted from; with
-    a W_skip [in, out] x W_skip is part of the prediction.
+    a W_skip [in, out] x W_skip is part of the prediction. `prefixes` are (latents, weight) of each
+    reconstruction of a Matryoshka SAE, all latents last.
     """
     rows, is_sae = x.shape[0], target is None
     pre, active, latents = encode(params, x, centred=is_sae, product=product)
     target = x if is_sae else target
-    residual = target - (product(latents, params["W_dec"]) + params["b_dec"])
-    if "W_skip" in params:
-        residual = residual - product(x, params["W_skip"])
+    shared = params["b_dec"] + (product(x, params["W_skip"]) if "W_skip" in params else 0.0)
+    error, g_shared = 0.0, np.zeros_like(target)
+    g_latents, g_dec = np.zeros_like(latents), np.zeros_like(params["W_dec"])
+    for first, weight in prefixes or [(latents.shape[1], 1.0)]:
+        residual = target - (product(latents[:, :first], params["W_dec"][:first]) + shared)
+        error += weight * (residual**2).sum(axis=1).mean()
+        g_out = -2 * weight * residual / rows
+        g_shared += g_out
+        g_latents[:, :first] += product(g_out, params["W_dec"][:first].T)
+        g_dec[:first] += product(latents[:, :first].T, g_out)
     l0 = active.sum(axis=1).astype(float)
     penalty, slope = penalty_and_slope(l0, sparsity)
     frequency, crowding = active.mean(axis=0), np.zeros(active.shape[1])
@@ -75,8 +85,6 @@ def loss_and_gradients(params, x, *, bandwidth, sparsity, target=None, product=n
         crowding = 2 * price * frequency / scale
     mse = (residual**2).sum(axis=1).mean()
 
-    g_out = -2 * residual / rows
-    g_latents = product(g_out, params["W_dec"].T)
     g_pre = np.where(active, g_latents, 0.0)
     window = np.abs((pre - params["threshold"]) / bandwidth) < 0.5
     g_threshold = np.zeros_like(params["threshold"])
@@ -86,14 +94,14 @@ def loss_and_gradients(params, x, *, bandwidth, sparsity, target=None, product=n
     gradients = {
         "W_enc": product(g_pre.T, x - params["b_dec"] if is_sae else x),
         "b_enc": g_pre.sum(axis=0),
-        "W_dec": product(latents.T, g_out),
-        "b_dec": g_out.sum(axis=0) - is_sae * (params["W_enc"].T @ g_pre.sum(axis=0)),
+        "W_dec": g_dec,
+        "b_dec": g_shared.sum(axis=0) - is_sae * (params["W_enc"].T @ g_pre.sum(axis=0)),
         "threshold": g_threshold,
     }
     if "W_skip" in params:
-        gradients["W_skip"] = product(x.T, g_out)
+        gradients["W_skip"] = product(x.T, g_shared)
     variance = ((target - target.mean(axis=0)) ** 2).sum(axis=1).mean()
-    metrics = {"loss": mse + penalty, "mse": mse, "l0": l0.mean(), "fvu": mse / variance}
+    metrics = {"loss": error + penalty, "mse": mse, "l0": l0.mean(), "fvu": mse / variance}
     return metrics, gradients
 
 
@@ -136,6 +144,7 @@ class Trainer:
     product: Callable = np.matmul
     revive: float = 0.0  # the aux loss's coefficient
     dead_after: int = 1  # steps
+    prefixes: list | None = None
 
     def __post_init__(self):
         self.params = {name: np.asarray(v, np.float64) for name, v in self.params.items()}
@@ -151,6 +160,7 @@ class Trainer:
             sparsity=sparsity,
             target=target,
             product=self.product,
+            prefixes=self.prefixes,
         )
         if self.revive:
             dead = self.steps - self.last_fired >= self.dead_after

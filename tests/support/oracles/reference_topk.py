@@ -22,31 +22,40 @@ def largest(values, k, *, over_batch=False):
     return np.where((values >= least) & (values > 0), values, 0.0), least
 
 
-def loss_and_gradients(params, x, *, target, k, over_batch, dead, aux, skip_shift):
-    """Loss, L0, the smallest value selected (of BatchTopK), and the gradient of every parameter."""
+def loss_and_gradients(params, x, *, target, k, over_batch, dead, aux, skip_shift, prefixes=None):
+    """Loss, L0, the smallest value selected (of BatchTopK), and the gradient of every parameter.
+
+    `prefixes` are as in `reference.loss_and_gradients`.
+    """
     rows, d_model = target.shape
     shifted = x if skip_shift else x - params["b_dec"]
     pre = np.maximum(shifted @ params["W_enc"].T + params["b_enc"], 0.0)
     f, least = largest(pre, k, over_batch=over_batch)
-    error = target - (f @ params["W_dec"] + params["b_dec"])
-    if "W_skip" in params:
-        error = error - x @ params["W_skip"]
+    shared = params["b_dec"] + (x @ params["W_skip"] if "W_skip" in params else 0.0)
+    loss, g, g_f, g_dec = 0.0, 0.0, np.zeros_like(f), np.zeros_like(params["W_dec"])
+    for first, weight in prefixes or [(f.shape[1], 1.0)]:
+        error = target - (f[:, :first] @ params["W_dec"][:first] + shared)
+        loss += weight * (error**2).sum(1).mean()
+        g_own = -2 * weight / rows * error
+        g = g + g_own
+        g_f[:, :first] += g_own @ params["W_dec"][:first].T
+        g_dec[:first] += f[:, :first].T @ g_own
     dead_pre = np.where(dead[None, :], pre, 0.0)
     k_aux = d_model // 2
     z = largest(dead_pre, k_aux)[0] if dead.sum() > k_aux else dead_pre
     missed = error - z @ params["W_dec"]
     share = aux * min(dead.sum() / k_aux, 1.0)
-    g, g_missed = -2 / rows * error, -2 / rows * share * missed
-    g_pre = (f > 0) * (g @ params["W_dec"].T) + (z > 0) * (g_missed @ params["W_dec"].T)
+    g_missed = -2 / rows * share * missed
+    g_pre = (f > 0) * g_f + (z > 0) * (g_missed @ params["W_dec"].T)
     gradients = {
         "W_enc": g_pre.T @ shifted,
-        "W_dec": f.T @ g + z.T @ g_missed,
+        "W_dec": g_dec + z.T @ g_missed,
         "b_enc": g_pre.sum(0),
         "b_dec": g.sum(0) - (0 if skip_shift else params["W_enc"].T @ g_pre.sum(0)),
     }
     if "W_skip" in params:
         gradients["W_skip"] = x.T @ g
-    loss = (error**2).sum(1).mean() + share * (missed**2).sum(1).mean()
+    loss += share * (missed**2).sum(1).mean()
     return loss, f, least, gradients
 
 
@@ -61,6 +70,7 @@ class Trainer:
     aux: float
     epsilon: float
     skip_shift: bool = False
+    prefixes: list | None = None
     steps: int = 0
 
     def __post_init__(self):
@@ -79,6 +89,7 @@ class Trainer:
             dead=self.steps - self.last_fired >= self.dead_after,
             aux=self.aux,
             skip_shift=self.skip_shift,
+            prefixes=self.prefixes,
         )
         self.steps += 1
         self.last_fired[(f > 0).any(0)] = self.steps
