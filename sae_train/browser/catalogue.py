@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,6 @@ from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import AnyPath, StoragePath, storage_path
 from sae_train.config.file import FILE_NAME
 from sae_train.latents.reader import Latents, has_latents, open_latents
-from sae_train.latents.records import Explanation
 from sae_train.report.described_runs import describe_runs
 from sae_train.runs.folder import read_run, run_folders
 
@@ -116,12 +115,10 @@ def index(shown: Sequence[Shown], *, live: bool) -> dict[str, Any]:
     return {"live": live, "saes": [one.facts() for one in shown]}
 
 
-def score_of(explanation: Explanation | None) -> float | None:
-    """The number that explanations are sorted by."""
-    if explanation is None:
-        return None
+def score_of(scores: Mapping[str, Any]) -> float | None:
+    """The number that explanations are sorted by, of an explanation's `scores`."""
     for kind, measure in _SCORES:
-        value = (explanation.scores.get(kind) or {}).get(measure)
+        value = (scores.get(kind) or {}).get(measure)
         if isinstance(value, int | float):
             return float(value)
     return None
@@ -134,11 +131,11 @@ def latent_json(shown: Sequence[Shown], one: Shown, latent: int) -> dict[str, An
         UserError: there is no such latent.
     """
     assert one.latents is not None
-    found = one.latents[latent].to_dict()
+    found = _plain(one.latents[latent])
     ids = _ids_of_neighbours(shown, one)
     for key in ("neighbours", "encoder_neighbours"):
         found[key] = [row | {"id": ids.get(row["sae"])} for row in found[key]]
-    return _rounded(found) | {"width": len(one.latents)}
+    return found | {"width": len(one.latents)}
 
 
 def _ids_of_neighbours(shown: Sequence[Shown], one: Shown) -> dict[str, str]:
@@ -158,12 +155,15 @@ def _ids_of_neighbours(shown: Sequence[Shown], one: Shown) -> dict[str, str]:
     return found | {entries[0].name: one.id}
 
 
-def _rounded(value: Any) -> Any:
-    """Six significant digits, which is more than is shown and half of the bytes."""
+def _plain(value: Any) -> Any:
+    """What JSON carries, at six significant digits: more than is shown and half of the bytes."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _rounded(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(one) for one in value]
-    return _rounded(dataclasses.asdict(value)) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
+        return [_plain(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if dataclasses.is_dataclass(value):
+        fields = dataclasses.fields(value)
+        return {field.name: _plain(getattr(value, field.name)) for field in fields}
+    return value

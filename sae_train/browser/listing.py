@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import threading
 import time
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -55,10 +57,19 @@ class Query:
 
 
 class Listing:
-    """The columns of one SAE's latents in memory."""
+    """The columns of one SAE's latents in memory.
+
+    Attributes:
+        lock: a page is made by one thread at a time. No file is read meanwhile that `latents` reads
+            when it is asked for a latent, so that nobody waits for a search of contexts.
+    """
 
     def __init__(self, latents: Latents) -> None:
         self.latents = latents
+        self.lock = threading.Lock()
+        # Read now, so that no page reads a file of `latents`; contexts are searched in another.
+        self._known = (latents.summary, latents.vocabulary, latents.explanations)
+        self._searched = Latents(latents.folder, latents.record)
         self._order = functools.lru_cache(maxsize=8)(self._ordered)
         self._matches = functools.lru_cache(maxsize=8)(self._matching)
 
@@ -84,17 +95,20 @@ class Listing:
                 for key in ("top_input", "top_logit_token")
             }
             text = None if explanation is None else explanation.text
-            found.append(row | tokens | {"explanation": text, "score": score_of(explanation)})
+            score = None if explanation is None else score_of(explanation.scores)
+            found.append(row | tokens | {"explanation": text, "score": score})
         return found
 
     def column(self, name: str) -> np.ndarray:
         """The numbers that the list is sorted by; NaN where there is none."""
         if name != "score":
             return self.latents.summary[name].to_numpy().astype(np.float64)
+        known = self.latents.explanations
+        # Many latents have the same scores: each JSON is read once.
+        listed = known.last["scores"].combine_chunks().dictionary_encode(null_encoding="encode")
+        found = [score_of(json.loads(one or "{}")) for one in listed.dictionary.to_pylist()]
         scores = np.full(len(self.latents), np.nan)
-        for latent, explanations in self.latents.explanations.items():
-            value = score_of(explanations[-1])
-            scores[latent] = np.nan if value is None else value
+        scores[known.latents] = np.array(found, np.float64)[listed.indices.to_numpy()]
         return scores
 
     def _ordered(self, sort: str, falling: bool) -> Int[np.ndarray, " F"]:
@@ -108,13 +122,11 @@ class Listing:
         if where == "context":
             return self._contexts(text, after)
         if where == "explanation":
-            wanted = text.casefold()
-            for latent, explanations in self.latents.explanations.items():
-                mask[latent] = wanted in explanations[-1].text.casefold()
+            known = self.latents.explanations
+            hits = pc.match_substring(known.last["text"], text, ignore_case=True)
+            mask[known.latents] = hits.to_numpy()
             return mask, len(mask)
-        wanted = text.casefold()
-        known = [wanted in text_of(piece).casefold() for piece in self.latents.vocabulary]
-        ids = np.flatnonzero(known)
+        ids = np.flatnonzero(pc.match_substring(self._texts, text, ignore_case=True))
         for name in ("top_input", "top_logit_token", "bottom_logit_token"):
             mask |= np.isin(self.latents.summary[name].fill_null(-1).to_numpy(), ids)
         return mask, len(mask)
@@ -126,7 +138,7 @@ class Listing:
     def _contexts(self, text: str, after: int) -> tuple[Bool[np.ndarray, " F"], int]:
         """Row group by row group, until there are enough hits or the time is over."""
         mask = np.zeros(len(self.latents), bool)
-        file = self.latents.open_file(CONTEXTS.name)
+        file = self._searched.open_file(CONTEXTS.name)
         end = time.monotonic() + _PATIENCE
         first = (after + 1) // GROUP
         for group in range(first, file.num_row_groups):

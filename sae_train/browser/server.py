@@ -6,6 +6,7 @@ name at this machine; it writes nothing; and its pages may load nothing from any
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -69,6 +70,13 @@ class Site:
             raise UserError(f"no SAE '{sae}' is shown here")
         return self.by_id[sae]
 
+    def read_ahead(self) -> None:
+        """Read what the pages of the first SAE need, before somebody waits for them."""
+        for one in list(self.by_id.values())[:1]:
+            # What is wrong is told by the page that needs it.
+            with self.lock, contextlib.suppress(UserError, OSError, ValueError):
+                latent_json(self.shown, one, 0)
+
     def page(self, sae: str, asked: Mapping[str, str]) -> dict[str, Any]:
         """A page of an SAE's list."""
         shown = self.of(sae)
@@ -80,7 +88,9 @@ class Site:
         with self.lock:
             if sae not in self.listings:
                 self.listings[sae] = Listing(shown.latents)
-            return self.listings[sae].page(query)
+            listing = self.listings[sae]
+        with listing.lock:
+            return listing.page(query)
 
     def latent(self, sae: str, number: str) -> dict[str, Any]:
         """Everything about one latent."""
@@ -206,6 +216,7 @@ def serve(
     thread = threading.Thread(target=server.run, kwargs={"sockets": [own]}, daemon=True)
     thread.start()
     try:
+        site.read_ahead()
         while thread.is_alive() and not stop():
             time.sleep(0.1)
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -33,6 +33,7 @@ from sae_train.latents.schema import (
     CONTEXTS,
     DIRECTIONS,
     EXPLANATIONS,
+    EXPLANATIONS_SCHEMA,
     FOLDER,
     GROUP,
     RECORD,
@@ -65,6 +66,45 @@ def open_latents(folder: AnyPath) -> Latents:
 def has_latents(folder: StoragePath) -> bool:
     """Does a run's folder hold finished latents?"""
     return (folder / FOLDER / RECORD).is_file()
+
+
+class Explanations(Mapping[int, tuple[Explanation, ...]]):
+    """What `sae explain` wrote, by latent: columns in memory, objects of those that are asked for.
+
+    Attributes:
+        latents: those that have an explanation, rising.
+    """
+
+    def __init__(self, rows: pa.Table) -> None:
+        numbers = rows["latent"].to_numpy()
+        order = np.argsort(numbers, kind="stable")
+        is_sorted = bool((order[1:] > order[:-1]).all())
+        self._rows = rows if is_sorted else rows.take(order)
+        self.latents, begins = np.unique(numbers[order], return_index=True)
+        self._begins = np.append(begins, len(rows))
+
+    @functools.cached_property
+    def last(self) -> pa.Table:
+        """The row of explanations.parquet that was written last, of each of `latents`."""
+        if len(self.latents) == len(self._rows):
+            return self._rows
+        return self._rows.take(self._begins[1:] - 1)
+
+    def __getitem__(self, latent: int) -> tuple[Explanation, ...]:
+        place = int(np.searchsorted(self.latents, latent))
+        if place == len(self.latents) or self.latents[place] != latent:
+            raise KeyError(latent)
+        begin, end = self._begins[place : place + 2]
+        return tuple(
+            Explanation(row["text"], row["method"], row["model"], json.loads(row["scores"] or "{}"))
+            for row in self._rows.slice(begin, end - begin).to_pylist()
+        )
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.latents.tolist())
+
+    def __len__(self) -> int:
+        return len(self.latents)
 
 
 class Latents:
@@ -101,7 +141,7 @@ class Latents:
     @functools.cached_property
     def summary(self) -> pa.Table:
         """One row per latent: counts, mean, maximum, the first of each ranking."""
-        return self.open_file(SUMMARY.name).read()
+        return self.open_file(SUMMARY.name).read().combine_chunks()
 
     @functools.cached_property
     def vocabulary(self) -> list[str]:
@@ -109,16 +149,11 @@ class Latents:
         return self.open_file(VOCABULARY).read(["piece"])["piece"].to_pylist()
 
     @functools.cached_property
-    def explanations(self) -> dict[int, tuple[Explanation, ...]]:
+    def explanations(self) -> Explanations:
         """By latent, what `sae explain` wrote; empty before it ran."""
         if not (self.folder / EXPLANATIONS).is_file():
-            return {}
-        found: dict[int, tuple[Explanation, ...]] = {}
-        for row in self.open_file(EXPLANATIONS).read().to_pylist():
-            scores = json.loads(row["scores"] or "{}")
-            one = Explanation(row["text"], row["method"], row["model"], scores)
-            found[row["latent"]] = (*found.get(row["latent"], ()), one)
-        return found
+            return Explanations(EXPLANATIONS_SCHEMA.empty_table())
+        return Explanations(self.open_file(EXPLANATIONS).read())
 
     def __getitem__(self, index: SupportsIndex) -> Latent:
         """Read one latent; raises `UserError` if there is no such latent."""

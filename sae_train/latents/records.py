@@ -18,7 +18,7 @@ def text_of(piece: str) -> str:
 
     Bytes above 0x7F, which are parts of a character, stay as they are.
     """
-    byte = re.fullmatch(r"<0x([0-7][0-9A-F])>", piece)
+    byte = re.fullmatch(r"<0x([0-7][0-9A-F])>", piece) if piece.startswith("<0x") else None
     return chr(int(byte[1], 16)) if byte else piece.replace("▁", " ")
 
 

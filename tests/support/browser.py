@@ -138,6 +138,12 @@ class Browser:
         assert "exceptionDetails" not in done, done["exceptionDetails"]
         return done["result"].get("value")
 
+    def busy(self) -> float:
+        """CPU seconds that the page's main thread has spent on all pages since the first call."""
+        self._call("Performance.enable", timeDomain="threadTicks")
+        metrics = self._call("Performance.getMetrics")["metrics"]
+        return float(next(one["value"] for one in metrics if one["name"] == "TaskDuration"))
+
     def point_at(self, selector: str, *, click: bool = False) -> None:
         """Move the pointer to the middle of an element; with `click`, press there."""
         x, y = self._within(selector, 0.5, 0.5)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,9 +18,9 @@ from launch.cli import main
 from sae_train.browser.catalogue import catalogue
 from sae_train.browser.listing import Listing, Query
 from sae_train.browser.requests import Live
-from sae_train.browser.server import bound_socket
+from sae_train.browser.server import Site, bound_socket
 from sae_train.browser.static import write_static
-from sae_train.latents.reader import open_latents
+from sae_train.latents.reader import Latents, open_latents
 from tests.sae_train.browser.support import SAES, F
 
 FIRST = SAES[0]
@@ -122,6 +124,37 @@ def test_a_search_of_contexts_goes_on_where_it_ended(
         found |= {row["latent"] for row in page["rows"]}
         after = page["searched"] - 1
     assert found == {row["latent"] for row in whole["rows"]}
+
+
+def test_the_first_sae_is_read_before_it_is_asked_for(
+    sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = Site(catalogue([sweep]))
+    site.read_ahead()
+    copy = Path(shutil.copytree(sweep / FIRST / "latents", tmp_path / "latents"))
+    (copy / "contexts.parquet").write_bytes(b"damaged")
+    Site(catalogue([copy])).read_ahead()  # its pages will tell
+    monkeypatch.setattr(Latents, "open_file", Mock(side_effect=AssertionError("a file is read")))
+    assert site.page(FIRST, {})["total"] == F
+    assert site.latent(FIRST, "1")["index"] == 1
+
+
+def test_nobody_waits_for_a_search_of_contexts(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = Site(catalogue([sweep]))
+    free: list[bool] = []
+    contexts = Listing._contexts
+
+    def watched(listing: Listing, text: str, after: int) -> Any:
+        free.append(not site.lock.locked())
+        if free[-1]:
+            assert site.latent(FIRST, "17")["index"] == 17
+        return contexts(listing, text, after)
+
+    monkeypatch.setattr(Listing, "_contexts", watched)
+    assert site.page(FIRST, {"text": "e", "where": "context"})["total"] > 0
+    assert free == [True]
 
 
 def test_a_static_copy_needs_a_fresh_folder(sweep: Path, tmp_path: Path) -> None:

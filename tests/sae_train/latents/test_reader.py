@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from activation_cache.runtime.errors import UserError
-from sae_train.latents.reader import Latents, open_latents
+from sae_train.latents.reader import Explanations, Latents, open_latents
 from sae_train.latents.records import text_of
-from sae_train.latents.schema import CONTEXTS, GROUP
+from sae_train.latents.schema import CONTEXTS, EXPLANATIONS_SCHEMA, GROUP
 from tests.support.oracles import latents as brute_force
 
 F = 300
@@ -55,6 +56,25 @@ def test_a_latent_that_never_fired(latents: Latents):
     assert (latent.count, latent.histogram, latent.contexts) == (0, None, ())
     assert latent.top_logits
     assert "never fired" in latent._repr_html_()
+
+
+def test_explanations_are_read_by_latent_whatever_their_order():
+    columns = {
+        "latent": pa.array([9, 4, 9, 2], pa.int32()),
+        "text": ["first", "four", "last", "two"],
+        "method": ["examples"] * 4,
+        "model": ["a model"] * 4,
+        "scores": ['{"detection": null}', None, "{}", ""],
+    }
+    found = Explanations(pa.table(columns, schema=EXPLANATIONS_SCHEMA))
+    assert (list(found), len(found)) == ([2, 4, 9], 3)
+    assert [one.text for one in found[9]] == ["first", "last"]
+    assert found[9][0].scores == {"detection": None}
+    assert found[4][0].scores == {}
+    assert found.last["text"].to_pylist() == ["two", "four", "last"]
+    assert found.get(3) is None
+    assert found.get(10) is None
+    assert not Explanations(EXPLANATIONS_SCHEMA.empty_table())
 
 
 def test_the_summary_has_a_row_for_each(latents: Latents):
