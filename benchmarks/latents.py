@@ -1,11 +1,13 @@
 """`sae latents` beside SAEDashboard, on the same SAE, the same text and the same cores.
 
-    python -m benchmarks.latents RUN --python OTHER/bin/python [--tokens 32768] [--rounds 3]
+    python -m benchmarks.latents RUN --python OTHER/bin/python [--tokens 16384 65536 131072]
     python -m benchmarks.latents --growth            # time and memory by width and by text
 
-RUN is a trained run whose store is there; OTHER an environment with sae-dashboard 0.8.0. Ours is
-timed whole: the model's forward, reading and writing files. SAEDashboard is given the activations
-and isn't timed for the model or for writing. The two take turns.
+RUN is a trained run whose text is there; OTHER an environment with sae-dashboard 0.8.0. Both read
+the first so many tokens of the run's text, and take turns. The model's forward is timed once and
+both are given its activations: SAEDashboard keeps them in files too. Ours is timed whole but for
+that and for loading the model. SAEDashboard isn't timed for writing. It makes 128 latents at a time
+and does the same for each 128, so a few of these batches are timed and the rest reckoned.
 """
 
 from __future__ import annotations
@@ -18,35 +20,44 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from activation_cache.language_model.model import conversion_folder, load_model
-from activation_cache.store.store import open_store
-from benchmarks.support.measure import prepare
+from activation_cache.gemma.taps import Tap
+from activation_cache.language_model.model import LanguageModel, conversion_folder, load_model
+from activation_cache.storage.files import storage_path
+from benchmarks.support.measure import markdown, prepare
 from sae_train.checkpoint.trained import load_trained
 from sae_train.config.file import read_run_config
 from sae_train.config.latents import LatentsConfig
+from sae_train.config.run import Config
+from sae_train.evaluate.jobs import Models
 from sae_train.inference.fold import fold
 from sae_train.inference.hook_names import transformer_lens_hook
 from sae_train.inference.write_formats import write_sae_lens
 from sae_train.latents.compute import compute_latents
+from sae_train.latents.job import LatentsJob, latents_job
 from sae_train.latents.reader import open_latents
 
 logger = logging.getLogger("latents")
 
 _PROMPTS = 32  # of a file of SAEDashboard's cache
+_BATCH = 128  # latents that SAEDashboard makes together
+
+Seconds = dict[str, float]  # "wall" and "cpu"
 
 
 def main() -> None:
-    """Print seconds and the ratio of latents per second."""
+    """Print a table: seconds and the ratio of latents per second, by text."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", nargs="?")
+    parser.add_argument("run", nargs="?", type=Path)
     parser.add_argument("--python", help="of an environment with sae-dashboard")
-    parser.add_argument("--tokens", type=int, default=32_768)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16_384, 65_536, 131_072])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--growth", action="store_true")
     chosen = parser.parse_args()
@@ -59,18 +70,49 @@ def main() -> None:
         return
     if not chosen.run or not chosen.python:
         parser.error("give a RUN and --python, or --growth")
-    with tempfile.TemporaryDirectory() as scratch:
-        beside(Path(chosen.run), Path(scratch), chosen)
+    config = read_run_config(chosen.run)
+    model = load_model(config.model, converted=conversion_folder(config.cache.path))
+    head = ("tokens", "", "forward, s", "ours, s", "theirs, s for 128", "ratio", "with forward")
+    lines: list[list[str]] = []
+    for tokens in chosen.tokens:
+        with tempfile.TemporaryDirectory() as scratch:
+            # The first size compiles.
+            turns = chosen.rounds + (not lines)
+            found = beside(
+                chosen.run, Path(scratch), model, tokens=tokens, chosen=chosen, turns=turns
+            )
+        found["rounds"] = found["rounds"][-chosen.rounds :]
+        lines += [line(found, tokens=tokens, kind=kind) for kind in ("cpu", "wall")]
+        logger.info("%s", lines[-2:])
+    logger.info("%s", markdown(head, lines))
 
 
-def beside(run: Path, scratch: Path, chosen: argparse.Namespace) -> None:
-    """Ours and theirs in turns."""
+def beside(
+    run: Path,
+    scratch: Path,
+    model: LanguageModel,
+    *,
+    tokens: int,
+    chosen: argparse.Namespace,
+    turns: int,
+) -> dict[str, Any]:
+    """Ours and theirs in turns: seconds of the forward and of each turn."""
     own, theirs = scratch / "run", scratch / "theirs"
     shutil.copytree(run, own, ignore=shutil.ignore_patterns("latents"))
-    lay_out(own, theirs, tokens=chosen.tokens)
-    settings = LatentsConfig(tokens=chosen.tokens)
+    config = read_run_config(own)
+    settings = LatentsConfig(tokens=tokens, source=config.text.source, field=config.text.field)
+    job = latents_job(
+        storage_path(own),
+        settings=settings,
+        places=(),
+        models=Models(given=model),
+        stop=lambda: False,
+    )
+    kept: Kept = {}
+    forward = timed(lambda: kept.update(activations(job, config, model)))
+    lay_out(job, config, theirs, model, kept)
     command = [chosen.python, "-m", "benchmarks.support.their_latents", str(theirs)]
-    ratios: dict[str, list[float]] = {"wall": [], "cpu": []}
+    rounds = []
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
@@ -78,60 +120,92 @@ def beside(run: Path, scratch: Path, chosen: argparse.Namespace) -> None:
         assert other.stdout is not None
         while other.stdout.readline() != "ready\n":
             pass
-        for number in range(chosen.rounds + 1):
-            ours = timed(lambda: compute_latents([own], settings=settings))
+        for number in range(turns):
+            with given(kept):
+                ours = timed(lambda: compute_latents([own], settings=settings, model=model))
             other.stdin.write("batch\n")
             other.stdin.flush()
             found = json.loads(other.stdout.readline())
-            width = len(open_latents(own))
             if number == 0:
                 check(own, found)
-            else:  # the first compiles
-                for kind, values in ratios.items():
-                    values.append(width / ours[kind] / (128 / found[kind]))
-            logger.info(
-                "ours %.1f s, CPU %.1f s, for %d latents; SAEDashboard %.1f s, CPU %.1f s, for 128",
-                *(ours["wall"], ours["cpu"], width, found["wall"], found["cpu"]),
-            )
+            rounds.append({"ours": ours, "theirs": found})
+            logger.info("%d tokens: %s", tokens, {"ours": ours, "theirs": found["cpu"]})
             shutil.rmtree(own / "latents")
         other.stdin.close()
-    for kind, values in ratios.items():
-        listed = ", ".join(f"{one:.0f}" for one in values)
-        middle = statistics.median(values)
-        logger.info(
-            "latents per second of %s: %.0f times SAEDashboard's (%s)", kind, middle, listed
-        )
+    return {"forward": forward, "rounds": rounds, "width": job.width}
 
 
-def timed(work: Callable[[], Any]) -> dict[str, float]:
+Kept = dict[bytes, dict[Tap, np.ndarray]]  # activations by the tokens of a batch
+
+
+def activations(job: LatentsJob, config: Config, model: LanguageModel) -> Kept:
+    """The model's activations, in the batches of the walk."""
+    ids, size = job.job.table.read(job.sequences), config.evaluation.sequences_per_batch
+    batches = [ids[begin : begin + size] for begin in range(0, len(ids), size)]
+    assert len(ids) % size == 0, f"{len(ids)} sequences are no batches of {size}"
+    taps = [config.sae.tap]
+    return {
+        batch.tobytes(): {
+            tap: np.asarray(acts) for tap, acts in model.activations(batch, taps).items()
+        }
+        for batch in batches
+    }
+
+
+@contextmanager
+def given(kept: Kept) -> Iterator[None]:
+    """The model's forward takes no time meanwhile."""
+    forward = LanguageModel.activations
+
+    def read(model: LanguageModel, tokens: np.ndarray, taps: Any) -> dict[Tap, Any]:
+        return {tap: jnp.asarray(acts) for tap, acts in kept[tokens.tobytes()].items()}
+
+    LanguageModel.activations = read  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        LanguageModel.activations = forward  # type: ignore[method-assign]
+
+
+def timed(work: Callable[[], Any]) -> Seconds:
     """Wall and CPU seconds."""
     wall, cpu = time.perf_counter(), time.process_time()
     work()
     return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
 
 
-def lay_out(run: Path, folder: Path, *, tokens: int) -> None:
+def line(found: dict[str, Any], *, tokens: int, kind: str) -> list[str]:
+    """A row of the table: medians of the rounds, the ratios with their range.
+
+    The last ratio adds the forward to both.
+    """
+    batches, forward = found["width"] / _BATCH, found["forward"][kind]
+    ours, theirs = ([one[who][kind] for one in found["rounds"]] for who in ("ours", "theirs"))
+    told = [f"{one:.1f}" for one in (forward, statistics.median(ours), statistics.median(theirs))]
+    for more in (0.0, forward):
+        ratios = [
+            (other * batches + more) / (own + more) for own, other in zip(ours, theirs, strict=True)
+        ]
+        told.append(f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})")
+    return [f"{tokens:,}", kind.upper() if kind == "cpu" else kind, *told]
+
+
+def lay_out(
+    job: LatentsJob, config: Config, folder: Path, model: LanguageModel, kept: Kept
+) -> None:
     """What `support.their_latents` reads, on the sequences that ours walks."""
     import torch
 
-    config = read_run_config(run)
-    table = open_store(config.cache.path).tokens
-    sequences = table.held_out[: -(-tokens // table.sequence_length)]
-    ids = table.read(sequences)
-    model = load_model(config.model, converted=conversion_folder(config.cache.path))
     hook = transformer_lens_hook(config.sae.site, config.sae.layer)
     (folder / "sae_lens").mkdir(parents=True)
-    write_sae_lens(fold(load_trained(run)), folder / "sae_lens")
-    np.save(folder / "tokens.npy", ids)
+    write_sae_lens(fold(load_trained(job.job.folder)), folder / "sae_lens")
+    np.save(folder / "tokens.npy", job.job.table.read(job.sequences))
     np.save(folder / "W_U.npy", np.ascontiguousarray(np.asarray(model.params["embedding"]).T))
     (folder / "hook.json").write_text(json.dumps(hook))
-    for number, start in enumerate(range(0, len(ids), _PROMPTS)):
-        parts = [
-            np.asarray(model.activations(ids[begin : begin + 8], [config.sae.tap])[config.sae.tap])
-            for begin in range(start, min(start + _PROMPTS, len(ids)), 8)
-        ]
-        acts = torch.from_numpy(np.concatenate(parts))
-        torch.save({hook: acts}, folder / f"model_activations_{number}.pt")
+    acts = np.concatenate([one[config.sae.tap] for one in kept.values()])
+    for number, start in enumerate(range(0, len(acts), _PROMPTS)):
+        part = torch.from_numpy(acts[start : start + _PROMPTS].copy())
+        torch.save({hook: part}, folder / f"model_activations_{number}.pt")
 
 
 def check(run: Path, found: dict[str, Any]) -> None:

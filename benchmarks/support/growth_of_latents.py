@@ -50,54 +50,16 @@ def growth(logger: logging.Logger) -> None:
 
 def one(width: int, tokens: int) -> dict[str, float]:
     """Seconds and bytes of one size."""
-    import jax.numpy as jnp
-
     from sae_train.config.latents import LatentsConfig
     from sae_train.evaluate.job import Job
     from sae_train.evaluate.jobs import Models
-    from sae_train.inference.sae import Sae
     from sae_train.latents import compute
     from sae_train.latents.job import LatentsJob
     from tests.support.configs import make_config
 
     random = np.random.default_rng(0)
-    W_dec = random.standard_normal((width, D), np.float32)
-    W_dec /= np.linalg.norm(W_dec, axis=1, keepdims=True)
-    sae = Sae(
-        W_enc=np.ascontiguousarray(W_dec.T),
-        W_dec=W_dec,
-        b_enc=np.zeros(width, np.float32),
-        b_dec=np.zeros(D, np.float32),
-        threshold=np.full(width, NormalDist().inv_cdf(1 - L0 / width), np.float32),
-    )
-    ids = random.integers(3, VOCABULARY, (tokens // S, S)).astype(np.int32)
-    ids[:, 0] = 2
-    special = SimpleNamespace(bos=2, pad=0)
-    table: Any = SimpleNamespace(
-        sequence_length=S,
-        path=Path("tokens"),
-        summary=SimpleNamespace(special_ids=special, subsets=[]),
-        read=lambda sequences: ids[np.array(sequences)],
-        usable=lambda found: found > 2,
-        subset_of=lambda sequences: np.zeros(len(sequences), np.int32),
-    )
-    acts = jnp.asarray(random.standard_normal((8, S, D), np.float32))
-    shape: Any = SimpleNamespace(vocab_size=VOCABULARY)
-    model: Any = SimpleNamespace(
-        config=shape,
-        fingerprint="random",
-        precision="float32",
-        params={
-            "embedding": random.standard_normal((VOCABULARY, D), np.float32),
-            "final_norm": {"scale": np.zeros(D, np.float32)},
-        },
-        # Other rows for each batch, at no cost: the same ones moved by the first token.
-        activations=lambda batch, taps: {
-            tap: jnp.roll(acts, int(batch[0, 1]), axis=(1, 2)) for tap in taps
-        },
-    )
-    models = Models(given=model)
-    config = make_config(width=width)
+    sae, table, model = random_sae(random, width), random_text(random, tokens), random_model(random)
+    models, config = Models(given=model), make_config(width=width)
     backend: Any = SimpleNamespace(id_to_token=str)
     models.tokenizers[config.model] = SimpleNamespace(backend=backend)  # type: ignore[assignment]
     disk = 0
@@ -110,7 +72,7 @@ def one(width: int, tokens: int) -> dict[str, float]:
             sae=sae,
             model=config.model,
             table=table,
-            sequences=range(len(ids)),
+            sequences=range(tokens // S),
             record={},
             fingerprints={"sae": "random", "model": "random"},
         )
@@ -129,6 +91,56 @@ def one(width: int, tokens: int) -> dict[str, float]:
         files = sum(file.stat().st_size for file in latents_job.folder.iterdir())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     return seconds | {"peak_gb": peak, "disk_mb": disk / 1e6, "files_mb": files / 1e6}
+
+
+def random_sae(random: np.random.Generator, width: int) -> Any:
+    """An SAE of which `L0` latents are active on a random row."""
+    from sae_train.inference.sae import Sae
+
+    W_dec = random.standard_normal((width, D), np.float32)
+    W_dec /= np.linalg.norm(W_dec, axis=1, keepdims=True)
+    return Sae(
+        W_enc=np.ascontiguousarray(W_dec.T),
+        W_dec=W_dec,
+        b_enc=np.zeros(width, np.float32),
+        b_dec=np.zeros(D, np.float32),
+        threshold=np.full(width, NormalDist().inv_cdf(1 - L0 / width), np.float32),
+    )
+
+
+def random_text(random: np.random.Generator, tokens: int) -> Any:
+    """What a walk asks of a table of tokens."""
+    ids = random.integers(3, VOCABULARY, (tokens // S, S)).astype(np.int32)
+    ids[:, 0] = 2
+    special = SimpleNamespace(bos=2, pad=0)
+    return SimpleNamespace(
+        sequence_length=S,
+        path=Path("tokens"),
+        summary=SimpleNamespace(special_ids=special, subsets=[]),
+        read=lambda sequences: ids[np.array(sequences)],
+        usable=lambda found: found > 2,
+        subset_of=lambda sequences: np.zeros(len(sequences), np.int32),
+    )
+
+
+def random_model(random: np.random.Generator) -> Any:
+    """What the walk and the logits ask of a model."""
+    import jax.numpy as jnp
+
+    acts = jnp.asarray(random.standard_normal((8, S, D), np.float32))
+    return SimpleNamespace(
+        config=SimpleNamespace(vocab_size=VOCABULARY),
+        fingerprint="random",
+        precision="float32",
+        params={
+            "embedding": random.standard_normal((VOCABULARY, D), np.float32),
+            "final_norm": {"scale": np.zeros(D, np.float32)},
+        },
+        # Other rows for each batch, at no cost: the same ones moved by the first token.
+        activations=lambda batch, taps: {
+            tap: jnp.roll(acts, int(batch[0, 1]), axis=(1, 2)) for tap in taps
+        },
+    )
 
 
 if __name__ == "__main__":

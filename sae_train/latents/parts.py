@@ -129,7 +129,8 @@ class Parts:
     @cached_property
     def _identity(self) -> str:
         named = [(one.name, one.job.fingerprints["sae"]) for one in self.saes]
-        return hashlib.sha256(repr(named).encode()).hexdigest()[:16]
+        # Parts of earlier versions, whose histograms were of float32's logits, are not continued.
+        return hashlib.sha256(repr(("bfloat16", named)).encode()).hexdigest()[:16]
 
     def compute(self, unit: Unit) -> None:
         """Write a part, unless it is there."""
