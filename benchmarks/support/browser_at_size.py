@@ -1,6 +1,6 @@
 """The browser at size: a made-up SAE of many latents, and how long its pages take.
 
-    python -m benchmarks.browser FOLDER [--width 1000000] [--contexts 4] [--explained]
+    python -m benchmarks.support.browser_at_size FOLDER [--width N] [--contexts 4] [--explained]
 
 FOLDER gets files of made-up latents, written as `sae latents` writes them, unless it has them
 already. The server's answers are made in this process, each the first time and again; CPU seconds
