@@ -11,6 +11,7 @@ from typing import Any
 from launch import commands, explaining
 from launch.processes.signals import StopFlag
 from launch.show import browse, neuronpedia
+from launch.show import check as checking
 
 _TARGET = "a config file, or a folder that holds a resolved config.yaml"
 _DRY_RUN = (
@@ -266,5 +267,19 @@ COMMANDS = (
         target="an activation store, a run's or sweep's folder, or a released SAE",
         overrides=False,
         options=(("--verify", "read a store whole and check every checksum"),),
+    ),
+    Command(
+        name="check",
+        handler=checking.check,
+        summary="hold a released SAE to what its files declare",
+        details="Measures L0 and FVU on about a thousand tokens at the site that the files name. "
+        "Where they don't fit, other readings are tried and ranked by FVU: other tensors of the "
+        "layer, before or after a norm or its gain, a scale that wasn't folded in, no BOS. Ends "
+        "with 2 if it doesn't fit (docs/release.md).",
+        example="sae check runs/demo/coefficient_0.0001 --model google/gemma-3-270m --text a.txt",
+        metavar="RELEASE",
+        target="a released SAE or transcoder in any format that is read: a path or a Hub address",
+        overrides=False,
+        settings=checking.SETTINGS,
     ),
 )

@@ -40,6 +40,11 @@ def hugging_face_hook(site: Site, layer: int) -> str:
     return _HUGGING_FACE[site].format(layer=layer)
 
 
+def sites() -> tuple[Site, ...]:
+    """All sites."""
+    return tuple(_TRANSFORMER_LENS)
+
+
 def parse_hook(name: object) -> tuple[Site, int] | None:
     """The site and layer that a name of either kind stands for; None for a hook we don't tap.
 
