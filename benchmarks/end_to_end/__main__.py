@@ -122,7 +122,7 @@ def main() -> int:
     parser.add_argument("--betas", nargs="+", type=float, default=[1.0])
     parser.add_argument("--rows", type=int, default=256, help="of a step that goes on")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--peak", type=float, default=1e-3, help="learning rate of these steps")
+    parser.add_argument("--peak", type=float, default=3e-4, help="learning rate of these steps")
     arguments = parser.parse_args()
     prepare()
     logger.setLevel(logging.INFO)
