@@ -103,7 +103,7 @@ def _server(python: Path) -> Iterator[Sequence[str]]:
         unfinished = folder / f"{_MODEL}.unfinished"
         subprocess.run([python, "-c", _CONVERT, unfinished], check=True)
         unfinished.rename(folder / _MODEL)
-    command = [folder / "bin" / "transformers", "serve", _MODEL, "--port", str(_PORT)]
+    command = [str(folder / "bin" / "transformers"), "serve", _MODEL, "--port", str(_PORT)]
     server = subprocess.Popen(
         [*command, "--device", "cpu"],
         cwd=folder,
