@@ -57,10 +57,8 @@ ALIVE_ROWS = 20_000
 BATCH, STEPS, WIDTH = 512, 600, 2048
 METRICS = (
     Metric(),
-    Metric("loss", 0.5),
     Metric("loss", 0.9),
-    Metric("loss", 0.99),
-    Metric("diagonal", 0.9),
+    Metric("whitened", 0.25),
     Metric("whitened", 0.5),
 )
 
@@ -270,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = scores(study, cells)
     sys.stdout.write(trained_by_metrics(found) + "\n\n")
     first = chosen.targets[0], chosen.seeds[0]
-    saes = {str(one): study.sae(Cell(one, *first)) for one in metrics[:2]}
+    saes = {str(one): study.sae(Cell(one, *first)) for one in (metrics[0], metrics[-1])}
     for name, _, path in (entry.partition("=") for entry in chosen.beside):
         saes[name] = load_sae(path)
         logger.info("%s %s", name, study.score(saes[name]))

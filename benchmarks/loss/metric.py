@@ -4,10 +4,12 @@ The squared error |x - x̂|² counts all directions alike. Here it is (x - x̂)�
 
     M = (1 - a) I + a D G / tr G,        G = E[g gᵀ], g the gradient of the loss at the tap.
 
-With A the symmetric root of M the two are the squared error of rows x A: an SAE trained on those,
-as it is, with its own unit-norm decoder, is a JumpReLU SAE of x once A is multiplied into the
-encoder and divided out of the decoder. `diagonal` keeps G's diagonal alone. `whitened` needs no
-gradients: M = (C / tr C)^-a with C the covariance of the rows.
+With A the symmetric root of M that is the squared error of rows x A: an SAE trained on those, as
+it is, with its own unit-norm decoder, is a JumpReLU SAE of x once A is multiplied into the encoder
+and divided out of the decoder.
+
+`diagonal` keeps the diagonal of G alone. `whitened` needs no gradients: M = (C / tr C)^-a with C
+the rows' covariance, as `sae.whitening: a` has it.
 
 Legend: B rows of a batch, N rows, D model width, F latents.
 """

@@ -46,6 +46,11 @@ def mistakes(
             "train.end_to_end goes through the model from text, and sae.site is embedding, whose "
             "rows are the vocabulary: leave train.end_to_end out"
         )
+    if sae.whitening:
+        yield (
+            f"train.end_to_end can't be combined with sae.whitening {sae.whitening:g}: the model "
+            "reads rows as they are, and training then has whitened ones. Leave one of the two out"
+        )
     count = sequences_per_step(batch_size, sequence_length=text.sequence_length)
     if count % mesh.data:
         yield (

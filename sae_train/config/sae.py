@@ -11,6 +11,7 @@ from pydantic import model_validator
 
 from activation_cache.config import (
     FilePath,
+    Fraction,
     NonNegative32,
     Positive32,
     PositiveSmallCount,
@@ -92,6 +93,8 @@ class SaeConfig(Section):
     # Gemma Scope starts b_dec at zero; a run of a few hundred steps can't carry it to the mean.
     # `auto` takes the mean where it is longer than what is left of the rows without it.
     b_dec_init: Literal["zeros", "mean", "auto"] = "zeros"
+    # The power of the rows' inverse covariance that weighs the error (train/whitening.py).
+    whitening: Fraction = 0.0
 
     @property
     def is_transcoder(self) -> bool:
@@ -165,6 +168,23 @@ class SaeConfig(Section):
                 f"a topk transcoder can't predict {self.target}: the one format that holds it is "
                 "circuit-tracer's, for transcoders that predict mlp_out. Set sae.target to that, "
                 "or use batch_topk, which is released as a JumpReLU one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_whitened(self) -> SaeConfig:
+        if not self.whitening:
+            return self
+        if self.is_transcoder or self.site == "embedding":
+            what = "transcoders" if self.is_transcoder else "the embedding"
+            raise ValueError(
+                f"sae.whitening isn't for {what}: it weighs the error of an SAE of a layer's "
+                "activations. Leave it out, or set it to 0"
+            )
+        if self.start_from is not None:
+            raise ValueError(
+                "sae.whitening can't be combined with sae.start_from, whose decoder has rows of "
+                "unit norm without it. Leave one of the two out"
             )
         return self
 

@@ -25,6 +25,9 @@ def fold(trained: Trained) -> Sae:
     x_raw are multiplied by T/C: W_enc' = T/C W_enc, W_skip' = T/C W_skip. A mean m that it
     subtracts from its input goes the way of b_dec: b_enc' = T (b_enc - W_enc m).
 
+    With `sae.whitening` training reads x A: W_enc' = W_enc Aᵀ, W_dec' = W_dec A⁻¹ and
+    b_dec' = C b_dec A⁻¹. The released decoder's rows have unit norm only when multiplied by A.
+
     Returns:
         Float32 NumPy tensors W_enc [D, F], W_dec [F, D], ...; computed in float64.
 
@@ -45,11 +48,17 @@ def fold(trained: Trained) -> Sae:
     if config.subtract_mean:
         bias_F = bias_F - params["W_enc"] @ params["input_mean"]
     W_enc_FD = params["W_enc"] if ratio == 1.0 else ratio * params["W_enc"]
+    W_dec_FD, b_dec_D = params["W_dec"], params["b_dec"]
+    if config.whitening > 0:
+        # Of rows x A: x A W_encᵀ = x (W_enc Aᵀ)ᵀ, and what it decodes to is times A⁻¹ one of x.
+        back_DD = np.linalg.inv(params["whitening"])
+        W_enc_FD = W_enc_FD @ params["whitening"].T
+        W_dec_FD, b_dec_D = W_dec_FD @ back_DD, b_dec_D @ back_DD
     return Sae(
         W_enc=np.ascontiguousarray(W_enc_FD.T, np.float32),
-        W_dec=np.ascontiguousarray(params["W_dec"], np.float32),
+        W_dec=np.ascontiguousarray(W_dec_FD, np.float32),
         b_enc=(scale * bias_F).astype(np.float32),
-        b_dec=(scale * params["b_dec"]).astype(np.float32),
+        b_dec=(scale * b_dec_D).astype(np.float32),
         threshold=(scale * params["threshold"]).astype(np.float32),
         k=config.k if config.architecture == "topk" else None,
         architecture=_released_architecture(config),

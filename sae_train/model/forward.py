@@ -58,6 +58,16 @@ def threshold_of(params: Params, *, config: SaeConfig) -> Float[Array, " F"]:
     return params["threshold"]
 
 
+def whitened(params: Params, x_BD: Float[Array, "B D"]) -> Float[Array, "B D"]:
+    """Scaled rows as the SAE reads and predicts them: times A where `sae.whitening` is set.
+
+    At float32 on every device, as the release has A in its weights.
+    """
+    if "whitening" not in params:
+        return x_BD
+    return einsum("bd,de->be", x_BD, params["whitening"], precision="float32")
+
+
 def pre_activations(
     params: Params,
     x_BD: Float[Array, "B D"],

@@ -75,6 +75,7 @@ _SHARED: dict[str, Tensor] = {
 _UNTIED = Tensor(dims=("F", "D"), dtype=_FLOAT, init=_other_unit_rows)
 _SKIP = Tensor(dims=("D", "D"), dtype=_FLOAT, init=_zeros)  # [in, out], whole on every device
 _INPUT_MEAN = Tensor(dims=("D",), dtype=_FLOAT, init=_zeros)  # never trained
+_WHITENING = Tensor(dims=("D", "D"), dtype=_FLOAT, init=_zeros)  # never trained, whole everywhere
 _BIAS = Tensor(dims=("F",), dtype=_FLOAT, init=_zeros)
 _OWN: dict[Architecture, dict[str, Tensor]] = {
     "jumprelu": {
@@ -96,6 +97,7 @@ def params_table(
     is_transcoder: bool = False,
     has_skip: bool = False,
     subtracts_mean: bool = False,
+    whitens: bool = False,
 ) -> dict[str, Tensor]:
     """The rows of the parameters that an architecture trains, as an SAE or as a transcoder."""
     table = _SHARED | _OWN[architecture]
@@ -103,6 +105,8 @@ def params_table(
         table["W_enc"] = _UNTIED
     if subtracts_mean:
         table["input_mean"] = _INPUT_MEAN
+    if whitens:
+        table["whitening"] = _WHITENING
     return table | ({"W_skip": _SKIP} if has_skip else {})
 
 
@@ -113,6 +117,7 @@ def table_of(config: SaeConfig) -> dict[str, Tensor]:
         is_transcoder=config.is_transcoder,
         has_skip=config.affine_skip,
         subtracts_mean=config.subtract_mean,
+        whitens=config.whitening > 0,
     )
 
 

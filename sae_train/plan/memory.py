@@ -65,6 +65,7 @@ class Shape:
     architecture: Architecture = "jumprelu"
     is_transcoder: bool = False
     has_skip: bool = False
+    whitens: bool = False
     capacity: int | None = None
     groups: tuple[int, ...] = ()
 
@@ -81,6 +82,7 @@ class Shape:
             architecture=config.sae.architecture,
             is_transcoder=config.sae.is_transcoder,
             has_skip=config.sae.affine_skip,
+            whitens=config.sae.whitening > 0,
             capacity=capacity,
             groups=_groups(config.sae),
         )
@@ -101,7 +103,10 @@ class Shape:
     def params_bytes(self) -> int:
         """Bytes of what is trained on one device."""
         table = params_table(
-            self.architecture, is_transcoder=self.is_transcoder, has_skip=self.has_skip
+            self.architecture,
+            is_transcoder=self.is_transcoder,
+            has_skip=self.has_skip,
+            whitens=self.whitens,
         )
         return self.tensor_bytes(*table.values())
 

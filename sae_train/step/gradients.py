@@ -202,8 +202,9 @@ def small_gradients(
         "threshold": sums.theta_F * output.theta_F if log else sums.theta_F,
         "b_dec": b_dec_D - sums.encoded_D if sae.pre_encoder_bias else b_dec_D,
     }
-    if "input_mean" in params:
-        small["input_mean"] = jnp.zeros_like(params["input_mean"])  # it stays as it is
+    for name in ("input_mean", "whitening"):
+        if name in params:
+            small[name] = jnp.zeros_like(params[name])  # it stays as it is
     if "W_skip" in params:
         small["W_skip"] = einsum("bd,be->de", x_BD, output.shared_g_BD, precision=precision)
     return small

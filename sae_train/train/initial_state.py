@@ -21,14 +21,16 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
+from activation_cache.runtime import exchange, processes
 from activation_cache.store.centring import gamma_of_moments
 from sae_train.config.run import Config, MatchL0Penalty, TargetL0Penalty
 from sae_train.config.sae import SaeConfig
-from sae_train.model.forward import Params, pre_activations
+from sae_train.model.forward import Params, pre_activations, whitened
 from sae_train.model.sharding import mesh_of, sharding
 from sae_train.step.schedule import total_learning_rate
 from sae_train.step.state import TrainState
 from sae_train.train.warm_start import starting_params
+from sae_train.train.whitening import whitening_root
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +73,14 @@ def prepare_start(
     Raises:
         UserError: `sae.start_from` names no SAE that fits.
     """
+    start: dict[str, np.ndarray] = {}
     if config.sae.b_dec_init != "zeros":
-        state = _with_params(state, _b_dec(config, batch, target_scale=target_scale))
+        start |= _b_dec(config, batch, target_scale=target_scale)
+    if config.sae.whitening:
+        root_DD = _whitening(config, batch)
+        start = {name: b_dec_D @ root_DD for name, b_dec_D in start.items()}
+        start["whitening"] = root_DD
+    state = _with_params(state, start)
     input_mean_D = None
     if config.sae.subtract_mean:
         input_mean_D = (_moments(config, batch, which=0)[0] / input_scale).astype(np.float32)
@@ -94,6 +102,16 @@ def prepare_start(
     if warning:
         logger.warning("%s", warning)
     return state
+
+
+def _whitening(config: Config, batch: Callable[[int], HostBatch]) -> Float[np.ndarray, "D D"]:
+    """The root of the metric that `sae.whitening` asks for, the main process's in all of them."""
+    D = batch(0)[0].shape[1]
+    root_DD = np.zeros((D, D), np.float32)
+    if processes.is_main():  # eigenvectors may differ in bits between machines
+        steps = range(-(-MEAN_ROWS // config.train.batch_size))
+        root_DD = whitening_root((batch(step)[0] for step in steps), power=config.sae.whitening)
+    return exchange.sums_of_all({"whitening": root_DD})["whitening"]
 
 
 def _moments(
@@ -157,7 +175,11 @@ def needed_threshold(pre_BF: Float[np.ndarray, "B F"], *, l0: float) -> float:
 def pre_activations_of_all(
     params: Params, x_BD: Float[np.ndarray, "B D"], *, config: SaeConfig
 ) -> Float[np.ndarray, "B F"]:
-    """Pre-activations of all latents on the host, also where the parameters are split up."""
+    """Pre-activations of all latents on the host, also where the parameters are split up.
+
+    Args:
+        x_BD: scaled rows, not yet whitened.
+    """
     compute = _gathering(config, mesh_of(params["W_enc"]))
     return np.asarray(compute(params, x_BD, bias=params["b_enc"]))
 
@@ -165,7 +187,11 @@ def pre_activations_of_all(
 @functools.lru_cache(maxsize=8)
 def _gathering(config: SaeConfig, mesh: Mesh) -> Callable[..., jax.Array]:
     """A compiled `pre_activations` whose result is whole on every device."""
-    compute = functools.partial(pre_activations, config=config, precision="float32")
+
+    def compute(params: Params, x_BD: jax.Array, *, bias: jax.Array) -> jax.Array:
+        x_BD = whitened(params, x_BD)
+        return pre_activations(params, x_BD, bias=bias, config=config, precision="float32")
+
     return jax.jit(compute, out_shardings=sharding(mesh, ()))
 
 

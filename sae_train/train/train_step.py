@@ -26,7 +26,7 @@ from sae_train.config.sae import SaeConfig
 from sae_train.end_to_end import reader
 from sae_train.end_to_end.frozen_model import FrozenModel
 from sae_train.end_to_end.loss import through_model
-from sae_train.model.forward import threshold_of
+from sae_train.model.forward import threshold_of, whitened
 from sae_train.model.sharding import BATCH_DIMS, sharding
 from sae_train.sparse.jumprelu_step import SparseStep
 from sae_train.step.autodiff import AutodiffStep
@@ -272,6 +272,8 @@ def _uncompiled_step(
 
     def step(state: TrainState, batch: Batch, scalars: Scheduled) -> tuple[TrainState, StepMetrics]:
         x_BD, target_BD = _scaled(batch, input_scale=input_scale, target_scale=target_scale)
+        if config.sae.whitening > 0:
+            x_BD = target_BD = whitened(state.params, x_BD)
         result = take_step(state, x_BD, target_BD=target_BD, scalars=scalars)
         return _measure(state, result, target_BD=target_BD, config=config)
 
