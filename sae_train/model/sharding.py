@@ -185,6 +185,11 @@ def sum_over(axis: str, value: Any, *, mesh: Mesh) -> Any:
     return jax.lax.psum(value, axis) if mesh.shape[axis] > 1 else value
 
 
+def max_over(axis: str, value: Array, *, mesh: Mesh) -> Array:
+    """Inside `over_devices`: the largest value along a mesh axis."""
+    return jax.lax.pmax(value, axis) if mesh.shape[axis] > 1 else value
+
+
 def max_over_all(value: Array, *, mesh: Mesh) -> Array:
     """Inside `over_devices`: the largest of all devices' values."""
     axes = tuple(axis for axis in device_mesh.AXES if mesh.shape[axis] > 1)

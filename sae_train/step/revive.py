@@ -3,10 +3,14 @@
     z    = ReLU(π) of the k dead latents with the largest, row by row; 0 of all others
     loss = c · min(n/k, 1) · |e - z W_dec|²       mean over rows; e = x - x̂ without gradient
 
-with k = D/2, n the number of dead latents and c `sae.revive_coefficient`. A latent below its
+with k = 32, n the number of dead latents and c `sae.revive_coefficient`. A latent below its
 threshold has no gradient, so one that has once fallen silent stays so. Here it is given one, by
 π as if there were no threshold. Source: AuxK of Gao et al. 2024 (arXiv 2406.04093, appendix A.2),
-whose latents have no threshold.
+whose latents have no threshold, and whose k is D/2.
+
+What it has learnt must come above its threshold. So a threshold that is above all of a latent's z
+in the batch is brought down to the largest of them: that row is in the threshold's window then, and
+the other losses decide whether the latent is worth what it costs. This is ours.
 
 The loss changes W_enc, W_dec and b_enc of latents that are dead and silent in this batch too, and
 nothing else. The step's other losses leave exactly these alone, but for their threshold, so a
@@ -34,13 +38,15 @@ from activation_cache.precision import Precision
 from activation_cache.products import einsum, operand
 from sae_train.config.run import Config
 from sae_train.model.forward import Params
-from sae_train.model.sharding import max_over_all, over_devices, sum_over
+from sae_train.model.sharding import max_over, max_over_all, over_devices, sum_over
 from sae_train.model.topk import bisect
 from sae_train.step import optimiser
 from sae_train.step.schedule import Scheduled
 from sae_train.step.state import TrainState, is_dead
 from sae_train.step.tiles import varying_like
 
+# k: so few that each has a large part of the error to explain, and may come above its threshold.
+SELECTED = 32
 # Their pre-activations are kept: 64 MiB at 4,096 rows of a batch.
 MOST = 4096
 BLOCK = 512
@@ -98,7 +104,7 @@ def revive(
         gradient_norm: of the step's own gradients.
     """
     chosen_F, num = takes_part(state, active_F, config=config)
-    k = residual_BD.shape[1] // 2
+    k = SELECTED
     weight = config.sae.revive_coefficient * jnp.minimum(num / k, 1.0)
     clip = config.train.gradient_clip
     factor = jnp.ones(()) if clip is None else jnp.minimum(1.0, clip / gradient_norm)
@@ -175,10 +181,9 @@ class _Part:
             def learn(number: Array, own: Own) -> Own:
                 ids_S = _block(ids_C, number, size=size)
                 mine = jax.tree.map(lambda of_all: of_all.at[ids_S].get(mode="clip"), own)
-                gradients = self._gradients(
-                    mine[0], _block(z_CB, number, size=size), g_BD=g_BD, x_BD=x_BD
-                )
-                new = optimiser.update(
+                z_SB = _block(z_CB, number, size=size)
+                gradients = self._gradients(mine[0], z_SB, g_BD=g_BD, x_BD=x_BD)
+                params, moments = optimiser.update(
                     mine[0],
                     gradients,
                     second_moment=mine[1],
@@ -186,6 +191,7 @@ class _Part:
                     scalars=scalars,
                     config=self.config,
                 )
+                new = params | {"threshold": self._lowered(params["threshold"], z_SB)}, moments
                 return jax.tree.map(lambda old, put: old.at[ids_S].set(put, mode="drop"), own, new)
 
             return jax.lax.fori_loop(0, num_blocks, learn, own), weight * squares / num_rows
@@ -251,6 +257,13 @@ class _Part:
         # The threshold has none; it is here for its second moment, which waits with the others.
         none_S = jnp.zeros_like(params["threshold"])
         return sum_over("data", gradients, mesh=self.mesh) | {"threshold": none_S}
+
+    def _lowered(self, threshold_S: Array, z_SB: Array) -> Float[Array, " S"]:
+        """Trained thresholds, brought down to a latent's largest z of the batch if above it."""
+        largest_S = max_over("data", z_SB.max(axis=1), mesh=self.mesh)
+        log = self.config.sae.threshold.parametrisation == "log"
+        edge_S = jnp.log(largest_S) if log else largest_S
+        return jnp.where(largest_S > 0, jnp.minimum(threshold_S, edge_S), threshold_S)
 
 
 def _block(array_C: Array, number: Array, *, size: int) -> Array:

@@ -24,7 +24,7 @@ from tests.support.configs import make_config
 from tests.support.oracles import reference
 from tests.support.oracles.rows_off_edges import off_edges
 
-B, D, F, STEPS = 64, 24, 128, 8
+B, D, F, STEPS, K = 64, 24, 128, 8, 12
 
 
 def config_of(coefficient: float = 0.5, *, dead_after: int = 2, **options: Any) -> Config:
@@ -49,6 +49,7 @@ def oracle_of(config: Config, state: TrainState) -> reference.Trainer:
         bandwidth=0.05,
         log_threshold=True,
         revive=config.sae.revive_coefficient,
+        revive_k=K,
         dead_after=2,
     )
 
@@ -61,6 +62,7 @@ def test_steps_follow_the_float64_reference(
     step: str, mesh: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(revive, "BLOCK", 16)
+    monkeypatch.setattr(revive, "SELECTED", K)
     config = config_of(step=step, sparse_capacity=F, mesh=mesh)
     state = biased_state(config, d_model=D)
     oracle, rng, revived = oracle_of(config, state), np.random.default_rng(0), []
@@ -73,10 +75,16 @@ def test_steps_follow_the_float64_reference(
         np.testing.assert_allclose(metrics.loss, expected["loss"], rtol=1e-5)
         np.testing.assert_array_equal(state.last_fired, oracle.last_fired)
     assert revived[:2] == [0, 0]
-    assert D // 2 < revived[-1] < F, "some are dead, more than are selected in a row"
+    assert K < max(revived) < F, "some are dead, more than are selected in a row"
     for name, value in plain_threshold(state, "log").items():
         # Adam divides by |g|: a gradient near 0 turns float32 noise into a visible step.
         np.testing.assert_allclose(value, oracle.params[name], rtol=1e-4, atol=2e-5, err_msg=name)
+    late_F = STEPS - np.asarray(state.last_touched)
+    for name in ("W_enc", "W_dec"):
+        expected = oracle.moments[name] / oracle.moments[name].max()
+        found = np.asarray(state.second_moment[name]) * 0.999 ** late_F[:, None]
+        found = found / oracle.moments[name].max()
+        np.testing.assert_allclose(found, expected, rtol=2e-4, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.slow

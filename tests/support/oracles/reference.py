@@ -105,12 +105,13 @@ def loss_and_gradients(
     return metrics, gradients
 
 
-def revival(params, x, gradients, *, dead, coefficient):
+def revival(params, x, gradients, *, dead, coefficient, k):
     """The aux loss of dead latents, whose gradients are added to those that are given.
 
-    AuxK (arXiv 2406.04093, appendix A.2) of ReLU(pre): D/2 a row, selected by sorting.
+    AuxK (arXiv 2406.04093, appendix A.2) of ReLU(pre): k a row, selected by sorting. Returns the
+    loss, which latents it taught, which are active, and where their thresholds have to come down.
     """
-    rows, k = x.shape[0], x.shape[1] // 2
+    rows = x.shape[0]
     pre, active, latents = encode(params, x)
     missed = x - (latents @ params["W_dec"] + params["b_dec"])
     dead = dead & ~active.any(axis=0)
@@ -123,7 +124,8 @@ def revival(params, x, gradients, *, dead, coefficient):
     gradients["W_enc"] += g_pre.T @ (x - params["b_dec"])
     gradients["b_enc"] += g_pre.sum(axis=0)
     gradients["W_dec"] += z.T @ g
-    return share * (missed**2).sum(axis=1).mean(), dead, active.any(axis=0)
+    loss = share * (missed**2).sum(axis=1).mean()
+    return loss, dead, active.any(axis=0), np.where(dead & (z.max(0) > 0), z.max(0), np.inf)
 
 
 def adam(param, gradient, moment, *, rate, step, beta2=0.999, epsilon=1e-8):
@@ -143,6 +145,7 @@ class Trainer:
     steps: int = 0
     product: Callable = np.matmul
     revive: float = 0.0  # the aux loss's coefficient
+    revive_k: int = 1
     dead_after: int = 1  # steps
     prefixes: list | None = None
 
@@ -164,8 +167,8 @@ class Trainer:
         )
         if self.revive:
             dead = self.steps - self.last_fired >= self.dead_after
-            auxiliary, dead, fired = revival(
-                self.params, x, gradients, dead=dead, coefficient=self.revive
+            auxiliary, dead, fired, edges = revival(
+                self.params, x, gradients, dead=dead, coefficient=self.revive, k=self.revive_k
             )
             metrics |= {"loss": metrics["loss"] + auxiliary, "revived": dead.sum()}
             self.last_fired[fired] = self.steps + 1
@@ -186,5 +189,7 @@ class Trainer:
             if name == "threshold":
                 value = np.exp(value) if self.log_threshold else np.maximum(value, 0.0)
             self.params[name] = value
+        if self.revive:
+            self.params["threshold"] = np.minimum(self.params["threshold"], edges)
         self.params["W_dec"] /= np.linalg.norm(self.params["W_dec"], axis=1, keepdims=True)
         return metrics
