@@ -30,6 +30,7 @@ from sae_train.browser.catalogue import catalogue, index
 from sae_train.browser.server import Site, bound_socket, serve
 from sae_train.latents import schema
 from sae_train.latents.activity import lists
+from sae_train.latents.reader import open_latents
 from sae_train.latents.schema import ACTIVITY, CONTEXTS, DIRECTIONS, SUMMARY, Record, SaeEntry
 from sae_train.latents.writer import write_table, write_vocabulary
 from tests.support.browser import Browser, open_browser
@@ -56,7 +57,7 @@ def main() -> None:
     explanations = chosen.folder / schema.EXPLANATIONS
     explanations.unlink(missing_ok=True)
     if chosen.explained:
-        write_explanations(explanations, width=chosen.width)
+        write_explanations(explanations, width=len(open_latents(chosen.folder)))
     logger.info("%s\n", markdown(("request", "first, CPU s", "again"), answers(chosen.folder)))
     head = (
         "page",

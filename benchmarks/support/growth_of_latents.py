@@ -118,7 +118,7 @@ def random_text(random: np.random.Generator, tokens: int) -> Any:
         path=Path("tokens"),
         summary=SimpleNamespace(special_ids=special, subsets=[]),
         read=lambda sequences: ids[np.array(sequences)],
-        usable=lambda found: found > 2,
+        usable=lambda found, sequences: found > 2,
         subset_of=lambda sequences: np.zeros(len(sequences), np.int32),
     )
 
