@@ -1,0 +1,1 @@
+"""SAEs on synthetic activations whose features are known."""

@@ -1,0 +1,143 @@
+"""How much of a known truth each recipe finds: SAEs on synthetic activations.
+
+    python -m benchmarks.ground_truth --features 512 --d-model 128 --width 256 --steps 600
+
+writes a store of rows made of known features (`benchmarks.ground_truth.synthetic`), trains a cohort
+of one SAE per recipe on it, does so for each seed (of features, rows and initial weights alike),
+and prints a table: means over the seeds, ± their standard deviation. docs/results.md has what it
+printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.ground_truth.synthetic import Found, Truth, draw, make_truth, rows_of, score
+from sae_train.checkpoint.trained import load_trained
+from sae_train.config.run import Config
+from sae_train.inference.fold import fold
+from sae_train.train.loop import train_cohort
+from tests.support.configs import make_config
+from tests.support.stores import make_manifest, write_store
+
+_SCORED_ROWS = 4096  # after those of the store
+_BUCKET = 4096
+_COLUMNS = ("found", "mcc", "uniqueness", "precision", "recall", "f1", "l0", "true_l0", "fvu")
+
+
+def recipes(l0: float) -> dict[str, dict[str, Any]]:
+    """Each recipe's `sae` and `sparsity`; all aim at the truth's own L0, but the plain penalty."""
+    none, k = {"penalty": "none"}, max(1, round(l0))
+    return {
+        "jumprelu, l0": {"sparsity": {"coefficient": 0.003, "warmup_steps": 100}},
+        "jumprelu, match_l0": {
+            "sparsity": {"penalty": "match_l0", "target": l0, "warmup_steps": 100}
+        },
+        "jumprelu, target_l0": {
+            "sparsity": {"penalty": "target_l0", "target": l0, "warmup_steps": 100}
+        },
+        "topk": {"sparsity": none, "sae": {"architecture": "topk", "k": k}},
+        "batch_topk": {"sparsity": none, "sae": {"architecture": "batch_topk", "k": k}},
+        "batch_topk, matryoshka": {
+            "sparsity": none,
+            "sae": {"architecture": "batch_topk", "k": k, "matryoshka": [0.125, 0.25, 0.5]},
+        },
+    }
+
+
+def run(sizes: argparse.Namespace, *, seed: int, folder: Path) -> dict[str, dict[str, float]]:
+    """Scores of every recipe on one truth."""
+    truth = make_truth(features=sizes.features, width=sizes.d_model, seed=seed)
+    held = draw(truth, start=sizes.rows, stop=sizes.rows + _SCORED_ROWS)
+    x = rows_of(truth, held)
+    _write(truth, sizes, folder / "store", norm=float(np.square(x).sum(axis=1).mean()))
+    wanted = recipes(float((held > 0).sum(axis=1).mean()))
+    configs = {name: _config(sizes, own, seed, folder, name) for name, own in wanted.items()}
+    train_cohort(list(configs.values()))
+    found = {}
+    for name, config in configs.items():
+        sae = fold(load_trained(config.output))
+        latents = np.asarray(sae.encode(x))
+        error = np.square(x - np.asarray(sae.predict(x, latents=latents))).sum()
+        fvu = error / np.square(x - x.mean(axis=0)).sum()
+        scores: Found = score(sae.tensors["W_dec"], latents > 0, truth.direction_GD, held > 0)
+        found[name] = dataclasses.asdict(scores) | {"fvu": float(fvu)}
+    return found
+
+
+def _write(truth: Truth, sizes: argparse.Namespace, folder: Path, *, norm: float) -> None:
+    manifest = make_manifest(
+        rows=sizes.rows, width=sizes.d_model, shuffle_rows=_BUCKET, mean_squared_norm=norm
+    )
+
+    def rows(start: int, stop: int, width: int, dtype: Any) -> np.ndarray:
+        return rows_of(truth, draw(truth, start=start, stop=stop))
+
+    write_store(folder, manifest, make_rows=rows)
+
+
+def _config(
+    sizes: argparse.Namespace, own: dict[str, Any], seed: int, folder: Path, name: str
+) -> Config:
+    config = make_config(
+        width=sizes.width,
+        bandwidth=0.05,
+        parametrisation="direct",
+        threshold_init=0.02,
+        batch_size=sizes.batch,
+        tokens=sizes.batch * sizes.steps,
+        rows=sizes.rows,
+        cache_path=str(folder / "store"),
+        output=str(folder / name.replace(", ", "-")),
+        learning_rate={"peak": 1e-3, "warmup_steps": 50, "decay_steps": sizes.steps // 5},
+        dead_after_tokens=sizes.batch * sizes.steps // 5,
+        log_every_steps=100,
+        seed=seed,
+        checkpoint={"every_steps": sizes.steps},
+        **own,
+    )
+    values = config.model_dump()
+    values["cache"]["shuffle_rows"] = _BUCKET
+    values["sae"]["b_dec_init"] = "mean"  # the bias holds a good part of the mean square
+    return Config.model_validate(values)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in (
+        ("features", 2048),
+        ("d-model", 256),
+        ("width", 1024),
+        ("rows", 2**18),
+        ("batch", 1024),
+        ("steps", 2000),
+        ("seeds", 3),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    sizes = parser.parse_args()
+    every: list[dict[str, dict[str, float]]] = []
+    for seed in range(sizes.seeds):
+        with tempfile.TemporaryDirectory() as scratch:
+            every.append(run(sizes, seed=seed, folder=Path(scratch)))
+    lines = [f"| recipe | {' | '.join(_COLUMNS)} |", "| --- " * (len(_COLUMNS) + 1) + "|"]
+    for name in every[0]:
+        cells = []
+        for column in _COLUMNS:
+            values = np.array([one[name][column] for one in every])
+            spread = values.std(ddof=1) if len(values) > 1 else 0.0
+            digits = 1 if column.endswith("l0") else 3
+            cells.append(f"{values.mean():.{digits}f} ± {spread:.{digits}f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
