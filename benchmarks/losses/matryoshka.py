@@ -39,7 +39,7 @@ PREFIXES = [1 / 16, 1 / 8, 1 / 4, 1 / 2]
 KINDS: dict[str, list[float] | None] = {"plain": None, "matryoshka": PREFIXES}
 SEEDS = (0, 1)
 MEASURED = EvaluationConfig(
-    sequences=24, loss_sequences=12, importance_sequences=0, sequences_per_batch=4
+    sequences=24, loss_sequences=4, importance_sequences=0, sequences_per_batch=4
 )
 
 
