@@ -110,14 +110,15 @@ def _scikit_learn() -> tuple[Any, Any]:
 
 
 @contextmanager
-def unconverged_quietly() -> Iterator[None]:
-    """The protocol stops a regression after 1,000 rounds; scikit-learn warns of each.
+def many_fits() -> Iterator[None]:
+    """Around all threads that fit: each multiplies in one thread, and no fit warns.
 
-    Around all threads that fit: filters of warnings are the process's.
+    The protocol stops a regression after 1,000 rounds, and scikit-learn warns of each.
     """
     _scikit_learn()
     from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), threadpool_limits(limits=1):
         warnings.simplefilter("ignore", ConvergenceWarning)
         yield

@@ -29,7 +29,7 @@ from sae_train.config.probe import ProbeConfig
 from sae_train.evaluate.jobs import Models, Run
 from sae_train.probe.activations import last_activations, latents_of, prompt_tokens
 from sae_train.probe.datasets import DataSet, data_files, read_data_set, split_of
-from sae_train.probe.fit import Score, best_latents, score_of, unconverged_quietly
+from sae_train.probe.fit import Score, best_latents, many_fits, score_of
 from sae_train.probe.record import (
     MEASURES,
     RAW,
@@ -92,9 +92,8 @@ def probe(
     def key(one: Probed) -> str:
         return one.run.config.model.model_dump_json() + one.settings.model_dump_json()
 
-    with unconverged_quietly():
-        for _, group in itertools.groupby(sorted(runs, key=key), key=key):
-            _probe_group(list(group), models, stop=stop)
+    for _, group in itertools.groupby(sorted(runs, key=key), key=key):
+        _probe_group(list(group), models, stop=stop)
     return [one.record for one in runs]
 
 
@@ -180,7 +179,10 @@ def _on_data_set(
     tokens = prompt_tokens(data.prompts, model.tokenizer, max_tokens=settings.max_tokens)
     acts = last_activations(model, tokens, taps, name=data.name, stop=stop)
     splits = [split_of(data.label_N, seed=FIRST_SEED + at) for at in range(settings.splits)]
-    with ThreadPoolExecutor() as pool:  # scikit-learn's solvers run outside of Python's lock
+    with (
+        many_fits(),
+        ThreadPoolExecutor() as pool,
+    ):  # scikit-learn's solvers run outside of Python's lock
 
         def scores(columns: Sequence[np.ndarray], penalty: Any) -> Scores:
             """Of a probe for each split, on these columns of all rows."""

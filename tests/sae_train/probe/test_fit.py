@@ -14,7 +14,7 @@ import pytest
 import scipy.sparse
 
 from sae_train.probe.datasets import split_of
-from sae_train.probe.fit import best_latents, score_of, unconverged_quietly
+from sae_train.probe.fit import best_latents, many_fits, score_of
 from tests.support.paths import ROOT
 
 KS = (1, 2, 5)
@@ -50,7 +50,7 @@ def test_the_numbers_are_those_of_sae_probes(rows: str):
     y, y_test = label[split.train], label[split.test]
     best = best_latents(scipy.sparse.csr_matrix(latents[split.train]), y, most=16)
     assert best.tolist() == theirs["latents"]
-    with unconverged_quietly():
+    with many_fits():
         for kind in (*map(str, KS), "raw"):
             columns = x if kind == "raw" else latents[:, best[: int(kind)]]
             penalty = "l2" if kind == "raw" else "l1"
