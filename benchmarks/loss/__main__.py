@@ -185,26 +185,55 @@ def apply(sae: Sae, rows_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def where_the_loss_reads(study: Study, saes: dict[str, Sae]) -> str:
-    """The first table: by blocks of the eigenvectors of G."""
-    _, vectors_DD = np.linalg.eigh(second_moment(study.gradients_ND))
-    vectors_DD = vectors_DD[:, ::-1].astype(np.float32)
-    rows_ND = study.text.rows_ND
-    spread_ND = centred(typical(study.read_ND))
+    """Three tables: by eigenvectors of G, by those of the covariance, and each error's length."""
     errors = {name: study.error(sae)[0] for name, sae in saes.items()}
+    covariance_DD = np.cov(typical(study.read_ND).astype(np.float64).T)
+    of_G = _by_blocks(study, errors, second_moment(study.gradients_ND), alone=True)
+    of_C = _by_blocks(study, errors, covariance_DD, alone=False)
+    return "\n\n".join([of_G, of_C, _lengths(study, saes)])
+
+
+def _by_blocks(
+    study: Study,
+    errors: dict[str, Float[np.ndarray, "N D"]],
+    matrix_DD: Float[np.ndarray, "D D"],
+    *,
+    alone: bool,
+) -> str:
+    """By blocks of a matrix's eigenvectors; `alone`: with the delta loss of each block's error."""
+    vectors_DD = np.linalg.eigh(matrix_DD)[1][:, ::-1].astype(np.float32)
+    rows_ND, spread_ND = study.text.rows_ND, centred(typical(study.read_ND))
     head = ["directions", "share of g²", "share of variance"]
-    for name in saes:
-        head += [f"{name}: error / variance", "delta loss of it alone"]
+    for name in errors:
+        head += [f"{name}: error / variance", *(["delta loss of it alone"] if alone else [])]
     lines = []
     for start, stop in BLOCKS:
         block_DK = vectors_DD[:, start:stop]
         line = [f"{start + 1} to {stop or len(vectors_DD)}"]
         for all_ND in (study.gradients_ND, spread_ND):
-            line.append(f"{_energy(all_ND, block_DK) / np.square(all_ND).sum():.3%}")
+            line.append(f"{_energy(all_ND, block_DK) / np.square(all_ND).sum():.2%}")
         for error_ND in errors.values():
             part = _energy(error_ND, block_DK) / _energy(centred(rows_ND), block_DK)
-            alone_ND = rows_ND + (error_ND @ block_DK) @ block_DK.T
-            line += [f"{part:.3f}", f"{study.text.delta(alone_ND).mean:.3f}"]
+            line.append(f"{part:.3f}")
+            if alone:
+                alone_ND = rows_ND + (error_ND @ block_DK) @ block_DK.T
+                line.append(f"{study.text.delta(alone_ND).mean:.3f}")
         lines.append(line)
+    return markdown(head, lines)
+
+
+def _lengths(study: Study, saes: dict[str, Sae]) -> str:
+    """Each SAE's scores, what of its error lies along x, and how long its reconstructions are."""
+    head = ["SAE", "L0", "FVU", "delta loss", "alive", "error along x", "median length"]
+    lines, rows_ND = [], study.text.rows_ND
+    lengths_N = np.linalg.norm(rows_ND, axis=1)
+    for name, sae in saes.items():
+        score, (error_ND, _) = study.score(sae), study.error(sae)
+        along = np.square((error_ND * rows_ND).sum(axis=1) / lengths_N).sum()
+        length = np.median(np.linalg.norm(rows_ND + error_ND, axis=1) / lengths_N)
+        line = [name, f"{score.l0:.1f}", f"{score.fvu:.4f}"]
+        line += [f"{score.delta_loss:.3f} ± {score.standard_error:.3f}", f"{score.alive:.1%}"]
+        lines.append([*line, f"{along / np.square(error_ND).sum():.1%}", f"{length:.3f}"])
     return markdown(head, lines)
 
 
