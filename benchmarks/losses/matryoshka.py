@@ -4,10 +4,10 @@
     python -m benchmarks.losses.matryoshka train runs/matryoshka
     python -m benchmarks.losses.matryoshka step
 
-`train` makes 2 x 2 SAEs of `resid_post.12` on Python's standard library: width 2,048, 600 steps of
+`train` makes 3 x 2 SAEs of `resid_post.12` on Python's standard library: width 2,048, 600 steps of
 256 rows, `match_l0` at 50, two seeds, plain (those of `benchmarks.precision.quality`) or with
-prefixes of 1/16, 1/8, 1/4 and 1/2 of the latents, weights 1. It prints a line for every prefix.
-`step` lets the steps of both take turns on the same random rows.
+prefixes of 1/16, 1/8, 1/4 and 1/2 of the latents, at weights of 1 or ("light") of 0.1. It prints a
+line for every prefix. `step` lets the steps of both take turns on the same random rows.
 """
 
 from __future__ import annotations
@@ -36,7 +36,12 @@ from sae_train.runs.folder import newest_checkpoint
 from sae_train.train.loop import train as train_loop
 
 PREFIXES = [1 / 16, 1 / 8, 1 / 4, 1 / 2]
-KINDS: dict[str, list[float] | None] = {"plain": None, "matryoshka": PREFIXES}
+KINDS: dict[str, dict[str, list[float]] | None] = {
+    "plain": None,
+    "matryoshka": {"prefixes": PREFIXES},
+    "light": {"prefixes": PREFIXES, "weights": [0.1, 0.1, 0.1, 0.1, 1.0]},
+}
+TIMED = ("plain", "matryoshka")
 SEEDS = (0, 1)
 MEASURED = EvaluationConfig(
     sequences=24, loss_sequences=4, importance_sequences=0, sequences_per_batch=4
@@ -44,19 +49,20 @@ MEASURED = EvaluationConfig(
 
 
 def configs(root: Path) -> dict[tuple[str, int], Config]:
-    """The four runs by kind and seed."""
+    """The runs by kind and seed."""
     base = base_config("python", root)
     found = {}
-    for seed in SEEDS:
-        plain = Cell("python", "float32", seed, target=50).config(base, root)
-        own = {
-            "sae.matryoshka": PREFIXES,
-            "checkpoint.every_steps": 100,
-            "output": str(root / "python" / "matryoshka" / f"seed_{seed}"),
-        }
-        found["plain", seed] = plain
-        found["matryoshka", seed] = with_values(plain, own, source="benchmark")
-    return dict(sorted(found.items(), reverse=True))
+    for kind, seed in itertools.product(KINDS, SEEDS):
+        config = Cell("python", "float32", seed, target=50).config(base, root)
+        if KINDS[kind] is not None:
+            own = {
+                "sae.matryoshka": KINDS[kind],
+                "checkpoint.every_steps": 100,
+                "output": str(root / "python" / kind / f"seed_{seed}"),
+            }
+            config = with_values(config, own, source="benchmark")
+        found[kind, seed] = config
+    return found
 
 
 def train(root: Path) -> dict[tuple[str, int], Evaluation]:
@@ -105,18 +111,17 @@ def step_table(*, widths: Sequence[int], l0: float, batch_size: int, rounds: int
         rows_BD = unit_rows(batch_size, d_model, seed=2)
         programs: dict[Any, StepProgram] = {}
         kinds: tuple[Literal["dense", "sparse"], ...] = ("dense", "sparse")
-        for step, name in itertools.product(kinds, KINDS):
+        for step, name in itertools.product(kinds, TIMED):
             config = config_of(width=width, batch_size=batch_size, step=step)
-            prefixes = KINDS[name]
-            if prefixes is not None:
-                matryoshka = MatryoshkaConfig(prefixes=prefixes)
+            if name == "matryoshka":
+                matryoshka = MatryoshkaConfig(prefixes=PREFIXES)
                 sae = config.sae.model_copy(update={"matryoshka": matryoshka})
                 config = config.model_copy(update={"sae": sae})
             programs[step, name] = StepProgram(config, rows_BD=rows_BD, l0=l0)
         times = interleaved(programs, rounds=rounds)
         for step in kinds:
-            plain, nested = (times[step, name] for name in KINDS)
-            memory = [programs[step, name].temporary_bytes / 1e6 for name in KINDS]
+            plain, nested = (times[step, name] for name in TIMED)
+            memory = [programs[step, name].temporary_bytes / 1e6 for name in TIMED]
             lines.append(
                 [
                     f"{width:,}",
