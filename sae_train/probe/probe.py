@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from sae_train.config.file import read_run_config
 from sae_train.config.probe import ProbeConfig
 from sae_train.evaluate.jobs import Models, Run
 from sae_train.probe.activations import last_activations, latents_of, prompt_tokens
-from sae_train.probe.datasets import DataSet, data_files, read_data_set, split_of
+from sae_train.probe.datasets import DataSet, Split, data_files, read_data_set, split_of
 from sae_train.probe.fit import Score, best_latents, many_fits, score_of
 from sae_train.probe.record import (
     MEASURES,
@@ -179,53 +179,64 @@ def _on_data_set(
     tokens = prompt_tokens(data.prompts, model.tokenizer, max_tokens=settings.max_tokens)
     acts = last_activations(model, tokens, taps, name=data.name, stop=stop)
     splits = [split_of(data.label_N, seed=FIRST_SEED + at) for at in range(settings.splits)]
-    with (
-        many_fits(),
-        ThreadPoolExecutor() as pool,
-    ):  # scikit-learn's solvers run outside of Python's lock
+    # scikit-learn's solvers run outside of Python's lock.
+    with many_fits(), ThreadPoolExecutor() as pool:
+        fits = _Fits(data, splits, pool, stop)
+        raw = {tap: fits.scores([acts[tap]] * len(splits), "l2") for tap in taps}
+        return [fits.of_sae(run, acts[run.tap], raw[run.tap], settings.k) for run in runs]
 
-        def scores(columns: Sequence[np.ndarray], penalty: Any) -> Scores:
-            """Of a probe for each split, on these columns of all rows."""
 
-            def one(at: int) -> Score:
-                x, split, y = columns[at], splits[at], data.label_N
-                return score_of(
-                    x[split.train],
-                    y[split.train],
-                    x[split.test],
-                    y[split.test],
-                    penalty=penalty,
-                    seed=FIRST_SEED + at,
+@dataclass(frozen=True)
+class _Fits:
+    """The regressions of one data set."""
+
+    data: DataSet
+    splits: Sequence[Split]
+    pool: ThreadPoolExecutor
+    stop: Stop
+
+    def of_sae(
+        self, run: Probed, x_ND: np.ndarray, raw: Scores, ks: Sequence[int]
+    ) -> DataSetScores:
+        """The probes of an SAE; `raw` are those of the activations x."""
+        latents_NF = latents_of(run.run.sae, x_ND)
+        ranked = [
+            best_latents(latents_NF[one.train], self.data.label_N[one.train], most=max(ks))
+            for one in self.splits
+        ]
+        columns = [latents_NF[:, best].toarray() for best in ranked]
+        probes = {RAW: raw} | {
+            str(k): self.scores([one[:, :k] for one in columns], "l1") for k in ks
+        }
+        return DataSetScores(
+            digest=self.data.digest,
+            rows=len(self.data.prompts),
+            train=len(self.splits[0].train),
+            test=len(self.splits[0].test),
+            probes=probes,
+            latents=[best.tolist() for best in ranked],
+        )
+
+    def scores(self, columns: Sequence[np.ndarray], penalty: Literal["l1", "l2"]) -> Scores:
+        """Of a probe for each split, on these columns of all rows."""
+
+        def one(at: int) -> Score:
+            if self.stop():  # the fits of a data set take minutes
+                raise Interrupted(
+                    f"stopped in data set {self.data.name}; those before it are saved"
                 )
-
-            found = list(pool.map(one, range(len(splits))))
-            return Scores(**{name: [getattr(each, name) for each in found] for name in MEASURES})
-
-        raw = {tap: scores([acts[tap]] * len(splits), "l2") for tap in taps}
-        results = []
-        for run in runs:
-            latents_NF = latents_of(run.run.sae, acts[run.tap])
-            ranked = [
-                best_latents(
-                    latents_NF[split.train], data.label_N[split.train], most=max(settings.k)
-                )
-                for split in splits
-            ]
-            columns = [latents_NF[:, best].toarray() for best in ranked]
-            probes = {RAW: raw[run.tap]} | {
-                str(k): scores([one[:, :k] for one in columns], "l1") for k in settings.k
-            }
-            results.append(
-                DataSetScores(
-                    digest=data.digest,
-                    rows=len(data.prompts),
-                    train=len(splits[0].train),
-                    test=len(splits[0].test),
-                    probes=probes,
-                    latents=[best.tolist() for best in ranked],
-                )
+            x, split, y = columns[at], self.splits[at], self.data.label_N
+            return score_of(
+                x[split.train],
+                y[split.train],
+                x[split.test],
+                y[split.test],
+                penalty=penalty,
+                seed=FIRST_SEED + at,
             )
-    return results
+
+        found = list(self.pool.map(one, range(len(self.splits))))
+        return Scores(**{name: [getattr(each, name) for each in found] for name in MEASURES})
 
 
 def summary(record: ProbeRecord) -> str:

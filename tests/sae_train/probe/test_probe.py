@@ -75,11 +75,15 @@ def world(tmp_path: Path) -> World:
 
 
 def test_saes_share_passes_and_a_stop_loses_one_data_set(world: World):
-    calls = iter([False, False, True])
-    with pytest.raises(Interrupted):
-        world.probe(stop=lambda: next(calls))  # before a, in a, before b
+    with pytest.raises(Interrupted, match="finished data sets are saved"):
+        world.probe(stop=lambda: read_probe(world.runs[1]) is not None)
     assert [list(read_probe(run).data_sets) for run in world.runs] == [["a"], ["a"]]
     passes = world.model.activations.call_count
+    calls = iter([False] * (1 + passes) + [True])
+    with pytest.raises(Interrupted, match="stopped in data set b"):
+        world.probe(stop=lambda: next(calls, True))  # among its fits
+    assert [list(read_probe(run).data_sets) for run in world.runs] == [["a"], ["a"]]
+    world.model.activations.call_count = passes
     records = world.probe()
     assert world.model.activations.call_count == 2 * passes, "both SAEs at once, b alone"
     for run, record in zip(world.runs, records, strict=True):
