@@ -17,7 +17,7 @@ import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -109,7 +109,7 @@ def step_table(*, widths: Sequence[int], l0: float, batch_size: int, rounds: int
     d_model = 640
     for width in widths:
         rows_BD = unit_rows(batch_size, d_model, seed=2)
-        programs: dict[Any, StepProgram] = {}
+        programs: dict[str, StepProgram] = {}
         kinds: tuple[Literal["dense", "sparse"], ...] = ("dense", "sparse")
         for step, name in itertools.product(kinds, TIMED):
             config = config_of(width=width, batch_size=batch_size, step=step)
@@ -117,11 +117,11 @@ def step_table(*, widths: Sequence[int], l0: float, batch_size: int, rounds: int
                 matryoshka = MatryoshkaConfig(prefixes=PREFIXES)
                 sae = config.sae.model_copy(update={"matryoshka": matryoshka})
                 config = config.model_copy(update={"sae": sae})
-            programs[step, name] = StepProgram(config, rows_BD=rows_BD, l0=l0)
+            programs[f"{step} {name}"] = StepProgram(config, rows_BD=rows_BD, l0=l0)
         times = interleaved(programs, rounds=rounds)
         for step in kinds:
-            plain, nested = (times[step, name] for name in TIMED)
-            memory = [programs[step, name].temporary_bytes / 1e6 for name in TIMED]
+            plain, nested = (times[f"{step} {name}"] for name in TIMED)
+            memory = [programs[f"{step} {name}"].temporary_bytes / 1e6 for name in TIMED]
             lines.append(
                 [
                     f"{width:,}",
