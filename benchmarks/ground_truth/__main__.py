@@ -4,8 +4,8 @@
 
 writes a store of rows made of known features (`benchmarks.ground_truth.synthetic`), trains a cohort
 of one SAE per recipe on it, does so for each seed (of features, rows and initial weights alike),
-and prints a table: means over the seeds, ± their standard deviation. docs/results.md has what it
-printed.
+and prints a table: means over the seeds, ± their standard deviation. With the defaults a recipe
+takes 2,000 steps of 1,024 rows; 300 steps of 256 rows find next to nothing.
 """
 
 from __future__ import annotations
