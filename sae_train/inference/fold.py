@@ -26,7 +26,9 @@ def fold(trained: Trained) -> Sae:
     subtracts from its input goes the way of b_dec: b_enc' = T (b_enc - W_enc m).
 
     With `sae.whitening` training reads x A: W_enc' = W_enc Aᵀ, W_dec' = W_dec A⁻¹ and
-    b_dec' = C b_dec A⁻¹. The released decoder's rows have unit norm only when multiplied by A.
+    b_dec' = C b_dec A⁻¹. Each latent is then multiplied by the norm n of its row of W_dec': its
+    rows of W_enc', b_enc' and θ' by n and that of W_dec' by 1/n, so that releases of all SAEs
+    alike have rows of unit norm. Not TopK's latents, whose sizes are compared.
 
     Returns:
         Float32 NumPy tensors W_enc [D, F], W_dec [F, D], ...; computed in float64.
@@ -48,18 +50,23 @@ def fold(trained: Trained) -> Sae:
     if config.subtract_mean:
         bias_F = bias_F - params["W_enc"] @ params["input_mean"]
     W_enc_FD = params["W_enc"] if ratio == 1.0 else ratio * params["W_enc"]
-    W_dec_FD, b_dec_D = params["W_dec"], params["b_dec"]
+    W_dec_FD, b_dec_D, threshold_F = params["W_dec"], params["b_dec"], params["threshold"]
     if config.whitening > 0:
         # Of rows x A: x A W_encᵀ = x (W_enc Aᵀ)ᵀ, and what it decodes to is times A⁻¹ one of x.
         back_DD = np.linalg.inv(params["whitening"])
         W_enc_FD = W_enc_FD @ params["whitening"].T
         W_dec_FD, b_dec_D = W_dec_FD @ back_DD, b_dec_D @ back_DD
+        norm_F = np.linalg.norm(W_dec_FD, axis=1)
+        if config.architecture == "topk":
+            norm_F = np.ones_like(norm_F)
+        W_enc_FD, W_dec_FD = norm_F[:, None] * W_enc_FD, W_dec_FD / norm_F[:, None]
+        bias_F, threshold_F = norm_F * bias_F, norm_F * threshold_F
     return Sae(
         W_enc=np.ascontiguousarray(W_enc_FD.T, np.float32),
         W_dec=np.ascontiguousarray(W_dec_FD, np.float32),
         b_enc=(scale * bias_F).astype(np.float32),
         b_dec=(scale * b_dec_D).astype(np.float32),
-        threshold=(scale * params["threshold"]).astype(np.float32),
+        threshold=(scale * threshold_F).astype(np.float32),
         k=config.k if config.architecture == "topk" else None,
         architecture=_released_architecture(config),
         metadata=metadata_of(trained),

@@ -22,7 +22,12 @@ from sae_train.train.loop import train
 from sae_train.train.train_step import make_train_step
 from sae_train.train.whitening import whitening_root
 from tests.support.configs import make_config
-from tests.support.saes import make_trained, reference_latents, reference_reconstruction
+from tests.support.saes import (
+    make_trained,
+    make_trained_as,
+    reference_latents,
+    reference_reconstruction,
+)
 from tests.support.stores import random_rows
 from tests.support.training import ROWS, WIDTH, assert_same_run, make_run, stop_after
 
@@ -63,9 +68,28 @@ def test_a_release_computes_on_raw_rows_what_training_does_on_whitened_ones(bias
     released, unfolded = fold(own), fold(plain)
     latents_NF = reference_latents(unfolded, moved_ND)
     assert 0.1 < (latents_NF > 0).mean() < 0.9
-    np.testing.assert_allclose(reference_latents(released, x_ND), latents_NF, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(released.W_dec, axis=1), 1.0, rtol=1e-6)
+    norm_F = np.linalg.norm(plain.params["W_dec"] @ np.linalg.inv(A_DD), axis=1)
+    found_NF = reference_latents(released, x_ND)
+    np.testing.assert_allclose(found_NF, norm_F * latents_NF, rtol=1e-4, atol=1e-5)
     back_ND = reference_reconstruction(unfolded, moved_ND) @ np.linalg.inv(A_DD.astype(np.float64))
     np.testing.assert_allclose(reference_reconstruction(released, x_ND), back_ND, atol=1e-5)
+
+
+def test_latents_of_topk_keep_their_sizes_which_are_compared():
+    A_DD = some_root(10).astype(np.float32)
+    plain = make_trained_as("topk", k=3)
+    sae = plain.config.sae.model_copy(update=WHITENED)
+    config = plain.config.model_copy(update={"sae": sae})
+    params = {**plain.params, "whitening": A_DD}
+    released = fold(dataclasses.replace(plain, config=config, params=params))
+    x_ND = 4 * np.random.default_rng(3).standard_normal((40, 10)).astype(np.float32)
+    moved_ND = (x_ND @ A_DD.astype(np.float64)).astype(np.float32)
+    found_NF, expected_NF = (
+        np.asarray(released.encode(x_ND)),
+        np.asarray(fold(plain).encode(moved_ND)),
+    )
+    np.testing.assert_allclose(found_NF, expected_NF, rtol=1e-3, atol=1e-4)
 
 
 def stepped(config: Config, rows: list[np.ndarray], *, root: np.ndarray | None) -> dict[str, Any]:
