@@ -221,7 +221,6 @@ def _margins(rows_TD: Float[Array, "T D"], longest: Array, lost: Array) -> Float
     return margin(rows, tokens, bias_L=jnp.zeros(1), d_model=rows_TD.shape[1])[:, 0]
 
 
-@functools.partial(jax.jit, static_argnums=4)
 def _ranked(
     rows_TD: Float[Array, "T D"],
     logits_TV: Float[Array, "T V"],
@@ -233,18 +232,32 @@ def _ranked(
 
     Equal logits are in the order of their ids.
     """
+    number = min(CANDIDATES, len(embedding_VD))
+    # Programs of their own: in one XLA makes the logits' parts again and again on a CPU.
+    candidates = _greatest(sign * logits_TV, number)
+    return _made_again(rows_TD, *candidates, embedding_VD, margin_T, sign)
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def _made_again(
+    rows_TD: Float[Array, "T D"],
+    rounded_TC: Float[Array, "T C"],
+    ids_TC: Int[Array, "T C"],
+    embedding_VD: Float[Array, "V D"],
+    margin_T: Float[Array, " T"],
+    sign: float,
+) -> tuple[Array, Array, Array]:
     vocabulary = len(embedding_VD)
-    number = min(CANDIDATES, vocabulary)
-    rounded_TC, ids_TC = _greatest(sign * logits_TV, number)
     ids_TC = jnp.sort(ids_TC, axis=1)
     candidates_TCD = embedding_VD[ids_TC].astype(jnp.float32)
     values_TC = sign * _product("td,tcd->tc", rows_TD, candidates_TCD)
     values, places = jax.lax.top_k(values_TC, min(RANKED, vocabulary))
-    is_sure_T = (rounded_TC[:, -1] + margin_T < values[:, -1]) | (number == vocabulary)
+    is_sure_T = (rounded_TC[:, -1] + margin_T < values[:, -1]) | (ids_TC.shape[1] == vocabulary)
     is_sure_T |= margin_T == 0  # all logits of a row of zeros are 0
     return values, jnp.take_along_axis(ids_TC, places, axis=1), is_sure_T
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def _greatest(values_TV: Float[Array, "T V"], number: int) -> tuple[Array, Array]:
     """The greatest values of each row, falling, and their places; of equal ones any.
 
