@@ -1,1 +1,1 @@
-"""What the squared error hides: where an SAE's error costs loss, and training that weighs it so."""
+"""Losses: where an SAE's error costs the model loss, and other losses beside the squared error."""

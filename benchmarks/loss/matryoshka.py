@@ -1,8 +1,8 @@
 """What a Matryoshka loss costs and gives: SAEs with it beside plain ones, and the time of a step.
 
     python -m launch.demo demo-data                  # model and text
-    python -m benchmarks.losses.matryoshka train runs/matryoshka
-    python -m benchmarks.losses.matryoshka step
+    python -m benchmarks.loss.matryoshka train runs/matryoshka
+    python -m benchmarks.loss.matryoshka step
 
 `train` makes 3 x 2 SAEs of `resid_post.12` on Python's standard library: width 2,048, 600 steps of
 256 rows, `match_l0` at 50, two seeds, plain (those of `benchmarks.precision.quality`) or with
