@@ -208,6 +208,6 @@ class RolloutConfig(Section):
     prompts: PositiveCount | None = None  # at most so many; None: all, and the source must end
     per_prompt: PositiveSmallCount = 1  # continuations of each
     tokens: PositiveSmallCount = 512  # of a continuation, at most
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    temperature: NonNegative32 = 1.0
     seed: Seed = 0
     batch: PositiveSmallCount = 16  # continuations made at once by one replica of the model

@@ -12,6 +12,7 @@ import pytest
 
 from launch import stages
 from launch.cli import COMMANDS, main
+from launch.command_table import Command
 from launch.config.job import Job, load_job
 from launch.show import plan_tables
 from launch.sweep import run_sweep
@@ -90,13 +91,16 @@ def test_what_runs_a_config_is_given_every_override(
     assert value_at(config, key) == NEW[key]
 
 
-@pytest.mark.parametrize("command", [one.name for one in COMMANDS if not one.overrides])
+@pytest.mark.parametrize(
+    "command", [one for one in COMMANDS if not one.overrides], ids=lambda one: one.name
+)
 def test_what_reads_folders_takes_none(
-    command: str, folder: Path, capsys: pytest.CaptureFixture[str]
+    command: Command, folder: Path, capsys: pytest.CaptureFixture[str]
 ):
+    needed = [word for flag, how in command.settings if how.get("required") for word in (flag, "x")]
     for key in NEW:
-        assert main([command, str(folder), f"{key}={NEW[key]}"]) == 2
-        words = f"`sae {command}` takes no overrides: leave out {key}={NEW[key]}"
+        assert main([command.name, str(folder), *needed, f"{key}={NEW[key]}"]) == 2
+        words = f"`sae {command.name}` takes no overrides: leave out {key}={NEW[key]}"
         assert words in capsys.readouterr().err
 
 
