@@ -56,6 +56,10 @@ class Original:
     final_BPM: Float[Array, "... B P M"]
 
 
+# Of a step: the weights, and the sequences through the model as it is.
+SequenceBatch = tuple[ModelParams, Original]
+
+
 @dataclass(frozen=True)
 class FrozenModel:
     """How the model of a run computes; hashable, its weights are given to each call."""

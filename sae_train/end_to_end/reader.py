@@ -27,15 +27,11 @@ from activation_cache.runtime import exchange
 from activation_cache.runtime.errors import UserError
 from activation_cache.store.store import Store
 from sae_train.config.run import Config
-from sae_train.end_to_end.frozen_model import FrozenModel, ModelParams, Original
+from sae_train.end_to_end.frozen_model import FrozenModel, ModelParams, SequenceBatch
 from sae_train.end_to_end.sequences import Sequences, Text
 from sae_train.model.sharding import sharding
 
 logger = logging.getLogger(__name__)
-
-# Of a step: the weights, and the sequences through the model as it is.
-Batch = tuple[ModelParams, Original]
-
 
 _read = jax.jit(FrozenModel.read, static_argnums=0)
 
@@ -79,7 +75,7 @@ class OriginalReader:
             target=config.sae.target_tap,
         )
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> SequenceBatch:
         """The weights and a step's sequences, with what the model makes of them."""
         text = self._placed(self._sequences.text(step))
         return self._params, _read(self.model, self._params, text)

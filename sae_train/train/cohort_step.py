@@ -12,8 +12,7 @@ from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
-from sae_train.end_to_end import reader
-from sae_train.end_to_end.frozen_model import FrozenModel
+from sae_train.end_to_end.frozen_model import FrozenModel, SequenceBatch
 from sae_train.train.cohort import step_key
 from sae_train.train.cohort_member import Member
 from sae_train.train.train_step import (
@@ -51,7 +50,7 @@ class CohortStep:
                 state, scalars = member.give()
                 member.take(*self._alone[key](state, batch, scalars))
 
-    def through(self, model: FrozenModel, members: Sequence[Member], batch: reader.Batch) -> None:
+    def through(self, model: FrozenModel, members: Sequence[Member], batch: SequenceBatch) -> None:
         """The same through the language model, on its sequences."""
         for key, group in self._grouped(members).items():
             for member in group:

@@ -23,8 +23,7 @@ from jaxtyping import Array, Float
 
 from sae_train.config.run import Config
 from sae_train.config.sae import SaeConfig
-from sae_train.end_to_end import reader
-from sae_train.end_to_end.frozen_model import FrozenModel
+from sae_train.end_to_end.frozen_model import FrozenModel, SequenceBatch
 from sae_train.end_to_end.loss import through_model
 from sae_train.model.forward import threshold_of, whitened
 from sae_train.model.sharding import BATCH_DIMS, sharding
@@ -90,7 +89,7 @@ StackedStep = Callable[
     [tuple[TrainState, ...], Batch, tuple[Scheduled, ...]],
     tuple[tuple[TrainState, ...], tuple[StepMetrics, ...]],
 ]
-EndToEndStep = Callable[[TrainState, reader.Batch, Scheduled], tuple[TrainState, EndToEndMetrics]]
+EndToEndStep = Callable[[TrainState, SequenceBatch, Scheduled], tuple[TrainState, EndToEndMetrics]]
 
 
 def _threshold_mean(state: TrainState, *, config: SaeConfig) -> Array:
@@ -202,7 +201,7 @@ def make_end_to_end_step(
     assert phase is not None
 
     def step(
-        state: TrainState, batch: reader.Batch, scalars: Scheduled
+        state: TrainState, batch: SequenceBatch, scalars: Scheduled
     ) -> tuple[TrainState, EndToEndMetrics]:
         params, original = batch
         inputs_ND = _merged(original.inputs_BRD)

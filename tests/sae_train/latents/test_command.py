@@ -102,7 +102,7 @@ def test_more_tokens_and_other_text(world: World, tmp_path: Path, capsys):
 
 
 def test_what_the_runs_were_trained_with_cannot_be_overridden(world: World, capsys):
-    assert main(["latents", str(world.runs[0]), "sae.width=7"]) == 2
+    assert main(["latents", str(world.runs[0]), "sae.width=8"]) == 2
     assert "has no effect here" in capsys.readouterr().err
 
 
