@@ -114,4 +114,4 @@ def test_expansion_status_and_report_load_no_jax() -> None:
 
 def test_a_job_is_a_config() -> None:
     assert issubclass(Job, Config)
-    assert set(Job.model_fields) - set(Config.model_fields) == {"sweep", "launch"}
+    assert set(Job.model_fields) - set(Config.model_fields) == {"sweep", "launch", "rollout"}
