@@ -66,6 +66,7 @@ def _write_config(folder: Path) -> Path:
         f"cache.block_rows={BLOCK_ROWS}",
         "cache.sequences_per_batch=4",
         f"sae.layer={TAP.layer}",
+        "sae.whitening=0",
         "train.log_every_steps=1",
     ]
     file = folder / "begin.yaml"

@@ -59,6 +59,7 @@ SEQUENCES, LOSS_SEQUENCES = 24, 4
 
 # 600 steps, as in `make bench-quality`, of half its rows.
 COMMON = {
+    "sae.whitening": 0.0,
     "train.step": "dense",
     "train.batch_size": 256,
     "train.tokens": 153_600,
