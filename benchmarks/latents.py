@@ -7,7 +7,8 @@ RUN is a trained run whose text is there; OTHER an environment with sae-dashboar
 the first so many tokens of the run's text, and take turns. The model's forward is timed once and
 both are given its activations: SAEDashboard keeps them in files too. Ours is timed whole but for
 that and for loading the model. SAEDashboard isn't timed for writing. It makes 128 latents at a time
-and does the same for each 128, so a few of these batches are timed and the rest reckoned.
+and does the same for each 128, so the time of a few of these
+batches is multiplied by their number.
 """
 
 from __future__ import annotations

@@ -198,8 +198,8 @@ COMMANDS = (
         handler=commands.plan,
         summary="show what a config will cost before anything is spent",
         details="Bytes of the store, memory of a device, FLOPs, all-reduced bytes, hours and cost, "
-        "and the nearest mesh that fits where the config's doesn't. Opens no store and needs "
-        "neither weights nor devices. docs/plan.md explains the tables.",
+        "and the nearest mesh that fits where the config's doesn't. Needs neither weights nor "
+        "devices; of a store that is there it reads the first rows. docs/plan.md has the tables.",
         example="sae plan configs/demo.yaml --accelerator h200 --mfu 0.4 --price 2.5",
         metavar="CONFIG-or-FOLDER",
         options=(("--json", "print one JSON object instead of tables"),),

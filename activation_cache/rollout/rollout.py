@@ -61,7 +61,7 @@ class Plan(Section):
 
 
 class Record(Plan):
-    """`rollout.json`: the plan, and what came of it."""
+    """`rollout.json`: the plan, and how many prompts and continuations there were."""
 
     prompts: Count
     skipped: Count  # too long for the model's context

@@ -1,4 +1,4 @@
-"""Matryoshka SAEs: the step against float64, against the plain step, by pairs, on meshes.
+"""Matryoshka SAEs: the step against float64, against the plain step, sparse, on meshes.
 
 Legend: B rows, D model width, F latents.
 """
