@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.table import Table
@@ -104,7 +105,7 @@ def test_watch_shows_the_table_until_a_signal(
         if len(waits) == 3:
             raise Interrupted("Ctrl-C")  # as `StopFlag.at_once` does
 
-    monkeypatch.setattr(console.time, "sleep", sleep)
+    monkeypatch.setattr(console, "time", SimpleNamespace(sleep=sleep))
     assert main(["status", str(folder), "--watch"]) == 0
     assert waits == [5.0] * 3
     assert capsys.readouterr().out.count(f"test in {folder}") == 3
@@ -128,7 +129,7 @@ def test_watch_stays_in_its_place_on_a_terminal(monkeypatch: pytest.MonkeyPatch)
         if len(rounds) == 2:
             raise Interrupted("Ctrl-C")
 
-    monkeypatch.setattr(console.time, "sleep", sleep)
+    monkeypatch.setattr(console, "time", SimpleNamespace(sleep=sleep))
     with pytest.raises(Interrupted):
         console.watch(lambda: Table("one", "two"), seconds=1)
     assert "\x1b[1A\x1b[2K" in screen.getvalue(), "the cursor goes up and lines are cleared"

@@ -1,4 +1,4 @@
-"""The sweep and its server, made once for both files of tests."""
+"""The sweep, made once for both files of tests, and its server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return browsed_sweep(tmp_path_factory.mktemp("browsed"))
 
 
-@pytest.fixture(scope="session")
+# No thread of it outlives a file's tests: others replace what threads share.
+@pytest.fixture(scope="module")
 def address(sweep: Path) -> Iterator[str]:
     with serving(sweep) as found:
         yield found

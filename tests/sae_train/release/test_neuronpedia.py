@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -264,9 +265,12 @@ def test_what_the_site_has_already_is_fine_and_what_it_refuses_is_told(
 def test_no_more_requests_an_hour_than_the_site_takes(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(site, "REQUESTS_AN_HOUR", 2)
     now = [10_000.0]
-    monkeypatch.setattr(site.time, "time", lambda: now[0])
-    monkeypatch.setattr(site.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(site.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    clock = SimpleNamespace(
+        time=lambda: now[0],
+        monotonic=lambda: now[0],
+        sleep=lambda seconds: now.__setitem__(0, now[0] + seconds),
+    )
+    monkeypatch.setattr(site, "time", clock)
     site._wait_for_window([6000.0, 9000.0], lambda: False)
     assert now[0] == 10_000
     site._wait_for_window([7000.0, 9000.0], lambda: False)
