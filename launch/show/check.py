@@ -91,15 +91,17 @@ def _show(result: Check) -> int:
     table = Table(title=f"an SAE of {place}", title_justify="left")
     table.add_column("read as", overflow="fold")
     table.add_column("L0", justify="right")
-    table.add_column("FVU", justify="right")
-    stated = [("declared", declared.l0, declared.fvu)]
+    for heading in ("FVU", "without outlying tokens", "of the median token"):
+        table.add_column(heading, justify="right")
+    l0, fvu = declared.l0, declared.fvu
+    cells = ["-" if l0 is None else f"{l0:.1f}", "-" if fvu is None else f"{fvu:.3f}"]
+    table.add_row("declared", *cells, "-", "-")
+    shown = [(one.words, one) for one in result.others[:_SHOWN]]
     if result.found is not None:
-        stated.append((f"measured at {place}", result.found.l0, result.found.fvu))
-    for one in result.others[:_SHOWN]:
-        stated.append((one.words, one.l0, one.fvu))
-    for words, l0, fvu in stated:
-        cells = ["-" if l0 is None else f"{l0:.1f}", "-" if fvu is None else f"{fvu:.3f}"]
-        table.add_row(words, *cells)
+        shown.insert(0, (f"measured at {place}", result.found))
+    for words, one in shown:
+        fvus = (one.fvu, one.fvu_without_outlying, one.fvu_median_token)
+        table.add_row(words, f"{one.l0:.1f}", *(f"{fvu:.3f}" for fvu in fvus))
     print_table(table)
     if not result.problems:
         print_text("it fits what is declared")

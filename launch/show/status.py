@@ -49,19 +49,23 @@ def status_table(config: Job) -> Table:
     with_latents = any(has_latents(folder) for _, folder, _ in runs)
     if with_latents:
         table.add_column("latents")
+    begun = {folder: read_run(folder) for _, folder, _ in runs if (folder / FILE_NAME).exists()}
+    fvus = {folder: found for folder, run in begun.items() if (found := _measured_fvus(run))}
+    if fvus:
+        table.add_column("evaluated FVU / without outlying tokens / of the median token")
     probed = {folder: record for _, folder, _ in runs if (record := read_probe(folder))}
     if probed:
         table.add_column("probed")
     if queue is not None:
         table.add_column("Slurm job")
     for name, folder, run_config in runs:
-        if (folder / FILE_NAME).exists():
-            run = read_run(folder)
+        if run := begun.get(folder):
             row = [*_row(name, run, queue), *([_latents(run)] if with_latents else [])]
+            row += [fvus.get(folder, "-")] if fvus else []
             row += [_probed(run, probed.get(folder))] if probed else []
         else:
             row = [name, "not started", f"0/{run_config.train.steps}"]
-            row += ["-"] * (8 + with_latents + bool(probed))
+            row += ["-"] * (8 + with_latents + bool(fvus) + bool(probed))
         if queue is not None:
             row.append(queue.runs.get(name, "-"))
         table.add_row(*row)
@@ -98,6 +102,13 @@ def _evaluated(run: RunFolder) -> str:
         return "outdated"
     delta = run.evaluation.get("delta_loss")
     return "yes" if delta is None else f"delta loss {delta:.3f}"
+
+
+def _measured_fvus(run: RunFolder) -> str:
+    """The three FVUs of evaluation.json; "" where it lacks one."""
+    keys = ("fvu", "fvu_without_outlying", "fvu_median_token")
+    values = [(run.evaluation or {}).get(key) for key in keys]
+    return "" if None in values else " / ".join(f"{value:.3f}" for value in values)
 
 
 def _latents(run: RunFolder) -> str:

@@ -22,7 +22,10 @@ _SCORES = (
     ("fuzzing", "balanced_accuracy"),
     ("simulation", "correlation"),
 )
-_MEASURED = ("l0", "fvu", "delta_loss", "loss_recovered", "alive_fraction")
+_MEASURED = (
+    "l0", "fvu", "fvu_without_outlying", "fvu_median_token", "delta_loss", "loss_recovered",
+    "alive_fraction",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

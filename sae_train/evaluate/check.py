@@ -24,9 +24,10 @@ from activation_cache.config import Site
 from activation_cache.gemma.forward import MLP
 from activation_cache.gemma.taps import Tap, check_tap, tap_width
 from activation_cache.language_model.model import LanguageModel
+from activation_cache.outlying import largest_usual_norm
 from activation_cache.runtime.errors import UserError
 from sae_train.inference.hook_names import parse_hook
-from sae_train.inference.sae import Sae
+from sae_train.inference.sae import HostOrDevice, Sae
 
 SEQUENCE = 128  # tokens, with BOS
 FIRST_COUNTED = 8  # without BOS the first token's activations are unlike all others
@@ -51,11 +52,16 @@ class Declared:
 
 @dataclass(frozen=True)
 class Measured:
-    """L0 and FVU of an SAE on one reading of what it was trained on."""
+    """L0 and FVU of an SAE on one reading of what it was trained on.
+
+    FVU without outlying tokens and the median token's are those of `result.fvus`.
+    """
 
     words: str
     l0: float
     fvu: float
+    fvu_without_outlying: float
+    fvu_median_token: float
 
 
 @dataclass(frozen=True)
@@ -252,7 +258,16 @@ _SCALES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 def _measured(sae: Sae, words: str, x: np.ndarray, y: np.ndarray) -> Measured:
     l0, error, spread = _l0_and_errors(sae, jnp.asarray(x), jnp.asarray(y))
-    return Measured(words, float(l0), float(error) / max(float(spread), 1e-30))
+    error_N, norm_N = np.asarray(_error_of_each(sae, x, y)), np.linalg.norm(y, axis=1)
+    usual_N = norm_N <= largest_usual_norm(norm_N)
+    variance = max(float(np.square(y[usual_N] - y[usual_N].mean(axis=0)).sum(axis=1).mean()), 1e-30)
+    return Measured(
+        words,
+        float(l0),
+        float(error) / max(float(spread), 1e-30),
+        float(error_N[usual_N].mean()) / variance,
+        float(np.median(error_N)) / variance,
+    )
 
 
 @jax.jit
@@ -264,3 +279,11 @@ def _l0_and_errors(
     l0 = (latents_NF > 0).sum(axis=1, dtype=jnp.float32).mean()
     error = jnp.square(y_ND - predicted_ND).sum()
     return l0, error, jnp.square(y_ND - y_ND.mean(axis=0, keepdims=True)).sum()
+
+
+@jax.jit
+def _error_of_each(
+    sae: Sae, x_ND: Float[HostOrDevice, "N D"], y_ND: Float[HostOrDevice, "N E"]
+) -> Float[Array, " N"]:
+    predicted_ND = sae.predict(x_ND, latents=sae.encode(x_ND)).astype(jnp.float32)
+    return jnp.square(y_ND - predicted_ND).sum(axis=1)

@@ -190,7 +190,7 @@ def _by_prefix(index: int, one: Pass) -> list[dict[str, Any]]:
             first,
             site=one.sites[job.target],
             whole=whole,
-            squared_error_S=sums.squared_error_S,
+            sums=sums,
             base=one.base,
             spliced=spliced,
         )

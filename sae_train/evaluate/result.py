@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from activation_cache.outlying import NORM_OVER_MEDIAN
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import StoragePath, replacing, write_json
 from sae_train.evaluate.sums import LossSums, SaeSums, SiteSums
@@ -65,6 +66,9 @@ class Evaluation:
     Attributes:
         mse: squared error summed over D, per token, in the activations' own units.
         variance: mean squared distance of the activations from their mean, so fvu = mse/variance.
+        fvu_median_token, fvu_without_outlying: what outlying tokens don't flatter, as `fvus` has
+            it.
+        outlying: which tokens were outlying, how many, and the share of the variance they hold.
         target: the site a transcoder predicts, whose mse and variance these are; None for an SAE.
         fingerprints: of the SAE, the model and the tokens measured; with `settings` they decide
             whether an evaluation is still current.
@@ -107,6 +111,9 @@ class Evaluation:
     model: str = ""
     label: str | None = None
     precision: str = "float32"
+    fvu_median_token: float | None = None
+    fvu_without_outlying: float | None = None
+    outlying: dict[str, Any] = dataclasses.field(default_factory=dict)
     importance_uniformity: float | None = None
     importance_sequences: int = 0
     importance_tokens: int = 0
@@ -119,7 +126,9 @@ class Evaluation:
             return "not finite" if value is None else f"{value:.4f}"
 
         return (
-            f"L0 {self.l0:.1f}, FVU {shown(self.fvu)}, delta loss {shown(self.delta_loss)} "
+            f"L0 {self.l0:.1f}, FVU {shown(self.fvu)} (median token "
+            f"{shown(self.fvu_median_token)}, without outlying tokens "
+            f"{shown(self.fvu_without_outlying)}), delta loss {shown(self.delta_loss)} "
             f"(loss {shown(self.loss)}, zero-ablated {shown(self.loss_zero_ablated)}), "
             f"alive {self.alive_fraction:.1%}"
         )
@@ -138,6 +147,12 @@ def measures(
         **headline(site=site, sae=sae, base=losses.base, spliced=losses.spliced),
         "mse": _finite(float(sae.squared_error_S.sum()) / tokens),
         "variance": _finite(float(site.spread_S.sum()) / tokens),
+        "outlying": {
+            "norm_over_median": NORM_OVER_MEDIAN,
+            "above_norm": _finite(site.largest),
+            "tokens": tokens - int(site.usual_count_H[-1]),
+            "share_of_variance": _finite(site.outlying_share),
+        },
         "alive_fraction": float((sae.fired_F > 0).mean()),
         **_loss_measures(losses.base, losses.spliced, losses.zero, suffix=""),
         **_loss_measures(
@@ -158,10 +173,26 @@ def headline(*, site: SiteSums, sae: SaeSums, base: LossSums, spliced: LossSums)
     """L0, FVU and losses: the numbers by which precisions are compared too."""
     return {
         "l0": float(sae.active_S.sum() / site.count_S.sum()),
-        "fvu": _ratio(float(sae.squared_error_S.sum()), float(site.spread_S.sum())),
+        **fvus(site=site, sae=sae),
         "loss": _finite(base.mean),
         "loss_spliced": _finite(spliced.mean),
         "delta_loss": _finite(spliced.mean - base.mean),
+    }
+
+
+def fvus(*, site: SiteSums, sae: SaeSums) -> dict[str, float | None]:
+    """FVU, the same without outlying tokens, and the median token's.
+
+    Without outlying tokens both sums and the mean are of the others. The median, over all counted
+    tokens, of |x - x̂|² is divided by the others' mean |x - mean|² too: outlying tokens would
+    raise it, and so lower the quotient of every other token.
+    """
+    tokens, usual = int(site.count_S.sum()), float(site.usual_spread_H[-1])
+    median = sae.median_error(tokens) * float(site.usual_count_H[-1])
+    return {
+        "fvu": _ratio(float(sae.squared_error_S.sum()), float(site.spread_S.sum())),
+        "fvu_median_token": _ratio(median, usual),
+        "fvu_without_outlying": _ratio(float(sae.usual_error_H[-1]), usual),
     }
 
 
@@ -170,7 +201,7 @@ def prefix_row(
     *,
     site: SiteSums,
     whole: SaeSums,
-    squared_error_S: Float[np.ndarray, " S"],
+    sums: SaeSums,
     base: LossSums,
     spliced: LossSums,
 ) -> dict[str, Any]:
@@ -178,13 +209,13 @@ def prefix_row(
 
     Args:
         whole: of the whole SAE, whose latents fire as they would alone.
-        squared_error_S, spliced: of what the first latents reconstruct.
+        sums, spliced: of what the first latents reconstruct.
     """
     fired = whole.fired_F[:first]
     return {
         "latents": first,
         "l0": float(fired.sum() / site.count_S.sum()),
-        "fvu": _ratio(float(squared_error_S.sum()), float(site.spread_S.sum())),
+        **fvus(site=site, sae=sums),
         "loss_spliced": _finite(spliced.mean),
         "delta_loss": _finite(spliced.mean - base.mean),
         "alive_fraction": float((fired > 0).mean()),
@@ -203,6 +234,9 @@ def _by_subset(
             "tokens": tokens,
             "l0": _ratio(float(sae.active_G[number]), tokens),
             "fvu": _ratio(float(sae.squared_error_G[number]), float(site.spread_G[number])),
+            "fvu_without_outlying": _ratio(
+                float(sae.usual_error_H[number]), float(site.usual_spread_H[number])
+            ),
             "loss_tokens": predicted,
             "loss": _ratio(float(base), predicted),
             "delta_loss": _ratio(float(spliced - base), predicted),

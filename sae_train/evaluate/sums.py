@@ -4,11 +4,13 @@ Devices sum one batch; the host adds up all batches in float64. Sums are kept by
 so curves by position and aggregates come from the same counts.
 
 Legend: B sequences of a batch, S position, P = S - 1 predictions, D model width, F latents, G
-subsets of the text, N rows = B·S, C rows of a chunk.
+subsets of the text, H = G + 1 the subsets and then all of the text, N rows = B·S, C rows of a
+chunk, T all sequences measured.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import jax
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from activation_cache.outlying import largest_usual_norm
 from sae_train.inference.sae import HostOrDevice, Sae
 
 # At most so many (row, latent) pairs are in memory at a time: 256 MB in float32 at any width.
@@ -112,6 +115,20 @@ def _site_batch(
     return moved_BSD.sum(axis=0), moved_BSD.sum(axis=1), jnp.square(moved_BSD).sum(axis=2)
 
 
+@jax.jit
+def _usual_batch(
+    x_BSD: Float[Array, "B S D"],
+    counted_BS: Bool[Array, "B S"],
+    shift_D: Float[Array, " D"],
+    largest: Float[Array, ""],
+) -> tuple[Bool[Array, "B S"], Float[Array, "B D"]]:
+    """Which counted tokens are at most `largest` long; their sum of x - shift by sequence."""
+    wide_BSD = x_BSD.astype(jnp.float32)
+    usual_BS = counted_BS & (jnp.sqrt(jnp.square(wide_BSD).sum(axis=2)) <= largest)
+    moved_BSD = jnp.where(usual_BS[:, :, None], wide_BSD - shift_D[None, None, :], 0.0)
+    return usual_BS, moved_BSD.sum(axis=1)
+
+
 @dataclass(frozen=True)
 class Subsets:
     """Which of the text's `number` subsets each sequence of a batch belongs to; 0: no subsets."""
@@ -126,6 +143,10 @@ class Subsets:
             np.add.at(sums_G, self.of_B, values_B)
         return sums_G
 
+    def sums_and_all(self, values_B: np.ndarray) -> np.ndarray:
+        """`sums`, and after them the sum of all sequences."""
+        return np.concatenate([self.sums(values_B), values_B.sum(axis=0, keepdims=True)])
+
 
 NO_SUBSETS = Subsets()
 
@@ -136,6 +157,12 @@ class SiteSums:
 
     Sums are of x - shift, the shift being the first batch's mean: most of the mean square of a
     Gemma's activations is that of their mean, and sums of x itself would cancel.
+
+    Attributes:
+        largest: the norm above which a token is outlying, by the median of the first batch: known
+            to every process before it counts.
+        usual_HD, usual_square_H, usual_count_H: of the tokens that aren't outlying the sums of
+            x - shift and of |x - shift|², and their number.
     """
 
     shift_D: np.ndarray | None = None
@@ -145,12 +172,17 @@ class SiteSums:
     sum_GD: np.ndarray = field(default_factory=lambda: np.zeros(()))
     square_G: np.ndarray = field(default_factory=lambda: np.zeros(()))
     count_G: np.ndarray = field(default_factory=lambda: np.zeros((), np.int64))
+    largest: float = math.inf
+    usual_HD: np.ndarray = field(default_factory=lambda: np.zeros((1, 1)))
+    usual_square_H: np.ndarray = field(default_factory=lambda: np.zeros(1))
+    usual_count_H: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
 
     def start(self, x_BSD: Float[Array, "B S D"], counted_BS: Bool[np.ndarray, "B S"]) -> None:
-        """Set the shift to this batch's mean, unless it is set or no token is counted."""
+        """Set shift and largest usual norm by this batch, unless set or no token is counted."""
         if self.shift_D is None and counted_BS.any():
             zero_D = np.zeros(x_BSD.shape[-1], np.float32)
-            sum_SD, _, _ = _site_batch(x_BSD, counted_BS, zero_D)
+            sum_SD, _, square_BS = _site_batch(x_BSD, counted_BS, zero_D)
+            self.largest = largest_usual_norm(np.sqrt(np.asarray(square_BS)[counted_BS]))
             mean_D = np.asarray(sum_SD, np.float64).sum(axis=0) / counted_BS.sum()
             self.shift_D = mean_D.astype(np.float32)
 
@@ -159,11 +191,11 @@ class SiteSums:
         x_BSD: Float[Array, "B S D"],
         counted_BS: Bool[np.ndarray, "B S"],
         subsets: Subsets = NO_SUBSETS,
-    ) -> None:
-        """Add one batch."""
+    ) -> Bool[np.ndarray, "B S"]:
+        """Add one batch; returns which of its counted tokens aren't outlying."""
         self.start(x_BSD, counted_BS)
         if self.shift_D is None:
-            return
+            return np.zeros_like(counted_BS)
         sum_SD, sum_BD, square_BS = _site_batch(x_BSD, counted_BS, self.shift_D)
         squares = np.asarray(square_BS, np.float64)
         self.sum_SD = self.sum_SD + np.asarray(sum_SD, np.float64)
@@ -172,6 +204,14 @@ class SiteSums:
         self.sum_GD = self.sum_GD + subsets.sums(np.asarray(sum_BD, np.float64))
         self.square_G = self.square_G + subsets.sums(squares.sum(axis=1))
         self.count_G = self.count_G + subsets.sums(counted_BS.sum(axis=1))
+        largest = np.float32(self.largest)
+        found_BS, usual_BD = _usual_batch(x_BSD, counted_BS, self.shift_D, largest)
+        usual_BS = np.asarray(found_BS)
+        self.usual_HD = self.usual_HD + subsets.sums_and_all(np.asarray(usual_BD, np.float64))
+        square_B = np.where(usual_BS, squares, 0.0).sum(axis=1)
+        self.usual_square_H = self.usual_square_H + subsets.sums_and_all(square_B)
+        self.usual_count_H = self.usual_count_H + subsets.sums_and_all(usual_BS.sum(axis=1))
+        return usual_BS
 
     @property
     def spread_S(self) -> Float[np.ndarray, " S"]:
@@ -185,22 +225,54 @@ class SiteSums:
     @property
     def spread_G(self) -> Float[np.ndarray, " G"]:
         """By subset, the sum of |x - mean|², the mean being the subset's own."""
-        around = np.square(self.sum_GD).sum(axis=1) / np.maximum(self.count_G, 1)
-        return self.square_G - around
+        return _about_the_mean(self.sum_GD, self.square_G, self.count_G)
+
+    @property
+    def usual_spread_H(self) -> Float[np.ndarray, " H"]:
+        """The sum of |x - mean|² over tokens that aren't outlying, about their own mean."""
+        return _about_the_mean(self.usual_HD, self.usual_square_H, self.usual_count_H)
+
+    @property
+    def outlying_share(self) -> float:
+        """The share of the spread that outlying tokens hold, about the mean of all tokens."""
+        mean_D = self.sum_SD.sum(axis=0) / self.count_S.sum()
+        usual = self.usual_square_H[-1] - 2 * self.usual_HD[-1] @ mean_D
+        usual += self.usual_count_H[-1] * (mean_D @ mean_D)
+        return float(1 - usual / self.spread_S.sum())
+
+
+def _about_the_mean(sum_GD: np.ndarray, square_G: np.ndarray, count_G: np.ndarray) -> np.ndarray:
+    """Σ|x - mean|² of each group, from the sums of x and of |x|²."""
+    return square_G - np.square(sum_GD).sum(axis=1) / np.maximum(count_G, 1)
 
 
 @dataclass
 class SaeSums:
-    """Squared error, L0 and firing counts of one SAE over all batches."""
+    """Squared error, L0 and firing counts of one SAE over all batches.
+
+    Attributes:
+        usual_error_H: squared error of the tokens that aren't outlying.
+        error_TS: squared error of every token, for its median: 4 bytes a token. 0 where a token
+            isn't counted.
+    """
 
     squared_error_S: np.ndarray = field(default_factory=lambda: np.zeros(()))
     active_S: np.ndarray = field(default_factory=lambda: np.zeros((), np.int64))
     fired_F: np.ndarray = field(default_factory=lambda: np.zeros((), np.int64))
     squared_error_G: np.ndarray = field(default_factory=lambda: np.zeros(()))
     active_G: np.ndarray = field(default_factory=lambda: np.zeros((), np.int64))
+    usual_error_H: np.ndarray = field(default_factory=lambda: np.zeros(1))
+    error_TS: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
-    def add(self, batch: SaeBatch, subsets: Subsets = NO_SUBSETS) -> None:
-        """Add one batch; waits for the device."""
+    def add(
+        self,
+        batch: SaeBatch,
+        subsets: Subsets = NO_SUBSETS,
+        *,
+        usual_BS: Bool[np.ndarray, "B S"],
+        first: int,
+    ) -> None:
+        """Add one batch, which begins with sequence `first`; waits for the device."""
         error_BS = np.asarray(batch.squared_error_BS, np.float64)
         active_BS = np.asarray(batch.active_BS, np.int64)
         self.squared_error_S = self.squared_error_S + error_BS.sum(axis=0)
@@ -208,6 +280,18 @@ class SaeSums:
         self.fired_F = self.fired_F + np.asarray(batch.fired_F, np.int64)
         self.squared_error_G = self.squared_error_G + subsets.sums(error_BS.sum(axis=1))
         self.active_G = self.active_G + subsets.sums(active_BS.sum(axis=1))
+        usual_B = np.where(usual_BS, error_BS, 0.0).sum(axis=1)
+        self.usual_error_H = self.usual_error_H + subsets.sums_and_all(usual_B)
+        rows_TS = self.error_TS[first : first + len(error_BS)]
+        rows_TS[:] = error_BS[: len(rows_TS)]  # the rest of a last batch is filling
+
+    def median_error(self, tokens: int) -> float:
+        """The median squared error of the `tokens` that are counted; NaN if there is none.
+
+        Those not counted hold 0, and no error is below 0: they are the first in order.
+        """
+        counted = np.sort(self.error_TS, axis=None)[self.error_TS.size - tokens :]
+        return float(np.median(counted.astype(np.float64))) if counted.size else math.nan
 
 
 @dataclass

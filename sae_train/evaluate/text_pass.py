@@ -43,8 +43,12 @@ _GRADIENT_PASSES = 3
 
 @dataclass(frozen=True)
 class _Batch:
-    """Tokens and which of them are counted; a short last batch is filled up with padding."""
+    """Tokens and which of them are counted; a short last batch is filled up with padding.
 
+    `first` is the number of its first sequence.
+    """
+
+    first: int
     tokens_BS: Int[np.ndarray, "B S"]
     usable_BS: Bool[np.ndarray, "B S"]
     counted_BP: Bool[np.ndarray, "B P"]  # the losses that count
@@ -97,7 +101,7 @@ class Pass:
         below = (stream_before(splice_of(job, None)) for job in self.jobs)
         self.read = tuple(self.measured | {tap for tap in below if tap is not None})
         self.sites = {tap: SiteSums() for tap in self.taps}
-        self.saes = [SaeSums() for _ in self.jobs]
+        self.saes = [SaeSums(error_TS=self._no_errors()) for _ in self.jobs]
         self.importance = [ImportanceSums() for _ in self.jobs]
         whole_taps = dict.fromkeys(self.jobs[index].target for index in self.whole)
         self.zero = {key: LossSums() for key in itertools.product(whole_taps, (False, True))}
@@ -107,10 +111,19 @@ class Pass:
             for everywhere in ((False,) if job.compared else (False, True))
         }
         self.prefixes = {
-            (index, first): (SaeSums(), LossSums())
+            (index, first): (SaeSums(error_TS=self._no_errors()), LossSums())
             for index in self.whole
             for first in self.jobs[index].sae.prefixes[:-1]
         }
+
+    def _no_errors(self) -> np.ndarray:
+        return np.zeros(self._walked, np.float32)
+
+    @property
+    def _walked(self) -> tuple[int, int]:
+        """How many sequences L0 and FVU are measured on, and their length."""
+        number = self.table.num_harvestable if self.of_embedding else self.settings.sequences
+        return number, self.table.sequence_length
 
     @property
     def num_subsets(self) -> int:
@@ -137,8 +150,7 @@ class Pass:
     def _work(self) -> int:
         passes = 1 + len(self.zero) + len(self.spliced) + len(self.prefixes)
         gradients = _GRADIENT_PASSES * len(self.zero) // 2
-        walked = self.table.num_harvestable if self.of_embedding else self.settings.sequences
-        sequences = walked + passes * self.loss_limit
+        sequences = self._walked[0] + passes * self.loss_limit
         return self.table.sequence_length * (sequences + gradients * self.importance_limit)
 
     def _measure(self) -> None:
@@ -180,13 +192,16 @@ class Pass:
         for tap, site in self.sites.items():
             D = tap_width(self.model.config, tap.site)
             by_position: Shapes = {"sum_SD": (S, D), "square_S": (S,), "count_S": (S,)}
-            yield site, by_position | {"sum_GD": (G, D), "square_G": (G,), "count_G": (G,)}
+            by_subset: Shapes = {"sum_GD": (G, D), "square_G": (G,), "count_G": (G,)}
+            usual: Shapes = {"usual_HD": (G + 1, D), "usual_square_H": (G + 1,)}
+            yield site, by_position | by_subset | usual | {"usual_count_H": (G + 1,)}
         with_sums = [*enumerate(self.saes)]
         with_sums += [(index, sums) for (index, _), (sums, _) in self.prefixes.items()]
         for index, sums in with_sums:
             F = self.jobs[index].sae.W_enc.shape[1]
             by_position = {"squared_error_S": (S,), "active_S": (S,), "fired_F": (F,)}
-            yield sums, by_position | {"squared_error_G": (G,), "active_G": (G,)}
+            by_subset = {"squared_error_G": (G,), "active_G": (G,), "usual_error_H": (G + 1,)}
+            yield sums, by_position | by_subset | {"error_TS": self._walked}
         for importance in self.importance:
             yield importance, {"sum_": (), "count": ()}
 
@@ -216,6 +231,7 @@ class Pass:
         number_B1 = start + np.arange(size)[:, None]
         subsets = Subsets(self.num_subsets, np.pad(self.table.subset_of(indices), (0, filling)))
         return _Batch(
+            start,
             tokens_BS,
             usable_BS,
             counted_BP=predicts_BP & (number_B1 < self.loss_limit),
@@ -245,17 +261,19 @@ class Pass:
                     "measured: activations must be finite. Check the weights, or set its dtype to "
                     "float32."
                 )
+        usual = {}
         for tap in self.taps:
             self.sites[tap].start(acts[tap], batch.usable_BS)
             if mine:
-                self.sites[tap].add(acts[tap], batch.usable_BS, batch.subsets)
+                usual[tap] = self.sites[tap].add(acts[tap], batch.usable_BS, batch.subsets)
         if mine:
             for index, job in enumerate(self.jobs):
                 sae = jax.device_put(job.sae)
                 target = None if job.target == job.tap else acts[job.target]
                 for one, sums in [(sae, self.saes[index]), *self._prefixes_of(index, sae, of=0)]:
                     found = sae_batch(one, acts[job.tap], batch.usable_BS, target)
-                    sums.add(found, batch.subsets)
+                    where_BS = usual[job.target]
+                    sums.add(found, batch.subsets, usual_BS=where_BS, first=batch.first)
             self._advance(batch)
         return acts
 

@@ -130,6 +130,7 @@ def _measured(evaluation: Evaluation | None) -> str:
     rows = [
         ("L0", f"{e.l0:.2f}"),
         ("FVU (squared error over variance)", number(e.fvu)),
+        *_not_flattered(e),
         ("delta LM loss, nats per token", number(e.delta_loss)),
         ("loss without / with the SAE", f"{number(e.loss)} / {number(e.loss_spliced)}"),
         ("loss with the site zero-ablated", number(e.loss_zero_ablated)),
@@ -144,6 +145,19 @@ def _measured(evaluation: Evaluation | None) -> str:
         f"({e.loss_sequences:,} for the losses). BOS, EOS and padding are masked in every mean "
         "and, but where said, keep the model's own activations when the SAE is spliced in.\n"
     )
+
+
+def _not_flattered(e: Evaluation) -> list[tuple[str, str]]:
+    """FVU that tokens of ten times the usual norm don't flatter; none of an older evaluation."""
+    if not e.outlying:
+        return []
+    held = e.outlying["share_of_variance"]
+    tokens = f"{e.outlying['tokens']:,}, with {number(held)} of the variance"
+    return [
+        ("tokens of more than ten times the median norm", tokens),
+        ("without them, FVU", number(e.fvu_without_outlying)),
+        ("median token's error over the variance without them", number(e.fvu_median_token)),
+    ]
 
 
 def _by_prefix(evaluation: Evaluation) -> str:

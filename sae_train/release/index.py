@@ -42,6 +42,8 @@ class Entry:
     hook_name: str
     l0: float | None
     fvu: float | None
+    fvu_without_outlying: float | None
+    fvu_median_token: float | None
     delta_loss: float | None
     loss_recovered: float | None
     alive_fraction: float | None

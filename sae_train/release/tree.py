@@ -39,7 +39,10 @@ from sae_train.runs.folder import RELEASE
 logger = logging.getLogger(__name__)
 
 # What an entry has of the evaluation.
-_MEASURED = ("l0", "fvu", "delta_loss", "loss_recovered", "alive_fraction", "sequences")
+_MEASURED = (
+    "l0", "fvu", "fvu_without_outlying", "fvu_median_token", "delta_loss", "loss_recovered",
+    "alive_fraction", "sequences",
+)  # fmt: skip
 
 
 def export_tree(

@@ -36,13 +36,15 @@ sae = SAE.load_from_disk("sae_lens/{folder}")
 """
 _MEASURED = """\
 On {sequences} held-out sequences of {length} tokens. BOS, EOS and padding are masked in every mean
-and keep the model's own activations when an SAE is spliced in. FVU is squared error over variance,
-delta loss what splicing adds to the model's loss, in nats per token. **Canonical** is of a site,
-layer and width the SAE whose L0 is nearest to {canonical}.
+and keep the model's own activations when an SAE is spliced in. FVU is squared error over variance;
+"usual" is FVU without the tokens whose norm is above ten times the median, "median" the median
+token's squared error over the variance without them. Delta loss is what splicing adds to the
+model's loss, in nats per token.
+**Canonical** is of a site, layer and width the SAE whose L0 is nearest to {canonical}.
 """
 _HEADS = (
-    "site", "layer", "width", "architecture", "L0", "FVU", "delta loss", "alive", "sparsity",
-    "seed", "tokens", "folder",
+    "site", "layer", "width", "architecture", "L0", "FVU", "usual", "median", "delta loss", "alive",
+    "sparsity", "seed", "tokens", "folder",
 )  # fmt: skip
 
 
@@ -137,6 +139,8 @@ def _saes(entries: Sequence[Entry]) -> str:
             e.architecture,
             "" if e.l0 is None else f"{e.l0:.1f}",
             "" if e.l0 is None else number(e.fvu),
+            "" if e.fvu_without_outlying is None else number(e.fvu_without_outlying),
+            "" if e.fvu_median_token is None else number(e.fvu_median_token),
             "" if e.l0 is None else number(e.delta_loss),
             "" if e.alive_fraction is None else f"{e.alive_fraction:.1%}",
             _sparsity(e),

@@ -25,6 +25,9 @@ _MOST_LABELLED = 8  # marks of a frontier that have room for words
 def numbers_hover(run: str, numbers: Numbers, *, also: Mapping[str, str] | None = None) -> str:
     """What a pointer over a run's mark shows: the run, L0, FVU, delta loss, and `also`."""
     shown = {"L0": ("l0", ".1f"), "FVU": ("fvu", ".4g"), "delta loss": ("delta_loss", ".4g")}
+    if numbers.get("fvu_without_outlying") is not None:
+        shown["FVU without outlying tokens"] = ("fvu_without_outlying", ".4g")
+        shown["median token's FVU"] = ("fvu_median_token", ".4g")
     found = {
         words: "–" if numbers.get(key) is None else format(numbers[key], form)
         for words, (key, form) in shown.items()
@@ -50,7 +53,8 @@ def frontier(
         middle = points[len(points) // 2][2].color if len(families) > 1 else ""
         lines.append(joined([run for *_, run in points], [p[:2] for p in points], middle))
         for l0, value, run in points:
-            more = {} if metric in ("fvu", "delta_loss") else {label: f"{value:.4g}"}
+            known = metric in ("fvu", "fvu_without_outlying", "delta_loss")
+            more = {} if known else {label: f"{value:.4g}"}
             marks.append(
                 mark(
                     run,

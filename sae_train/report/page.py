@@ -193,10 +193,34 @@ def _frontier(charts: Charts, runs: Sequence[ReportRun]) -> str:
     fvu = frontier(
         charts, runs, heading="Unexplained variance against L0", metric="fvu", label="FVU"
     )
+    usual = ""
+    if any(run.measured("fvu_without_outlying") is not None for run in runs):
+        usual = frontier(
+            charts,
+            runs,
+            heading="Unexplained variance without outlying tokens against L0",
+            metric="fvu_without_outlying",
+            label="FVU without outlying tokens",
+        )
     return (
         "<h2>Sparsity and fidelity</h2>"
-        f'<p class="note">{_loss_words(runs)} Lower left is better.</p>'
-        f'<div class="charts wide">{delta}{fvu}</div>{_legend(runs)}'
+        f'<p class="note">{_loss_words(runs)} Lower left is better.{_outlying_words(runs)}</p>'
+        f'<div class="charts wide">{delta}{fvu}{usual}</div>{_legend(runs)}'
+    )
+
+
+def _outlying_words(runs: Sequence[ReportRun]) -> str:
+    """How much of the variance outlying tokens hold; nothing where it wasn't measured."""
+    found = [(run.folder.evaluation or {}).get("outlying") or {} for run in runs]
+    shares = [one["share_of_variance"] for one in found if one.get("share_of_variance") is not None]
+    if not shares:
+        return ""
+    low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
+    held = high if low == high else f"{low} to {high}"
+    return (
+        " Tokens whose norm is above ten times the median, up to "
+        f"{max(one['tokens'] for one in found if one):,} of a run's, hold {held} of the variance, "
+        "and FVU with it."
     )
 
 
@@ -230,6 +254,8 @@ def _loss_words(runs: Sequence[ReportRun]) -> str:
 _COLUMNS = (
     ("l0", "L0", ".1f"),
     ("fvu", "FVU", ".3f"),
+    ("fvu_without_outlying", "FVU without outlying tokens", ".3f"),
+    ("fvu_median_token", "median token's FVU", ".3f"),
     ("delta_loss", "delta loss", ".4f"),
     ("delta_loss_all_positions", "with BOS spliced", ".4f"),
     ("loss_recovered", "loss recovered", ".1%"),

@@ -48,6 +48,8 @@ class _Precision(_Open):
     sae: str
     l0: _Measured = None
     fvu: _Measured = None
+    fvu_median_token: _Measured = None
+    fvu_without_outlying: _Measured = None
     delta_loss: _Measured = None
 
 
@@ -55,6 +57,8 @@ class _Prefix(_Open):
     latents: _Whole
     l0: _Number
     fvu: _Measured = None
+    fvu_median_token: _Measured = None
+    fvu_without_outlying: _Measured = None
     delta_loss: _Measured = None
     alive_fraction: _Number
 
@@ -63,6 +67,8 @@ class _Evaluation(_Open):
     step: _Whole = 0
     l0: _Number = 0.0
     fvu: _Measured = None
+    fvu_median_token: _Measured = None
+    fvu_without_outlying: _Measured = None
     loss: _Measured = None
     loss_spliced: _Measured = None
     loss_zero_ablated: _Measured = None

@@ -25,6 +25,7 @@ ORDER = (
     "activation_cache.storage",
     "activation_cache.precision",
     "activation_cache.products",
+    "activation_cache.outlying",
     "activation_cache.config",
     "activation_cache.mesh",
     "activation_cache.gemma",

@@ -12,7 +12,9 @@ export async function indexPage() {
     h('td', {class: 'left'}, one.width ? h('a', {href: link([one.id])}, one.label) : one.label),
     h('td', {class: 'left optional'}, one.width ? `${one.site}.${one.layer}${one.target ? ` → ${one.target}` : ''}` : '–'),
     h('td', {}, one.width ? one.width.toLocaleString('en') : '–'),
-    h('td', {}, number(one.l0)), h('td', {}, number(one.fvu)), h('td', {}, number(one.delta_loss)),
+    h('td', {}, number(one.l0)), h('td', {}, number(one.fvu)),
+    h('td', {class: 'optional'}, number(one.fvu_without_outlying)), h('td', {class: 'optional'}, number(one.fvu_median_token)),
+    h('td', {}, number(one.delta_loss)),
     h('td', {class: 'optional'}, one.width ? percent(one.alive / one.width) : percent(one.alive_fraction)),
     h('td', {class: 'optional'}, number(one.mean_abs_cosine)),
     h('td', {class: 'left'}, one.width ? (one.explained ? `${one.explained.toLocaleString('en')} explained` : '')
@@ -24,7 +26,8 @@ export async function indexPage() {
     h('div', {class: 'grid'}, charts),
     h('h2', {}, 'All of them'),
     h('div', {class: 'scroll card', tabindex: 0, role: 'region', 'aria-label': 'table of SAEs'}, h('table', {}, h('thead', {}, h('tr', {},
-      ['SAE', 'place', 'width', 'L0', 'FVU', 'delta loss', 'alive', 'mean |cosine|', ''].map((name, at) =>
-        h('th', {scope: 'col', class: at < 2 || at === 8 ? (at === 1 ? 'left optional' : 'left') : at > 5 && at < 8 ? 'optional' : null}, name)))), h('tbody', {}, rows))),
+      [['SAE', 'left'], ['place', 'left optional'], ['width'], ['L0'], ['FVU'], ['without outlying tokens', 'optional'], ['of the median token', 'optional'],
+        ['delta loss'], ['alive', 'optional'], ['mean |cosine|', 'optional'], ['', 'left']].map(([name, kind]) =>
+        h('th', {scope: 'col', class: kind}, name)))), h('tbody', {}, rows))),
   ]};
 }

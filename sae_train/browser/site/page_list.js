@@ -23,7 +23,8 @@ export async function listPage(sae, given) {
   const head = [
     h('h1', {}, sae.label),
     h('ul', {class: 'facts'}, [['width', sae.width.toLocaleString('en')], ['alive', percent(sae.alive / sae.width)], ['L0', number(sae.l0)],
-      ['FVU', number(sae.fvu)], ['delta loss', number(sae.delta_loss)], ['tokens read', sae.tokens.toLocaleString('en')]]
+      ['FVU', number(sae.fvu)], ['without outlying tokens', number(sae.fvu_without_outlying)],
+      ['of the median token', number(sae.fvu_median_token)], ['delta loss', number(sae.delta_loss)], ['tokens read', sae.tokens.toLocaleString('en')]]
       .map(([name, value]) => h('li', {}, h('span', {}, `${name} `), h('b', {}, value)))), controls];
   const title = `Latents of ${sae.name}`;
   let found;

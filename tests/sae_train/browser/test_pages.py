@@ -78,9 +78,9 @@ def test_from_the_saes_to_a_latent(
     base = static if copy else address
     browser.requests.clear()
     show(browser, base, "", width=width)
-    assert [row[3:6] for row in table(browser)] == [
-        ["80", "0.0671", "0.137"],
-        ["20", "0.134", "0.315"],
+    assert [row[3:8] for row in table(browser)] == [
+        ["80", "0.0671", "0.101", "0.0894", "0.137"],
+        ["20", "0.134", "0.201", "0.179", "0.315"],
     ]
     assert browser.evaluate("document.querySelectorAll('svg a circle').length") == 4
     browser.evaluate("document.querySelector('tbody a').click()")

@@ -24,6 +24,7 @@ from sae_train.evaluate.result import Evaluation, read_evaluation, read_frequenc
 from sae_train.evaluate.sums import sae_batch
 from sae_train.inference.fold import fold
 from sae_train.inference.write_formats import write_gemma_scope
+from tests.support.oracles.reference import fvus
 from tests.support.oracles.their_gemma import (
     BOS,
     EOS,
@@ -48,8 +49,8 @@ from tests.support.saes import (
 
 pytestmark = pytest.mark.slow
 
-
 PREFIXES = [0.25, 0.5]
+FVUS = ("fvu", "fvu_without_outlying", "fvu_median_token")
 FEW = {"sequences": 3, "sequences_per_batch": 3, "importance_sequences": 0}
 
 
@@ -151,7 +152,7 @@ def expected(world, index, tokens, *, first: int = F) -> dict[str, Any]:
     }
     return {
         "l0": (latents > 0).sum(1).mean(),
-        "fvu": error[usable].sum() / spread[usable].sum(),
+        **fvus(x, error, usable, first=world.config.evaluation.sequences_per_batch),
         "alive_fraction": (latents > 0).any(axis=0).mean(),
         **{name: values[counted].mean() for name, values in losses.items()},
         "tokens": usable.sum(),
@@ -180,7 +181,7 @@ def test_every_number_is_the_oracles(world, evaluations, index):
     want, got = expected(world, index, world.held_out), evaluations[index]
     for key in ("tokens", "loss_tokens"):
         assert getattr(got, key) == want[key], key
-    for key in ("l0", "fvu", "alive_fraction"):
+    for key in ("l0", *FVUS, "alive_fraction"):
         assert getattr(got, key) == pytest.approx(want[key], rel=1e-5), key
     for suffix in ("", "_all_positions"):
         base, spliced = want["loss"], want[f"loss_spliced{suffix}"]
@@ -206,7 +207,7 @@ def test_every_prefix_is_measured_as_an_sae_of_its_latents(world, evaluations):
     assert [row["latents"] for row in evaluations[0].by_prefix] == [F // 4, F // 2, F]
     for row in evaluations[0].by_prefix:
         want = expected(world, 0, world.held_out, first=row["latents"])
-        for key in ("l0", "fvu", "alive_fraction"):
+        for key in ("l0", *FVUS, "alive_fraction"):
             assert row[key] == pytest.approx(want[key], rel=1e-5), key
         assert row["delta_loss"] == pytest.approx(want["loss_spliced"] - want["loss"], abs=2e-5)
     assert evaluations[1].by_prefix == []

@@ -9,7 +9,9 @@ import pytest
 
 from sae_train.evaluate import splice
 from sae_train.evaluate import sums as sums_module
-from sae_train.evaluate.sums import SiteSums, reconstruct, sae_batch
+from sae_train.evaluate.result import fvus
+from sae_train.evaluate.sums import SaeSums, SiteSums, Subsets, reconstruct, sae_batch
+from tests.support.oracles import reference
 from tests.support.saes import make_sae, reference_latents
 
 
@@ -53,6 +55,56 @@ def test_spread_survives_a_mean_a_thousand_times_larger():
     rows = x.reshape(-1, 8).astype(np.float64)
     spread = ((rows - rows.mean(axis=0)) ** 2).sum()
     assert sums.spread_S.sum() == pytest.approx(spread, rel=1e-4)
+
+
+def summed(x, counted, groups, *, of=lambda number: True, batch=4) -> tuple[SiteSums, SaeSums]:
+    """The sums of the batches whose number is `of` a process; the last batch is filled up."""
+    sae, site = make_sae(D=x.shape[-1]), SiteSums()
+    sums = SaeSums(error_TS=np.zeros(counted.shape, np.float32))
+    for number, first in enumerate(range(0, len(x), batch)):
+        filling = ((0, max(0, first + batch - len(x))), (0, 0))
+        rows = slice(first, first + batch)
+        one = jnp.asarray(np.pad(x[rows], (*filling, (0, 0))))
+        where, group = np.pad(counted[rows], filling), np.pad(groups[rows], filling[0])
+        site.start(one, where)
+        if of(number):
+            subsets = Subsets(2, group)
+            usual = site.add(one, where, subsets)
+            sums.add(sae_batch(sae, one, where), subsets, usual_BS=usual, first=first)
+    return site, sums
+
+
+def test_outlying_tokens_flatter_neither_of_the_other_fvus():
+    """Against NumPy; two processes' sums added up give the same median to the last bit."""
+    random = np.random.default_rng(0)
+    x = random.standard_normal((10, 5, 6)).astype(np.float32) + 0.5
+    counted = random.uniform(size=(10, 5)) < 0.7
+    groups = np.arange(10) % 2
+    x[3, 1], x[8, 2], counted[3, 1], counted[8, 2] = 40.0, -60.0, True, True
+    site, sums = summed(x, counted, groups)
+    sae, rows = make_sae(D=6), x.astype(np.float64)
+    error = np.square(rows - np.asarray(sae(x))).sum(axis=2)
+    norm = np.linalg.norm(rows, axis=2)
+    usual = counted & (norm < 20)
+    assert (counted & ~usual).sum() == 2
+    want = reference.fvus(x, error, counted, first=4)
+    assert fvus(site=site, sae=sums) == pytest.approx(want, rel=1e-5)
+    spread = np.square(rows - rows[counted].mean(axis=0)).sum(axis=2)
+    share = spread[counted & ~usual].sum() / spread[counted].sum()
+    assert site.outlying_share == pytest.approx(share, rel=1e-5)
+    for group in range(2):
+        own = usual & (groups == group)[:, None]
+        got = sums.usual_error_H[group] / site.usual_spread_H[group]
+        variance = np.square(rows[own] - rows[own].mean(axis=0)).sum(axis=1).mean()
+        assert got == pytest.approx(error[own].mean() / variance, rel=1e-5)
+    parts = [summed(x, counted, groups, of=lambda n, i=i: n % 2 == i) for i in range(2)]
+    for name in ("error_TS", "usual_error_H"):
+        both = sum(getattr(one, name) for _, one in parts)
+        np.testing.assert_allclose(both, getattr(sums, name), rtol=1e-12)
+    tokens = int(counted.sum())
+    added = SaeSums(error_TS=parts[0][1].error_TS + parts[1][1].error_TS)
+    assert added.median_error(tokens) == sums.median_error(tokens)
+    assert sum(one.usual_count_H for one, _ in parts).tolist() == site.usual_count_H.tolist()
 
 
 @pytest.mark.parametrize("elements", [1, 24, 100, 10**9])

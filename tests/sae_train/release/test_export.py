@@ -40,7 +40,10 @@ def write_some_evaluation(folder, sae: Sae) -> Evaluation:
     fired = np.arange(F)
     fired[F - 1] += 1000 - fired.sum()  # L0 10 in all; the last latent is the busiest
     site = SiteSums(np.zeros(10, np.float32), np.zeros((S, 10)), 4.0 * count, count)
+    site.usual_HD = np.zeros((1, 10))
+    site.usual_square_H, site.usual_count_H = np.array([300.0]), np.array([99])
     sums = SaeSums(1.0 * count, 10 * count, fired)
+    sums.usual_error_H, sums.error_TS = np.array([90.0]), np.full((20, S), 0.5, np.float32)
 
     def loss(mean):
         return LossSums(mean * count[:-1].astype(float), count[:-1])

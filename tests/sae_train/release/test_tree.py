@@ -145,8 +145,8 @@ def test_the_card_has_the_table_and_the_hub_s_front_matter(exported: Path):
         "base_model": "google/gemma-3-270m",
     }
     row = (
-        "| resid_post | 1 | 24 | jumprelu | 81.6 | 0.2500 | 0.5000 | 95.8% | λ 0.001 | 1 | 8,192 "
-        "| `res/layer_1/width_24/average_l0_82` **canonical** |"
+        "| resid_post | 1 | 24 | jumprelu | 81.6 | 0.2500 | 0.3000 | 0.1650 | 0.5000 | 95.8% "
+        "| λ 0.001 | 1 | 8,192 | `res/layer_1/width_24/average_l0_82` **canonical** |"
     )
     assert row in card
     assert "`res/layer_2/width_24/coefficient_0.002` |" in card

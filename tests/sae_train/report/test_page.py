@@ -97,7 +97,7 @@ def test_the_page_is_whole_by_itself(sweep: Path) -> None:
     page = Page(write_report(sweep))
     assert page.loads == []
     assert not re.search(r"url\(|@import|https?://", page.source)
-    assert len(charts_of(page.source)) == 2 + 6 + 2 + 3 + 2, "two sparsities have both widths"
+    assert len(charts_of(page.source)) == 3 + 6 + 2 + 3 + 2, "two sparsities have both widths"
 
 
 def test_the_same_runs_make_the_same_bytes(sweep: Path) -> None:
@@ -116,10 +116,14 @@ def test_every_link_leads_to_a_file(sweep: Path) -> None:
 
 def test_the_numbers_of_the_table(sweep: Path) -> None:
     words = Page(write_report(sweep)).words
-    assert "width 2048, λ 0.0002 trained 139.0 0.051 0.0984 0.1279 98.9% 86.1% 400 / 400" in words
-    assert "width 4096, λ 0.01 failed – – – – – – 0 / 400 –" in words
+    assert (
+        "width 2048, λ 0.0002 trained 139.0 0.051 0.076 0.068 0.0984 0.1279 98.9% 86.1% 400 / 400"
+        in words
+    )
+    assert "width 4096, λ 0.01 failed – – – – – – – – 0 / 400 –" in words
     assert "6 of 8 runs trained" in words
     assert "55–139 L0" in words
+    assert "up to 31 of a run's, hold 46% of the variance" in words
     assert "loss is 3.162 nats per token" in words
     assert "to 11.874, that is +8.712" in words
 
@@ -176,7 +180,7 @@ def test_a_single_run_and_one_without_anything(tmp_path: Path) -> None:
     write_run(single(tmp_path / "one"), l0=60)
     page = Page(write_report(tmp_path / "one"))
     assert page.links[0] == "../config.yaml"
-    assert len(charts_of(page.source)) == 2 + 6 + 1 + 3
+    assert len(charts_of(page.source)) == 3 + 6 + 1 + 3
 
     write_config(single(tmp_path / "bare"), tmp_path / "bare")
     page = Page(write_report(tmp_path / "bare"))

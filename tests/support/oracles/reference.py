@@ -128,6 +128,25 @@ def revival(params, x, gradients, *, dead, coefficient, k):
     return loss, dead, active.any(axis=0), np.where(dead & (z.max(0) > 0), z.max(0), np.inf)
 
 
+def fvus(x, error, counted, *, first):
+    """FVU of the counted tokens, without outlying ones, and of the median token.
+
+    x is [T, S, D]; the median norm is that of the `first` sequences' counted tokens.
+    """
+    x = np.asarray(x, np.float64)
+    norm = np.linalg.norm(x, axis=-1)
+    usual = counted & (norm <= 10 * np.median(norm[:first][counted[:first]]))
+
+    def variance(where):
+        return ((x[where] - x[where].mean(axis=0)) ** 2).sum(-1).mean()
+
+    return {
+        "fvu": error[counted].mean() / variance(counted),
+        "fvu_without_outlying": error[usual].mean() / variance(usual),
+        "fvu_median_token": np.median(error[counted]) / variance(usual),
+    }
+
+
 def adam(param, gradient, moment, *, rate, step, beta2=0.999, epsilon=1e-8):
     """One update with β₁ = 0; `step` counts from 1."""
     moment = beta2 * moment + (1 - beta2) * gradient**2
