@@ -31,13 +31,13 @@ from benchmarks.support.measure import StepTimes, interleaved, markdown, prepare
 from sae_train.config.run import (
     CacheConfig,
     Config,
-    L0Penalty,
     ModelConfig,
     SaeConfig,
     SiteConfig,
     TextConfig,
     TrainConfig,
 )
+from sae_train.config.sparsity import L0Penalty
 from sae_train.model.sharding import BATCH_DIMS, make_mesh, sharding
 from sae_train.step.schedule import scheduled
 from sae_train.step.state import TrainState, abstract_state, init_state

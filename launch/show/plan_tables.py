@@ -12,6 +12,7 @@ from activation_cache.runtime.amounts import bytes_text
 from activation_cache.storage.files import json_text, storage_path
 from launch.config.job import Job
 from launch.console import print_table, print_text
+from launch.show.recipe_tables import recipe_tables
 from launch.show.units import (
     READER,
     flops_text,
@@ -109,12 +110,13 @@ def _assumptions(arguments: argparse.Namespace) -> Assumptions:
 
 
 def tables(plan: Plan) -> list[Table]:
-    """Store and harvest, then work and memory of each run, then the accelerators."""
+    """The recipe, store and harvest, work and memory of each run, then the accelerators."""
     on = plan.accelerators
     last = _accelerator_table(plan, on[0]) if len(on) == 1 else _comparison_table(plan)
     cohorts = [_cohort_table(plan)] if any(len(one.runs) > 1 for one in plan.cohorts) else []
     through = [_end_to_end_table(plan)] if any(run.end_to_end for run in plan.runs) else []
-    return [_store_table(plan), _work_table(plan), _memory_table(plan), *through, *cohorts, last]
+    needs = [_store_table(plan), _work_table(plan), _memory_table(plan), *through, *cohorts, last]
+    return [*recipe_tables(plan.recipes), *needs]
 
 
 def alike(plan: Plan) -> list[list[int]]:

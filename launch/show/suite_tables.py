@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from activation_cache.runtime.amounts import bytes_text
+from launch.show.recipe_tables import recipe_tables
 from launch.show.units import (
     READER,
     flops_text,
@@ -20,8 +21,8 @@ from sae_train.plan.suite import CellGroup, SuiteAccelerator, SuitePlan
 
 
 def suite_tables(plan: SuitePlan) -> list[Table]:
-    """Stores, then the work of each kind of cell, then the accelerators."""
-    return [_stores(plan), _work(plan), _accelerators(plan)]
+    """What a recipe chose, stores, then the work of each kind of cell, then the accelerators."""
+    return [*recipe_tables(plan.recipes), _stores(plan), _work(plan), _accelerators(plan)]
 
 
 def _stores(plan: SuitePlan) -> Table:

@@ -12,7 +12,7 @@ from launch.config.job import Job
 from launch.sweep.run import Run
 from launch.sweep.suite_cells import Cell, all_cells, cache_of, cells_of
 from sae_train.config.file import with_values
-from sae_train.config.run import L0Penalty
+from sae_train.config.sparsity import L0Penalty
 
 
 def suite_runs(config: Job) -> Iterator[Run]:

@@ -18,7 +18,8 @@ FORMAT_VERSION = 4
 THRESHOLDS = "thresholds"  # of a run's last checkpoint, with `sae.threshold_per_latent`
 
 # Fields that may change between two starts of one run: they say where data lies, how often
-# something is saved, measured or logged and, the mesh, on which devices the arithmetic happens.
+# something is saved, measured or logged, on which devices the arithmetic happens (the mesh), and
+# what chose the numbers, which are compared themselves.
 FREE_FIELDS = (
     "name",
     "output",
@@ -31,6 +32,8 @@ FREE_FIELDS = (
     "evaluation",
     "latents",
     "probe",
+    "train.recipe",
+    "train.recipe_chose",
     "train.stacked",
     "train.log_every_steps",
     "train.tensorboard",

@@ -1,4 +1,4 @@
-"""The section `evaluation` of the YAML: what is measured, and which extra evaluations there are.
+"""The sections `evaluation` and `probe` of the YAML: what is measured, and with which data.
 
 Numbers come from the Gemma Scope paper (arXiv 2408.05147, section 4) unless said otherwise.
 """
@@ -6,9 +6,9 @@ Numbers come from the Gemma Scope paper (arXiv 2408.05147, section 4) unless sai
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from activation_cache.config import (
     FilePath,
@@ -105,3 +105,25 @@ class EvaluationConfig(Section):
         if self.precision == "float32":
             del own["precision"]
         return own if entry is None else own | {"also": entry.model_dump(mode="json")}
+
+
+class ProbeConfig(Section):
+    """What `sae probe` reads and fits; the defaults are sae-probes' protocol, with three splits.
+
+    `datasets` null means ten of sae-probes' data sets with short prompts, and of a folder `data`
+    all that are in it.
+    """
+
+    data: FilePath | None = None  # a folder of .csv files; None: those of the package sae-probes
+    datasets: Literal["all"] | Annotated[list[str], Field(min_length=1)] | None = None
+    k: Annotated[list[PositiveSmallCount], Field(min_length=1)] = [1, 2, 5, 16]  # noqa: RUF012
+    splits: Annotated[PositiveSmallCount, Field(le=100)] = 3  # into training and test rows
+    rows: Annotated[PositiveSmallCount, Field(ge=200)] = 5000  # the first of a data set
+    max_tokens: Annotated[PositiveSmallCount, Field(ge=2)] = 1024  # the last of a prompt, with BOS
+
+    @field_validator("k")
+    @classmethod
+    def _rising(cls, k: list[int]) -> list[int]:
+        if sorted(set(k)) != k:
+            raise ValueError(f"probe.k {k} must rise: give {sorted(set(k))}")
+        return k

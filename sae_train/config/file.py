@@ -30,6 +30,7 @@ from activation_cache.storage.files import (
 from sae_train.config import errors, schema, strict_yaml
 from sae_train.config.places import moved_places
 from sae_train.config.run import Config
+from sae_train.recipe import fill
 
 FILE_NAME = "config.yaml"
 
@@ -73,12 +74,14 @@ def load_config_as(
     if folder is not None:
         for key, place in moved_places(values, folder).items():
             _set(values, _key_path(key, root=root, source=key), place, source=key)
+    before, keys = copy.deepcopy(values), [one.partition("=")[0] for one in overrides]
     for override in overrides:
         key_path = _apply_override(values, override, root=root)
         origins = {
             key: origin for key, origin in origins.items() if key[: len(key_path)] != key_path
         }
         origins[key_path] = f"override {override}"
+    fill.forget(values, keys=keys, before=before)
     return _validate(root, values, name=str(path), origins=origins)
 
 
@@ -88,9 +91,11 @@ def with_values(config: Root, values: Mapping[str, Any], *, source: str) -> Root
     Raises:
         UserError: an unknown key or a value the checks refuse; `source` says where from.
     """
-    root, data = type(config), config.model_dump(mode="python")
+    root, before = type(config), config.model_dump(mode="python")
+    data = copy.deepcopy(before)
     for key, value in values.items():
         _set(data, _key_path(key, root=root, source=source), copy.deepcopy(value), source=source)
+    fill.forget(data, keys=values, before=before)
     return _validate(root, data, name=source, origins={})
 
 

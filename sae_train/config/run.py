@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -21,7 +21,6 @@ from activation_cache.config import (
     Location,
     MeshConfig,
     ModelConfig,
-    NonNegative32,
     Positive32,
     PositiveCount,
     PositiveSmallCount,
@@ -35,11 +34,13 @@ from activation_cache.gemma.taps import Tap
 from activation_cache.precision import Precision, PrecisionChoice
 from sae_train.config import end_to_end
 from sae_train.config.end_to_end import EndToEndConfig
-from sae_train.config.evaluation import EvaluationConfig
+from sae_train.config.evaluation import EvaluationConfig, ProbeConfig
 from sae_train.config.latents import LatentsConfig
 from sae_train.config.matryoshka import check_shares
-from sae_train.config.probe import ProbeConfig
 from sae_train.config.sae import SaeConfig
+from sae_train.config.sparsity import MatchL0Penalty, Sparsity, TargetL0Penalty
+from sae_train.recipe import fill
+from sae_train.recipe.formulas import BATCH_SIZE, Name
 
 logger = logging.getLogger(__name__)
 
@@ -68,90 +69,6 @@ class AdamConfig(Section):
     epsilon: Positive32 = 1e-8
 
 
-class FrequencyPenalty(Section):
-    """A further penalty on latents that fire often: λ ω² / `scale` for each, ω its frequency.
-
-    With `penalty: l0` and the same λ the two make λ Σ ω (1 + ω / scale), the form of GDM's
-    progress update on high-frequency latents (2025), which used 0.1 and 0.01.
-    """
-
-    scale: Positive32 = 0.1
-    coefficient: NonNegative32 | None = None  # None: the coefficient of the penalty above it
-
-
-class L0Penalty(Section):
-    """Gemma Scope's penalty: coefficient times L0, per token."""
-
-    penalty: Literal["l0"] = "l0"
-    coefficient: NonNegative32
-    warmup_steps: SmallCount = 10_000
-    frequency: FrequencyPenalty | None = None
-
-
-class TargetL0Penalty(Section):
-    """A quadratic penalty on the distance of L0 from `target`.
-
-    `batch_mean`: coefficient * (mean L0 / target - 1)^2, the JumpReLU paper's (arXiv 2407.14435,
-    also dictionary_learning's). `per_token`: coefficient * (2 / target) * (L0 - target)^2 for
-    each token, Gemma Scope 2's equation 5 as printed.
-    """
-
-    penalty: Literal["target_l0"]
-    target: Annotated[Positive32, Field(ge=1)]
-    form: Literal["batch_mean", "per_token"] = "batch_mean"
-    coefficient: NonNegative32 = 1.0
-    warmup_steps: SmallCount = 10_000
-    frequency: FrequencyPenalty | None = None
-
-    @model_validator(mode="after")
-    def _frequency_has_a_coefficient(self) -> TargetL0Penalty:
-        # The coefficient here weighs a squared distance, not active latents: it can't serve both.
-        if self.frequency is not None and self.frequency.coefficient is None:
-            raise ValueError(
-                "with penalty target_l0 frequency.coefficient must be given: try 1e-3, about "
-                "what an active latent costs with penalty l0"
-            )
-        return self
-
-
-class MatchL0Penalty(Section):
-    """Coefficient times L0, the coefficient steered so that the mean L0 comes to `target`.
-
-    `coefficient` is where it starts; docs/recipes.md has the controller and what it reached.
-    """
-
-    penalty: Literal["match_l0"]
-    target: Annotated[Positive32, Field(ge=1)]
-    coefficient: Positive32 = 1e-3
-    warmup_steps: SmallCount = 10_000
-    settle_steps: PositiveSmallCount | None = None  # None: a fiftieth of the run
-    frequency: FrequencyPenalty | None = None
-
-
-class L1Penalty(Section):
-    """Coefficient times the L1 norm of the latents: of a ReLU SAE, weighted by the norms of the
-    decoder's rows; of a Gated SAE, taken of the gate. Both in `relu` and `gated`.
-    """
-
-    penalty: Literal["l1"]
-    coefficient: NonNegative32
-    warmup_steps: SmallCount = 10_000
-
-
-class NoPenalty(Section):
-    """Nothing: TopK and BatchTopK are sparse by selection."""
-
-    penalty: Literal["none"]
-    coefficient: ClassVar[float] = 0.0
-    warmup_steps: ClassVar[int] = 0
-
-
-Sparsity = Annotated[
-    L0Penalty | TargetL0Penalty | MatchL0Penalty | L1Penalty | NoPenalty,
-    Field(discriminator="penalty"),
-]
-
-
 class WandbConfig(Section):
     """Where Weights & Biases shows the run's metrics; training never depends on it."""
 
@@ -166,7 +83,10 @@ class WandbConfig(Section):
 class TrainConfig(Section):
     """The optimisation: batch, budget, seed, schedules, penalty."""
 
-    batch_size: PositiveSmallCount = 4096
+    # What fills the keys that aren't given, and those it filled: written, not read.
+    recipe: Name | None = None
+    recipe_chose: list[str] = Field(default_factory=list)
+    batch_size: PositiveSmallCount = BATCH_SIZE
     tokens: PositiveCount
     seed: Seed = 0
     data_seed: Seed | None = None  # of the order of batches; None: `seed` is that too
@@ -254,6 +174,11 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
+    def _with_recipe(cls, values: Any) -> Any:
+        return fill.filled(values)
+
+    @model_validator(mode="before")
+    @classmethod
     def _without_command_sections(cls, values: Any) -> Any:
         foreign = [key for key in COMMAND_SECTIONS if key not in cls.model_fields]
         if not isinstance(values, dict) or not any(key in values for key in foreign):
@@ -270,6 +195,7 @@ class Config(Section):
             *_check_penalty(self.sae, self.train.sparsity),
             *_check_step(self.sae, self.train),
             *_check_revival(self.sae, self.train),
+            *_check_recipe(self.sae, self.train),
             *_check_limits(self.train, self.mesh),
             *end_to_end.mistakes(
                 self.train.end_to_end,
@@ -357,6 +283,19 @@ def _check_revival(sae: SaeConfig, train: TrainConfig) -> Iterator[str]:
             f"counts as dead after train.dead_after_tokens {train.dead_after_tokens}, {dead_after} "
             f"steps, and the run has {train.steps}. Set train.dead_after_tokens to a tenth of "
             f"train.tokens {train.tokens}, or sae.revive_coefficient to 0"
+        )
+
+
+def _check_recipe(sae: SaeConfig, train: TrainConfig) -> Iterator[str]:
+    if train.recipe is not None:
+        if found := fill.mistake(
+            train.recipe, architecture=sae.architecture, start_from=sae.start_from
+        ):
+            yield found
+    elif train.recipe_chose:
+        yield (
+            "train.recipe_chose lists what train.recipe chose, and there is no train.recipe: leave "
+            "it out"
         )
 
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from activation_cache.language_model.published_sizes import config_for_planning
 from sae_train.config.run import Config
 from sae_train.plan.accelerators import Accelerator
+from sae_train.plan.recipe import RecipePlan, recipe_plans
 from sae_train.plan.runs import CohortPlan, RunPlan, plan_cohorts, plan_run
 from sae_train.plan.verdict import AcceleratorPlan, Assumptions, on_accelerator
 from sae_train.plan.work import HarvestWork, StorePlan, harvest_work, store_plan
@@ -30,6 +31,7 @@ class Plan:
     model_from: str
     model_dtype: str
     assumptions: Assumptions
+    recipes: tuple[RecipePlan, ...]
     store: StorePlan
     harvest: HarvestWork
     runs: tuple[RunPlan, ...]
@@ -65,6 +67,7 @@ def make_plan(
         model_from=source,
         model_dtype=config.model.dtype,
         assumptions=assumptions,
+        recipes=recipe_plans(runs),
         store=store,
         harvest=harvest,
         runs=run_plans,

@@ -19,6 +19,7 @@ from activation_cache.precision import Precision, PrecisionChoice
 from sae_train.config.run import Config
 from sae_train.plan.accelerators import Accelerator
 from sae_train.plan.memory import FLOAT_BYTES, Shape, StepMemory, nearest_mesh
+from sae_train.plan.recipe import RecipePlan, recipe_plans
 from sae_train.plan.runs import plan_run
 from sae_train.plan.verdict import Assumptions, above_reader, total, usable_bytes
 from sae_train.plan.work import harvest_work, step_traffic, store_plan
@@ -101,6 +102,7 @@ class SuitePlan:
     name: str
     model_from: str
     assumptions: Assumptions
+    recipes: tuple[RecipePlan, ...]
     groups: tuple[CellGroup, ...]
     stores: tuple[StoreGroup, ...]
     accelerators: tuple[SuiteAccelerator, ...]
@@ -140,6 +142,7 @@ def make_suite_plan(
         name=config.name,
         model_from=source,
         assumptions=assumptions,
+        recipes=recipe_plans([(run.name, run) for run in runs]),
         groups=groups,
         stores=stores,
         accelerators=tuple(

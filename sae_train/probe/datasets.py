@@ -24,7 +24,7 @@ from jaxtyping import Int
 
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import StoragePath, disk_errors, storage_path
-from sae_train.config.probe import ProbeConfig
+from sae_train.config.evaluation import ProbeConfig
 
 TEST_ROWS = 100  # at least so many are kept for the test
 MOST_TRAINING_ROWS = 1024

@@ -24,8 +24,8 @@ from activation_cache.language_model.model import LanguageModel
 from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.runtime.progress import ProgressMeter
 from activation_cache.storage.files import AnyPath, StoragePath, storage_path
+from sae_train.config.evaluation import ProbeConfig
 from sae_train.config.file import read_run_config
-from sae_train.config.probe import ProbeConfig
 from sae_train.evaluate.jobs import Models, Run
 from sae_train.probe.activations import last_activations, latents_of, prompt_tokens
 from sae_train.probe.datasets import DataSet, Split, data_files, read_data_set, split_of

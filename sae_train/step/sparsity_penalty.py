@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sae_train.config.run import (
+from sae_train.config.run import TrainConfig
+from sae_train.config.sparsity import (
     L1Penalty,
     MatchL0Penalty,
     NoPenalty,
     Sparsity,
     TargetL0Penalty,
-    TrainConfig,
 )
 from sae_train.step.schedule import Scheduled
 

@@ -46,6 +46,8 @@ _NOT_COMPILED_IN = (
     "sae.threshold.init",
     "sae.b_dec_init",
     "sae.threshold_per_latent",
+    "train.recipe",
+    "train.recipe_chose",
     "train.seed",
     "train.data_seed",
     "train.learning_rate",

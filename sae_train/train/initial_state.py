@@ -23,8 +23,9 @@ from jaxtyping import Float
 
 from activation_cache.runtime import exchange, processes
 from activation_cache.store.centring import gamma_of_moments
-from sae_train.config.run import Config, MatchL0Penalty, TargetL0Penalty
+from sae_train.config.run import Config
 from sae_train.config.sae import SaeConfig
+from sae_train.config.sparsity import MatchL0Penalty, TargetL0Penalty
 from sae_train.model.forward import Params, pre_activations, whitened
 from sae_train.model.sharding import mesh_of, sharding
 from sae_train.step.schedule import total_learning_rate

@@ -34,6 +34,7 @@ ORDER = (
     "activation_cache.store",
     "activation_cache.harvest",
     "activation_cache.rollout",
+    "sae_train.recipe",
     "sae_train.config",
     "sae_train.model",
     "sae_train.step",

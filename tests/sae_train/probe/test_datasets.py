@@ -10,7 +10,7 @@ import pytest
 import zstandard
 
 from activation_cache.runtime.errors import UserError
-from sae_train.config.probe import ProbeConfig
+from sae_train.config.evaluation import ProbeConfig
 from sae_train.probe import datasets
 from sae_train.probe.datasets import data_files, read_data_set
 

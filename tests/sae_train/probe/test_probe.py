@@ -16,7 +16,7 @@ from activation_cache.language_model.tokenizer import load_tokenizer
 from activation_cache.runtime.errors import Interrupted, UserError
 from launch.show.status import status_table
 from launch.targets import target_config
-from sae_train.config.probe import ProbeConfig
+from sae_train.config.evaluation import ProbeConfig
 from sae_train.probe import activations
 from sae_train.probe.activations import last_activations, prompt_tokens
 from sae_train.probe.probe import probe

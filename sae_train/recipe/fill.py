@@ -1,0 +1,154 @@
+"""A config's plain values with what its recipe chooses: keys that are given stay as they are.
+
+`train.recipe_chose` lists the keys that were filled. The config that a run keeps has every number,
+and is read back as it is. Where a value set over a config (by an override, for a run of a sweep)
+changes what the formulas read, the recipe chooses anew.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeGuard, get_args
+
+from sae_train.recipe.formulas import ARCHITECTURE, BATCH_SIZE, Budget, Choice, Name, choices
+
+RECIPE, CHOSE = "train.recipe", "train.recipe_chose"
+
+
+def filled(values: Any) -> Any:
+    """The values with the recipe's where they have none; the same where no recipe is asked for.
+
+    What is no config, or has a mistake in a key that formulas read, is left to the config's checks.
+    """
+    found = chosen_for(values)
+    if not found:
+        return values
+    whole = copy.deepcopy(values)
+    earlier = value_at(whole, CHOSE, None)
+    chose = set(earlier if isinstance(earlier, list) else [])
+    for key, choice in found.items():
+        if _put(whole, key, choice.value):
+            chose.add(key)
+    whole["train"]["recipe_chose"] = [key for key in found if key in chose]
+    return whole
+
+
+def chosen_for(values: Any) -> dict[str, Choice]:
+    """What the recipe of these values chooses, whether or not they have a value of their own."""
+    name, budget = _read(values)
+    start_from = value_at(values, "sae.start_from", None)
+    if not _is_name(name) or budget is None:
+        return {}
+    if mistake(name, architecture=budget.architecture, start_from=start_from):
+        return {}
+    return choices(name, budget)
+
+
+def mistake(name: Name, *, architecture: Any, start_from: Any) -> str | None:
+    """Why a recipe doesn't go with an SAE; None where it does."""
+    if name == "gemma_scope" and architecture != "jumprelu":
+        return (
+            f"train.recipe gemma_scope is for sae.architecture jumprelu, as Gemma Scope's SAEs "
+            f"are, and it is {architecture}: set train.recipe to auto or short, which choose what "
+            f"{architecture} has of these settings, or leave it out"
+        )
+    if name != "gemma_scope" and start_from is not None:
+        return (
+            f"train.recipe {name} is for SAEs that start from random weights, and sae.start_from "
+            f"is {start_from}, which its rates would undo: leave train.recipe out, and set "
+            "train.learning_rate.peak low"
+        )
+    return None
+
+
+def forget(values: dict[str, Any], *, keys: Iterable[str], before: Mapping[str, Any]) -> None:
+    """After `keys` were set in values that held `before`: they are the user's, not the recipe's.
+
+    If what the formulas read is another now, all that the recipe had chosen is taken out.
+    """
+    chose = value_at(values, CHOSE, None)
+    if not isinstance(chose, list):
+        return
+    chose = [one for one in chose if not any(_touches(key, one) for key in keys)]
+    if _read(before) != _read(values):
+        for key in chose:
+            _take_out(values, key)
+        chose = []
+    values["train"]["recipe_chose"] = chose
+
+
+def value_at(values: Any, key: str, default: Any) -> Any:
+    """The value of a dotted key in nested mappings; the default where there is none."""
+    for part in key.split("."):
+        if not isinstance(values, Mapping) or part not in values:
+            return default
+        values = values[part]
+    return values
+
+
+def _is_name(name: Any) -> TypeGuard[Name]:
+    return name in get_args(Name)
+
+
+def _read(values: Any) -> tuple[Any, Budget | None]:
+    return value_at(values, RECIPE, None), _budget(values)
+
+
+def _budget(values: Any) -> Budget | None:
+    tokens = _count(value_at(values, "train.tokens", None))
+    batch_size = _count(value_at(values, "train.batch_size", BATCH_SIZE))
+    if tokens is None or batch_size is None:
+        return None
+    dead_after = value_at(values, "train.dead_after_tokens", None)
+    chose = value_at(values, CHOSE, None)
+    if isinstance(chose, list) and "train.dead_after_tokens" in chose:
+        dead_after = None
+    hinders = ("sae.target", "sae.start_from", "train.end_to_end")
+    plain = all(value_at(values, key, None) is None for key in hinders)
+    return Budget(
+        steps=max(1, tokens // batch_size),
+        batch_size=batch_size,
+        architecture=value_at(values, "sae.architecture", ARCHITECTURE),
+        penalty=value_at(values, "train.sparsity.penalty", "l0"),
+        can_whiten=plain and value_at(values, "sae.site", None) != "embedding",
+        dead_after_tokens=_count(dead_after),
+    )
+
+
+def _count(value: Any) -> int | None:
+    """A whole number above 0, also written 4e9; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 1:
+        return None
+    return int(value) if value == value // 1 and value < float("inf") else None
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> bool:
+    """Set a dotted key that has no value; no section is made of what isn't one."""
+    *sections, last = key.split(".")
+    holder: Any = values
+    for section in sections:
+        if section not in holder:
+            if key.startswith("train.sparsity."):
+                return False  # the penalty must be given, and its lack be told
+            holder[section] = {}
+        holder = holder[section]
+        if not isinstance(holder, dict):
+            return False
+    if last in holder:
+        return False
+    holder[last] = value
+    return True
+
+
+def _take_out(values: Any, key: str) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.get(section) if isinstance(values, dict) else None
+    if isinstance(values, dict):
+        values.pop(last, None)
+
+
+def _touches(key: str, chosen: str) -> bool:
+    """Does setting `key` set `chosen`, a section that holds it, or what it holds?"""
+    return f"{chosen}.".startswith(f"{key}.") or f"{key}.".startswith(f"{chosen}.")
