@@ -40,11 +40,9 @@ mutations: $(VENV)/test.stamp
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks.run $(FULL)
 
-# FVU at the same L0 beside other libraries: docs/results.md. Needs the store of the small suite.
+# Beside other libraries' trainers at the same L0: docs/results.md. It goes on where it was stopped.
 bench-quality: $(VENV)/bench.stamp
-	$(BIN)/sae harvest configs/small_suite.yaml
-	$(BIN)/python -m benchmarks.quality configs/small_suite.yaml runs/quality \
-	    train.batch_size=512 train.tokens=307_200 train.learning_rate.decay_steps=120
+	$(BIN)/python -m benchmarks.quality runs/quality
 
 # docs/rooms.svg, from the imports.
 rooms: $(VENV)/test.stamp

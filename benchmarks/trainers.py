@@ -24,10 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.quality import of_dictionary_learning, of_sae_lens
+from benchmarks.quality.trainer import Budget
 from benchmarks.step import StepProgram, config_of, products, unit_rows
 from benchmarks.support.apart import Ways, apart
 from benchmarks.support.measure import interleaved, prepare
-from benchmarks.support.other_trainers import Budget, DictionaryLearning, SaeLens
 
 logger = logging.getLogger("trainers")
 
@@ -43,7 +44,9 @@ def _threshold(W_enc_FD: np.ndarray, x_BD: np.ndarray, *, l0: int) -> float:
 
 def dictionary_learning_step(budget: Budget, x_BD: np.ndarray, *, l0: int) -> Callable[[], Any]:
     """dictionary_learning's JumpReLU."""
-    trainer = DictionaryLearning(budget, target_l0=l0, learning_rate=STILL, bandwidth=0.001)
+    trainer = of_dictionary_learning.JumpRelu(
+        budget, target_l0=l0, learning_rate=STILL, bandwidth=0.001
+    )
     ae = trainer._trainer.ae
     with torch.no_grad():
         W_enc_FD = ae.W_enc.T.contiguous().numpy()
@@ -53,7 +56,7 @@ def dictionary_learning_step(budget: Budget, x_BD: np.ndarray, *, l0: int) -> Ca
 
 def sae_lens_step(budget: Budget, x_BD: np.ndarray, *, l0: int) -> Callable[[], Any]:
     """SAELens' JumpReLU."""
-    trainer = SaeLens(
+    trainer = of_sae_lens.JumpRelu(
         budget,
         coefficient=0.0,
         learning_rate=STILL,
@@ -103,7 +106,7 @@ class Work:
         return unit_rows(self.batch, self.d_model, seed=2)
 
     def budget(self) -> Budget:
-        """What `other_trainers` needs to know; its steps are more than are ever timed."""
+        """What the trainers need to know; its steps are more than are ever timed."""
         return Budget(
             d_model=self.d_model,
             width=self.width,

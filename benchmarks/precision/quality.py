@@ -57,7 +57,7 @@ TARGETS = (20, 50, 100)
 SEEDS = (0, 1)
 SEQUENCES, LOSS_SEQUENCES = 24, 4
 
-# 600 steps, as in `make bench-quality`, of half its rows.
+# 600 steps of 256 rows.
 COMMON = {
     "sae.whitening": 0.0,
     "train.step": "dense",
@@ -113,11 +113,11 @@ def base_config(store: str, root: Path) -> Config:
     """The config that the SAEs of a store share."""
     own = COMMON | STORES[store] | {"cache.path": str(root / store / "store")}
     if store == "python":
-        own |= {"text.source": [str(_library_as_text(root / store / "text") / "*.txt")]}
+        own |= {"text.source": [str(library_as_text(root / store / "text") / "*.txt")]}
     return with_values(load_config("configs/demo.yaml"), own, source="benchmark")
 
 
-def _library_as_text(folder: Path) -> Path:
+def library_as_text(folder: Path) -> Path:
     """Python's standard library, its modules as text files."""
     folder.mkdir(parents=True, exist_ok=True)
     for module in Path(os.__file__).parent.glob("*.py"):

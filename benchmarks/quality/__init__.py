@@ -1,0 +1,1 @@
+"""SAEs of several libraries' trainers beside ours, at equal L0."""
