@@ -8,7 +8,9 @@ the first so many tokens of the run's text, and take turns. The model's forward 
 both are given its activations: SAEDashboard keeps them in files too. Ours is timed whole but for
 that and for loading the model. SAEDashboard isn't timed for writing. It makes 128 latents at a time
 and does the same for each 128, so the time of a few of these
-batches is multiplied by their number.
+batches is multiplied by their number. "Products" are what ours can't do without: one encoder
+product for each token and, for each latent, two with the vocabulary, nothing kept of them. The last
+ratio is that of a program that does these and takes no time for anything else.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -74,6 +77,7 @@ def main() -> None:
     config = read_run_config(chosen.run)
     model = load_model(config.model, converted=conversion_folder(config.cache.path))
     head = ("tokens", "", "forward, s", "ours, s", "theirs, s for 128", "ratio", "with forward")
+    head += ("products, s", "ratio of products")
     lines: list[list[str]] = []
     for tokens in chosen.tokens:
         with tempfile.TemporaryDirectory() as scratch:
@@ -112,6 +116,7 @@ def beside(
     kept: Kept = {}
     forward = timed(lambda: kept.update(activations(job, config, model)))
     lay_out(job, config, theirs, model, kept)
+    alone = products_alone(job, config, model, kept)
     command = [chosen.python, "-m", "benchmarks.support.their_latents", str(theirs)]
     rounds = []
     with subprocess.Popen(
@@ -133,7 +138,7 @@ def beside(
             logger.info("%d tokens: %s", tokens, {"ours": ours, "theirs": found["cpu"]})
             shutil.rmtree(own / "latents")
         other.stdin.close()
-    return {"forward": forward, "rounds": rounds, "width": job.width}
+    return {"forward": forward, "alone": alone, "rounds": rounds, "width": job.width}
 
 
 Kept = dict[bytes, dict[Tap, np.ndarray]]  # activations by the tokens of a batch
@@ -168,6 +173,32 @@ def given(kept: Kept) -> Iterator[None]:
         LanguageModel.activations = forward  # type: ignore[method-assign]
 
 
+def products_alone(job: LatentsJob, config: Config, model: LanguageModel, kept: Kept) -> Seconds:
+    """The encoder's product of all tokens, and two of all latents with the vocabulary.
+
+    Operands of the latter are rounded to bfloat16, as ours are. Every product is summed, so that
+    nothing is written.
+    """
+    sae = fold(load_trained(job.job.folder))
+    encoder, decoder = jnp.asarray(sae.W_enc), jnp.asarray(sae.W_dec, jnp.bfloat16)
+    vocabulary = jnp.asarray(model.params["embedding"], jnp.bfloat16)
+    encode = jax.jit(lambda x_ND: (x_ND @ encoder).sum(axis=1))
+    read = jax.jit(
+        lambda rows_TD: jnp.dot(
+            rows_TD, vocabulary.T, preferred_element_type=jnp.float32, precision="default"
+        ).sum(axis=1)
+    )
+    batches = [one[config.sae.tap].reshape(-1, len(encoder)) for one in kept.values()]
+    blocks = [decoder[start : start + 256] for start in range(0, len(decoder), 256)]
+    jax.block_until_ready((encode(batches[0]), read(blocks[0])))
+
+    def work() -> None:
+        jax.block_until_ready([encode(one) for one in batches])
+        jax.block_until_ready([read(one) for one in blocks for _ in range(2)])
+
+    return timed(work)
+
+
 def timed(work: Callable[[], Any]) -> Seconds:
     """Wall and CPU seconds."""
     wall, cpu = time.perf_counter(), time.process_time()
@@ -188,6 +219,8 @@ def line(found: dict[str, Any], *, tokens: int, kind: str) -> list[str]:
             (other * batches + more) / (own + more) for own, other in zip(ours, theirs, strict=True)
         ]
         told.append(f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})")
+    alone = found["alone"][kind]
+    told += [f"{alone:.1f}", f"{statistics.median(theirs) * batches / alone:.1f}"]
     return [f"{tokens:,}", kind.upper() if kind == "cpu" else kind, *told]
 
 

@@ -55,11 +55,13 @@ def cluster() -> Iterator[Cluster]:
 
 
 # A stand-in for the trainer, so that the minutes of a time limit cost no processor.
+# TERM ends its `sleep` too, perhaps first: then it waits for its own.
 STUB = """#!/bin/bash
 trap 'echo told; exit 75' TERM
 echo "start after ${SLURM_RESTART_COUNT:-0} restarts"
 [ -z "$SLURM_RESTART_COUNT" ] || exit 0
-sleep 100 & wait $!
+sleep 200 & wait $!
+sleep 5 & wait $!
 """
 
 
