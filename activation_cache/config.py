@@ -179,6 +179,26 @@ class MeshConfig(Section):
     model: PositiveSmallCount = 1
 
 
+class RollingConfig(Section):
+    """A store of which only a window of buckets is on the disk: training follows the harvest.
+
+    The window's size is one of `buckets` and `bytes`; the disk holds it and one bucket more.
+    """
+
+    buckets: PositiveSmallCount | None = None
+    bytes: PositiveCount | None = None  # of the disk, with the one bucket more
+    processes: SmallCount = 0  # that harvest beside the trainer; 0: it harvests itself, in turns
+
+    @model_validator(mode="after")
+    def _one_size(self) -> RollingConfig:
+        if (self.buckets is None) == (self.bytes is None):
+            raise ValueError(
+                "give the window's size once, as buckets (a number of shuffle buckets) or as bytes "
+                "(of disk)"
+            )
+        return self
+
+
 class CacheConfig(Section):
     """The activation store: its folder, what is tapped, how many rows, how they are shuffled."""
 
@@ -191,6 +211,7 @@ class CacheConfig(Section):
     sequences_per_batch: PositiveSmallCount = 8  # per forward pass of one replica of the model
     seed: Seed = 0
     mesh: MeshConfig | None = None  # of the language model; None: the section `mesh`
+    rolling: RollingConfig | None = None  # None: the whole store is on the disk
 
 
 class RolloutConfig(Section):

@@ -57,7 +57,10 @@ COMMANDS = (
         details="Writes the store that cache.path names. After a stop or a crash the same command "
         "continues from the last complete bucket of rows.",
         example="sae harvest configs/demo.yaml cache.tokens=1e6",
-        options=(_DRY_RUN,),
+        options=(
+            ("--follow", "of a rolling store: harvest ahead of the trainer until it is done"),
+            _DRY_RUN,
+        ),
     ),
     Command(
         name="rollout",

@@ -43,7 +43,7 @@ def harvest(arguments: argparse.Namespace, stop: StopFlag) -> int:
     from launch.sweep.suite_runs import stores
 
     for store in stores(config):
-        stages.harvest(store, stop=stop)
+        stages.harvest(store, stop=stop, follow=arguments.follow)
     return 0
 
 

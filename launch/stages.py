@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 from activation_cache.runtime import processes
 from activation_cache.runtime.errors import UserError
@@ -18,9 +19,11 @@ from launch.config.job import Job
 from launch.config.local import LocalLaunch
 from launch.processes import group
 from launch.processes.allocator import keep_freed_memory
+from launch.processes.beside import harvest_beside
 from launch.processes.compile_cache import keep_programs
 from launch.processes.devices import check_devices
 from launch.processes.signals import StopFlag
+from launch.processes.supervise import stop_with_supervisor
 from launch.run_state import is_trained
 from sae_train.config.evaluation import EvaluationConfig
 from sae_train.config.file import FILE_NAME, resolved_yaml
@@ -41,8 +44,11 @@ def _prepare_process() -> None:
     keep_programs()
 
 
-def harvest(config: Job, *, stop: Callable[[], bool]) -> None:
-    """Make the activation store of `config.cache`, or finish one that was started."""
+def harvest(config: Job, *, stop: Callable[[], bool], follow: bool = False) -> None:
+    """Make the activation store of `config.cache`, or finish one that was started.
+
+    Of a rolling store that is its first window, and with `follow` all that a trainer reads next.
+    """
     _, mesh = config.harvest_mesh
     if group.starts_here(config):
         store = storage_path(config.cache.path)
@@ -56,16 +62,27 @@ def harvest(config: Job, *, stop: Callable[[], bool]) -> None:
         return
     group.join(config, stop=stop)
     _prepare_process()
-    from activation_cache.harvest.harvest import harvest as run_harvest
+    work: dict[str, Any] = {
+        "model": config.model,
+        "text": config.text,
+        "cache": config.cache,
+        "mesh": mesh,
+        "resolved_config_yaml": resolved_yaml(config),
+        "stop": stop,
+    }
+    if config.cache.rolling is None:
+        from activation_cache.harvest.harvest import harvest as run_harvest
 
-    run_harvest(
-        model=config.model,
-        text=config.text,
-        cache=config.cache,
-        mesh=mesh,
-        resolved_config_yaml=resolved_yaml(config),
-        stop=stop,
-    )
+        run_harvest(**work)
+        return
+    from activation_cache.harvest.rolling import RollingHarvest
+
+    with RollingHarvest(**work) as rolling:
+        if follow:
+            stop_with_supervisor()
+            rolling.follow()
+        else:
+            rolling.make_store()
 
 
 def rollout(config: Job, *, stop: Callable[[], bool]) -> None:
@@ -113,13 +130,15 @@ def train(configs: Sequence[Job], *, fresh: bool, stop: Callable[[], bool]) -> N
         UserError: runs failed by the user's mistake; the others ran to their end.
     """
     if group.starts_here(configs[0]):
-        _train_in_group(configs, fresh=fresh, stop=stop)
+        with harvest_beside(configs[0], stop=stop) as stop_both:
+            _train_in_group(configs, fresh=fresh, stop=stop_both)
         return
     group.join(*configs, stop=stop)
-    _prepare_process()
-    from sae_train.train.loop import train_cohort
+    with harvest_beside(configs[0], stop=stop) as stop_both:
+        _prepare_process()
+        from sae_train.train.loop import train_cohort
 
-    train_cohort(configs, fresh=fresh, stop=stop)
+        train_cohort(configs, fresh=fresh, stop=stop_both)
 
 
 def _train_in_group(configs: Sequence[Job], *, fresh: bool, stop: Callable[[], bool]) -> None:
@@ -129,7 +148,8 @@ def _train_in_group(configs: Sequence[Job], *, fresh: bool, stop: Callable[[], b
         # Here, not in the group's processes: restarted after a crash they must not delete again.
         from activation_cache.harvest.matching_store import open_matching_store
 
-        open_matching_store(model=first.model, text=first.text, cache=first.cache)
+        if first.cache.rolling is None:
+            open_matching_store(model=first.model, text=first.text, cache=first.cache)
         for folder in folders:
             with folder_lock(folder):
                 remove_tree(folder / CHECKPOINTS)

@@ -48,6 +48,7 @@ from activation_cache.store.manifest import (
     ShufflingEntry,
     SiteEntry,
     first_difference,
+    window_buckets,
 )
 from activation_cache.store.order import ALGORITHM
 from activation_cache.store.store import (
@@ -90,7 +91,7 @@ def harvest(
         Interrupted: `stop` turned true; every finished bucket is committed.
     """
     mesh = mesh or cache.mesh or MeshConfig()
-    job = _Harvest(storage_path(cache.path), model, text, cache, mesh, stop)
+    job = PlannedHarvest(storage_path(cache.path), model, text, cache, mesh, stop)
     with contextlib.ExitStack() as held:
 
         def begin() -> bool:
@@ -107,8 +108,8 @@ def harvest(
 
 
 @dataclass(frozen=True)
-class _Harvest:
-    """One call of `harvest`."""
+class PlannedHarvest:
+    """One call of `harvest`, or of `rolling.RollingHarvest`."""
 
     path: StoragePath
     model: ModelConfig
@@ -134,6 +135,17 @@ class _Harvest:
 
     def run(self, resolved_config_yaml: str | None) -> Manifest:
         """Plan, compute what isn't committed, finish. The first process holds the folder's lock."""
+        share = self.share(resolved_config_yaml)
+        finished = shared(
+            "harvest",
+            functools.partial(share.compute, stop=self.stop),
+            finish=lambda: self.finish(share.plan).model_dump_json(),
+            stop=self.stop,
+        )
+        return Manifest.model_validate_json(finished)
+
+    def share(self, resolved_config_yaml: str | None) -> Share:
+        """Plan; returns what this process needs to know to compute its share."""
         placement = place_replicas(self.mesh)
         prepare = functools.partial(self._prepare, resolved_config_yaml)
         prepared = exchange.run_on_main_and_broadcast("plan", prepare, stop=self.stop)
@@ -154,13 +166,7 @@ class _Harvest:
         if share.missing and not share.of_embedding:
             convert = functools.partial(convert_once, self.model, folder=share.converted)
             exchange.run_on_main_and_broadcast("conversion", convert)
-        finished = shared(
-            "harvest",
-            functools.partial(share.compute, stop=self.stop),
-            finish=lambda: self._finish(plan).model_dump_json(),
-            stop=self.stop,
-        )
-        return Manifest.model_validate_json(finished)
+        return share
 
     def _prepare(self, resolved_config_yaml: str | None) -> dict[str, Any]:
         """Check, tokenise and plan, in the first process; returns what the others need."""
@@ -194,7 +200,7 @@ class _Harvest:
         committed = sum(commit.rows for commit in done.values())
         if committed:
             logger.info("going on: %d of %d rows are committed", committed, plan.rows)
-        log_sizes(self.path, plan, rows_left=plan.rows - committed)
+        log_sizes(self.path, plan, rows_left=_rows_on_disk(plan) - committed)
         BucketWriter(self.path, plan)  # creates the arrays before other processes open them
         return {
             "plan": plan.model_dump_json(),
@@ -212,7 +218,7 @@ class _Harvest:
         if not (self.path / PLAN_FILE).exists():
             return None
         plan = read_record(self.path / PLAN_FILE, Manifest)
-        if not read_commits(self.path, plan):
+        if not read_commits(self.path, plan) and not self.is_finished():  # of a rolling store
             self._discard(plan)
             return None
         difference = first_difference(plan, model=self.model, text=self.text, cache=self.cache)
@@ -233,9 +239,13 @@ class _Harvest:
     def _plan(self, gemma: GemmaConfig, table: TokenTable) -> Manifest:
         model, cache, summary = self.model, self.cache, table.summary
         taps = resolve_taps(cache.sites, gemma)
+        sites = [
+            SiteEntry(site=tap.site, layer=tap.layer, width=tap_width(gemma, tap.site))
+            for tap in taps
+        ]
         # Of the embedding's rows there are no products.
         precision = "float32" if taps == (EMBEDDING,) else self._precision()
-        return Manifest(
+        plan = Manifest(
             format_version=FORMAT_VERSION,
             model=ModelEntry(
                 weights=model.weights,
@@ -249,10 +259,7 @@ class _Harvest:
             tokenizer_hash=summary.tokenizer_hash,
             token_hash=summary.token_hash,
             num_sequences=summary.sequences,
-            sites=[
-                SiteEntry(site=tap.site, layer=tap.layer, width=tap_width(gemma, tap.site))
-                for tap in taps
-            ],
+            sites=sites,
             rows=cache.tokens,
             dtype=cache.dtype,
             sequences_per_batch=cache.sequences_per_batch,
@@ -266,6 +273,10 @@ class _Harvest:
                 block_rows=cache.block_rows,
             ),
         )
+        if cache.rolling is None:
+            return plan
+        window = window_buckets(cache.rolling, bucket_bytes=plan.bucket_bytes)
+        return plan.model_copy(update={"window": window})
 
     def _start(self, plan: Manifest, resolved_config_yaml: str | None) -> None:
         """Tie the folder to this plan."""
@@ -295,30 +306,36 @@ class _Harvest:
             "back to go on, or choose another cache.path (nothing was changed)."
         )
 
-    def _finish(self, plan: Manifest) -> Manifest:
-        """Write the manifest, which makes the folder a store."""
+    def finish(self, plan: Manifest) -> Manifest:
+        """Write the manifest, which makes the folder a store; of a rolling one the plan stays."""
         commits = self._all_commits(plan)
+        rows = sum(commit.rows for commit in commits.values())
         sites = []
         for entry in plan.sites:
             total = math.fsum(c.sum_of_squares[entry.tap.name] for c in commits.values())
-            sites.append(entry.model_copy(update={"mean_squared_norm": total / plan.rows}))
+            sites.append(entry.model_copy(update={"mean_squared_norm": total / rows}))
         manifest = plan.model_copy(update={"sites": sites})
         write_record(self.path / MANIFEST_FILE, manifest)
-        (self.path / PLAN_FILE).unlink()
-        logger.info("the store at %s is finished: %d rows", self.path, manifest.rows)
+        if plan.window is None:
+            (self.path / PLAN_FILE).unlink()
+        what = "finished" if plan.window is None else "begun, its first window is there"
+        logger.info("the store at %s is %s: %d rows", self.path, what, rows)
         store = open_store(self.path)
         far = ", ".join(f"{tap.name} {gamma_of(store, tap):.2f}" for tap in store.taps)
         logger.info("γ, the length of the mean over the spread around it: %s", far)
         return manifest
 
     def _all_commits(self, plan: Manifest) -> dict[int, Commit]:
-        """The records of all buckets; those of other machines may take a while to appear."""
-        until = time.monotonic() + SHARED_DISK_SECONDS
-        while len(commits := read_commits(self.path, plan)) < plan.num_buckets:
-            if processes.process_count() == 1 or time.monotonic() > until:
-                raise AssertionError(f"{plan.num_buckets - len(commits)} buckets have no record")
-            time.sleep(0.5)
-        return commits
+        """The records that the norms are of; those of other machines may take a while to appear."""
+        until, wanted = time.monotonic() + SHARED_DISK_SECONDS, plan.first_window
+        while True:
+            commits = read_commits(self.path, plan)
+            if missing := [bucket for bucket in wanted if bucket not in commits]:
+                if processes.process_count() == 1 or time.monotonic() > until:
+                    raise AssertionError(f"buckets {missing} have no record")
+                time.sleep(0.5)
+                continue
+            return {bucket: commits[bucket] for bucket in wanted}
 
     def _compare_inputs(self, store: Store) -> None:
         """Compare weights and text with those the store was made from, if they are still here."""
@@ -335,3 +352,10 @@ class _Harvest:
                 f"the store at {self.path} was made from other text. {difference}. Restore that "
                 "text, or choose another cache.path (nothing was changed)."
             )
+
+
+def _rows_on_disk(plan: Manifest) -> int:
+    """The most rows that are on the disk at once."""
+    if plan.window is None:
+        return plan.rows
+    return min(plan.rows, (plan.window + 1) * plan.shuffling.bucket_rows)

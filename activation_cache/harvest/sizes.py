@@ -8,8 +8,6 @@ import shutil
 import socket
 from collections.abc import Sequence
 
-import tensorstore as ts
-
 from activation_cache.runtime.amounts import bytes_text
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.bucket import BucketPath
@@ -22,9 +20,7 @@ logger = logging.getLogger(__name__)
 
 def bucket_bytes(plan: Manifest) -> int:
     """Bytes of one bucket of a store, all taps and the provenance together."""
-    itemsize = ts.dtype(plan.dtype).numpy_dtype.itemsize
-    row_bytes = itemsize * sum(entry.width for entry in plan.sites) + 8  # 8: provenance
-    return len(plan.bucket_span(0)) * row_bytes
+    return len(plan.bucket_span(0)) * plan.bucket_bytes // plan.shuffling.bucket_rows
 
 
 def memory_here() -> tuple[str, int]:

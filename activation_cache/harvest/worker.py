@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +56,33 @@ class Share:
         """The folder of converted weights."""
         return conversion_folder(self.path)
 
-    def compute(self, *, stop: Callable[[], bool]) -> None:
+    def filler(self) -> BucketFiller:
+        """Load the model on this process's part of the mesh.
+
+        Raises:
+            UserError: the weights aren't those of the first process.
+        """
+        replicas = load_replicas(
+            self.model,
+            converted=None if self.of_embedding else self.converted,
+            meshes=self.placement.meshes,
+            embedding_only=self.of_embedding,
+        )
+        self._check_weights(replicas[0].fingerprint)
+        return BucketFiller(self.plan, self.table, replicas)
+
+    def compute(
+        self,
+        *,
+        stop: Callable[[], bool],
+        filler: BucketFiller | None = None,
+        shown: bool = True,
+    ) -> None:
         """Compute this team's share of the missing buckets, and commit this process's share.
+
+        Args:
+            filler: made before, where a process computes again and again; else it is made here.
+            shown: draw the progress, or its end.
 
         Raises:
             UserError: weights or a folder that aren't those of the first process, or what
@@ -69,19 +95,11 @@ class Share:
         if not own:
             self._warn_idle()
             return
-        replicas = load_replicas(
-            self.model,
-            converted=None if self.of_embedding else self.converted,
-            meshes=placement.meshes,
-            embedding_only=self.of_embedding,
-        )
-        self._check_weights(replicas[0].fingerprint)
-        filler = BucketFiller(self.plan, self.table, replicas)
-        total, scale = self.plan.rows, len(self.missing) / len(own)
-        with (
-            ProgressMeter("harvest", total=total, unit="tokens", initial=self.committed) as meter,
-            BucketWriter(self.path, self.plan) as writer,
-        ):
+        filler = filler or self.filler()
+        to_make = sum(len(self.plan.bucket_span(bucket)) for bucket in self.missing)
+        total, scale = self.committed + to_make, len(self.missing) / len(own)
+        meter = ProgressMeter("harvest", total=total, unit="tokens", initial=self.committed)
+        with meter if shown else nullcontext(), BucketWriter(self.path, self.plan) as writer:
             finished, mistakes = 0, []
             for turn, bucket in enumerate(own):
 

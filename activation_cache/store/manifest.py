@@ -18,6 +18,7 @@ from activation_cache.config import (
     ModelConfig,
     NonNegative,
     PositiveCount,
+    RollingConfig,
     Section,
     Seed,
     Site,
@@ -26,6 +27,10 @@ from activation_cache.config import (
 )
 from activation_cache.gemma.taps import Tap
 from activation_cache.precision import Precision
+from activation_cache.runtime.amounts import bytes_text
+from activation_cache.runtime.errors import UserError
+
+_PROVENANCE_BYTES = 8  # a sequence and a position, each int32
 
 
 class ModelEntry(Section):
@@ -80,6 +85,8 @@ class Manifest(Section):
     dtype: Dtype
     sequences_per_batch: PositiveCount
     shuffling: ShufflingEntry
+    # Buckets in a rolling store's window; `mean_squared_norm` is then that of the first window.
+    window: Annotated[PositiveCount | None, Field(exclude_if=lambda own: own is None)] = None
 
     @property
     def num_buckets(self) -> int:
@@ -90,6 +97,38 @@ class Manifest(Section):
         """The rows of one bucket."""
         size = self.shuffling.bucket_rows
         return range(bucket * size, min((bucket + 1) * size, self.rows))
+
+    @property
+    def first_window(self) -> range:
+        """The buckets that the norms are of: the first window's, or all."""
+        return range(min(self.window or self.num_buckets, self.num_buckets))
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Bytes of a whole bucket: all taps, and where the rows came from."""
+        row_bytes = sum(entry.width for entry in self.sites) * (
+            2 if self.dtype == "bfloat16" else 4
+        )
+        return self.shuffling.bucket_rows * (row_bytes + _PROVENANCE_BYTES)
+
+
+def window_buckets(rolling: RollingConfig, *, bucket_bytes: int) -> int:
+    """The buckets in a rolling store's window.
+
+    Raises:
+        UserError: `rolling.bytes` doesn't hold a window of one bucket and the bucket after it.
+    """
+    if rolling.buckets is not None:
+        return rolling.buckets
+    assert rolling.bytes is not None
+    window = rolling.bytes // bucket_bytes - 1
+    if window < 1:
+        raise UserError(
+            f"cache.rolling.bytes is {bytes_text(rolling.bytes)}, and the smallest window and the "
+            f"bucket after it take {bytes_text(2 * bucket_bytes)}: raise it, or lower "
+            "cache.shuffle_rows"
+        )
+    return window
 
 
 def first_difference(
@@ -122,6 +161,7 @@ def first_difference(
             ("cache.shuffle_rows", shuffling.shuffle_rows, cache.shuffle_rows),
             ("cache.block_rows", shuffling.block_rows, cache.block_rows),
             ("cache.seed", shuffling.seed, cache.seed),
+            ("cache.rolling, its window in buckets", manifest.window, _window(manifest, cache)),
             (
                 "cache.sequences_per_batch",
                 manifest.sequences_per_batch,
@@ -137,6 +177,12 @@ def first_difference(
             f"{manifest.model.fingerprint[:16]}, the config's weights have {str(fingerprint)[:16]}"
         )
     return None
+
+
+def _window(manifest: Manifest, cache: CacheConfig) -> int | None:
+    if cache.rolling is None:
+        return None
+    return window_buckets(cache.rolling, bucket_bytes=manifest.bucket_bytes)
 
 
 def _tap_names(sites: list[SiteConfig], num_layers: int) -> list[str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -24,7 +25,6 @@ from activation_cache.runtime.amounts import bytes_text
 from activation_cache.runtime.closing import Closing
 from activation_cache.storage.arrays import array_errors, start_read
 from activation_cache.storage.direct_reads import BlockReads, PendingRows, reads_blocks
-from activation_cache.store.order import BlockOrder
 from activation_cache.store.store import Store
 
 logger = logging.getLogger(__name__)
@@ -84,13 +84,15 @@ class ActivationReader(Closing):
         start_step: int = 0,
         read_ahead: int | None = None,
         rows: slice | None = None,
+        may_read: Callable[[int], bool] = lambda step: True,
     ) -> None:
         """Open the array and start reading.
 
         Args:
             read_ahead: number of batches; None is that of `batches_ahead`.
-            rows: the part of each batch to read; None is the whole. Each of several processes
-                reads the part that its devices need.
+            rows: the part of each batch that this process reads; None is the whole.
+            may_read: are a step's rows on the disk? Those of a rolling store come and go
+                (`rolling.RollingWindow`), and `batch` is called once they are there.
 
         Raises:
             UserError: the store doesn't have the tap, or the array is missing or damaged.
@@ -98,13 +100,12 @@ class ActivationReader(Closing):
         assert batch_size >= 1, batch_size
         assert read_ahead is None or read_ahead >= 1, read_ahead
         self.batch_size = batch_size
-        wanted = range(batch_size)[slice(None) if rows is None else rows]
+        wanted = self._wanted = range(batch_size)[slice(None) if rows is None else rows]
         assert wanted, (rows, batch_size)
         assert wanted.step == 1, rows
-        self._wanted = wanted
         self._layout = store.layout(tap)
         block_rows = store.manifest.shuffling.block_rows
-        self._order = BlockOrder(rows=store.rows, block_rows=block_rows, seed=seed)
+        self._order, self._may_read = store.order(seed=seed), may_read
         block_bytes = block_rows * self._layout.row_bytes
         batch_bytes = len(wanted) * self._layout.row_bytes
         self.read_ahead = read_ahead or batches_ahead(batch_bytes)
@@ -112,13 +113,13 @@ class ActivationReader(Closing):
         aligned = all(row % block_rows == 0 for row in (batch_size, wanted.start, wanted.stop))
         cache_bytes = 0 if aligned else 2 * (batch_bytes + block_bytes)
         self.memory_bytes = 2 * (self.read_ahead + 1) * batch_bytes + cache_bytes
-        context = ts.Context(
-            {
-                "cache_pool": {"total_bytes_limit": cache_bytes},
-                "file_io_concurrency": {"limit": _CONCURRENT_FILE_READS},
-            }
-        )
-        self._array = self._layout.open(context=context)  # raises for a wrong description
+        limits = {
+            "cache_pool": {"total_bytes_limit": cache_bytes},
+            "file_io_concurrency": {"limit": _CONCURRENT_FILE_READS},
+        }
+        self._array = self._layout.open(
+            context=ts.Context(limits)
+        )  # raises for a wrong description
         self._blocks = BlockReads(self._layout) if reads_blocks(self._layout) else None
         # In a thread of its own: planning a batch takes as long as a step of a fast device.
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="plan")
@@ -136,7 +137,7 @@ class ActivationReader(Closing):
 
     def close(self) -> None:
         """Drop what is being read ahead and end the threads."""
-        self._drop()
+        self.drop()
         self._planner.shutdown(wait=True)
         if self._blocks is not None:
             self._blocks.close()
@@ -155,9 +156,10 @@ class ActivationReader(Closing):
         """
         assert step >= 0, step
         if step != self._first:
-            self._drop()
+            self.drop()
             self._first = step
         self._read_ahead()
+        assert self._queue, f"the rows of step {step} aren't on the disk"
         ahead = self._queue.popleft()
         self._first += 1
         self._read_ahead()
@@ -167,6 +169,8 @@ class ActivationReader(Closing):
     def _read_ahead(self) -> None:
         while len(self._queue) < self.read_ahead:
             step = self._first + len(self._queue)
+            if not self._may_read(step):
+                break
             self._queue.append(_Ahead(self._planner.submit(self._begin, step)))
 
     def _begin(self, step: int) -> ts.Future | PendingRows:
@@ -176,6 +180,7 @@ class ActivationReader(Closing):
             return self._blocks.start(segments)
         return start_read(self._array, segments)
 
-    def _drop(self) -> None:
+    def drop(self) -> None:
+        """Forget what was read ahead."""
         while self._queue:
             self._queue.pop().cancel()

@@ -20,6 +20,7 @@ from activation_cache.storage.files import AnyPath, StoragePath, read_json, stor
 from activation_cache.storage.records import read_record
 from activation_cache.storage.row_range import Segment
 from activation_cache.store.manifest import Manifest, first_difference
+from activation_cache.store.order import BlockOrder, RollingOrder
 from activation_cache.text.token_table import TokenTable, open_tokens
 
 MANIFEST_FILE = "manifest.json"
@@ -80,7 +81,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Store:
-    """A finished store; made by `open_store`.
+    """A finished store, or a rolling one whose first window was harvested; made by `open_store`.
 
     `identity` is the checksum in its manifest: stores with the same identity hold the same rows in
     the same order.
@@ -110,6 +111,19 @@ class Store:
                 f"from {self.manifest.token_hash}: restore the folder from a copy."
             )
         return table
+
+    def order(self, *, seed: int) -> BlockOrder | RollingOrder:
+        """The order in which training reads the rows."""
+        shuffling, window = self.manifest.shuffling, self.manifest.window
+        if window is None:
+            return BlockOrder(rows=self.rows, block_rows=shuffling.block_rows, seed=seed)
+        return RollingOrder(
+            rows=self.rows,
+            block_rows=shuffling.block_rows,
+            bucket_rows=shuffling.bucket_rows,
+            window=window,
+            seed=seed,
+        )
 
     def layout(self, tap: Tap) -> ArrayLayout:
         """A tap's array; raises `UserError` if the store doesn't have the tap."""

@@ -27,7 +27,7 @@ import yaml
 
 from activation_cache.runtime.errors import UserError
 from launch import exit_codes
-from launch.clusters.common import Command, Stage, mesh_of
+from launch.clusters.common import Command, Stage, harvests_in_training, mesh_of
 from launch.clusters.jobset_pod import pod_template
 from launch.config.job import Job
 from launch.config.kubernetes import OUR_PREFIX, KubernetesLaunch, TpuNodes
@@ -108,11 +108,13 @@ def render(config: Job, *, command: Command) -> list[Manifest]:
     """
     launch = kubernetes_launch(config)
     _check_paths(config, launch)
+    rolling = harvests_in_training(config, processes=launch.nodes.count)
     if command == "sweep":
         cohorts = cohorts_of(config, expand(config))
         digits = len(str(len(cohorts)))
+        harvest: tuple[Stage, str, list[Job]] = ("harvest", "0-harvest.yaml", [config])
         stages: list[tuple[Stage, str, list[Job]]] = [
-            ("harvest", "0-harvest.yaml", [config]),
+            *([] if rolling else [harvest]),
             *(
                 ("train", f"1-train-{number:0{digits}}.yaml", cohort.configs)
                 for number, cohort in enumerate(cohorts, 1)

@@ -84,7 +84,8 @@ def submit(config: Job, *, command: Command, dry_run: bool, stop: Callable[[], b
         kubectl.submit(manifest, file)
         logger.info("follow it with `%s`", kubectl.logs_command(manifest, follow=True))
         return 0
-    return _run_sweep(files, Follower(kubectl, stop=stop), at_once=launch.at_once)
+    at_once = 1 if config.cache.rolling else launch.at_once  # they share one window
+    return _run_sweep(files, Follower(kubectl, stop=stop), at_once=at_once)
 
 
 def manifest_folder(config: Job) -> Path:

@@ -200,7 +200,7 @@ def _wanted(config: Job, *, runs: Sequence[Run]) -> dict[Stage, str]:
         for run in runs
     )
     wanted: dict[Stage, str] = {}
-    if evaluating and not _has_stores(config):
+    if evaluating and config.cache.rolling is None and not _has_stores(config):
         run_state.check_begun([run.config for run in runs])
         wanted["harvest"] = ""
     if missing:

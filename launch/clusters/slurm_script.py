@@ -23,7 +23,13 @@ from pathlib import Path
 from shlex import quote
 
 from activation_cache.runtime.errors import UserError
-from launch.clusters.common import Command, Stage, local_folder, mesh_of
+from launch.clusters.common import (
+    Command,
+    Stage,
+    harvests_in_training,
+    local_folder,
+    mesh_of,
+)
 from launch.config.job import Job
 from launch.config.local import LocalLaunch
 from launch.config.slurm import SlurmLaunch
@@ -144,6 +150,7 @@ def render(config: Job, *, command: Command) -> list[Script]:
                 f"{key} {path!r} can't be named in a batch script: it has a line break, a control "
                 "character or a backslash. Choose another name"
             )
+    rolling = harvests_in_training(config, processes=slurm_launch(config).processes)
     if command != "sweep":
         _check_mesh(config, stage=command)
         return [_single_script(config, stage=command, config_name=f"{command}.yaml")]
@@ -151,8 +158,9 @@ def render(config: Job, *, command: Command) -> list[Script]:
     _check_mesh(config, stage="harvest")
     for run in runs:
         _check_mesh(run.config, stage="train")
+    before = [] if rolling else [_single_script(config, stage="harvest", config_name="sweep.yaml")]
     return [
-        _single_script(config, stage="harvest", config_name="sweep.yaml"),
+        *before,
         _train_script(config, cohorts_of(config, runs)),
         _evaluate_script(config),
         _report_script(config),
@@ -184,7 +192,8 @@ def _train_script(config: Job, cohorts: Sequence[Cohort]) -> Script:
         'run train "${configs[@]}"\n'
     )
     count = len(cohorts)
-    bound = min(count, slurm_launch(config).at_once or count)
+    at_once = 1 if config.cache.rolling else slurm_launch(config).at_once  # they share one window
+    bound = min(count, at_once or count)
     text = _script(config, stage="train", body=body, options=[f"--array=0-{count - 1}%{bound}"])
     files = {"train.sbatch": text}
     runs = [run for cohort in cohorts for run in cohort.runs]

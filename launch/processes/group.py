@@ -37,6 +37,7 @@ def run_stage(
     beside: Sequence[Job] = (),
     target: StoragePath | None = None,
     options: Sequence[str] = (),
+    gpus: Sequence[str] | None = None,
     progress: Callable[[], Any] = lambda: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
@@ -47,6 +48,7 @@ def run_stage(
         beside: further configs for the command, of runs that train in the same processes.
         target: the command's target instead of a file with this config.
         options: overrides and flags.
+        gpus: that they share; None: all that this process sees.
         progress: a value that changes when work has been saved (`supervise`).
 
     Raises:
@@ -68,6 +70,7 @@ def run_stage(
             launch=config.launch,
             devices=devices,
             environment={WORDS: str(words)},
+            gpus=gpus,
             progress=progress,
             stop=stop,
         )

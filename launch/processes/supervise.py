@@ -70,6 +70,7 @@ def supervise(
     launch: LocalLaunch,
     devices: int = 1,
     environment: Mapping[str, str] | None = None,
+    gpus: Sequence[str] | None = None,
     progress: Callable[[], Any] = lambda: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> int:
@@ -79,6 +80,7 @@ def supervise(
         command: what each process runs; its environment says which of them it is.
         devices: how many devices the mesh has, for CPUs made to look like several.
         environment: further variables for each.
+        gpus: that they share; None: all that this process sees.
         progress: a value that changes when work has been saved; restarts are counted since the
             last change.
         stop: once it returns true, every process gets SIGTERM.
@@ -91,7 +93,8 @@ def supervise(
     Raises:
         UserError: the processes can't share this machine's devices or the mesh.
     """
-    environments = [one | dict(environment or {}) for one in _environments(launch, devices=devices)]
+    own = _environments(launch, devices=devices, gpus=gpus)
+    environments = [one | dict(environment or {}) for one in own]
     output = _Output(write=sys.stderr.write)
     failures, before = 0, progress()
     while True:
@@ -128,7 +131,9 @@ def _paused(seconds: float, *, stop: Callable[[], bool]) -> bool:
     return stop()
 
 
-def _environments(launch: LocalLaunch, *, devices: int) -> list[dict[str, str]]:
+def _environments(
+    launch: LocalLaunch, *, devices: int, gpus: Sequence[str] | None = None
+) -> list[dict[str, str]]:
     """The environment of each process, without the coordinator's address."""
     count = launch.processes
     if devices % count:
@@ -143,7 +148,7 @@ def _environments(launch: LocalLaunch, *, devices: int) -> list[dict[str, str]]:
         # Only CPUs read it: a process's CPUs look like its share of the mesh's devices.
         "JAX_NUM_CPU_DEVICES": os.environ.get("JAX_NUM_CPU_DEVICES", str(devices // count)),
     }
-    gpus = _gpus()
+    gpus = visible_gpus() if gpus is None else gpus
     if gpus and len(gpus) % count:
         raise UserError(
             f"launch.processes {count} can't share {len(gpus)} GPUs evenly: use a number that "
@@ -159,8 +164,8 @@ def _environments(launch: LocalLaunch, *, devices: int) -> list[dict[str, str]]:
     ]
 
 
-def _gpus() -> list[str]:
-    """The GPUs the processes are to share."""
+def visible_gpus() -> list[str]:
+    """The GPUs that this process sees."""
     if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
         return []
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:

@@ -82,7 +82,8 @@ def _by_store(runs: list[Run]) -> list[list[Run]]:
 
 def _run_on_one_store(config: Job, runs: list[Run], *, stop: StopFlag, failures: _Failures) -> None:
     """All stages of the runs that read one store, before the next store is harvested."""
-    if run_state.needs_store([run.config for run in runs]):
+    rolling = runs[0].config.cache.rolling is not None  # harvested by training, bucket by bucket
+    if not rolling and run_state.needs_store([run.config for run in runs]):
         same = config.cache == runs[0].config.cache
         stages.harvest(config if same else runs[0].config, stop=stop)
     _train_all(config, runs, stop=stop, failures=failures)

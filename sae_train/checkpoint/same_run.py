@@ -24,6 +24,7 @@ FREE_FIELDS = (
     "name",
     "output",
     "cache.path",
+    "cache.rolling.processes",
     "model.weights",
     "model.precision",
     "text.source",

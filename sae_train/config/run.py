@@ -32,7 +32,7 @@ from activation_cache.config import (
 )
 from activation_cache.gemma.taps import Tap
 from activation_cache.precision import Precision, PrecisionChoice
-from sae_train.config import end_to_end
+from sae_train.config import end_to_end, rolling
 from sae_train.config.end_to_end import EndToEndConfig
 from sae_train.config.evaluation import EvaluationConfig, ProbeConfig
 from sae_train.config.latents import LatentsConfig
@@ -172,6 +172,12 @@ class Config(Section):
         """The mesh of the language model while harvesting, after the key that gives it."""
         return ("mesh", self.mesh) if self.cache.mesh is None else ("cache.mesh", self.cache.mesh)
 
+    @property
+    def steps_on_rows(self) -> int:
+        """The steps that read rows; for thresholds per latent the last ones too."""
+        through_model = 0 if self.sae.threshold_per_latent else self.train.end_to_end_steps
+        return max(1, self.train.steps - through_model)
+
     @model_validator(mode="before")
     @classmethod
     def _with_recipe(cls, values: Any) -> Any:
@@ -197,6 +203,9 @@ class Config(Section):
             *_check_revival(self.sae, self.train),
             *_check_recipe(self.sae, self.train),
             *_check_limits(self.train, self.mesh),
+            *rolling.mistakes(
+                self.cache, batch_size=self.train.batch_size, steps=self.steps_on_rows
+            ),
             *end_to_end.mistakes(
                 self.train.end_to_end,
                 sae=self.sae,

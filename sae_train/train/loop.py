@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 
-from activation_cache.harvest.matching_store import open_matching_store
 from activation_cache.runtime import exchange
 from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.storage.files import StoragePath
@@ -33,6 +32,7 @@ from sae_train.train.cohort import check_cohort
 from sae_train.train.cohort_member import Member
 from sae_train.train.cohort_step import CohortStep
 from sae_train.train.initial_state import HostBatch
+from sae_train.train.opened_store import OpenedStore, opened_store
 from sae_train.train.progress import CohortProgress
 from sae_train.train.step_log import Diverged, InputClock
 from sae_train.train.train_step import Batch
@@ -80,14 +80,15 @@ def train_cohort(
     """
     check_cohort(configs)
     first = configs[0]
-    store = open_matching_store(model=first.model, text=first.text, cache=first.cache)
     mesh, clock = make_mesh(first.mesh), InputClock()
-    members = [Member(config, store=store, mesh=mesh, clock=clock) for config in configs]
-    with _memory_in_words(len(members)), ExitStack() as stack:
+    with _memory_in_words(len(configs)), ExitStack() as stack:
+        opened = stack.enter_context(opened_store(configs, stop=stop))
+        store = opened.store
+        members = [Member(config, store=store, mesh=mesh, clock=clock) for config in configs]
         for member in members:
             stack.enter_context(member)
         _each(members, lambda member: member.begin(fresh=fresh))
-        _prepare([member for member in members if member.at_work and not member.done], store)
+        _prepare([member for member in members if member.at_work and not member.done], opened)
         at_work = [member for member in members if member.at_work]
         if at_work:
             config = at_work[0].config
@@ -96,7 +97,7 @@ def train_cohort(
                 stack.enter_context(reader)
                 for reader in _readers(
                     config,
-                    store=store,
+                    opened,
                     start_step=min(member.done for member in at_work),
                     rows=rows_here(mesh, batch_size=config.train.batch_size),
                 )
@@ -104,7 +105,7 @@ def train_cohort(
             for member in at_work:
                 member.start(anew=fresh)
             progress = CohortProgress(at_work, stack=stack)
-            batches = _Batches(store, readers, originals, mesh=mesh, clock=clock)
+            batches = _Batches(opened, readers, originals, mesh=mesh, clock=clock)
             _steps(at_work, batches=batches, mesh=mesh, progress=progress, stop=stop)
     exchange.barrier("trained")
     exchange.run_on_main_and_broadcast("failures", lambda: _tell_failures(members))
@@ -154,26 +155,29 @@ def _tell_failures(members: Sequence[Member]) -> None:
     raise UserError(f"{len(failed)} of {len(members)} runs failed:\n{lines}")
 
 
-def _prepare(members: Sequence[Member], store: Store) -> None:
+def _prepare(members: Sequence[Member], opened: OpenedStore) -> None:
     """Prepare new runs; every process looks at the same whole batches, each read once."""
     if not members:
         return
-    with _whole_batches(members[0].config, store=store) as batch:
+    with _whole_batches(members[0].config, opened) as batch:
         read_once = functools.cache(batch)
         _each(members, lambda member: member.prepare(read_once))
 
 
 @contextmanager
-def _whole_batches(config: Config, *, store: Store) -> Iterator[Callable[[int], HostBatch]]:
+def _whole_batches(config: Config, opened: OpenedStore) -> Iterator[Callable[[int], HostBatch]]:
     """A function from a step to its whole batch, the same in every process."""
     with ExitStack() as stack:
-        readers = [
-            stack.enter_context(reader) for reader in _readers(config, store=store, read_ahead=1)
-        ]
-        yield lambda step: tuple(reader.batch(step) for reader in readers)
+        readers = [stack.enter_context(reader) for reader in _readers(config, opened, read_ahead=1)]
+
+        def batch(step: int) -> HostBatch:
+            step = opened.prepare(step, wrap=True)
+            return tuple(reader.batch(step) for reader in readers)
+
+        yield batch
 
 
-def _readers(config: Config, *, store: Store, **options: Any) -> Iterator[ActivationReader]:
+def _readers(config: Config, opened: OpenedStore, **options: Any) -> Iterator[ActivationReader]:
     """A reader of what the SAE reads and, of a transcoder, one of what it predicts.
 
     Row n of every tap of a store is of the same token, and the order depends on no tap: batches
@@ -182,7 +186,12 @@ def _readers(config: Config, *, store: Store, **options: Any) -> Iterator[Activa
     train = config.train
     for tap in config.sae.taps:
         yield ActivationReader(
-            store, tap, batch_size=train.batch_size, seed=train.order_seed, **options
+            opened.store,
+            tap,
+            batch_size=train.batch_size,
+            seed=train.order_seed,
+            may_read=opened.may_read,
+            **options,
         )
 
 
@@ -198,11 +207,20 @@ def _original_reader(
 class _Batches:
     """What steps read: rows of the store, or sequences and what the model makes of them."""
 
-    store: Store
+    opened: OpenedStore
     readers: Sequence[ActivationReader]
     originals: OriginalReader | None
     mesh: jax.sharding.Mesh
     clock: InputClock
+
+    def prepare(self, step: int) -> UserError | Interrupted | None:
+        """Wait for the rows of a step, if they come and go; returns why they don't come."""
+        try:
+            with self.clock.waiting():
+                self.opened.prepare(step)
+        except (UserError, Interrupted) as error:
+            return error
+        return None
 
     def give(self, members: Sequence[Member], take_step: CohortStep, *, step: int) -> None:
         """Give the devices a step of members, each with the batch of its phase."""
@@ -241,11 +259,15 @@ def _steps(
         step = min(member.done for member in at_work)
         turn = [member for member in at_work if member.done == step]
         stopping = exchange.agree_to_stop(stop)
+        failure = None if stopping else batches.prepare(step)
+        stopping = stopping or failure is not None
         _each([one for one in turn if stopping or one.is_save_due], Member.save, errors=Diverged)
         if stopping:
             for member in at_work:
                 member.close()
             going_on = [member for member in at_work if member.at_work]
+            if isinstance(failure, UserError):
+                raise failure
             if going_on:
                 raise _interrupted(going_on, alone=len(members) == 1, step=step)
             return  # the last of them has just failed
@@ -253,17 +275,20 @@ def _steps(
         batches.give(turn, take_step, step=step)
         # Only now, with the next steps dispatched: reading waits for the devices.
         _each(turn, Member.judge, errors=Diverged)
-        _leave([one for one in turn if one.failure is None and not one.at_work], batches.store)
+        _leave([one for one in turn if one.failure is None and not one.at_work], batches)
         progress.show(step + 1)
+    batches.opened.finish()
 
 
-def _leave(members: Sequence[Member], store: Store) -> None:
+def _leave(members: Sequence[Member], batches: _Batches) -> None:
     """Save the last state of those that are done, and only then wait for the disk."""
     selecting = [member for member in members if member.config.sae.threshold_per_latent]
     if selecting:
-        with _whole_batches(selecting[0].config, store=store) as batch:
+        for reader in batches.readers:
+            reader.drop()  # what was read ahead may be deleted while earlier rows are read again
+        with _whole_batches(selecting[0].config, batches.opened) as batch:
             _each(selecting, lambda member: member.find_thresholds(batch))
-    _each(members, Member.save, errors=Diverged)
+    _each([one for one in members if one.failure is None], Member.save, errors=Diverged)
     for member in members:
         member.close()
 

@@ -12,6 +12,7 @@ from activation_cache.store.order import (
     BLOCKS,
     BlockOrder,
     Permutation,
+    RollingOrder,
     bucket_order,
     derive_key,
     sequence_order,
@@ -156,3 +157,69 @@ def test_an_epoch_longer_than_a_stretch_is_its_permutation():
         for start, stop in ((0, 2048), (2046, 2050), (2048, 2052), (4094, 4100), (4998, 5000)):
             found = order.segments(first + start, first + stop)
             assert found == expected[start // 2 : stop // 2]
+
+
+# Blocks in the text, blocks in a bucket, rows in a block, rows that the last block lacks, window.
+texts = st.tuples(
+    st.integers(1, 60), st.integers(1, 9), st.integers(1, 4), st.integers(0, 3), st.integers(1, 9)
+)
+
+
+def rolling_order(text: tuple[int, ...], seed: int) -> RollingOrder:
+    blocks, in_bucket, block_rows, missing, window = text
+    rows = blocks * block_rows - min(missing, block_rows - 1)
+    return RollingOrder(rows, block_rows, in_bucket * block_rows, window, seed)
+
+
+@settings(deadline=None, max_examples=40)
+@given(text=texts, seed=st.integers(0, 2**40), data=st.data())
+def test_a_rolling_order_reads_every_row_once_from_its_window(text, seed, data):
+    order = rolling_order(text, seed)
+    whole = rows_of(order.segments(0, order.rows))
+    assert sorted(whole) == list(range(order.rows))
+    for index, row in enumerate(whole):
+        stretch = order.stretch_of(index)
+        assert stretch <= row // order.bucket_rows <= order.last_bucket(stretch)
+        assert order.last_bucket(stretch) < stretch + order.window
+    start = data.draw(st.integers(0, order.rows - 1))
+    stop = data.draw(st.integers(start + 1, order.rows))
+    found = order.segments(start, stop)
+    assert rows_of(found) == whole[start:stop]
+    size = order.block_rows
+    assert all(s.start // size == (s.start + s.count - 1) // size for s in found)
+
+
+def plain_rolling(text: tuple[int, ...], seed: int) -> list[int]:
+    """docs/store.md, "Rolling order", in Python integers: the blocks of the stream."""
+    blocks, full, _, _, window = text
+    buckets = -(-blocks // full)
+    stretches = max(1, buckets - window + 1)
+    stream = []
+    for s in range(stretches):
+        dealt = []
+        for b in range(s, min(s + window, buckets)):
+            n = min(full, blocks - b * full)
+            first, last = max(0, b - window + 1), min(b, stretches - 1)
+            parts = last - first + 1
+            for i in range(n * (s - first) // parts, n * (s - first + 1) // parts):
+                dealt.append(b * full + plain_permutation(i, size=n, key=plain_key(seed, 4, b)))
+        key = plain_key(seed, 5, s)
+        stream += [dealt[plain_permutation(i, size=len(dealt), key=key)] for i in range(len(dealt))]
+    return stream
+
+
+@pytest.mark.parametrize("text", [(60, 7, 2, 1, 3), (23, 4, 1, 0, 9), (12, 1, 3, 2, 2)])
+def test_the_rolling_order_is_the_documented_one(text):
+    order = rolling_order(text, 11)
+    blocks = [segment.start // order.block_rows for segment in order.segments(0, order.rows)]
+    assert blocks == plain_rolling(text, 11)
+
+
+def test_a_stretch_mixes_evenly_over_its_window():
+    order = RollingOrder(rows=64 * 64, block_rows=1, bucket_rows=64, window=8, seed=0)
+    rows = np.array(rows_of(order.segments(0, order.rows)))
+    stretches = np.array([order.stretch_of(index) for index in range(order.rows)])
+    counts = np.bincount(rows[stretches == 30] // 64)
+    assert counts[30:].tolist() == [8] * 8
+    spread = np.diff(np.flatnonzero(np.isin(rows // 64, [30])))
+    assert spread.mean() == pytest.approx(8, rel=0.2)  # not a bucket's rows one after the other

@@ -330,6 +330,16 @@ def test_a_bucket_needs_no_volume() -> None:
     assert manifest_folder(config) == Path("kubernetes") / config.name
 
 
+def test_the_pod_that_trains_on_a_rolling_store_harvests_it() -> None:
+    rolling = {"cache.rolling": {"buckets": 4}, "cache.tokens": 10**6}
+    config = cluster_config({"nodes": {"kind": "gpu"}}, **SWEEP, **rolling)
+    stages = [manifest.stage for manifest in render(config, command="sweep")]
+    assert stages == ["train", "train", "evaluate", "report"]
+    several = cluster_config({"nodes": {"kind": "gpu", "count": 2}}, mesh=(2, 1), **rolling)
+    with pytest.raises(UserError, match="one job of a single process, and launch starts 2"):
+        render(several, command="train")
+
+
 def test_a_harvest_has_a_mesh_of_its_own() -> None:
     config = cluster_config(mesh=(2, 8), **{"cache.mesh": {"data": 16, "model": 1}})
     render(config, command="harvest")

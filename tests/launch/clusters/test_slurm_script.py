@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from launch.config.job import Job, load_job
 from launch.config.slurm import time_seconds
 from sae_train.config.file import with_values, write_config
 from tests.support.servers.slurm_programs import NASTY, make, programs, script
+
+ROLLING = {"cache.rolling": {"buckets": 4}, "cache.tokens": 10**6}
 
 
 def sbatch_lines(text: str) -> list[str]:
@@ -133,6 +136,16 @@ def test_what_a_script_cannot_hold_is_refused(
     assert words in said
     assert f"launch.{key}" in said
     assert not (tmp_path / "slurm").exists()
+
+
+def test_jobs_that_train_on_a_rolling_store_harvest_it_one_after_the_other() -> None:
+    config = with_values(make(at_once=3), ROLLING, source="test")
+    scripts = render(config, command="sweep")
+    assert [one.stage for one in scripts] == ["train", "evaluate", "report"]
+    assert re.search(r"#SBATCH --array=0-\d+%1\n", script(config).text)
+    several = with_values(make(tasks_per_node=2, mesh=(2, 1)), ROLLING, source="test")
+    with pytest.raises(UserError, match="one job of a single process, and launch starts 2"):
+        render(several, command="sweep")
 
 
 def test_a_harvest_has_a_mesh_of_its_own() -> None:

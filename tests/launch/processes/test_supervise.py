@@ -13,7 +13,7 @@ import pytest
 
 from activation_cache.runtime.errors import UserError
 from launch.config.local import LocalLaunch
-from launch.processes import group
+from launch.processes import beside, group
 from launch.processes import supervise as module
 from launch.processes.supervise import _Output, supervise
 from tests.support.configs import as_job, make_config
@@ -214,3 +214,13 @@ def test_processes_stop_when_their_supervisor_is_gone(tmp_path: Path):
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     assert both("left")
+
+
+def test_a_harvest_beside_a_trainer_has_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    job = as_job(make_config(mesh=(2, 1)))
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4,5,6,7")
+    assert beside._harvest_gpus(job) == ["5", "6"]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,4"
+    with pytest.raises(UserError, match=r"takes 2 GPUs.*\(mesh\) 2, and there are 2"):
+        beside._harvest_gpus(job)
