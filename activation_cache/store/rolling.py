@@ -73,6 +73,14 @@ def is_there(store: StoragePath, bucket: int) -> bool:
     return commit_file(store, bucket).exists()
 
 
+def buckets_there(store: StoragePath) -> list[int]:
+    """The buckets on the disk that are whole."""
+    commits = commit_file(store, 0).parent
+    names = [file.stem for file in commits.iterdir()] if commits.is_dir() else []
+    numbers = (name.removeprefix("bucket-") for name in names)
+    return sorted(int(number) for number in numbers if number.isdecimal())
+
+
 def delete_bucket(store: StoragePath, manifest: Manifest, bucket: int) -> None:
     """Delete a bucket: its record first, so that it is never taken for whole.
 
@@ -96,10 +104,7 @@ def delete_bucket(store: StoragePath, manifest: Manifest, bucket: int) -> None:
 
 def buckets_on_disk(store: StoragePath, manifest: Manifest) -> list[int]:
     """The buckets of which there is anything: a record, or a shard that a kill left behind."""
-    commits = commit_file(store, 0).parent
-    names = [file.stem for file in commits.iterdir()] if commits.is_dir() else []
-    numbers = (name.removeprefix("bucket-") for name in names)
-    found = {int(number) for number in numbers if number.isdecimal()}
+    found = set(buckets_there(store))
     layouts = [tap_layout(store, manifest, entry.tap) for entry in manifest.sites]
     layouts += [provenance_layout(store, manifest, name) for name in PROVENANCE]
     for layout in layouts:

@@ -20,6 +20,7 @@ from sae_train.config.file import FILE_NAME
 
 if TYPE_CHECKING:
     from activation_cache.gemma.taps import Tap
+    from activation_cache.store.manifest import Manifest
     from activation_cache.store.store import Store
     from sae_train.inference.sae import Sae
 
@@ -75,11 +76,19 @@ def inspect_store(path: StoragePath, *, verify: bool) -> None:
                 "sequence length": str(manifest.text.sequence_length),
                 "text": ", ".join(manifest.text.source),
                 "buckets": f"{manifest.num_buckets} of {manifest.shuffling.bucket_rows:,} rows",
+                **_window(path, manifest),
                 "blocks": f"{manifest.shuffling.block_rows} rows",
                 "size": bytes_text(sum(file_sizes(path).values())),
             },
         )
     )
+    if manifest.window is not None:
+        if verify:
+            raise UserError(
+                f"--verify reads a whole store, and {path} is a rolling one, whose rows come and "
+                "go: training checks every block that it reads"
+            )
+        return
     taps = Table(title=f"taps (means over the first {min(_SAMPLE_ROWS, store.rows):,} rows)")
     for heading in ("tap", "width", "mean |x|²", "mean |x|", "max |x|", "|mean x|²/mean |x|²", "γ"):
         taps.add_column(heading, justify="left" if heading == "tap" else "right")
@@ -88,6 +97,17 @@ def inspect_store(path: StoragePath, *, verify: bool) -> None:
     print_table(taps)
     if verify:
         verify_store(store)
+
+
+def _window(path: StoragePath, manifest: Manifest) -> dict[str, str]:
+    """The window of a rolling store, in words."""
+    if manifest.window is None:
+        return {}
+    from activation_cache.store.rolling import buckets_there
+
+    there = buckets_there(path)
+    now = f"now {there[0] + 1} to {there[-1] + 1}" if there else "none now"
+    return {"on the disk": f"a window of {manifest.window} buckets, {now}"}
 
 
 def _tap_row(store: Store, tap: Tap) -> list[str]:

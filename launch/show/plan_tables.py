@@ -70,6 +70,8 @@ def _centring_tables(config: Config) -> list[Table]:
     from activation_cache.store.store import open_store
 
     store = open_store(path)
+    if store.manifest.window is not None:
+        return []  # its first rows, of which γ is taken, may be gone
     table = plan_table(f"how far from zero, in the store at {path}", "tap", "γ", "sae.b_dec_init")
     for tap in store.taps:
         found = gamma_of(store, tap)
@@ -136,12 +138,14 @@ def _store_table(plan: Plan) -> Table:
     store, harvest = plan.store, plan.harvest
     table = plan_table(f"{plan.name}, reading {plan.model_from}", "store", "bytes", "how much")
     for name, size in store.tap_bytes.items():
-        rows = f"{store.rows:,} rows of {bytes_text(store.row_bytes[name])}"
+        rows = f"{store.rows_on_disk:,} rows of {bytes_text(store.row_bytes[name])}"
         table.add_row(name, bytes_text(size), rows)
     provenance = bytes_text(store.provenance_bytes)
-    table.add_row("where rows came from", provenance, f"{store.rows:,} rows")
+    table.add_row("where rows came from", provenance, f"{store.rows_on_disk:,} rows")
     table.add_row("tokens, at least", bytes_text(store.token_bytes), f"{harvest.positions:,} read")
     buckets = f"{store.buckets:,} buckets"
+    if store.window is not None:
+        buckets = f"a window of {store.window:,}, and one more, of {buckets}"
     table.add_row("in all", bytes_text(store.total_bytes), buckets, style="bold")
     table.add_section()
     table.add_row("host memory to harvest", bytes_text(store.host_bytes), "buckets in flight")
@@ -284,6 +288,12 @@ def _accelerator_table(plan: Plan, on: AcceleratorPlan) -> Table:
     rates = [one.above_reader for one in on.verdicts] + [one.above_reader for one in on.cohorts]
     if any(rates):
         table.caption += f"\n{READER}"
+    if (sides := on.sides) is not None:
+        words = "side by side" if sides.beside else "in turns"
+        table.caption += (
+            f"\nharvest and training {words}: the slower side is {sides.slower}; the trainer waits "
+            f"{hours_text(sides.waiting_hours)} of {hours_text(sides.hours)} hours"
+        )
     return table
 
 

@@ -12,6 +12,7 @@ from activation_cache.storage.locks import is_locked
 from launch.clusters.slurm_queue import QueueView, queue_view
 from launch.config.job import Job
 from launch.run_state import needs_evaluation, needs_release
+from launch.show.rolling_line import rolling_line
 from launch.sweep.expand import expand
 from launch.targets import other_runs
 from sae_train.config.file import FILE_NAME
@@ -34,11 +35,15 @@ def status_table(config: Job) -> Table:
         made = expand(config)
         runs = [(run.name, run.folder, run.config) for run in made]
         runs += [(name, folder, config) for name, folder in other_runs(config, made).items()]
+    lines = (
+        [] if (line := rolling_line(config, [folder for _, folder, _ in runs])) is None else [line]
+    )
     busy = ", a process is at work" if is_locked(storage_path(config.output)) else ""
     queue = queue_view(config)
     table = Table(title=f"{config.name} in {config.output}{busy}", title_justify="left")
-    if queue is not None and queue.others:
-        table.caption, table.caption_justify = Text(queue.others), "left"
+    lines += [queue.others] if queue is not None and queue.others else []
+    if lines:
+        table.caption, table.caption_justify = Text("\n".join(lines)), "left"
     table.add_column("run", overflow="fold")
     table.add_column("state")
     for heading in ("step", "loss", "L0", "FVU", "tokens/s", "restarts", "checkpoint"):

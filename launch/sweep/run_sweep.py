@@ -94,6 +94,12 @@ def _run_on_one_store(config: Job, runs: list[Run], *, stop: StopFlag, failures:
 
 def _train_all(config: Job, runs: list[Run], *, stop: StopFlag, failures: _Failures) -> None:
     cohorts = cohorts_of(config, runs)
+    if len(cohorts) > 1 and runs[0].config.cache.rolling is not None:
+        logger.warning(
+            "%d cohorts train on a rolling store, one after the other, and each has the text "
+            "harvested anew: runs of one tap, batch size and data_seed share a harvest",
+            len(cohorts),
+        )
     for cohort, line in zip(cohorts, cohort_lines(cohorts), strict=True):
         trained = [run for run in cohort.runs if run_state.is_trained(run.config)]
         for run in trained:

@@ -15,6 +15,7 @@ from activation_cache.runtime.errors import UserError
 from sae_train.config.run import Config, MeshConfig
 from sae_train.plan.accelerators import Accelerator
 from sae_train.plan.memory import nearest_mesh
+from sae_train.plan.rolling import Sides, shared_hours
 from sae_train.plan.runs import CohortPlan, RunPlan, cohort_bytes
 from sae_train.plan.work import HarvestWork, step_traffic
 
@@ -108,7 +109,13 @@ class CohortVerdict:
 
 @dataclass(frozen=True)
 class AcceleratorPlan:
-    """All of a config on one accelerator; totals are None if a run doesn't fit."""
+    """All of a config on one accelerator; totals are None if a run doesn't fit.
+
+    Of a rolling store the harvest is that of all cohorts, one after the other.
+
+    Attributes:
+        sides: of a rolling store, how its two sides share the hours.
+    """
 
     accelerator: Accelerator
     usable_bytes: int
@@ -120,6 +127,7 @@ class AcceleratorPlan:
     train_hours: float | None
     total_hours: float | None
     total_cost: float | None
+    sides: Sides | None
 
 
 def usable_bytes(chip: Accelerator) -> int:
@@ -143,13 +151,24 @@ def on_accelerator(
     """
     usable = usable_bytes(chip)
     verdicts = tuple(_verdict(run, chip, config, usable, assumptions) for run in runs)
-    devices = config.mesh.data * config.mesh.model
+    rolling = config.cache.rolling
+    beside = rolling is not None and rolling.processes > 0
+    mesh = config.harvest_mesh[1] if beside else config.mesh
+    devices = mesh.data * mesh.model
     precision = chip.harvesting(config.model)
     harvest_seconds = harvest.flops / (chip.flops[precision] * assumptions.mfu * devices)
-    harvest_hours = harvest_seconds / 3600
+    harvest_hours = harvest_seconds / 3600 * (1 if rolling is None else len(cohorts))
     harvest_cost = _cost(harvest_hours, devices, assumptions)
     train_hours = total([one.hours for one in verdicts])
     train_cost = total([one.cost for one in verdicts])
+    total_hours, total_cost = total([harvest_hours, train_hours]), total([harvest_cost, train_cost])
+    sides = None
+    if rolling is not None and train_hours is not None:
+        trained = [sum(verdicts[run].hours or 0.0 for run in cohort.runs) for cohort in cohorts]
+        sides = shared_hours(harvest_hours / len(cohorts), trained, beside=beside)
+        if beside:
+            both = devices + config.mesh.data * config.mesh.model
+            total_hours, total_cost = sides.hours, _cost(sides.hours, both, assumptions)
     return AcceleratorPlan(
         accelerator=chip,
         usable_bytes=usable,
@@ -162,8 +181,9 @@ def on_accelerator(
             for cohort in cohorts
         ),
         train_hours=train_hours,
-        total_hours=total([harvest_hours, train_hours]),
-        total_cost=total([harvest_cost, train_cost]),
+        total_hours=total_hours,
+        total_cost=total_cost,
+        sides=sides,
     )
 
 

@@ -21,6 +21,7 @@ from activation_cache.gemma.params import parameter_table
 from activation_cache.gemma.taps import Tap, resolve_taps, tap_width
 from activation_cache.precision import Precision
 from activation_cache.storage.arrays import ArrayLayout, bucket_rows, shard_rows
+from activation_cache.store.manifest import window_buckets
 from activation_cache.store.store import PROVENANCE
 from activation_cache.store.writer import BUCKETS_IN_MEMORY
 from activation_cache.text.token_table import count_layout, token_layout
@@ -55,10 +56,13 @@ class StorePlan:
     """The activation store: bytes on disk per tap and in all, checksums and indexes included.
 
     `token_bytes` is the least the token table takes; text beyond what is harvested adds to it.
-    `host_bytes` is the memory that buckets in flight take while harvesting.
+    `host_bytes` is the memory that buckets in flight take while harvesting. Of a rolling store the
+    sizes are those of the `rows_on_disk`: a window of `window` buckets and one more.
     """
 
     rows: int
+    rows_on_disk: int
+    window: int | None
     row_bytes: dict[str, int]
     tap_bytes: dict[str, int]
     provenance_bytes: int
@@ -86,37 +90,45 @@ def store_plan(cache: CacheConfig, text: TextConfig, gemma: GemmaConfig) -> Stor
     """Sizes of the store that a config asks for.
 
     Raises:
-        UserError: a layer the model doesn't have, or a site named twice.
+        UserError: a layer the model doesn't have, a site named twice, or too little room for the
+            window of a rolling store.
     """
     bucket = bucket_rows(shuffle_rows=cache.shuffle_rows, block_rows=cache.block_rows)
     taps = resolve_taps(cache.sites, gemma)
     item = jnp.dtype(cache.dtype).itemsize
-    layouts = {tap.name: _tap_layout(cache, tap, gemma, bucket=bucket) for tap in taps}
+    row_bytes = {tap.name: tap_width(gemma, tap.site) * item for tap in taps}
+    whole_row = sum(row_bytes.values()) + len(PROVENANCE) * 4
+    window, rows = None, cache.tokens
+    if cache.rolling is not None:
+        window = window_buckets(cache.rolling, bucket_bytes=bucket * whole_row)
+        rows = min(rows, (window + 1) * bucket)
+    layouts = {tap.name: _tap_layout(cache, tap, gemma, bucket=bucket, rows=rows) for tap in taps}
     provenance = ArrayLayout(
-        path=Path(), shape=(cache.tokens,), dtype="int32", chunk_rows=cache.block_rows,
-        shard_rows=bucket,
+        path=Path(), shape=(rows,), dtype="int32", chunk_rows=cache.block_rows, shard_rows=bucket,
     )  # fmt: skip
     sequences = harvested_sequences(cache, text) + text.held_out_sequences
     tokens = token_layout(Path(), sequences, text.sequence_length)
-    row_bytes = {tap.name: tap_width(gemma, tap.site) * item for tap in taps}
-    in_bucket = min(bucket, cache.tokens) * (sum(row_bytes.values()) + len(PROVENANCE) * 4)
     return StorePlan(
         rows=cache.tokens,
+        rows_on_disk=rows,
+        window=window,
         row_bytes=row_bytes,
         tap_bytes={name: layout.stored_bytes for name, layout in layouts.items()},
         provenance_bytes=len(PROVENANCE) * provenance.stored_bytes,
         token_bytes=tokens.stored_bytes + count_layout(Path(), sequences).stored_bytes,
         buckets=-(-cache.tokens // bucket),
-        host_bytes=BUCKETS_IN_MEMORY * in_bucket,
+        host_bytes=BUCKETS_IN_MEMORY * min(bucket, cache.tokens) * whole_row,
     )
 
 
-def _tap_layout(cache: CacheConfig, tap: Tap, gemma: GemmaConfig, *, bucket: int) -> ArrayLayout:
+def _tap_layout(
+    cache: CacheConfig, tap: Tap, gemma: GemmaConfig, *, bucket: int, rows: int
+) -> ArrayLayout:
     width = tap_width(gemma, tap.site)
     row_bytes = width * jnp.dtype(cache.dtype).itemsize
     return ArrayLayout(
         path=Path(tap.name),
-        shape=(cache.tokens, width),
+        shape=(rows, width),
         dtype=cache.dtype,
         chunk_rows=cache.block_rows,
         shard_rows=shard_rows(bucket=bucket, block_rows=cache.block_rows, row_bytes=row_bytes),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,8 @@ from activation_cache.store.store import open_store
 from launch.cli import main
 from launch.config.job import Job, load_job
 from launch.processes import beside
+from launch.show.inspect import inspect_store
+from launch.show.rolling_line import rolling_line
 from sae_train.checkpoint.checkpoints import StoredCheckpoints
 from sae_train.train import loop, opened_store
 from sae_train.train.loop import train, train_cohort
@@ -275,9 +278,23 @@ def test_runs_of_a_cohort_read_one_window_and_look_back_at_their_end(
 
 
 def test_another_window_is_refused_and_nothing_deleted(config: Path, tmp_path: Path):
+    job = rolling_job(config, tmp_path)
+    assert rolling_line(job, []) == "rolling store: it is empty; no trainer has read from it yet"
     with pytest.raises(Interrupted):
-        train(rolling_job(config, tmp_path), stop=stop_after(40))
+        train(job, stop=stop_after(40))
     held = shards(tmp_path / "store")
+    line = rolling_line(job, [tmp_path / "run"])
+    assert line is not None
+    assert line.startswith(
+        f"rolling store: buckets {held[0] + 1} to {held[-1] + 1} are on the disk; the trainer "
+        f"reads buckets {held[0] + 1} to "
+    )
+    assert re.search(
+        r"of 40; it waits \d+% of its time, the slower side is the (model|trainer)$", line
+    )
+    inspect_store(tmp_path / "store", verify=False)
+    with pytest.raises(UserError, match="whose rows come and go"):
+        inspect_store(tmp_path / "store", verify=True)
     with pytest.raises(UserError, match=r"window in buckets: the store has 4, the config says 5"):
         train(rolling_job(config, tmp_path, "cache.rolling.buckets=5"))
     with pytest.raises(
