@@ -25,7 +25,13 @@ from activation_cache.runtime.addresses import is_url, parse_address
 from activation_cache.runtime.errors import UserError
 
 Site = Literal[
-    "resid_post", "mlp_out", "attn_out_prelinear", "mlp_in", "mlp_in_normalized", "embedding"
+    "resid_post",
+    "mlp_out",
+    "attn_out_prelinear",
+    "mlp_in",
+    "mlp_in_normalized",
+    "embedding",
+    "rows",  # imported, from a place that is none of the others
 ]
 Dtype = Literal["float32", "bfloat16"]
 
@@ -58,6 +64,8 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 NonNegative32 = Annotated[float, Field(ge=0, le=1e38, allow_inf_nan=False)]
 Positive32 = Annotated[float, Field(ge=1e-30, le=1e38, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+# Of norms; more than half of all rows lie below 1.
+MaxNormOverMedian = Annotated[float, Field(gt=1, le=1e38, allow_inf_nan=False)]
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})", re.ASCII)
 
@@ -114,10 +122,13 @@ FilePath = Annotated[str, Field(min_length=1), AfterValidator(expanded)]
 Location = Annotated[FilePath, AfterValidator(_folder_or_bucket)]
 
 
+NO_MODEL = "none"  # `model.weights` of a run whose rows were imported, where no model is at hand
+
+
 class ModelConfig(Section):
     """Which language model is read, and how it computes."""
 
-    # A Hub id, a folder (config.json, safetensors, tokenizer.json) or a .gguf file.
+    # A Hub id, a folder (config.json, safetensors, tokenizer.json), a .gguf file, or `NO_MODEL`.
     weights: FilePath
     revision: str | None = None
     dtype: Dtype = "bfloat16"
@@ -200,11 +211,14 @@ class RollingConfig(Section):
 
 
 class CacheConfig(Section):
-    """The activation store: its folder, what is tapped, how many rows, how they are shuffled."""
+    """The activation store: its folder, what is tapped, how many rows, how they are shuffled.
+
+    Of a store that `sae import` made only the folder is given.
+    """
 
     path: Location
-    sites: Annotated[list[SiteConfig], Field(min_length=1)]
-    tokens: PositiveCount  # rows per site and layer; only usable tokens count
+    sites: list[SiteConfig] = Field(default_factory=list)  # none: the store was imported
+    tokens: Count = 0  # rows per site and layer; only usable tokens count. 0: the store's own
     dtype: Dtype = "float32"
     shuffle_rows: PositiveCount = 1_000_000  # rows per shuffle bucket
     block_rows: PositiveSmallCount = 256  # rows per chunk: the unit the reader permutes
@@ -212,6 +226,24 @@ class CacheConfig(Section):
     seed: Seed = 0
     mesh: MeshConfig | None = None  # of the language model; None: the section `mesh`
     rolling: RollingConfig | None = None  # None: the whole store is on the disk
+    # Rows longer than so many times the median of their bucket are dropped.
+    max_norm_over_median: MaxNormOverMedian | None = None
+
+    @property
+    def is_imported(self) -> bool:
+        """Was the store imported, and not harvested?"""
+        return not self.sites
+
+    @model_validator(mode="after")
+    def _says_how_many(self) -> CacheConfig:
+        if self.sites and not self.tokens:
+            raise ValueError("tokens is missing: with sites it must say how many rows to harvest")
+        if self.tokens and not self.sites:
+            raise ValueError(
+                "sites is missing: with tokens it must say what to harvest. Of a store that `sae "
+                "import` made give path alone"
+            )
+        return self
 
 
 class RolloutConfig(Section):

@@ -91,10 +91,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     # Overrides may come before and after an option, which argparse alone does not allow.
     arguments, rest = parser.parse_known_args(argv)
     takes_overrides = hasattr(arguments, "overrides")
-    several = arguments.command in (
-        "train",
-        "browse",
-    )  # it separates further configs from overrides itself
+    # They tell further words from overrides themselves.
+    several = arguments.command in ("train", "browse", "import")
     stray = [
         one
         for one in rest

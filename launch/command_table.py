@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from launch import commands, explaining
+from launch import commands, explaining, importing
 from launch.processes.signals import StopFlag
 from launch.show import browse, neuronpedia
 from launch.show import check as checking
@@ -61,6 +61,21 @@ COMMANDS = (
             ("--follow", "of a rolling store: harvest ahead of the trainer until it is done"),
             _DRY_RUN,
         ),
+    ),
+    Command(
+        name="import",
+        handler=importing.import_rows,
+        summary="make an activation store of rows that another program has written",
+        details="Reads .npy, .safetensors, .arrow, .parquet and zarr, a folder or glob of them, "
+        "and SAELens' cached activations; shuffles and checks them as a harvest does "
+        "(docs/import.md). Needs no language model. After a stop or a crash the same command "
+        "continues.",
+        example="sae import resid_post.12=activations/ --to store --held-out 100000",
+        metavar="[TAP=]ROWS",
+        target="files of rows [rows, width] or [sequences, rows, width]; PATH::NAME names a tensor "
+        "or column; TAP is a site and layer, as resid_post.12, else rows.0",
+        others=("[TAP=]ROWS", "rows of further taps, of the same tokens"),
+        settings=importing.SETTINGS,
     ),
     Command(
         name="rollout",

@@ -62,7 +62,7 @@ def check_begun(configs: Sequence[Job]) -> None:
             raise UserError(
                 f"{config.output} has been trained, and its activation store isn't at {store} any "
                 "more. If it has moved, say where it is: cache.path=FOLDER. If it is gone, `sae "
-                "harvest` with the same config makes it anew"
+                f"{'import' if config.cache.is_imported else 'harvest'}` as before makes it anew"
             )
 
 

@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from activation_cache.runtime import processes
 from activation_cache.runtime.errors import UserError
@@ -35,6 +35,9 @@ from sae_train.runs.folder import (
 )
 from sae_train.runs.recorded import read_failure
 
+if TYPE_CHECKING:
+    from activation_cache.store.store import Store
+
 logger = logging.getLogger(__name__)
 
 
@@ -48,15 +51,20 @@ def harvest(config: Job, *, stop: Callable[[], bool], follow: bool = False) -> N
     """Make the activation store of `config.cache`, or finish one that was started.
 
     Of a rolling store that is its first window, and with `follow` all that a trainer reads next.
+    One that was imported must be finished: nothing here can make it.
     """
+    if config.cache.is_imported:
+        store = open_imported(config)
+        logger.info("%s was imported: nothing is harvested", store.path)
+        return
     _, mesh = config.harvest_mesh
     if group.starts_here(config):
-        store = storage_path(config.cache.path)
+        path = storage_path(config.cache.path)
         group.run_stage(
             "harvest",
             config,
             devices=mesh.data * mesh.model,
-            progress=lambda: _saved(store),
+            progress=lambda: _saved(path),
             stop=stop,
         )
         return
@@ -83,6 +91,13 @@ def harvest(config: Job, *, stop: Callable[[], bool], follow: bool = False) -> N
             rolling.follow()
         else:
             rolling.make_store()
+
+
+def open_imported(config: Job) -> Store:
+    """The imported store that a config names; raises `UserError` where it isn't one, finished."""
+    from activation_cache.harvest.matching_store import open_matching_store
+
+    return open_matching_store(model=config.model, text=config.text, cache=config.cache)
 
 
 def rollout(config: Job, *, stop: Callable[[], bool]) -> None:

@@ -12,6 +12,8 @@ layers count from 0:
 - `mlp_in_normalized`: the same before the norm's gain, so that |x|² = D. Gemma Scope's transcoders
   read it.
 - `embedding`: the rows of the embedding table, unscaled, width D; its layer is 0.
+
+`rows` is no site of a model: it stands for imported rows of which no more is known.
 """
 
 from __future__ import annotations
@@ -64,7 +66,12 @@ def tap_width(config: GemmaConfig, site: Site) -> int:
 
 
 def check_tap(tap: Tap, config: GemmaConfig) -> None:
-    """Raises `UserError` when the model has no such layer."""
+    """Raises `UserError` when the model has no such site or layer."""
+    if tap.site == "rows":
+        raise UserError(
+            f"{tap.name} is of imported rows, which no site of a model is known for: harvest "
+            "another site, or import the rows under the name of the site that they are of"
+        )
     if tap.site == "embedding" and tap.layer != 0:
         raise UserError(
             f"site embedding has layer {tap.layer}: the table is there once, and counts as layer "

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,10 +40,11 @@ from activation_cache.storage.arrays import bucket_rows, remove_stray_files
 from activation_cache.storage.files import StoragePath, remove_tree, storage_path, write_text
 from activation_cache.storage.locks import folder_lock
 from activation_cache.storage.records import FORMAT_VERSION, read_record, write_record
-from activation_cache.store.centring import gamma_of
+from activation_cache.store.finish import finish_store
 from activation_cache.store.manifest import (
     Manifest,
     ModelEntry,
+    OutlyingEntry,
     ShufflingEntry,
     SiteEntry,
     first_difference,
@@ -57,7 +57,6 @@ from activation_cache.store.store import (
     PROVENANCE,
     TOKENS_FOLDER,
     Store,
-    open_store,
 )
 from activation_cache.store.writer import BucketWriter, Commit, read_commits
 from activation_cache.text.token_table import TokenSummary, TokenTable
@@ -224,6 +223,7 @@ class PlannedHarvest:
         difference = first_difference(plan, model=self.model, text=self.text, cache=self.cache)
         if difference is not None:
             self._refuse(difference)
+        assert plan.model is not None
         was, now = plan.model.precision, self._precision()
         if was != now and [entry.tap for entry in plan.sites] != [EMBEDDING]:
             self._refuse(
@@ -256,6 +256,7 @@ class PlannedHarvest:
                 precision=precision,
             ),
             text=self.text,
+            outlying=_outlying(cache),
             tokenizer_hash=summary.tokenizer_hash,
             token_hash=summary.token_hash,
             num_sequences=summary.sequences,
@@ -286,6 +287,8 @@ class PlannedHarvest:
 
     def _go_on(self, begun: Manifest, plan: Manifest) -> Manifest:
         """The plan that was begun, if it differs from this one only in the weights' name."""
+        assert begun.model is not None
+        assert plan.model is not None
         name = {"weights": begun.model.weights, "revision": begun.model.revision}
         plan = plan.model_copy(update={"model": plan.model.model_copy(update=name)})
         for field in Manifest.model_fields:
@@ -308,22 +311,7 @@ class PlannedHarvest:
 
     def finish(self, plan: Manifest) -> Manifest:
         """Write the manifest, which makes the folder a store; of a rolling one the plan stays."""
-        commits = self._all_commits(plan)
-        rows = sum(commit.rows for commit in commits.values())
-        sites = []
-        for entry in plan.sites:
-            total = math.fsum(c.sum_of_squares[entry.tap.name] for c in commits.values())
-            sites.append(entry.model_copy(update={"mean_squared_norm": total / rows}))
-        manifest = plan.model_copy(update={"sites": sites})
-        write_record(self.path / MANIFEST_FILE, manifest)
-        if plan.window is None:
-            (self.path / PLAN_FILE).unlink()
-        what = "finished" if plan.window is None else "begun, its first window is there"
-        logger.info("the store at %s is %s: %d rows", self.path, what, rows)
-        store = open_store(self.path)
-        far = ", ".join(f"{tap.name} {gamma_of(store, tap):.2f}" for tap in store.taps)
-        logger.info("γ, the length of the mean over the spread around it: %s", far)
-        return manifest
+        return finish_store(self.path, plan, self._all_commits(plan))
 
     def _all_commits(self, plan: Manifest) -> dict[int, Commit]:
         """The records that the norms are of; those of other machines may take a while to appear."""
@@ -359,3 +347,8 @@ def _rows_on_disk(plan: Manifest) -> int:
     if plan.window is None:
         return plan.rows
     return min(plan.rows, (plan.window + 1) * plan.shuffling.bucket_rows)
+
+
+def _outlying(cache: CacheConfig) -> OutlyingEntry | None:
+    limit = cache.max_norm_over_median
+    return None if limit is None else OutlyingEntry(max_norm_over_median=limit)

@@ -161,6 +161,7 @@ class Share:
         assert found == self.plan, "another harvest writes to this folder"
 
     def _check_weights(self, fingerprint: str) -> None:
+        assert self.plan.model is not None
         wanted = self.plan.model.fingerprint
         if fingerprint != wanted:
             raise UserError(

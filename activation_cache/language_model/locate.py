@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from activation_cache.config import ModelConfig
+from activation_cache.config import NO_MODEL, ModelConfig
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage import hub
 from activation_cache.storage.files import read_json
@@ -36,6 +36,12 @@ def locate_weights(model: ModelConfig, *, with_weights: bool = True) -> Path:
     Raises:
         UserError: no such path, another kind of file, or the Hub doesn't give it.
     """
+    if model.weights == NO_MODEL:
+        raise UserError(
+            "this needs a language model, and the config has none, for its rows were imported: "
+            "give model.weights, a Gemma that the rows are of, where the import has token ids. "
+            "Training, L0 and FVU need no model"
+        )
     path = Path(model.weights)
     if path.is_dir() or (path.is_file() and is_gguf(path)):
         return path

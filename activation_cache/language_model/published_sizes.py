@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from activation_cache.config import ModelConfig
+from activation_cache.config import NO_MODEL, ModelConfig
 from activation_cache.gemma.config import GemmaConfig, config_from_hf
 from activation_cache.language_model.shape import read_gemma_config
 from activation_cache.runtime.errors import UserError
@@ -70,7 +70,7 @@ def config_for_planning(model: ModelConfig) -> tuple[GemmaConfig, str]:
     Raises:
         UserError: a damaged checkpoint, or neither a checkpoint nor a known name.
     """
-    if Path(model.weights).exists():
+    if model.weights == NO_MODEL or Path(model.weights).exists():
         return read_gemma_config(model), model.weights
     known = known_config(model.weights)
     if known is not None:

@@ -15,6 +15,7 @@ from activation_cache.config import (
     CacheConfig,
     Count,
     Dtype,
+    MaxNormOverMedian,
     ModelConfig,
     NonNegative,
     PositiveCount,
@@ -71,12 +72,51 @@ class ShufflingEntry(Section):
     block_rows: PositiveCount
 
 
+class ImportedSource(Section):
+    """Rows that were imported: a file's name, what of it was taken, how much, its sampled hash."""
+
+    name: str
+    column: str | None = None  # a tensor or a column of the file
+    tap: str
+    shape: list[Count]
+    sha256: str
+
+
+class ImportedEntry(Section):
+    """Where the rows of an imported store are from.
+
+    Source row `sequence * sequence_length + position` is the row with this provenance, counted
+    through all files of a tap. The last `held_out_sequences` are in the store `held_out`.
+    """
+
+    sources: list[ImportedSource]
+    sequence_length: PositiveCount
+    held_out_sequences: Count
+    in_sequences: bool  # were they given as sequences? Else they were cut into such
+
+
+class OutlyingEntry(Section):
+    """Rows that were dropped for their norm; `dropped` is None until all are written."""
+
+    max_norm_over_median: MaxNormOverMedian
+    dropped: Count | None = None
+
+
+def _left_out(value: Any) -> bool:
+    return value is None
+
+
 class Manifest(Section):
-    """Everything that a store's rows depend on."""
+    """Everything that a store's rows depend on.
+
+    Of an imported store `model` and `text` are None, and the hashes empty without token ids.
+    """
 
     format_version: int
-    model: ModelEntry
-    text: TextConfig
+    model: ModelEntry | None
+    text: TextConfig | None
+    imported: Annotated[ImportedEntry | None, Field(exclude_if=_left_out)] = None
+    outlying: Annotated[OutlyingEntry | None, Field(exclude_if=_left_out)] = None
     tokenizer_hash: str
     token_hash: str
     num_sequences: PositiveCount
@@ -131,6 +171,16 @@ def window_buckets(rolling: RollingConfig, *, bucket_bytes: int) -> int:
     return window
 
 
+_HARVEST_OF_IMPORTED = (
+    "cache.sites: the store was imported, and the config has sites to harvest. Leave out the "
+    "section text and all of cache but path"
+)
+_NO_SITES = (
+    "cache.sites: the store was harvested, and the config has none. Copy the sections model, text "
+    "and cache from config.yaml of the store"
+)
+
+
 def first_difference(
     manifest: Manifest,
     *,
@@ -141,8 +191,15 @@ def first_difference(
 ) -> str | None:
     """The first config field that a store was not made with, in words; None if there is none.
 
-    Weights are compared by `fingerprint` and not by name: a folder may have been moved since.
+    Weights are compared by `fingerprint` and not by name: a folder may have been moved since. An
+    imported store has no field to compare; whether its rows are a model's, only its owner knows.
     """
+    if manifest.imported is not None:
+        return None if cache is None or cache.is_imported else _HARVEST_OF_IMPORTED
+    if cache is not None and cache.is_imported:
+        return _NO_SITES
+    assert manifest.model is not None
+    assert manifest.text is not None
     pairs: list[tuple[str, Any, Any]] = []
     if model is not None:
         pairs += [("model.dtype", manifest.model.dtype, model.dtype)]
@@ -166,6 +223,11 @@ def first_difference(
                 "cache.sequences_per_batch",
                 manifest.sequences_per_batch,
                 cache.sequences_per_batch,
+            ),
+            (
+                "cache.max_norm_over_median",
+                manifest.outlying and manifest.outlying.max_norm_over_median,
+                cache.max_norm_over_median,
             ),
         ]
     for name, stored_value, asked_value in pairs:

@@ -26,6 +26,7 @@ from activation_cache.text.token_table import TokenTable, open_tokens
 MANIFEST_FILE = "manifest.json"
 PLAN_FILE = "plan.json"  # the manifest of a harvest that isn't finished, without norms
 TOKENS_FOLDER = "tokens"
+HELD_OUT_FOLDER = "held_out"  # the store of the rows of an import that are for evaluation
 PROVENANCE = ("sequence", "position")
 
 
@@ -35,8 +36,8 @@ def tap_layout(path: StoragePath, manifest: Manifest, tap: Tap) -> ArrayLayout:
     if entry is None:
         names = ", ".join(entry.tap.name for entry in manifest.sites)
         raise UserError(
-            f"the store at {path} has no {tap.name}: it was harvested at {names}. Choose one of "
-            "those, or harvest a store with this one in cache.sites."
+            f"the store at {path} has no {tap.name}: it has {names}. Choose one of those, or "
+            "harvest a store with this one in cache.sites."
         )
     row_bytes = entry.width * ts.dtype(manifest.dtype).numpy_dtype.itemsize
     shuffling = manifest.shuffling
@@ -103,7 +104,16 @@ class Store:
 
     @cached_property
     def tokens(self) -> TokenTable:
-        """The token table, held-out sequences included; raises `UserError` if it is damaged."""
+        """The token table, held-out sequences included.
+
+        Raises:
+            UserError: it is damaged, or the rows were imported without token ids.
+        """
+        if not self.manifest.token_hash:
+            raise UserError(
+                f"the store at {self.path} was imported without token ids: import its rows again "
+                "with them, as docs/import.md says, to read what the rows are of"
+            )
         table = open_tokens(self.path / TOKENS_FOLDER)
         if table.summary.token_hash != self.manifest.token_hash:
             raise UserError(
@@ -124,6 +134,14 @@ class Store:
             window=window,
             seed=seed,
         )
+
+    @cached_property
+    def held_out(self) -> Store:
+        """Of an imported store the one of its held-out rows; raises `UserError` if it is damaged.
+
+        They lie in the order in which they were given.
+        """
+        return open_store(self.path / HELD_OUT_FOLDER)
 
     def layout(self, tap: Tap) -> ArrayLayout:
         """A tap's array; raises `UserError` if the store doesn't have the tap."""
@@ -148,9 +166,12 @@ class Store:
         return Provenance(*(read_rows(layout.open(), layout, segments) for layout in layouts))
 
     def names_weights(self, model: ModelConfig) -> bool:
-        """Does the store's manifest name its weights as this section does?"""
+        """Does the store's manifest name its weights as this section does, or no weights?"""
         stored = self.manifest.model
-        return (model.weights, model.revision) == (stored.weights, stored.revision)
+        return stored is None or (model.weights, model.revision) == (
+            stored.weights,
+            stored.revision,
+        )
 
     def check_matches(
         self,
@@ -190,9 +211,13 @@ def open_store(path: AnyPath) -> Store:
         begun = (folder / PLAN_FILE).exists()
         raise UserError(
             f"{folder} has no {MANIFEST_FILE}: "
-            + ("its harvest has not finished" if begun else "there is no activation store")
-            + ". Run `sae harvest` with this config first, or say with cache.path=FOLDER where the "
-            "store has moved."
+            + (
+                "its harvest or import has not finished"
+                if begun
+                else "there is no activation store"
+            )
+            + ". Run `sae harvest` with this config first (`sae import` for rows of your own), or "
+            "say with cache.path=FOLDER where the store has moved."
         )
     manifest = read_record(folder / MANIFEST_FILE, Manifest)
     # The checksum as it was written. Computed again, that of an older manifest would cover the

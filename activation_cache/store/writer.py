@@ -11,9 +11,11 @@ import math
 import re
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Float, Int32
+from pydantic import Field
 
 from activation_cache.config import Count, NonNegative, PositiveCount, Section
 from activation_cache.gemma.taps import Tap
@@ -23,6 +25,7 @@ from activation_cache.storage.arrays import write_shards
 from activation_cache.storage.files import StoragePath, make_folder
 from activation_cache.storage.records import FORMAT_VERSION, read_record, write_record
 from activation_cache.store.manifest import Manifest
+from activation_cache.store.outlying import replaced_rows
 from activation_cache.store.store import PROVENANCE, provenance_layout, tap_layout
 
 BUCKETS_IN_MEMORY = 2  # one being filled, one being written
@@ -32,7 +35,10 @@ _SUM_ROWS = 4096  # rows squared at once, to bound the float64 copy of them
 
 @dataclass(frozen=True)
 class Bucket:
-    """The rows of one bucket in stored order. Legend: N rows, D width."""
+    """The rows of one bucket in stored order; the writer may change them. Legend: N rows, D width.
+
+    With `cache.max_norm_over_median` it replaces those that are too long (`outlying`).
+    """
 
     number: int
     activations: dict[Tap, Float[np.ndarray, "N _"]]
@@ -41,12 +47,16 @@ class Bucket:
 
 
 class Commit(Section):
-    """`commits/bucket-000000.json`: a bucket is durable, and its share of the norms."""
+    """`commits/bucket-000000.json`: a bucket is durable, and its share of the norms.
+
+    `dropped` counts the outlying rows whose places others have taken.
+    """
 
     format_version: int
     bucket: Count
     rows: PositiveCount
     sum_of_squares: dict[str, NonNegative]
+    dropped: Annotated[Count, Field(exclude_if=lambda own: own == 0)] = 0
 
 
 _COMMIT_NAME = re.compile(r"bucket-(\d{6,})\.json")
@@ -120,6 +130,11 @@ class BucketWriter(Closing):
             "position": bucket.position,
             **{tap.name: rows for tap, rows in bucket.activations.items()},
         }
+        places, instead = replaced_rows(
+            bucket.activations, bucket=bucket.number, manifest=self.manifest
+        )
+        for column in columns.values():
+            column[places] = column[instead]
         sums = {tap.name: sum_of_squares(rows) for tap, rows in bucket.activations.items()}
         for name, total in sums.items():
             if not math.isfinite(total):
@@ -135,5 +150,6 @@ class BucketWriter(Closing):
             bucket=bucket.number,
             rows=len(bucket.sequence),
             sum_of_squares=sums,
+            dropped=len(places),
         )
         write_record(commit_file(self.path, bucket.number), commit)

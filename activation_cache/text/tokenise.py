@@ -167,7 +167,7 @@ def _recipe(
     )
 
 
-def _regroup(parts: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
+def regroup(parts: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
     """The same rows in arrays of `rows` rows each; the last may be shorter."""
     waiting: list[np.ndarray] = []
     for part in parts:
@@ -224,7 +224,7 @@ class _TableBuilder:
         make_folder(self.path)
         written = 0
         shard_rows = token_layout(self.path, 0, self.length).shard_rows
-        for rows in _regroup(self._counted(self._packed(sources)), shard_rows):
+        for rows in regroup(self._counted(self._packed(sources)), shard_rows):
             # The arrays are described at the end, when the number of sequences is known.
             for layout, part in self._columns(rows, sequences=written + len(rows)):
                 write_shards(layout.open(assume=True), layout, start=written, rows=part)

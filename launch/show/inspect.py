@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SAMPLE_ROWS = 4096
+_SHOWN_FILES = 6
 _READ_BYTES = 64 * 2**20  # of one tap, held at a time while verifying
 _QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 # A mean over billions of float32 squares, summed in another order.
@@ -63,25 +64,16 @@ def inspect_store(path: StoragePath, *, verify: bool) -> None:
 
     store = open_store(path)
     manifest = store.manifest
-    print_table(
-        _facts(
-            f"activation store {path}",
-            {
-                "model": f"{manifest.model.weights} in {manifest.model.dtype}",
-                "products": manifest.model.precision,
-                "weights": manifest.model.fingerprint[:16],
-                "rows": f"{manifest.rows:,} per tap, {manifest.dtype}",
-                "sequences": f"{manifest.num_sequences:,}, "
-                f"{manifest.text.held_out_sequences:,} of them held out",
-                "sequence length": str(manifest.text.sequence_length),
-                "text": ", ".join(manifest.text.source),
-                "buckets": f"{manifest.num_buckets} of {manifest.shuffling.bucket_rows:,} rows",
-                **_window(path, manifest),
-                "blocks": f"{manifest.shuffling.block_rows} rows",
-                "size": bytes_text(sum(file_sizes(path).values())),
-            },
-        )
-    )
+    facts = {
+        **(_origin(manifest) if manifest.imported is None else _imported(manifest)),
+        "rows": f"{manifest.rows:,} per tap, {manifest.dtype}",
+        **_outlying(manifest),
+        "buckets": f"{manifest.num_buckets} of {manifest.shuffling.bucket_rows:,} rows",
+        **_window(path, manifest),
+        "blocks": f"{manifest.shuffling.block_rows} rows",
+        "size": bytes_text(sum(file_sizes(path).values())),
+    }
+    print_table(_facts(f"activation store {path}", facts))
     if manifest.window is not None:
         if verify:
             raise UserError(
@@ -110,6 +102,51 @@ def _window(path: StoragePath, manifest: Manifest) -> dict[str, str]:
     return {"on the disk": f"a window of {manifest.window} buckets, {now}"}
 
 
+def _origin(manifest: Manifest) -> dict[str, str]:
+    """The model and the text of a harvested store."""
+    assert manifest.model is not None
+    assert manifest.text is not None
+    return {
+        "model": f"{manifest.model.weights} in {manifest.model.dtype}",
+        "products": manifest.model.precision,
+        "weights": manifest.model.fingerprint[:16],
+        "sequences": f"{manifest.num_sequences:,}, "
+        f"{manifest.text.held_out_sequences:,} of them held out",
+        "sequence length": str(manifest.text.sequence_length),
+        "text": ", ".join(manifest.text.source),
+    }
+
+
+def _imported(manifest: Manifest) -> dict[str, str]:
+    """What rows were imported from."""
+    imported = manifest.imported
+    assert imported is not None
+    names = [source.name for source in imported.sources]
+    shown = ", ".join(names[:_SHOWN_FILES])
+    if len(names) > _SHOWN_FILES:
+        shown += f" and {len(names) - _SHOWN_FILES} more"
+    cut = "of" if imported.in_sequences else "that were cut, of"
+    tokenizer = f", tokenizer {manifest.tokenizer_hash[:16]}" if manifest.tokenizer_hash else ""
+    return {
+        "imported from": shown,
+        "sequences": f"{manifest.num_sequences:,} {cut} {imported.sequence_length} rows, "
+        f"{imported.held_out_sequences:,} of them held out",
+        "token ids": f"yes{tokenizer}" if manifest.token_hash else "no",
+    }
+
+
+def _outlying(manifest: Manifest) -> dict[str, str]:
+    outlying = manifest.outlying
+    if outlying is None:
+        return {}
+    dropped = outlying.dropped or 0
+    words = (
+        f"{dropped:,} rows ({dropped / manifest.rows:.3%}), longer than "
+        f"{outlying.max_norm_over_median:g} times the median; others have their places"
+    )
+    return {"dropped": words}
+
+
 def _tap_row(store: Store, tap: Tap) -> list[str]:
     from activation_cache.store.centring import gamma
 
@@ -127,8 +164,11 @@ def _tap_row(store: Store, tap: Tap) -> list[str]:
     ]
 
 
-def verify_store(store: Store) -> None:
+def verify_store(store: Store, *, is_whole: bool = True) -> None:
     """Read every row of every array, which checks its checksum.
+
+    Args:
+        is_whole: it isn't the part of an imported store that is held out.
 
     Raises:
         UserError: a damaged file, named; or norms other than the manifest's.
@@ -149,9 +189,13 @@ def verify_store(store: Store) -> None:
             _check_norm(tap, found=squares / store.rows, stated=info.mean_squared_norm)
         for start in range(0, store.rows, 2**20):
             store.provenance(start=start, stop=min(start + 2**20, store.rows))
-        tokens = store.tokens
-        for first in range(0, tokens.num_sequences, 4096):
-            tokens.read(range(first, min(first + 4096, tokens.num_sequences)))
+        if store.manifest.token_hash and is_whole:
+            tokens = store.tokens
+            for first in range(0, tokens.num_sequences, 4096):
+                tokens.read(range(first, min(first + 4096, tokens.num_sequences)))
+    imported = store.manifest.imported
+    if imported is not None and imported.held_out_sequences and is_whole:
+        verify_store(store.held_out, is_whole=False)
     logger.info("the store at %s is whole: every checksum and norm is right", store.path)
 
 

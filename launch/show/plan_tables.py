@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from rich.table import Table
 
+from activation_cache.config import NO_MODEL
 from activation_cache.runtime.amounts import bytes_text
 from activation_cache.storage.files import json_text, storage_path
 from launch.config.job import Job
@@ -142,11 +143,15 @@ def _store_table(plan: Plan) -> Table:
         table.add_row(name, bytes_text(size), rows)
     provenance = bytes_text(store.provenance_bytes)
     table.add_row("where rows came from", provenance, f"{store.rows_on_disk:,} rows")
-    table.add_row("tokens, at least", bytes_text(store.token_bytes), f"{harvest.positions:,} read")
+    if store.token_bytes:
+        read = f"{harvest.positions:,} read" if harvest.positions else "of every row"
+        table.add_row("tokens, at least", bytes_text(store.token_bytes), read)
     buckets = f"{store.buckets:,} buckets"
     if store.window is not None:
         buckets = f"a window of {store.window:,}, and one more, of {buckets}"
     table.add_row("in all", bytes_text(store.total_bytes), buckets, style="bold")
+    if plan.model == NO_MODEL:
+        return table
     table.add_section()
     table.add_row("host memory to harvest", bytes_text(store.host_bytes), "buckets in flight")
     layers = f"{harvest.layers} layers in {plan.model_dtype}, {flops_text(harvest.flops)}"

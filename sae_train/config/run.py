@@ -26,17 +26,16 @@ from activation_cache.config import (
     PositiveSmallCount,
     Section,
     Seed,
-    SiteConfig,
     SmallCount,
     TextConfig,
 )
-from activation_cache.gemma.taps import Tap
 from activation_cache.precision import Precision, PrecisionChoice
 from sae_train.config import end_to_end, rolling
 from sae_train.config.end_to_end import EndToEndConfig
 from sae_train.config.evaluation import EvaluationConfig, ProbeConfig
 from sae_train.config.latents import LatentsConfig
 from sae_train.config.matryoshka import check_shares
+from sae_train.config.row_origin import rows_mistakes, without_model
 from sae_train.config.sae import SaeConfig
 from sae_train.config.sparsity import MatchL0Penalty, Sparsity, TargetL0Penalty
 from sae_train.recipe import fill
@@ -192,11 +191,21 @@ class Config(Section):
         logger.debug("a run's config leaves out %s, which are the command's", " and ".join(foreign))
         return {key: value for key, value in values.items() if key not in foreign}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_imported_rows(cls, values: Any) -> Any:
+        return without_model(values)
+
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         mistakes = [
-            *(line for tap in self.sae.taps for line in _check_tapped(tap, self.cache.sites)),
-            *_check_text(self.text, self.cache.sites),
+            *rows_mistakes(
+                self.sae,
+                model=self.model,
+                text=self.text,
+                cache=self.cache,
+                through_model=self.train.end_to_end is not None,
+            ),
             *_check_target(self.train.sparsity, width=self.sae.width),
             *_check_penalty(self.sae, self.train.sparsity),
             *_check_step(self.sae, self.train),
@@ -229,28 +238,6 @@ class Config(Section):
 
 
 # Each rule that several keys share yields a line for every breach of it.
-def _check_tapped(tap: Tap, sites: list[SiteConfig]) -> Iterator[str]:
-    tapped = [entry.layers for entry in sites if entry.site == tap.site]
-    if not any(layers == "all" or tap.layer in layers for layers in tapped):
-        has = ", ".join(f"{entry.site} {entry.layers}" for entry in sites)
-        yield (
-            f"sae reads {tap.site} of layer {tap.layer}, which cache.sites does not harvest "
-            f"(it has {has}): add it to cache.sites or change sae.site and sae.layer"
-        )
-
-
-def _check_text(text: TextConfig, sites: list[SiteConfig]) -> Iterator[str]:
-    if text.source:
-        return
-    if any(entry.site != "embedding" for entry in sites):
-        yield "text.source must not be empty: only the embedding is harvested without text"
-    elif text.held_out_sequences:
-        yield (
-            f"text.source is empty and text.held_out_sequences {text.held_out_sequences}: set it "
-            "to 0, or give text for the delta loss"
-        )
-
-
 def _check_target(sparsity: Sparsity, *, width: int) -> Iterator[str]:
     if isinstance(sparsity, TargetL0Penalty | MatchL0Penalty) and sparsity.target > width:
         yield (

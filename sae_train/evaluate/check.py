@@ -37,7 +37,7 @@ L0_FACTOR = 1.5
 _MOST_FVU = 0.5
 _FVU_FACTOR, _FVU_SLACK = 2.0, 0.05
 
-_SITES: tuple[Site, ...] = get_args(Site)
+_SITES: tuple[Site, ...] = tuple(site for site in get_args(Site) if site != "rows")
 
 
 @dataclass(frozen=True)

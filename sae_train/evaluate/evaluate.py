@@ -120,7 +120,8 @@ def _evaluate(group: list[Job], models: Models, *, stop: Callable[[], bool]) -> 
     """Measure and write jobs that share a pass; comparing precisions takes a second pass."""
     compare = group[0].settings.compare_precision
     compared = [_in_bfloat16(job) for job in group] if compare else []
-    first = Pass([*group, *compared], models.load(group[0]), stop=stop)
+    model = None if group[0].rows is not None else models.load(group[0])
+    first = Pass([*group, *compared], model, stop=stop)
     first.run()
     passes = [first]
     if compare:
@@ -153,7 +154,8 @@ def _evaluation(index: int, passes: Sequence[Pass]) -> Evaluation:
     site, sae = first.sites[job.target], first.saes[index]
     importance = first.importance[index]
     found = measures(site=site, sae=sae, losses=losses, subsets=job.table.summary.subsets)
-    if job.tap == EMBEDDING:  # tokens of a vocabulary have no positions
+    if job.tap == EMBEDDING or (job.rows is not None and not job.rows.in_sequences):
+        # Tokens of a vocabulary have no positions, nor have rows that were cut into sequences.
         none = [None] * job.table.sequence_length
         found["by_position"] |= {"tokens": [0] * len(none), "l0": none, "fvu": none}
     return Evaluation(

@@ -13,6 +13,7 @@ from activation_cache.gemma.taps import Tap
 from activation_cache.storage.files import StoragePath
 from activation_cache.text.token_table import TokenTable
 from sae_train.config.run import Config, EvaluationConfig
+from sae_train.evaluate.held_out_rows import HeldOutRows
 from sae_train.evaluate.result import FORMAT_VERSION, Evaluation
 from sae_train.inference.sae import Sae
 
@@ -29,6 +30,8 @@ class Job:
         label: names an extra evaluation, in another model or on other text; None for the run's own.
         masked: token sequences excluded from the metrics, such as the prefix of a user's turn.
         compared: measured only for the comparison of precisions.
+        rows: of a run on imported rows, those held out, which `table` is then too: no model reads
+            anything, and there are no losses.
 
     The SAE's products, and the model's if it is float32, are made at `sae.precision`.
     """
@@ -46,6 +49,7 @@ class Job:
     label: str | None = None
     masked: tuple[tuple[int, ...], ...] = ()
     compared: bool = False
+    rows: HeldOutRows | None = None
 
     @property
     def tap(self) -> Tap:
@@ -60,6 +64,8 @@ class Job:
     @property
     def loss_sequences(self) -> int:
         """How many sequences the losses are measured on: at most all that are read."""
+        if self.rows is not None:
+            return 0
         wanted = self.settings.loss_sequences or self.settings.sequences
         return min(wanted, self.settings.sequences)
 

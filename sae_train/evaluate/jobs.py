@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from activation_cache.config import ModelConfig, TextConfig
+from activation_cache.config import NO_MODEL, ModelConfig, TextConfig
 from activation_cache.gemma.config import GemmaConfig, check_context
 from activation_cache.gemma.taps import EMBEDDING, check_tap, tap_width
 from activation_cache.language_model.checkpoint import open_checkpoint
@@ -27,13 +27,14 @@ from activation_cache.precision import Precision, resolve
 from activation_cache.runtime import exchange
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import StoragePath, storage_path
-from activation_cache.store.store import open_store
+from activation_cache.store.store import Store, open_store
 from activation_cache.text.token_table import TokenTable, open_tokens
 from activation_cache.text.tokenise import prepare_tokens
 from sae_train.checkpoint.trained import load_trained
 from sae_train.config.evaluation import ExtraEvaluationConfig
 from sae_train.config.file import read_run_config
 from sae_train.config.run import Config, EvaluationConfig
+from sae_train.evaluate.held_out_rows import held_out_rows
 from sae_train.evaluate.job import Job
 from sae_train.inference.fold import fold
 from sae_train.inference.read_formats import load_sae
@@ -150,7 +151,12 @@ class Run:
         self.sae_fingerprint = self.sae.fingerprint
 
     def own(self, settings: EvaluationConfig) -> Job:
-        """The evaluation in the model the run was trained on, on its store's held-out text."""
+        """The evaluation in the model the run was trained on, on its store's held-out text.
+
+        Of a run on imported rows without a model it is that of the rows alone.
+        """
+        if self.config.cache.is_imported and self.config.model.weights == NO_MODEL:
+            return self._own_rows(settings)
         table = self.own_text()
         own = settings
         if self.config.sae.tap == EMBEDDING and not table.held_out:
@@ -165,17 +171,50 @@ class Run:
             record=settings.recorded(),
         )
 
+    def _own_rows(self, settings: EvaluationConfig) -> Job:
+        """L0 and FVU on the rows that the import has held out, at most as many as there are."""
+        rows = held_out_rows(self._store())
+        for tap in self.config.sae.taps:
+            rows.store.layout(tap)  # raises if it isn't there
+        width = rows.store.tap_info(self.config.sae.tap).width
+        if self.sae.W_enc.shape[0] != width:
+            raise UserError(
+                f"{self.sae_name} reads vectors of {self.sae.W_enc.shape[0]}, and the rows at "
+                f"{rows.path} have {width}: evaluate it on rows of the kind it was trained on"
+            )
+        measured = {
+            "sequences": min(settings.sequences, len(rows.held_out)),
+            "compare_precision": False,
+        }
+        job = self.job(
+            settings.model_copy(update=measured),
+            model=self.config.model,
+            table=rows,
+            sequences=rows.held_out,
+            masked_text=settings.masked_text,
+            record=settings.recorded(),
+        )
+        return dataclasses.replace(job, rows=rows)
+
+    def _store(self) -> Store:
+        store = open_store(self.config.cache.path)
+        if self.trained_on not in (None, store.identity):
+            logger.warning(
+                "%s was trained on another store than the one now at %s: what is held out there "
+                "may have been trained on",
+                self.folder,
+                store.path,
+            )
+        return store
+
     def own_text(self) -> TokenTable:
         """The text of the run's store; raises `UserError` if that is of another model."""
         model, fingerprint = self.config.model, self.fitting(self.config.model)
-        store = open_store(self.config.cache.path)
+        store = self._store()
         store.check_matches(model=model, fingerprint=fingerprint)
-        if self.trained_on not in (None, store.identity):
-            logger.warning(
-                "%s was trained on another store than the one now at %s: its held-out text may "
-                "have been trained on",
-                self.folder,
-                store.path,
+        if store.manifest.imported is not None:
+            self._check_tokenizer(
+                model, store.tokens, remedy="import them with --tokenizer of that model"
             )
         return store.tokens
 
@@ -196,7 +235,9 @@ class Run:
         wanted = entry.sequences or settings.sequences
         if entry.text is None:
             table = open_store(self.config.cache.path).tokens
-            self._check_tokenizer(model, table)
+            self._check_tokenizer(
+                model, table, remedy="give this entry of evaluation.also a text of its own"
+            )
             sequences = table.held_out
         else:
             text = TextConfig(**entry.text.model_dump(), held_out_sequences=0)
@@ -235,8 +276,7 @@ class Run:
             masked = tuple(tuple(ids) for ids in encoded if ids)
         fingerprints = {
             "sae": self.sae_fingerprint,
-            "model": self.models.config_and_fingerprint(model, self.config)[1],
-            "model_dtype": model.dtype,
+            **self._of_model(model),
             "tokens": table.summary.token_hash,
         }
         return Job(
@@ -254,6 +294,13 @@ class Run:
             masked=masked,
         )
 
+    def _of_model(self, model: ModelConfig) -> dict[str, str]:
+        """What an evaluation's fingerprints say of the model; nothing where there is none."""
+        if model.weights == NO_MODEL:
+            return {}
+        fingerprint = self.models.config_and_fingerprint(model, self.config)[1]
+        return {"model": fingerprint, "model_dtype": model.dtype}
+
     def fitting(self, model: ModelConfig) -> str:
         """The model's fingerprint; raises `UserError` if it lacks the SAE's site or width."""
         gemma, fingerprint = self.models.config_and_fingerprint(model, self.config)
@@ -268,11 +315,11 @@ class Run:
             )
         return fingerprint
 
-    def _check_tokenizer(self, model: ModelConfig, table: TokenTable) -> None:
+    def _check_tokenizer(self, model: ModelConfig, table: TokenTable, *, remedy: str) -> None:
         if self.models.tokenizer(model).fingerprint != table.summary.tokenizer_hash:
             raise UserError(
                 f"the tokenizer of {model.weights} is another than that of the tokens at "
-                f"{table.path}: give this entry of evaluation.also a text of its own"
+                f"{table.path}: {remedy}"
             )
 
     def tokens(

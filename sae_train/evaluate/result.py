@@ -125,12 +125,16 @@ class Evaluation:
         def shown(value: float | None) -> str:
             return "not finite" if value is None else f"{value:.4f}"
 
+        losses = (
+            f"delta loss {shown(self.delta_loss)} "
+            f"(loss {shown(self.loss)}, zero-ablated {shown(self.loss_zero_ablated)}), "
+            if self.loss_sequences
+            else ""
+        )
         return (
             f"L0 {self.l0:.1f}, FVU {shown(self.fvu)} (median token "
             f"{shown(self.fvu_median_token)}, without outlying tokens "
-            f"{shown(self.fvu_without_outlying)}), delta loss {shown(self.delta_loss)} "
-            f"(loss {shown(self.loss)}, zero-ablated {shown(self.loss_zero_ablated)}), "
-            f"alive {self.alive_fraction:.1%}"
+            f"{shown(self.fvu_without_outlying)}), {losses}alive {self.alive_fraction:.1%}"
         )
 
 

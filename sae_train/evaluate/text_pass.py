@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
-from activation_cache.gemma.taps import EMBEDDING, Splice, Tap, stream_before, tap_width
+from activation_cache.gemma.taps import EMBEDDING, Splice, Tap, stream_before
 from activation_cache.language_model.model import Kept, LanguageModel
 from activation_cache.runtime import exchange, processes
 from activation_cache.runtime.errors import Interrupted, UserError
@@ -78,7 +78,7 @@ class Pass:
     """
 
     jobs: list[Job]
-    model: LanguageModel
+    model: LanguageModel | None  # None where rows are measured, and no losses
     stop: Callable[[], bool] = lambda: False
     sites: dict[Tap, SiteSums] = field(default_factory=dict)
     saes: list[SaeSums] = field(default_factory=list)
@@ -90,7 +90,7 @@ class Pass:
 
     def __post_init__(self) -> None:
         first = self.jobs[0]
-        self.table, self.settings = first.table, first.settings
+        self.table, self.settings, self.rows = first.table, first.settings, first.rows
         self.loss_limit, self.importance_limit = first.loss_sequences, first.importance_sequences
         self.whole = [index for index, job in enumerate(self.jobs) if not job.compared]
         if not self.whole:
@@ -130,6 +130,11 @@ class Pass:
         """How many subsets the table divides its sequences into."""
         return len(self.table.summary.subsets)
 
+    @property
+    def _language_model(self) -> LanguageModel:
+        assert self.model is not None, "held-out rows have no losses"
+        return self.model
+
     def run(self) -> None:
         """Measure. Afterwards every process has the sums of all.
 
@@ -162,7 +167,7 @@ class Pass:
             acts = self._statistics(batch, mine=mine) if batch.with_statistics else {}
             if batch.with_importance and mine:
                 if not batch.with_statistics:
-                    acts = self.model.activations(batch.tokens_BS, self.taps)
+                    acts = self._language_model.activations(batch.tokens_BS, self.taps)
                 self._importance(batch, acts)
             if batch.with_losses and mine:
                 self._losses(batch, acts)
@@ -190,7 +195,7 @@ class Pass:
         for losses in (self.base, *self.zero.values(), *self.spliced.values(), *of_prefixes):
             yield losses, by_loss
         for tap, site in self.sites.items():
-            D = tap_width(self.model.config, tap.site)
+            D = next(job.sae.W_dec.shape[1] for job in self.jobs if job.target == tap)
             by_position: Shapes = {"sum_SD": (S, D), "square_S": (S,), "count_S": (S,)}
             by_subset: Shapes = {"sum_GD": (G, D), "square_G": (G,), "count_G": (G,)}
             usual: Shapes = {"usual_HD": (G + 1, D), "usual_square_H": (G + 1,)}
@@ -253,7 +258,10 @@ class Pass:
         """
         if not mine and all(site.shift_D is not None for site in self.sites.values()):
             return {}
-        acts = self.model.activations(batch.tokens_BS, self.read)
+        if self.rows is not None:
+            acts = self.rows.activations(batch.tokens_BS, self.read)
+        else:
+            acts = self._language_model.activations(batch.tokens_BS, self.read)
         for tap in sorted(self.measured):
             if not are_finite(acts[tap], batch.usable_BS):
                 raise UserError(
@@ -279,8 +287,9 @@ class Pass:
 
     def _importance(self, batch: _Batch, acts: Kept) -> None:
         """Add the uniformity of importance of every SAE; one gradient serves all of a tap."""
+        model = self._language_model
         for tap in dict.fromkeys(tap for tap, _ in self.zero):
-            gradient = self.model.gradient(batch.tokens_BS, tap, batch.important_BP, kept=acts)
+            gradient = model.gradient(batch.tokens_BS, tap, batch.important_BP, kept=acts)
             for index in self.whole:
                 if (job := self.jobs[index]).target == tap:
                     r_BS = uniformity(jax.device_put(job.sae), acts[job.tap], gradient)
@@ -289,11 +298,11 @@ class Pass:
 
     def _losses(self, batch: _Batch, acts: Kept) -> None:
         """Add the losses of the model as it is, with each tap at zero, and with each SAE."""
-        counted_BP = batch.counted_BP
+        counted_BP, model = batch.counted_BP, self._language_model
         where = {False: batch.usable_BS, True: np.ones_like(batch.usable_BS)}
 
         def measure(sums: LossSums, splice: Splice | None) -> None:
-            losses = self.model.losses(batch.tokens_BS, splice, kept=acts, counted=counted_BP)
+            losses = model.losses(batch.tokens_BS, splice, kept=acts, counted=counted_BP)
             sums.add(losses, counted_BP, batch.subsets)
             self._advance(batch)
 
@@ -301,7 +310,7 @@ class Pass:
         for (tap, everywhere), sums in self.zero.items():
             if everywhere and tap.site in ("resid_post", "embedding"):
                 # No layer adds to a residual stream of zeros, so all logits are 0.
-                uniform = np.log(self.model.config.vocab_size)
+                uniform = np.log(model.config.vocab_size)
                 sums.add(np.full(counted_BP.shape, uniform), counted_BP, batch.subsets)
                 self._advance(batch)
             else:

@@ -18,6 +18,7 @@ _TRANSFORMER_LENS: dict[Site, str] = {
     "mlp_in_normalized": "blocks.{layer}.ln2.hook_normalized",
     # Not `hook_embed`, by which both mean the table times sqrt(D).
     "embedding": "model.embed_tokens.weight",
+    "rows": "rows.{layer}",  # nobody else's: of imported rows no module is known
 }
 _HUGGING_FACE: dict[Site, str] = {
     "resid_post": "model.layers.{layer}.output",
@@ -27,6 +28,7 @@ _HUGGING_FACE: dict[Site, str] = {
     # Our own name: no module of Hugging Face's outputs the norm without its gain.
     "mlp_in_normalized": "model.layers.{layer}.pre_feedforward_layernorm.normalized",
     "embedding": "model.embed_tokens.weight",
+    "rows": "rows.{layer}",
 }
 
 
@@ -41,8 +43,8 @@ def hugging_face_hook(site: Site, layer: int) -> str:
 
 
 def sites() -> tuple[Site, ...]:
-    """All sites."""
-    return tuple(_TRANSFORMER_LENS)
+    """All sites of a model."""
+    return tuple(site for site in _TRANSFORMER_LENS if site != "rows")
 
 
 def parse_hook(name: object) -> tuple[Site, int] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from activation_cache.config import NO_MODEL
 from activation_cache.language_model.names import model_name
 from activation_cache.runtime.version import package_version
 from sae_train.checkpoint.trained import Trained
@@ -13,23 +14,26 @@ from sae_train.inference.hook_names import hugging_face_hook, transformer_lens_h
 # The version of SAELens whose file format we write; readers before 6.0 drop the metadata.
 SAE_LENS_VERSION = "6.54.12"
 
+IMPORTED = "imported rows"  # in the place of a text
+
 
 def metadata_of(trained: Trained) -> dict[str, Any]:
     """A trained SAE's metadata: SAELens' keys, and under `training` those it has no name for."""
     config = trained.config
     site, layer = config.sae.site, config.sae.layer
+    of_rows = config.model.weights == NO_MODEL
     return {
         "sae_lens_version": SAE_LENS_VERSION,
         "sae_lens_training_version": None,
-        "model_name": model_name(config.model.weights),
+        "model_name": "unknown" if of_rows else model_name(config.model.weights),
         "model_class_name": "HookedTransformer",
         "hook_name": transformer_lens_hook(site, layer),
         "hook_head_index": None,
         "hf_hook_name": hugging_face_hook(site, layer),
         **_target_hooks(config.sae),
-        "prepend_bos": True,
-        "context_size": config.text.sequence_length,
-        "dataset_path": ", ".join(config.text.source),
+        "prepend_bos": not config.cache.is_imported,
+        "context_size": None if config.cache.is_imported else config.text.sequence_length,
+        "dataset_path": ", ".join(config.text.source) or IMPORTED,
         "seqpos_slice": [None],
         "exclude_special_tokens": True,
         "model_from_pretrained_kwargs": {},

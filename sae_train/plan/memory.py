@@ -70,13 +70,18 @@ class Shape:
     groups: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, config: Config, gemma: GemmaConfig, *, capacity: int | None) -> Shape:
-        """A run's; raises `UserError` if the model has no such layer."""
+    def of(cls, config: Config, gemma: GemmaConfig | int, *, capacity: int | None) -> Shape:
+        """A run's, of the model's shape or the width of its rows.
+
+        Raises:
+            UserError: the model has no such layer.
+        """
         tap = config.sae.tap
-        check_tap(tap, gemma)
+        if not isinstance(gemma, int):
+            check_tap(tap, gemma)
         return cls(
             batch_size=config.train.batch_size,
-            d_model=tap_width(gemma, tap.site),
+            d_model=gemma if isinstance(gemma, int) else tap_width(gemma, tap.site),
             width=config.sae.width,
             mesh=config.mesh,
             architecture=config.sae.architecture,

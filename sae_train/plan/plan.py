@@ -1,8 +1,8 @@
 """`sae plan`: what a config needs, computed before anything is spent.
 
 Everything here follows from the config, the language model's shape and a table of accelerators:
-no store is opened, no device asked, nothing allocated. docs/plan.md says how to read the result
-and how good it is.
+no store is opened, but for the manifest of an imported one, no device asked, nothing allocated.
+docs/plan.md says how to read the result and how good it is.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from activation_cache.language_model.published_sizes import config_for_planning
 from sae_train.config.run import Config
 from sae_train.plan.accelerators import Accelerator
+from sae_train.plan.imported import NO_HARVEST, ImportedRows
 from sae_train.plan.recipe import RecipePlan, recipe_plans
 from sae_train.plan.runs import CohortPlan, RunPlan, plan_cohorts, plan_run
 from sae_train.plan.verdict import AcceleratorPlan, Assumptions, on_accelerator
@@ -54,12 +55,19 @@ def make_plan(
         max_members: the most runs that train together.
 
     Raises:
-        UserError: the model's shape is neither at hand nor known, or has no such layer.
+        UserError: the model's shape is neither at hand nor known, or has no such layer; or there
+            is no imported store.
     """
-    gemma, source = config_for_planning(config.model)
-    store = store_plan(config.cache, config.text, gemma)
-    harvest = harvest_work(config.cache, config.text, gemma, dtype=config.model.dtype)
-    run_plans = tuple(plan_run(one, name=name, gemma=gemma) for name, one in runs)
+    if config.cache.is_imported:
+        rows = ImportedRows.of(config)
+        ((_, config), *runs) = rows.with_dtype([("", config), *runs])
+        source, store, harvest = "imported rows", rows.plan, NO_HARVEST
+        run_plans = tuple(plan_run(one, name=name, gemma=rows.width(one)) for name, one in runs)
+    else:
+        gemma, source = config_for_planning(config.model)
+        store = store_plan(config.cache, config.text, gemma)
+        harvest = harvest_work(config.cache, config.text, gemma, dtype=config.model.dtype)
+        run_plans = tuple(plan_run(one, name=name, gemma=gemma) for name, one in runs)
     cohorts = plan_cohorts([one for _, one in runs], plans=run_plans, max_members=max_members)
     return Plan(
         name=config.name,

@@ -91,8 +91,8 @@ def cohort_bytes(runs: Sequence[RunPlan]) -> int:
     return max(plain, sum(states) + max(through, default=0))
 
 
-def plan_run(config: Config, *, name: str, gemma: GemmaConfig) -> RunPlan:
-    """Size one SAE up.
+def plan_run(config: Config, *, name: str, gemma: GemmaConfig | int) -> RunPlan:
+    """Size one SAE up, of the model's shape or, of imported rows, their width.
 
     Raises:
         UserError: the model has no such layer.
@@ -123,7 +123,9 @@ def plan_run(config: Config, *, name: str, gemma: GemmaConfig) -> RunPlan:
         collectives=collectives,
         sent_per_step=sent_bytes(collectives, sizes),
         batch_bytes=memory.next_batch * config.mesh.data,
-        end_to_end=plan_end_to_end(config, gemma, state=memory),
+        end_to_end=(
+            None if isinstance(gemma, int) else plan_end_to_end(config, gemma, state=memory)
+        ),
     )
 
 

@@ -5,16 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from activation_cache.config import NO_MODEL
+from activation_cache.language_model.names import model_name
 from sae_train.config.file import resolved_yaml
 from sae_train.config.run import Config
 from sae_train.config.sae import ARCHITECTURE_NAMES
 from sae_train.evaluate.result import Evaluation
 from sae_train.inference.sae import Sae
 
-LICENCE = """\
+_LICENCE = """\
 These weights were trained on activations of a Gemma model. Gemma is provided under and subject to
 the Gemma Terms of Use, <https://ai.google.dev/gemma/terms>; whoever publishes or uses them decides
 what those terms ask of them. This card grants no licence of its own.
+"""
+
+_LICENCE_OF_ROWS = """\
+These weights were trained on activations that were imported. The terms of the model that made them
+may ask something of whoever publishes or uses these. This card grants no licence of its own.
 """
 
 _GEMMA_SCOPE = """\
@@ -69,14 +76,13 @@ def model_card(sae: Sae, *, config: Config, evaluation: Evaluation | None) -> st
         selection="" if sae.k is None else f", of which a row keeps the {sae.k} largest",
     )
     facts = [
-        ("model", f"{sae.metadata['model_name']} ({config.model.dtype})"),
+        ("model", model_words(config)),
         ("site", f"{config.sae.site} of layer {config.sae.layer}, `{sae.metadata['hook_name']}`"),
         *_target(sae, config=config),
         ("architecture", f"{kind}{selected}, {F:,} latents on vectors of {D:,}"),
         *_prefixes(sae),
         ("trained on", f"{training['tokens']:,} tokens in {training['step']:,} steps"),
-        ("text", sae.metadata["dataset_path"]),
-        ("context", f"{config.text.sequence_length} tokens, each beginning with BOS"),
+        *text_facts(config),
         ("sparsity penalty", penalty),
         ("input scale C, folded in", f"{training['input_scale']:.6g}"),
         ("made with", training["library"]),
@@ -85,9 +91,29 @@ def model_card(sae: Sae, *, config: Config, evaluation: Evaluation | None) -> st
         f"{front_matter(config, [config.sae.architecture])}# {config.name}\n\n"
         f"A {kind} sparse autoencoder in the manner of Gemma Scope (arXiv 2408.05147).\n\n"
         f"{table(facts)}\n## Measured\n\n{_measured(evaluation)}\n"
-        f"## Loading\n\n{loading}\n## Licence\n\n{LICENCE}\n"
+        f"## Loading\n\n{loading}\n## Licence\n\n{licence(config)}\n"
         f"## Config\n\n```yaml\n{resolved_yaml(config).rstrip()}\n```\n"
     )
+
+
+def model_words(config: Config) -> str:
+    """The model whose activations were read, and the dtype it computed in."""
+    if config.model.weights == NO_MODEL:
+        return "unknown: the rows were imported"
+    return f"{model_name(config.model.weights)} ({config.model.dtype})"
+
+
+def licence(config: Config) -> str:
+    """What a card says of the terms of use."""
+    return _LICENCE_OF_ROWS if config.model.weights == NO_MODEL else _LICENCE
+
+
+def text_facts(config: Config) -> list[tuple[str, str]]:
+    """The rows of a card about the text; none where rows were imported."""
+    if config.cache.is_imported:
+        return []
+    context = f"{config.text.sequence_length} tokens, each beginning with BOS"
+    return [("text", ", ".join(config.text.source)), ("context", context)]
 
 
 def _others(sae: Sae) -> str:
@@ -127,20 +153,28 @@ def _measured(evaluation: Evaluation | None) -> str:
         return "Not evaluated.\n"
     e = evaluation
     frequent = e.frequency_histogram.get("fraction_above_0.1")
-    rows = [
-        ("L0", f"{e.l0:.2f}"),
-        ("FVU (squared error over variance)", number(e.fvu)),
-        *_not_flattered(e),
+    losses = [
         ("delta LM loss, nats per token", number(e.delta_loss)),
         ("loss without / with the SAE", f"{number(e.loss)} / {number(e.loss_spliced)}"),
         ("loss with the site zero-ablated", number(e.loss_zero_ablated)),
         ("loss recovered", number(e.loss_recovered)),
         ("delta LM loss, spliced at BOS too", number(e.delta_loss_all_positions)),
+    ]
+    rows = [
+        ("L0", f"{e.l0:.2f}"),
+        ("FVU (squared error over variance)", number(e.fvu)),
+        *_not_flattered(e),
+        *(losses if e.model != NO_MODEL else []),
         ("latents alive", f"{e.alive_fraction:.1%}"),
         ("latents firing on over 10% of tokens", "–" if frequent is None else f"{frequent:.2%}"),
     ]
+    return f"{table(rows)}\n{_by_prefix(e)}{_on_what(e)}"
+
+
+def _on_what(e: Evaluation) -> str:
+    if e.model == NO_MODEL:
+        return f"On {e.tokens:,} held-out rows, without a language model.\n"
     return (
-        f"{table(rows)}\n{_by_prefix(e)}"
         f"On {e.sequences:,} held-out sequences of {e.sequence_length} tokens "
         f"({e.loss_sequences:,} for the losses). BOS, EOS and padding are masked in every mean "
         "and, but where said, keep the model's own activations when the SAE is spliced in.\n"

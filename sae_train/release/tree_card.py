@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from activation_cache.language_model.names import model_name
+from activation_cache.config import NO_MODEL
 from activation_cache.runtime.version import package_version
 from sae_train.checkpoint.same_run import numeric_differences
 from sae_train.config.file import resolved_yaml, value_at
 from sae_train.config.run import Config
-from sae_train.release.card import LICENCE, front_matter, number, table
+from sae_train.release.card import (
+    front_matter,
+    licence,
+    model_words,
+    number,
+    table,
+    text_facts,
+)
 from sae_train.release.index import CANONICAL_L0, Entry
 
 _FORMATS = {
@@ -42,6 +49,12 @@ token's squared error over the variance without them. Delta loss is what splicin
 model's loss, in nats per token.
 **Canonical** is of a site, layer and width the SAE whose L0 is nearest to {canonical}.
 """
+_MEASURED_ON_ROWS = """\
+On held-out rows, without a language model. FVU is squared error over variance; "usual" is FVU
+without the rows whose norm is above ten times the median, "median" the median row's squared error
+over the variance without them. **Canonical** is of a site, layer and width the SAE whose L0 is
+nearest to {canonical}.
+"""
 _HEADS = (
     "site", "layer", "width", "architecture", "L0", "FVU", "usual", "median", "delta loss", "alive",
     "sparsity", "seed", "tokens", "folder",
@@ -66,11 +79,10 @@ def suite_card(config: Config, entries: Sequence[Entry], *, configs: Mapping[str
     sites = list(dict.fromkeys(f"{e.site} of layer {e.layer}" for e in entries))
     formats = sorted({name for entry in entries for name in entry.formats})
     facts = [
-        ("model", f"{model_name(config.model.weights)} ({config.model.dtype})"),
+        ("model", model_words(config)),
         ("SAEs", f"{len(entries)}, {len({e.cell for e in entries})} sites, layers and widths"),
         ("sites", ", ".join(sites) if len(sites) <= 12 else f"{len(sites)}, below"),
-        ("text", ", ".join(config.text.source)),
-        ("context", f"{config.text.sequence_length} tokens, each beginning with BOS"),
+        *text_facts(config),
         ("batch, learning rate", _optimiser(config)),
         ("made with", f"open-gemma-scope {package_version()}"),
     ]
@@ -86,7 +98,7 @@ def suite_card(config: Config, entries: Sequence[Entry], *, configs: Mapping[str
         "Sparse autoencoders in the manner of Gemma Scope (arXiv 2408.05147).\n\n"
         f"{table(facts)}\n## SAEs\n\n{_measured(config, entries)}\n{_saes(entries)}\n"
         f"## Loading\n\nThe same folders in each format:\n\n{kinds}\n{loading}\n"
-        f"## Licence\n\n{LICENCE}\n## Config\n\n{_own_settings(config, configs)}"
+        f"## Licence\n\n{licence(config)}\n## Config\n\n{_own_settings(config, configs)}"
         f"```yaml\n{resolved_yaml(config).rstrip()}\n```\n"
     )
 
@@ -120,6 +132,8 @@ def _measured(config: Config, entries: Sequence[Entry]) -> str:
     counts = [entry.sequences for entry in entries if entry.sequences is not None]
     if not counts:
         return "Not evaluated.\n"
+    if config.model.weights == NO_MODEL:
+        return _MEASURED_ON_ROWS.format(canonical=CANONICAL_L0)
     return _MEASURED.format(
         sequences=" to ".join(
             f"{number:,}" for number in dict.fromkeys((min(counts), max(counts)))
@@ -141,7 +155,7 @@ def _saes(entries: Sequence[Entry]) -> str:
             "" if e.l0 is None else number(e.fvu),
             "" if e.fvu_without_outlying is None else number(e.fvu_without_outlying),
             "" if e.fvu_median_token is None else number(e.fvu_median_token),
-            "" if e.l0 is None else number(e.delta_loss),
+            "" if e.l0 is None or e.delta_loss is None else number(e.delta_loss),
             "" if e.alive_fraction is None else f"{e.alive_fraction:.1%}",
             _sparsity(e),
             e.seed,

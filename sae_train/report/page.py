@@ -16,6 +16,7 @@ from pathlib import PurePath
 from string import Template
 from urllib.parse import quote
 
+from activation_cache.config import NO_MODEL
 from activation_cache.storage.files import (
     AnyPath,
     StoragePath,
@@ -130,9 +131,14 @@ def _header(config: Config, runs: Sequence[ReportRun]) -> str:
         f"<h1>{escape(config.name)}</h1>"
         f'<p class="lead">{kinds} sparse autoencoders of width '
         f"{' and '.join(f'{width:,}' for width in widths)} on {escape(', '.join(sites))} of "
-        f"<b>{escape(PurePath(config.model.weights).name)}</b>.</p>"
+        f"<b>{escape(_model_words(config))}</b>.</p>"
         f'<ul class="tiles">{numbers}</ul>'
     )
+
+
+def _model_words(config: Config) -> str:
+    weights = config.model.weights
+    return "a store of imported rows" if weights == NO_MODEL else PurePath(weights).name
 
 
 def _layer_words(layers: Sequence[int]) -> str:
@@ -226,6 +232,8 @@ def _outlying_words(runs: Sequence[ReportRun]) -> str:
 
 def _loss_words(runs: Sequence[ReportRun]) -> str:
     evaluations = [run.folder.evaluation or {} for run in runs if run.measured("loss") is not None]
+    if not evaluations and any(run.measured("fvu") is not None for run in runs):
+        return "Measured on held-out rows, without a language model: there is no loss to compare."
     if not evaluations:
         return "No run has been evaluated yet; <code>sae evaluate</code> measures them."
     measured = evaluations[0]

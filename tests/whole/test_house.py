@@ -20,7 +20,6 @@ from tests.support.paths import ROOT
 
 # A room, or a file that stands beside the rooms, imports itself and what is named above it.
 ORDER = (
-    "activation_cache",
     "activation_cache.runtime",
     "activation_cache.storage",
     "activation_cache.precision",
@@ -33,7 +32,9 @@ ORDER = (
     "activation_cache.text",
     "activation_cache.store",
     "activation_cache.harvest",
+    "activation_cache.rows",
     "activation_cache.rollout",
+    "activation_cache",  # `from activation_cache import write_rows`
     "sae_train.recipe",
     "sae_train.config",
     "sae_train.model",
@@ -66,6 +67,7 @@ ORDER = (
     "launch.clusters",
     "launch.show",
     "launch.explaining",
+    "launch.importing",
     "launch.commands",
     "launch.command_table",
     "launch.cli",

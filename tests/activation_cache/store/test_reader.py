@@ -140,7 +140,7 @@ def test_a_damaged_array_description_is_named(tmp_path: Path):
 
 
 def test_a_tap_that_was_not_harvested_is_refused(store: Store):
-    with pytest.raises(UserError, match=r"no mlp_out\.2: it was harvested at resid_post\.1"):
+    with pytest.raises(UserError, match=r"no mlp_out\.2: it has resid_post\.1"):
         ActivationReader(store, Tap("mlp_out", 2), batch_size=8, seed=0)
 
 

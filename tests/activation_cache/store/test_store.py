@@ -241,6 +241,7 @@ def test_the_field_that_differs_is_named(field: str, value: object):
 def test_every_config_field_is_compared():
     """A field added to the config must be compared, or named here as one that needn't be."""
     compared = {"sites", "tokens", "dtype", "shuffle_rows", "block_rows", "seed", "rolling"}
+    compared |= {"max_norm_over_median"}
     assert set(CacheConfig.model_fields) == compared | {"path", "sequences_per_batch", "mesh"}
     assert set(ModelConfig.model_fields) == {"weights", "revision", "dtype", "precision"}
 
