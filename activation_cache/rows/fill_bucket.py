@@ -124,7 +124,9 @@ class RowFiller:
         bucket.sequence[target] = sequence
         bucket.position[target] = positions
         for tap, source in self.sources.items():
-            own = source.sequence(sequence)[positions].astype(bucket.activations[tap].dtype)
+            read = source.sequence(sequence)[positions]
+            with np.errstate(over="ignore"):  # what becomes infinite is told below
+                own = read.astype(bucket.activations[tap].dtype)
             self._check(own, source, sequence, positions)
             bucket.activations[tap][target] = own
         return row + len(rows)

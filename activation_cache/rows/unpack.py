@@ -140,7 +140,8 @@ class _Parts:
                 f"{given.where(0)}: rows of {name} are {array.dtype}, and activations are "
                 f"{', '.join(FLOATS)}: convert them"
             )
-        converted = array.astype(self.dtype)
+        with np.errstate(over="ignore"):  # what becomes infinite is told below
+            converted = array.astype(self.dtype)
         bad = np.flatnonzero(~np.isfinite(converted).reshape(len(array), -1).all(axis=1))
         if len(bad):
             raise UserError(

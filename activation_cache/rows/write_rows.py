@@ -104,8 +104,8 @@ def write_rows(
     same call goes on: rows that come again are compared with those that were kept.
 
     Args:
-        rows: batches, or a function of a number n that gives all but the first n rows (sequences,
-            where they are given so).
+        rows: batches, a single one, or a function of a number n that gives all but the first n
+            rows (sequences, where they are given so).
         to: folder or bucket of the store.
         tap: what the rows are, where a batch is an array: a site and a layer.
         tokenizer: as of `import_rows`.
@@ -120,6 +120,8 @@ def write_rows(
         if (done := _already(path, _scratch(path, scratch))) is not None:
             return done
         folder = _need(_scratch(path, scratch), path)
+        if isinstance(rows, Mapping) or hasattr(rows, "shape"):
+            rows = [rows]
         again = not callable(rows)
         give = partial(_given, rows, parse_tap(tap).name)
         opened = _unpacked(give, folder, chosen, from_start=again, stop=stop)
@@ -199,7 +201,8 @@ def _store(
     stop: Callable[[], bool],
 ) -> Manifest:
     """Make the store of opened arrays, and remove what was unpacked for it."""
-    taps = sorted(parse_tap(name) for name in opened if name != TOKEN_IDS)
+    named = [parse_tap(name) for name in opened if name != TOKEN_IDS]
+    taps = sorted(named, key=lambda tap: (tap.layer, tap.site))  # as a harvest has them
     sources = {tap: make_source(opened[tap.name], settings=settings) for tap in taps}
     tokenizer_hash = ""
     if tokenizer is not None:

@@ -24,8 +24,8 @@ from activation_cache.runtime.errors import UserError
 from activation_cache.storage.arrays import write_shards
 from activation_cache.storage.files import StoragePath, make_folder
 from activation_cache.storage.records import FORMAT_VERSION, read_record, write_record
+from activation_cache.store.dropped_rows import replaced_rows
 from activation_cache.store.manifest import Manifest
-from activation_cache.store.outlying import replaced_rows
 from activation_cache.store.store import PROVENANCE, provenance_layout, tap_layout
 
 BUCKETS_IN_MEMORY = 2  # one being filled, one being written
@@ -37,7 +37,7 @@ _SUM_ROWS = 4096  # rows squared at once, to bound the float64 copy of them
 class Bucket:
     """The rows of one bucket in stored order; the writer may change them. Legend: N rows, D width.
 
-    With `cache.max_norm_over_median` it replaces those that are too long (`outlying`).
+    With `cache.max_norm_over_median` it replaces those that are too long (`dropped_rows`).
     """
 
     number: int

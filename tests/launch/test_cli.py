@@ -39,7 +39,7 @@ def harvested(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_command_of_the_contract_is_there() -> None:
     contract = (
         "harvest rollout train evaluate latents probe browse explain export sweep report log plan "
-        "status inspect check"
+        "status inspect check import"
     )
     assert sorted(NAMES) == sorted(contract.split())
 

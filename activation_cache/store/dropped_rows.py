@@ -1,9 +1,8 @@
-"""Rows that are far longer than others, dropped before a bucket is written.
+"""Outlying rows of a bucket (`activation_cache.outlying`), dropped before it is written.
 
-A few tokens have activations tens of times as long as the rest, and a squared error is mostly
-theirs (docs/results.md). With `max_norm_over_median` k a row goes if, at any tap of the store, its
-norm is above k times the median norm of its bucket there. The median is that of the bucket's own
-rows, so that a bucket stays a function of the plan alone and needs no other bucket.
+With `max_norm_over_median` k a row goes if, at any tap of the store, its norm is above k times the
+median norm of its bucket there. The median is that of the bucket's own rows, so that a bucket stays
+a function of the plan alone and needs no other bucket.
 
 A dropped row's place is taken by another row of the bucket, drawn by a hash of the place: the
 number of rows, and with it every order and step, is what it is without dropping. Legend: N rows,
@@ -18,6 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int64
 
 from activation_cache.gemma.taps import Tap
+from activation_cache.outlying import largest_usual_norm
 from activation_cache.runtime.errors import UserError
 from activation_cache.store.manifest import Manifest
 from activation_cache.store.order import derive_key, mix
@@ -41,13 +41,13 @@ def replaced_rows(
     too_long = np.zeros(len(next(iter(activations.values()))), bool)
     for tap, rows in activations.items():
         norms_N = _norms(rows)
-        median = float(np.median(norms_N))
-        if not np.isfinite(median):
+        longest = largest_usual_norm(norms_N, over_median=limit)
+        if not np.isfinite(norms_N).all():
             raise UserError(
                 f"bucket {bucket} of {tap.name} holds NaN or infinity: activations must be "
                 "finite. Check the weights, or set model.dtype to float32."
             )
-        too_long |= norms_N > limit * median
+        too_long |= norms_N > longest
     places, kept = np.flatnonzero(too_long), np.flatnonzero(~too_long)
     if not len(kept):
         raise UserError(
