@@ -386,7 +386,7 @@ def test_another_store_is_warned_of_and_a_missing_one_refused(world, tmp_path, c
     run = save_run(tmp_path / "run", dataclasses.replace(trained, store="1" * 64))
     settings = EvaluationConfig(**FEW | {"sequences": 1})
     evaluate([run], model=world.ours, settings=settings)
-    assert "its held-out text may have been trained on" in caplog.text
+    assert "what is held out there may have been trained on" in caplog.text
     values = trained.config.model_dump()
     values["cache"]["path"] = str(tmp_path / "nowhere")
     moved = dataclasses.replace(trained, config=Config.model_validate(values))
