@@ -243,6 +243,8 @@ class CacheConfig(Section):
                 "sites is missing: with tokens it must say what to harvest. Of a store that `sae "
                 "import` made give path alone"
             )
+        if self.rolling is not None and not self.sites:
+            raise ValueError("rolling is of a harvest, and without sites the store was imported")
         return self
 
 

@@ -60,6 +60,8 @@ class ImportedRows:
             tokens = table.stored_bytes + count_layout(path, manifest.num_sequences).stored_bytes
         return StorePlan(
             rows=manifest.rows,
+            rows_on_disk=manifest.rows,
+            window=None,
             row_bytes={name: layout.row_bytes for name, layout in layouts.items()},
             tap_bytes={name: layout.stored_bytes for name, layout in layouts.items()},
             provenance_bytes=sum(
