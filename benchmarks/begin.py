@@ -67,6 +67,7 @@ def _write_config(folder: Path) -> Path:
         "cache.sequences_per_batch=4",
         f"sae.layer={TAP.layer}",
         "sae.whitening=0",
+        "sae.revive_coefficient=0",
         "train.log_every_steps=1",
     ]
     file = folder / "begin.yaml"

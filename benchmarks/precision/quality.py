@@ -57,9 +57,15 @@ TARGETS = (20, 50, 100)
 SEEDS = (0, 1)
 SEQUENCES, LOSS_SEQUENCES = 24, 4
 
-# 600 steps of 256 rows.
+# 600 steps of 256 rows. The settings are the demo's before it had a recipe.
 COMMON = {
-    "sae.whitening": 0.0,
+    "train.recipe": None,
+    "train.learning_rate": {"peak": 1e-3, "warmup_steps": 50, "decay_steps": 120},
+    "train.gradient_clip": 0.1,
+    "train.dead_after_tokens": 200_000,
+    "sae.bandwidth": 0.01,
+    "sae.threshold": {"init": 0.01, "parametrisation": "direct"},
+    "sae.b_dec_init": "mean",
     "train.step": "dense",
     "train.batch_size": 256,
     "train.tokens": 153_600,

@@ -284,9 +284,7 @@ def _check_revival(sae: SaeConfig, train: TrainConfig) -> Iterator[str]:
 
 def _check_recipe(sae: SaeConfig, train: TrainConfig) -> Iterator[str]:
     if train.recipe is not None:
-        if found := fill.mistake(
-            train.recipe, architecture=sae.architecture, start_from=sae.start_from
-        ):
+        if found := fill.mistake(train.recipe, architecture=sae.architecture):
             yield found
     elif train.recipe_chose:
         yield (

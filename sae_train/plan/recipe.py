@@ -8,8 +8,7 @@ from typing import Any
 
 from sae_train.config.file import value_at
 from sae_train.config.run import Config
-from sae_train.recipe.fill import chosen_for
-from sae_train.recipe.formulas import share_of_short
+from sae_train.recipe.fill import chosen_for, share_of
 
 
 @dataclass(frozen=True)
@@ -56,12 +55,12 @@ def recipe_plans(runs: Sequence[tuple[str, Config]]) -> tuple[RecipePlan, ...]:
 def _of(config: Config) -> RecipePlan:
     train = config.train
     assert train.recipe is not None
-    found = chosen_for(config.model_dump(include={"sae", "train"}))
+    values = config.model_dump(include={"sae", "train"})
     return RecipePlan(
         recipe=train.recipe,
         steps=train.steps,
         batch_size=train.batch_size,
-        share_of_short=share_of_short(train.recipe, steps=train.steps),
+        share_of_short=share_of(values),
         settings=tuple(
             Setting(
                 key=key,
@@ -70,7 +69,7 @@ def _of(config: Config) -> RecipePlan:
                 is_chosen=key in train.recipe_chose,
                 why=choice.why,
             )
-            for key, choice in found.items()
+            for key, choice in chosen_for(values).items()
         ),
         runs=(),
     )

@@ -11,7 +11,15 @@ import copy
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard, get_args
 
-from sae_train.recipe.formulas import ARCHITECTURE, BATCH_SIZE, Budget, Choice, Name, choices
+from sae_train.recipe.formulas import (
+    ARCHITECTURE,
+    BATCH_SIZE,
+    Budget,
+    Choice,
+    Name,
+    choices,
+    share_of_short,
+)
 
 RECIPE, CHOSE = "train.recipe", "train.recipe_chose"
 
@@ -25,53 +33,54 @@ def filled(values: Any) -> Any:
     if not found:
         return values
     whole = copy.deepcopy(values)
-    earlier = value_at(whole, CHOSE, None)
-    chose = set(earlier if isinstance(earlier, list) else [])
-    for key, choice in found.items():
-        if _put(whole, key, choice.value):
-            chose.add(key)
-    whole["train"]["recipe_chose"] = [key for key in found if key in chose]
+    listed = value_at(whole, CHOSE, None)
+    earlier = listed if isinstance(listed, list) else []
+    # A config that was filled before has what its recipe was then: a key that is new in a recipe
+    # must not change a run that was begun without it.
+    fillable = earlier or list(found)
+    put = [key for key in found if key in fillable and _put(whole, key, found[key].value)]
+    whole["train"]["recipe_chose"] = [key for key in found if key in put or key in earlier]
     return whole
+
+
+def share_of(values: Any) -> float:
+    """The share of `short` in what `chosen_for` gives; 0 without a recipe."""
+    name, budget = _read(values)
+    return share_of_short(name, budget) if _is_name(name) and budget is not None else 0.0
 
 
 def chosen_for(values: Any) -> dict[str, Choice]:
     """What the recipe of these values chooses, whether or not they have a value of their own."""
     name, budget = _read(values)
-    start_from = value_at(values, "sae.start_from", None)
-    if not _is_name(name) or budget is None:
-        return {}
-    if mistake(name, architecture=budget.architecture, start_from=start_from):
+    if not _is_name(name) or budget is None or mistake(name, architecture=budget.architecture):
         return {}
     return choices(name, budget)
 
 
-def mistake(name: Name, *, architecture: Any, start_from: Any) -> str | None:
+def mistake(name: Name, *, architecture: Any) -> str | None:
     """Why a recipe doesn't go with an SAE; None where it does."""
-    if name == "gemma_scope" and architecture != "jumprelu":
-        return (
-            f"train.recipe gemma_scope is for sae.architecture jumprelu, as Gemma Scope's SAEs "
-            f"are, and it is {architecture}: set train.recipe to auto or short, which choose what "
-            f"{architecture} has of these settings, or leave it out"
-        )
-    if name != "gemma_scope" and start_from is not None:
-        return (
-            f"train.recipe {name} is for SAEs that start from random weights, and sae.start_from "
-            f"is {start_from}, which its rates would undo: leave train.recipe out, and set "
-            "train.learning_rate.peak low"
-        )
-    return None
+    if name != "gemma_scope" or architecture == "jumprelu":
+        return None
+    return (
+        f"train.recipe gemma_scope is for sae.architecture jumprelu, as Gemma Scope's SAEs are, "
+        f"and it is {architecture}: set train.recipe to auto or short, which choose what "
+        f"{architecture} has of these settings, or leave it out"
+    )
 
 
 def forget(values: dict[str, Any], *, keys: Iterable[str], before: Mapping[str, Any]) -> None:
     """After `keys` were set in values that held `before`: they are the user's, not the recipe's.
 
-    If what the formulas read is another now, all that the recipe had chosen is taken out.
+    Where what the formulas read is another now, or a whole section was set, all that the recipe had
+    chosen is taken out, to be chosen anew.
     """
-    chose = value_at(values, CHOSE, None)
-    if not isinstance(chose, list):
+    chosen = value_at(values, CHOSE, None)
+    if not isinstance(chosen, list):
         return
-    chose = [one for one in chose if not any(_touches(key, one) for key in keys)]
-    if _read(before) != _read(values):
+    keys = list(keys)
+    chose = [one for one in chosen if not any(_touches(key, one) for key in keys)]
+    is_section = any(one.startswith(f"{key}.") for key in keys for one in chosen)
+    if is_section or _read(before) != _read(values):
         for key in chose:
             _take_out(values, key)
         chose = []
@@ -111,6 +120,7 @@ def _budget(values: Any) -> Budget | None:
         batch_size=batch_size,
         architecture=value_at(values, "sae.architecture", ARCHITECTURE),
         penalty=value_at(values, "train.sparsity.penalty", "l0"),
+        starts_trained=value_at(values, "sae.start_from", None) is not None,
         can_whiten=plain and value_at(values, "sae.site", None) != "embedding",
         dead_after_tokens=_count(dead_after),
     )

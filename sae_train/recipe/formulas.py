@@ -32,6 +32,7 @@ class Budget:
     Attributes:
         penalty: of `train.sparsity`.
         can_whiten: `sae.whitening` may be set: an SAE of a layer, trained without the model.
+        starts_trained: it goes on from a release, which high rates would undo.
         dead_after_tokens: as the config has it; None where the recipe chooses.
     """
 
@@ -40,6 +41,7 @@ class Budget:
     architecture: str
     penalty: str
     can_whiten: bool
+    starts_trained: bool = False
     dead_after_tokens: int | None = None
 
 
@@ -51,12 +53,12 @@ class Choice:
     why: str
 
 
-def share_of_short(name: Name, *, steps: int) -> float:
+def share_of_short(name: Name, budget: Budget) -> float:
     """s: 1 where the recipe is `short`, 0 where it is Gemma Scope's."""
-    if name != "auto":
-        return float(name == "short")
-    share = math.log(LONG_STEPS / steps) / math.log(LONG_STEPS / SHORT_STEPS)
-    return min(1.0, max(0.0, share))
+    if name == "gemma_scope" or budget.starts_trained:
+        return 0.0
+    share = math.log(LONG_STEPS / budget.steps) / math.log(LONG_STEPS / SHORT_STEPS)
+    return 1.0 if name == "short" else min(1.0, max(0.0, share))
 
 
 def choices(name: Name, budget: Budget) -> dict[str, Choice]:
@@ -64,7 +66,7 @@ def choices(name: Name, budget: Budget) -> dict[str, Choice]:
     if name == "gemma_scope":
         chosen = _GEMMA_SCOPE
     else:
-        chosen = _from_budget(budget, share=share_of_short(name, steps=budget.steps))
+        chosen = _from_budget(budget, share=share_of_short(name, budget))
     return {key: choice for key, choice in chosen.items() if _applies(key, budget)}
 
 
@@ -86,14 +88,10 @@ _GEMMA_SCOPE = {
 
 def _from_budget(budget: Budget, *, share: float) -> dict[str, Choice]:
     steps, batch_size = budget.steps, budget.batch_size
-    rate = 7e-5 * max(1.0, math.sqrt(LONG_STEPS / steps))
     dead_after = min(10_000_000, max(1, steps // 12) * batch_size)
     is_short = share > 0
     return {
-        "train.learning_rate.peak": Choice(
-            _rounded(min(rate, 5e-3)),
-            "7e-5, Gemma Scope's, times the root of a million over the steps; from 7e-5 to 5e-3",
-        ),
+        "train.learning_rate.peak": _peak(budget),
         "train.learning_rate.warmup_steps": Choice(
             min(1000, steps // 12), "a twelfth of the steps, at most Gemma Scope's 1,000"
         ),
@@ -124,6 +122,16 @@ def _from_budget(budget: Budget, *, share: float) -> dict[str, Choice]:
     }
 
 
+def _peak(budget: Budget) -> Choice:
+    if budget.starts_trained:
+        return Choice(7e-5, "Gemma Scope's: a higher one would undo what sae.start_from learnt")
+    rate = 7e-5 * max(1.0, LONG_STEPS / budget.steps) ** 0.45
+    return Choice(
+        _rounded(min(rate, 3e-3)),
+        "7e-5, Gemma Scope's, times (a million / steps) to the power 0.45; from 7e-5 to 3e-3",
+    )
+
+
 def _parametrisation(steps: int, *, share: float) -> Choice:
     if share == 1 or (share > 0 and steps < _LOG_THRESHOLD_STEPS):
         return Choice("direct", "below 100,000 steps a logarithm moves too slowly")
@@ -136,7 +144,7 @@ def _whitening(budget: Budget, *, share: float) -> Choice:
     if budget.architecture != "jumprelu":
         return Choice(0.0, "measured for jumprelu alone")
     return Choice(
-        _rounded(share / 4), "a quarter of s: the error counts more as the layers above read it"
+        _rounded(share / 2), "half of s: less delta loss and fewer dead latents, for more FVU"
     )
 
 

@@ -113,7 +113,6 @@ def test_every_config_that_may_have_a_recipe_passes_the_checks_with_it(
     ("overrides", "words"),
     [
         (["train.recipe=shrot"], "did you mean 'short'?"),
-        (["sae.start_from=runs/a"], "auto is for SAEs that start from random weights"),
         (
             ["train.recipe=gemma_scope", "sae.architecture=batch_topk", "sae.k=8",
              "train.sparsity={penalty: none}"],
@@ -156,6 +155,11 @@ def test_a_run_keeps_its_numbers_whatever_the_formulas_become(
     assert kept.train.learning_rate.peak == begun.train.learning_rate.peak
     assert kept.sae.bandwidth == 0.02
     assert BANDWIDTH not in kept.train.recipe_chose
+    with_a_new_key = other | {"train.adam.beta2": Choice(0.5, "a key that recipes didn't have")}
+    monkeypatch.setattr(fill, "choices", lambda name, budget: with_a_new_key)
+    text = (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(text.replace("    beta2: 0.999\n", ""))
+    assert read_job(tmp_path / "run").train.adam.beta2 == 0.999
     anew = read_job(tmp_path / "run", ["train.tokens=1e6", f"output={tmp_path}/other"])
     assert anew.train.learning_rate.peak == 0.5
 
@@ -170,6 +174,34 @@ def test_each_run_of_a_sweep_has_the_recipe_of_its_own_budget(tmp_path: Path) ->
         assert many.train.learning_rate.peak == values("auto", 5_000_000 // 512)[PEAK]
         assert many.sae.bandwidth == 0.02
         assert BANDWIDTH not in many.train.recipe_chose
+
+
+def test_a_recipe_that_comes_too_late_is_refused(tmp_path: Path) -> None:
+    begun = load(tmp_path, "train.recipe=null", f"output={tmp_path}/run")
+    write_config(begun, tmp_path / "run")
+    with pytest.raises(UserError, match="auto would fill nothing"):
+        read_job(tmp_path / "run", ["train.recipe=auto"])
+    sweep = "sweep={grid: {train.recipe: [short, gemma_scope]}}"
+    with pytest.raises(UserError, match="short would fill nothing"):
+        expand(load(tmp_path, "train.recipe=null", sweep))
+    short, long = expand(load(tmp_path, "train.recipe=gemma_scope", sweep))
+    assert short.config.train.learning_rate.peak > 20 * long.config.train.learning_rate.peak
+
+
+@pytest.mark.parametrize("recipe", ["auto", "short"])
+def test_what_goes_on_from_a_release_has_gemma_scopes_rate(tmp_path: Path, recipe: str) -> None:
+    config = load(tmp_path, f"train.recipe={recipe}", "sae.start_from=runs/a/release")
+    assert config.train.learning_rate.peak == 7e-5
+    assert (config.sae.whitening, config.train.learning_rate.warmup_steps) == (0.0, 50)
+
+
+def test_a_section_that_is_set_as_a_whole_is_filled_again(tmp_path: Path) -> None:
+    job = load(tmp_path)
+    own = {"train.learning_rate": {"decay_steps": 7}}
+    found = with_values(job, own, source="test").train
+    assert found.learning_rate == job.train.learning_rate.model_copy(update={"decay_steps": 7})
+    assert "train.learning_rate.decay_steps" not in found.recipe_chose
+    assert PEAK in found.recipe_chose
 
 
 def test_another_architecture_drops_what_was_jumprelus(tmp_path: Path) -> None:
@@ -190,7 +222,7 @@ def test_the_plan_says_what_was_chosen_and_why(
     assert (plan["recipe"], plan["steps"], len(plan["runs"])) == ("auto", 600, 2)
     by_key = {one["key"]: one for one in plan["settings"]}
     assert by_key[PEAK]["value"] == job.train.learning_rate.peak
-    assert "times the root of a million over the steps" in by_key[PEAK]["why"]
+    assert "times (a million / steps) to the power 0.45" in by_key[PEAK]["why"]
     assert (by_key[BANDWIDTH]["value"], by_key[BANDWIDTH]["is_chosen"]) == (0.5, False)
     arguments.json = False
     show_plan(job, arguments)
