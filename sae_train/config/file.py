@@ -81,9 +81,9 @@ def load_config_as(
             key: origin for key, origin in origins.items() if key[: len(key_path)] != key_path
         }
         origins[key_path] = f"override {override}"
+    fill.forget(values, keys=keys, before=before)
     if folder is not None:
         _refuse_late_recipe(values, before=before, source=str(path))
-    fill.forget(values, keys=keys, before=before)
     return _validate(root, values, name=str(path), origins=origins)
 
 
@@ -97,17 +97,21 @@ def with_values(config: Root, values: Mapping[str, Any], *, source: str) -> Root
     data = copy.deepcopy(before)
     for key, value in values.items():
         _set(data, _key_path(key, root=root, source=source), copy.deepcopy(value), source=source)
-    _refuse_late_recipe(data, before=before, source=source)
     fill.forget(data, keys=values, before=before)
+    _refuse_late_recipe(data, before=before, source=source)
     return _validate(root, data, name=source, origins={})
 
 
 def _refuse_late_recipe(
     values: Mapping[str, Any], *, before: Mapping[str, Any], source: str
 ) -> None:
-    """A recipe fills keys that aren't given, and in a resolved config all are."""
+    """A recipe fills keys that aren't given, and in a resolved config all are.
+
+    But for sections that were set as a whole.
+    """
     name = fill.value_at(values, fill.RECIPE, None)
-    if name is not None and fill.value_at(before, fill.RECIPE, None) is None:
+    late = name is not None and fill.value_at(before, fill.RECIPE, None) is None
+    if late and not fill.value_at(fill.filled(values), fill.CHOSE, None):
         raise UserError(
             f"{source}: train.recipe {name} would fill nothing, for in a resolved config every key "
             "has a value. Write a recipe into the config file itself; `train.recipe: gemma_scope` "

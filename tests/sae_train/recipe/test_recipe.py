@@ -184,6 +184,8 @@ def test_a_recipe_that_comes_too_late_is_refused(tmp_path: Path) -> None:
     sweep = "sweep={grid: {train.recipe: [short, gemma_scope]}}"
     with pytest.raises(UserError, match="short would fill nothing"):
         expand(load(tmp_path, "train.recipe=null", sweep))
+    own = {"train": {"recipe": "short", "tokens": 9e6, "sparsity": {"coefficient": 1}}}
+    assert PEAK in with_values(begun, own, source="test").train.recipe_chose
     short, long = expand(load(tmp_path, "train.recipe=gemma_scope", sweep))
     assert short.config.train.learning_rate.peak > 20 * long.config.train.learning_rate.peak
 
