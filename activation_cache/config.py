@@ -34,6 +34,7 @@ Site = Literal[
     "rows",  # imported, from a place that is none of the others
 ]
 Dtype = Literal["float32", "bfloat16"]
+RowDtype = Literal["float32", "bfloat16", "int8"]  # of a store's rows
 
 
 class Section(BaseModel):
@@ -219,7 +220,7 @@ class CacheConfig(Section):
     path: Location
     sites: list[SiteConfig] = Field(default_factory=list)  # none: the store was imported
     tokens: Count = 0  # rows per site and layer; only usable tokens count. 0: the store's own
-    dtype: Dtype = "float32"
+    dtype: RowDtype = "float32"
     shuffle_rows: PositiveCount = 1_000_000  # rows per shuffle bucket
     block_rows: PositiveSmallCount = 256  # rows per chunk: the unit the reader permutes
     sequences_per_batch: PositiveSmallCount = 8  # per forward pass of one replica of the model

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
-from activation_cache.config import Dtype
+from activation_cache.config import RowDtype
 from activation_cache.runtime.errors import UserError
 from launch.processes.signals import StopFlag
 
@@ -52,7 +52,7 @@ SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
             "without sequences (default 1024, fewer of few rows)",
         },
     ),
-    ("--dtype", {"choices": get_args(Dtype), "help": "of the stored rows (default float32)"}),
+    ("--dtype", {"choices": get_args(RowDtype), "help": "of the stored rows (default float32)"}),
     ("--shuffle-rows", {"type": float, "help": "rows of a shuffle bucket (default 1000000)"}),
     ("--block-rows", {"type": int, "help": "rows of a block, read together (default 256)"}),
     ("--seed", {"type": int, "help": "of the order (default 0)"}),

@@ -24,6 +24,7 @@ from activation_cache.gemma.taps import Tap
 from activation_cache.language_model.model import LanguageModel
 from activation_cache.store.manifest import Manifest
 from activation_cache.store.order import bucket_order, sequence_order
+from activation_cache.store.tap_array import host_dtype
 from activation_cache.store.writer import Bucket
 from activation_cache.text.token_table import TokenTable
 
@@ -57,7 +58,7 @@ class BucketFiller:
         bucket = Bucket(
             number=number,
             activations={
-                tap: np.empty((rows, width), jnp.dtype(self.manifest.dtype))
+                tap: np.empty((rows, width), jnp.dtype(host_dtype(self.manifest.dtype)))
                 for tap, width in self.taps.items()
             },
             sequence=np.empty(rows, np.int32),

@@ -13,14 +13,18 @@ from activation_cache.runtime.errors import UserError
 from activation_cache.storage.bucket import BucketPath
 from activation_cache.storage.files import StoragePath
 from activation_cache.store.manifest import Manifest
+from activation_cache.store.store import PROVENANCE, provenance_layout, tap_layout
+from activation_cache.store.tap_array import host_dtype
 from activation_cache.store.writer import BUCKETS_IN_MEMORY
 
 logger = logging.getLogger(__name__)
 
 
 def bucket_bytes(plan: Manifest) -> int:
-    """Bytes of one bucket of a store, all taps and the provenance together."""
-    return len(plan.bucket_span(0)) * plan.bucket_bytes // plan.shuffling.bucket_rows
+    """Bytes in memory of one bucket of a store, all taps and the provenance together."""
+    item = 2 if host_dtype(plan.dtype) == "bfloat16" else 4
+    row_bytes = item * sum(entry.width for entry in plan.sites) + 8  # 8: provenance
+    return len(plan.bucket_span(0)) * row_bytes
 
 
 def memory_here() -> tuple[str, int]:
@@ -54,7 +58,9 @@ def check_memory(plan: Manifest, machines: Sequence[tuple[str, int]]) -> None:
 def log_sizes(path: StoragePath, plan: Manifest, *, rows_left: int) -> None:
     """Log the memory and disk that a harvest needs; warn if the disk looks too small."""
     per_bucket = bucket_bytes(plan)
-    to_write = per_bucket * rows_left // len(plan.bucket_span(0))
+    arrays = [tap_layout(path, plan, entry.tap) for entry in plan.sites]
+    arrays += [provenance_layout(path, plan, name) for name in PROVENANCE]
+    to_write = sum(array.stored_bytes for array in arrays) * rows_left // plan.rows
     logger.info(
         "%d buckets of %d rows: %s of memory for %d at once, %s to write",
         plan.num_buckets,

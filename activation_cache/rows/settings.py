@@ -10,10 +10,10 @@ from pydantic import Field
 
 from activation_cache.config import (
     Count,
-    Dtype,
     MaxNormOverMedian,
     PositiveCount,
     PositiveSmallCount,
+    RowDtype,
     Section,
     Seed,
     Site,
@@ -38,7 +38,7 @@ class ImportSettings(Section):
         special_ids: up to three token ids that make no rows, such as those of BOS, EOS and padding.
     """
 
-    dtype: Dtype = "float32"
+    dtype: RowDtype = "float32"
     shuffle_rows: PositiveCount = 1_000_000
     block_rows: PositiveSmallCount = 256
     seed: Seed = 0

@@ -62,6 +62,9 @@ class ArrayLayout:
     """One array: its path, its shape, and how rows are cut into chunks and shards.
 
     Chunks and shards span whole rows: `shape[1:]` is never cut.
+
+    Attributes:
+        packs: how many rows of a tap one row of the array holds, more than 1 where it is a block.
     """
 
     path: StoragePath
@@ -69,6 +72,7 @@ class ArrayLayout:
     dtype: str
     chunk_rows: int
     shard_rows: int
+    packs: int = 1
 
     @property
     def row_bytes(self) -> int:

@@ -19,6 +19,7 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import google_crc32c
 import numpy as np
@@ -73,12 +74,35 @@ class PendingRows:
         return self.rows_BD
 
 
-class BlockReads:
-    """Reads of one array, by threads of its own that end with `close`."""
+@runtime_checkable
+class Packed(Protocol):
+    """How blocks of rows are packed in an array each of whose rows, and chunks, is a block."""
 
-    def __init__(self, layout: ArrayLayout) -> None:
+    @property
+    def block_rows(self) -> int:
+        """Rows of a block."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Numbers of a row."""
+        ...
+
+    def unpack(self, block: np.ndarray, rows_ND: np.ndarray, *, first: int) -> None:
+        """Fill `rows_ND`, float32, with the rows of a block from its row `first` on."""
+        ...
+
+
+class BlockReads:
+    """Reads of one array, by threads of its own that end with `close`.
+
+    Of an array that is `packed` the segments are of the rows in its blocks, which the same threads
+    unpack.
+    """
+
+    def __init__(self, layout: ArrayLayout, *, packed: Packed | None = None) -> None:
         assert reads_blocks(layout), layout.path
-        self._layout = layout
+        self._layout, self._packed = layout, packed
         self._dtype = ts.dtype(layout.dtype).numpy_dtype
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="block")
         self._indexes: dict[Path, np.ndarray] = {}
@@ -92,10 +116,13 @@ class BlockReads:
         """Begin reading segments, none of which crosses a chunk, into one new array."""
         count = sum(segment.count for segment in segments)
         rows_BD = np.empty((count, *self._layout.shape[1:]), self._dtype)
+        if self._packed is not None:
+            rows_BD = np.empty((count, self._packed.width), np.float32)
+        read = self._read if self._packed is None else self._read_packed
         reads, first = [], 0
         for segment in segments:
             part = rows_BD[first : first + segment.count]
-            reads.append(self._pool.submit(self._read, segment, part))
+            reads.append(self._pool.submit(read, segment, part))
             first += segment.count
         return PendingRows(rows_BD, reads)
 
@@ -112,6 +139,16 @@ class BlockReads:
             self._read_chunk(shard, chunk, chunk_rows.view(np.uint8).reshape(-1))
         if not whole:
             part[:] = chunk_rows[skipped : skipped + segment.count]
+
+    def _read_packed(self, segment: Segment, part: np.ndarray) -> None:
+        assert self._packed is not None
+        number, first = divmod(segment.start, self._packed.block_rows)
+        shard = self._layout.shard_file(number)
+        assert isinstance(shard, Path)
+        block = np.empty(self._layout.row_bytes, np.uint8)
+        with disk_errors(shard, doing="read"):
+            self._read_chunk(shard, number, block)
+        self._packed.unpack(block, part, first=first)
 
     def _read_chunk(self, shard: Path, chunk: int, target: np.ndarray) -> None:
         """Read one chunk's bytes into `target` and check their checksum."""

@@ -20,6 +20,7 @@ from activation_cache.config import (
     NonNegative,
     PositiveCount,
     RollingConfig,
+    RowDtype,
     Section,
     Seed,
     Site,
@@ -30,6 +31,7 @@ from activation_cache.gemma.taps import Tap
 from activation_cache.precision import Precision
 from activation_cache.runtime.amounts import bytes_text
 from activation_cache.runtime.errors import UserError
+from activation_cache.store.tap_array import stored_row_bytes
 
 _PROVENANCE_BYTES = 8  # a sequence and a position, each int32
 
@@ -122,7 +124,7 @@ class Manifest(Section):
     num_sequences: PositiveCount
     sites: list[SiteEntry]
     rows: PositiveCount
-    dtype: Dtype
+    dtype: RowDtype
     sequences_per_batch: PositiveCount
     shuffling: ShufflingEntry
     # Buckets in a rolling store's window; `mean_squared_norm` is then that of the first window.
@@ -145,9 +147,11 @@ class Manifest(Section):
 
     @property
     def bucket_bytes(self) -> int:
-        """Bytes of a whole bucket: all taps, and where the rows came from."""
-        row_bytes = sum(entry.width for entry in self.sites) * (
-            2 if self.dtype == "bfloat16" else 4
+        """Bytes of a whole bucket in the store: all taps, and where the rows came from."""
+        block_rows = self.shuffling.block_rows
+        row_bytes = sum(
+            stored_row_bytes(self.dtype, width=entry.width, block_rows=block_rows)
+            for entry in self.sites
         )
         return self.shuffling.bucket_rows * (row_bytes + _PROVENANCE_BYTES)
 

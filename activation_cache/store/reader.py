@@ -25,6 +25,7 @@ from activation_cache.runtime.amounts import bytes_text
 from activation_cache.runtime.closing import Closing
 from activation_cache.storage.arrays import array_errors, start_read
 from activation_cache.storage.direct_reads import BlockReads, PendingRows, reads_blocks
+from activation_cache.storage.row_range import Segment
 from activation_cache.store.store import Store
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ READ_AHEAD_BYTES = 512 * 2**20  # of the batches ahead: a third of a second at 1
 FEWEST_AHEAD, MOST_AHEAD = 4, 16
 
 _CONCURRENT_FILE_READS = 32  # enough to hide the latency of a network disk
+_UNPACKERS = 2  # batches of packed rows that are read from a bucket at once
 
 
 def batches_ahead(batch_bytes: int) -> int:
@@ -47,7 +49,7 @@ def batches_ahead(batch_bytes: int) -> int:
 class _Ahead:
     """A batch that is being read ahead: planned in one thread, then read in others."""
 
-    begun: Future[ts.Future | PendingRows]
+    begun: Future[ts.Future | PendingRows | Future[np.ndarray]]
 
     def done(self) -> bool:
         """Has its reading ended, well or in an error?"""
@@ -103,11 +105,11 @@ class ActivationReader(Closing):
         wanted = self._wanted = range(batch_size)[slice(None) if rows is None else rows]
         assert wanted, (rows, batch_size)
         assert wanted.step == 1, rows
-        self._layout = store.layout(tap)
+        self._layout, self._packing = store.layout(tap), store.packing(tap)
+        row_bytes = 4 * self._packing.width if self._packing else self._layout.row_bytes
         block_rows = store.manifest.shuffling.block_rows
         self._order, self._may_read = store.order(seed=seed), may_read
-        block_bytes = block_rows * self._layout.row_bytes
-        batch_bytes = len(wanted) * self._layout.row_bytes
+        block_bytes, batch_bytes = block_rows * row_bytes, len(wanted) * row_bytes
         self.read_ahead = read_ahead or batches_ahead(batch_bytes)
         # A block that straddles batches is needed by each of them: keep it for the next.
         aligned = all(row % block_rows == 0 for row in (batch_size, wanted.start, wanted.stop))
@@ -117,10 +119,10 @@ class ActivationReader(Closing):
             "cache_pool": {"total_bytes_limit": cache_bytes},
             "file_io_concurrency": {"limit": _CONCURRENT_FILE_READS},
         }
-        self._array = self._layout.open(
-            context=ts.Context(limits)
-        )  # raises for a wrong description
-        self._blocks = BlockReads(self._layout) if reads_blocks(self._layout) else None
+        self._array = self._layout.open(context=ts.Context(limits))  # raises for a wrong array
+        direct = reads_blocks(self._layout)
+        self._blocks = BlockReads(self._layout, packed=self._packing) if direct else None
+        self._unpackers = ThreadPoolExecutor(_UNPACKERS, thread_name_prefix="unpack")
         # In a thread of its own: planning a batch takes as long as a step of a fast device.
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="plan")
         self._queue: deque[_Ahead] = deque()
@@ -139,13 +141,14 @@ class ActivationReader(Closing):
         """Drop what is being read ahead and end the threads."""
         self.drop()
         self._planner.shutdown(wait=True)
+        self._unpackers.shutdown(wait=True, cancel_futures=True)
         if self._blocks is not None:
             self._blocks.close()
 
     def batch(self, step: int) -> Float[np.ndarray, "B D"]:
         """Rows `[step * B, (step + 1) * B)` of the stream, or the part `rows` of them.
 
-        In the store's dtype.
+        In the store's dtype, or float32 where that is int8.
 
         The next step comes from memory, and the time spent here is the time waited for the disk.
         Any other step empties the queue and starts reading ahead from there. An error in reading
@@ -173,12 +176,17 @@ class ActivationReader(Closing):
                 break
             self._queue.append(_Ahead(self._planner.submit(self._begin, step)))
 
-    def _begin(self, step: int) -> ts.Future | PendingRows:
+    def _begin(self, step: int) -> ts.Future | PendingRows | Future[np.ndarray]:
         start, wanted = step * self.batch_size, self._wanted
         segments = self._order.segments(start + wanted.start, start + wanted.stop)
         if self._blocks is not None:
             return self._blocks.start(segments)
+        if self._packing is not None:
+            return self._unpackers.submit(self._packing.read, segments, self._packed_blocks)
         return start_read(self._array, segments)
+
+    def _packed_blocks(self, segments: list[Segment]) -> np.ndarray:
+        return start_read(self._array, segments).result()
 
     def drop(self) -> None:
         """Forget what was read ahead."""

@@ -92,8 +92,8 @@ def delete_bucket(store: StoragePath, manifest: Manifest, bucket: int) -> None:
     layouts = [tap_layout(store, manifest, entry.tap) for entry in manifest.sites]
     layouts += [provenance_layout(store, manifest, name) for name in PROVENANCE]
     for layout in layouts:
-        for row in range(span.start, span.stop, layout.shard_rows):
-            file = layout.shard_file(row)
+        for row in range(span.start, span.stop, layout.shard_rows * layout.packs):
+            file = layout.shard_file(row // layout.packs)
             if isinstance(file, Path):
                 remove_file(file)
                 if file.parent != layout.path / "c":  # of an array of rows each shard has a folder
@@ -112,7 +112,8 @@ def buckets_on_disk(store: StoragePath, manifest: Manifest) -> list[int]:
         shards = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
         for shard in shards:
             if shard.isdecimal():
-                found.add(int(shard) * layout.shard_rows // manifest.shuffling.bucket_rows)
+                first = int(shard) * layout.shard_rows * layout.packs
+                found.add(first // manifest.shuffling.bucket_rows)
     return sorted(found)
 
 

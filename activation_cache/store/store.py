@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import tensorstore as ts
 from jaxtyping import Float, Int32
 
-from activation_cache.config import CacheConfig, Dtype, ModelConfig, TextConfig
+from activation_cache.config import CacheConfig, ModelConfig, RowDtype, TextConfig
 from activation_cache.gemma.taps import Tap
 from activation_cache.runtime.errors import UserError
-from activation_cache.storage.arrays import ArrayLayout, read_rows, shard_rows
+from activation_cache.storage.arrays import ArrayLayout, read_rows
 from activation_cache.storage.files import AnyPath, StoragePath, read_json, storage_path
 from activation_cache.storage.records import read_record
 from activation_cache.storage.row_range import Segment
-from activation_cache.store.manifest import Manifest, first_difference
+from activation_cache.store.manifest import Manifest, SiteEntry, first_difference
 from activation_cache.store.order import BlockOrder, RollingOrder
+from activation_cache.store.tap_array import Packing, array_layout, packing_of
 from activation_cache.text.token_table import TokenTable, open_tokens
 
 MANIFEST_FILE = "manifest.json"
@@ -30,8 +30,8 @@ HELD_OUT_FOLDER = "held_out"  # the store of the rows of an import that are for 
 PROVENANCE = ("sequence", "position")
 
 
-def tap_layout(path: StoragePath, manifest: Manifest, tap: Tap) -> ArrayLayout:
-    """The array of one tap, [N, D]; raises `UserError` if the store doesn't have the tap."""
+def entry_of(path: StoragePath, manifest: Manifest, tap: Tap) -> SiteEntry:
+    """A tap's entry; raises `UserError` if the store doesn't have the tap."""
     entry = next((entry for entry in manifest.sites if entry.tap == tap), None)
     if entry is None:
         names = ", ".join(entry.tap.name for entry in manifest.sites)
@@ -39,16 +39,19 @@ def tap_layout(path: StoragePath, manifest: Manifest, tap: Tap) -> ArrayLayout:
             f"the store at {path} has no {tap.name}: it has {names}. Choose one of those, or "
             "harvest a store with this one in cache.sites."
         )
-    row_bytes = entry.width * ts.dtype(manifest.dtype).numpy_dtype.itemsize
-    shuffling = manifest.shuffling
-    return ArrayLayout(
-        path=path / tap.name,
-        shape=(manifest.rows, entry.width),
+    return entry
+
+
+def tap_layout(path: StoragePath, manifest: Manifest, tap: Tap) -> ArrayLayout:
+    """The array of one tap; raises `UserError` if the store doesn't have the tap."""
+    entry = entry_of(path, manifest, tap)
+    return array_layout(
+        path / tap.name,
+        rows=manifest.rows,
+        width=entry.width,
         dtype=manifest.dtype,
-        chunk_rows=shuffling.block_rows,
-        shard_rows=shard_rows(
-            bucket=shuffling.bucket_rows, block_rows=shuffling.block_rows, row_bytes=row_bytes
-        ),
+        block_rows=manifest.shuffling.block_rows,
+        bucket_rows=manifest.shuffling.bucket_rows,
     )
 
 
@@ -69,7 +72,7 @@ class TapInfo:
 
     width: int
     mean_squared_norm: float
-    dtype: Dtype
+    dtype: RowDtype
 
 
 @dataclass(frozen=True)
@@ -149,15 +152,27 @@ class Store:
 
     def tap_info(self, tap: Tap) -> TapInfo:
         """What the store knows of a tap; raises `UserError` if it doesn't have the tap."""
-        layout = self.layout(tap)
-        entry = next(entry for entry in self.manifest.sites if entry.tap == tap)
+        entry = entry_of(self.path, self.manifest, tap)
         assert entry.mean_squared_norm is not None
-        return TapInfo(layout.shape[1], entry.mean_squared_norm, self.manifest.dtype)
+        return TapInfo(entry.width, entry.mean_squared_norm, self.manifest.dtype)
+
+    def packing(self, tap: Tap) -> Packing | None:
+        """How a tap's rows are packed; None if its array has them as they are."""
+        block_rows = self.manifest.shuffling.block_rows
+        width = entry_of(self.path, self.manifest, tap).width
+        return packing_of(self.manifest.dtype, block_rows=block_rows, width=width)
 
     def read(self, tap: Tap, *, start: int, stop: int) -> Float[np.ndarray, "N D"]:
-        """Rows `[start, stop)` in stored order; raises `UserError` naming a damaged file."""
-        layout = self.layout(tap)
-        return read_rows(layout.open(), layout, [Segment(start, stop - start)])
+        """Rows `[start, stop)` in stored order, those of int8 in float32.
+
+        Raises:
+            UserError: names a damaged file.
+        """
+        layout, packing = self.layout(tap), self.packing(tap)
+        segments = [Segment(start, stop - start)]
+        if packing is None:
+            return read_rows(layout.open(), layout, segments)
+        return packing.read(segments, lambda blocks: read_rows(layout.open(), layout, blocks))
 
     def provenance(self, *, start: int, stop: int) -> Provenance:
         """Where rows `[start, stop)` came from; raises `UserError` naming a damaged file."""

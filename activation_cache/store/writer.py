@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated
@@ -27,6 +28,7 @@ from activation_cache.storage.records import FORMAT_VERSION, read_record, write_
 from activation_cache.store.dropped_rows import replaced_rows
 from activation_cache.store.manifest import Manifest
 from activation_cache.store.store import PROVENANCE, provenance_layout, tap_layout
+from activation_cache.store.tap_array import Packing, packing_of
 
 BUCKETS_IN_MEMORY = 2  # one being filled, one being written
 _CONCURRENT_RECORDS = 16
@@ -86,6 +88,15 @@ def sum_of_squares(rows: Float[np.ndarray, "N D"]) -> float:
     return math.fsum(float(np.square(part).sum()) for part in parts)
 
 
+def _packed_squares(packing: Packing, packed: np.ndarray, count: int) -> Iterator[float]:
+    """The sum of squares of each block's rows as they are read."""
+    rows_ND = np.empty((packing.block_rows, packing.width), np.float32)
+    for number, block in enumerate(packed):
+        part = rows_ND[: count - number * packing.block_rows]
+        packing.unpack(block, part, first=0)
+        yield sum_of_squares(part)
+
+
 class BucketWriter(Closing):
     """Writes buckets of one store, one at a time, in a thread.
 
@@ -98,6 +109,11 @@ class BucketWriter(Closing):
         layouts = {e.tap.name: tap_layout(path, manifest, e.tap) for e in manifest.sites}
         layouts |= {name: provenance_layout(path, manifest, name) for name in PROVENANCE}
         self._layouts = layouts
+        block_rows = manifest.shuffling.block_rows
+        self._packings = {
+            entry.tap.name: packing_of(manifest.dtype, block_rows=block_rows, width=entry.width)
+            for entry in manifest.sites
+        }
         self._arrays = {name: layout.open(create=True) for name, layout in layouts.items()}
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bucket-writer")
         self._pending: Future[None] | None = None
@@ -144,7 +160,13 @@ class BucketWriter(Closing):
                     "model.dtype to float32."
                 )
         for name, rows in columns.items():
-            write_shards(self._arrays[name], self._layouts[name], start=start, rows=rows)
+            packing = self._packings.get(name)
+            if packing is None:
+                write_shards(self._arrays[name], self._layouts[name], start=start, rows=rows)
+                continue
+            layout, packed = self._layouts[name], packing.pack(rows)
+            write_shards(self._arrays[name], layout, start=start // layout.packs, rows=packed)
+            sums[name] = math.fsum(_packed_squares(packing, packed, len(rows)))
         commit = Commit(
             format_version=FORMAT_VERSION,
             bucket=bucket.number,

@@ -41,7 +41,8 @@ class ImportedRows:
 
     def with_dtype(self, configs: Sequence[tuple[str, Config]]) -> list[tuple[str, Config]]:
         """The same runs, their configs saying what dtype the rows have."""
-        dtype = {"dtype": self.store.manifest.dtype}
+        manifest = self.store.manifest
+        dtype = {"dtype": manifest.dtype, "block_rows": manifest.shuffling.block_rows}
         return [
             (name, one.model_copy(update={"cache": one.cache.model_copy(update=dtype)}))
             for name, one in configs
@@ -62,7 +63,9 @@ class ImportedRows:
             rows=manifest.rows,
             rows_on_disk=manifest.rows,
             window=None,
-            row_bytes={name: layout.row_bytes for name, layout in layouts.items()},
+            row_bytes={
+                name: -(-layout.row_bytes // layout.packs) for name, layout in layouts.items()
+            },
             tap_bytes={name: layout.stored_bytes for name, layout in layouts.items()},
             provenance_bytes=sum(
                 provenance_layout(path, manifest, name).stored_bytes for name in PROVENANCE

@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from activation_cache.gemma.config import GemmaConfig
+from activation_cache.gemma.taps import tap_width
 from activation_cache.precision import PrecisionChoice
+from activation_cache.store.tap_array import host_dtype, stored_row_bytes
 from sae_train.config.run import Config
 from sae_train.plan.end_to_end import EndToEndPlan, plan_end_to_end
 from sae_train.plan.memory import (
@@ -97,7 +99,7 @@ def plan_run(config: Config, *, name: str, gemma: GemmaConfig | int) -> RunPlan:
     Raises:
         UserError: the model has no such layer.
     """
-    dtype, capacity = config.cache.dtype, capacity_per_row(config)
+    dtype, capacity = host_dtype(config.cache.dtype), capacity_per_row(config)
     sparse_path, sparse_path_cpu = (
         may_be_sparse(config, on_cpu=on_cpu) for on_cpu in (False, True)
     )
@@ -122,11 +124,23 @@ def plan_run(config: Config, *, name: str, gemma: GemmaConfig | int) -> RunPlan:
         paper_flops_per_step=paper_step_flops(shape),
         collectives=collectives,
         sent_per_step=sent_bytes(collectives, sizes),
-        batch_bytes=memory.next_batch * config.mesh.data,
+        batch_bytes=_batch_bytes(config, gemma),
         end_to_end=(
             None if isinstance(gemma, int) else plan_end_to_end(config, gemma, state=memory)
         ),
     )
+
+
+def _batch_bytes(config: Config, gemma: GemmaConfig | int) -> int:
+    """Bytes that a batch takes in the store, of all taps that the run reads."""
+    cache = config.cache
+    widths = [
+        gemma if isinstance(gemma, int) else tap_width(gemma, tap.site) for tap in config.sae.taps
+    ]
+    row_bytes = (
+        stored_row_bytes(cache.dtype, width=width, block_rows=cache.block_rows) for width in widths
+    )
+    return config.train.batch_size * sum(row_bytes)
 
 
 def plan_cohorts(

@@ -16,6 +16,7 @@ from activation_cache.config import MeshConfig
 from activation_cache.gemma.config import GemmaConfig
 from activation_cache.language_model.published_sizes import config_for_planning
 from activation_cache.precision import Precision, PrecisionChoice
+from activation_cache.store.tap_array import host_dtype
 from sae_train.config.run import Config
 from sae_train.plan.accelerators import Accelerator
 from sae_train.plan.memory import FLOAT_BYTES, Shape, StepMemory, nearest_mesh
@@ -232,7 +233,7 @@ def _verdict(
     fits = group.memory.total <= usable and group.devices <= most
     mesh: MeshConfig | None = group.shape.mesh
     if not fits:
-        mesh = nearest_mesh(group.shape, config.cache.dtype, usable=usable, most=most)
+        mesh = nearest_mesh(group.shape, host_dtype(config.cache.dtype), usable=usable, most=most)
     precision = chip.training(group.precision)
     if mesh is None:
         return GroupVerdict(False, None, precision, None, None, False)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from activation_cache.precision import Precision
 from activation_cache.runtime.errors import UserError
+from activation_cache.store.tap_array import host_dtype
 from sae_train.config.run import Config, MeshConfig
 from sae_train.plan.accelerators import Accelerator
 from sae_train.plan.memory import nearest_mesh
@@ -212,7 +213,7 @@ def _verdict(
         fits=fits,
         mesh=run.shape.mesh
         if fits
-        else nearest_mesh(run.shape, config.cache.dtype, usable=usable, most=most),
+        else nearest_mesh(run.shape, host_dtype(config.cache.dtype), usable=usable, most=most),
         precision=precision,
         traffic_per_step=traffic,
         step_seconds=seconds,

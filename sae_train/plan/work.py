@@ -20,9 +20,10 @@ from activation_cache.gemma.config import GemmaConfig
 from activation_cache.gemma.params import parameter_table
 from activation_cache.gemma.taps import Tap, resolve_taps, tap_width
 from activation_cache.precision import Precision
-from activation_cache.storage.arrays import ArrayLayout, bucket_rows, shard_rows
+from activation_cache.storage.arrays import ArrayLayout, bucket_rows
 from activation_cache.store.manifest import window_buckets
 from activation_cache.store.store import PROVENANCE
+from activation_cache.store.tap_array import array_layout, host_dtype, stored_row_bytes
 from activation_cache.store.writer import BUCKETS_IN_MEMORY
 from activation_cache.text.token_table import count_layout, token_layout
 from sae_train.plan.accelerators import ChipKind
@@ -95,12 +96,16 @@ def store_plan(cache: CacheConfig, text: TextConfig, gemma: GemmaConfig) -> Stor
     """
     bucket = bucket_rows(shuffle_rows=cache.shuffle_rows, block_rows=cache.block_rows)
     taps = resolve_taps(cache.sites, gemma)
-    item = jnp.dtype(cache.dtype).itemsize
-    row_bytes = {tap.name: tap_width(gemma, tap.site) * item for tap in taps}
-    whole_row = sum(row_bytes.values()) + len(PROVENANCE) * 4
+    row_bytes = {
+        tap.name: stored_row_bytes(
+            cache.dtype, width=tap_width(gemma, tap.site), block_rows=cache.block_rows
+        )
+        for tap in taps
+    }
     window, rows = None, cache.tokens
     if cache.rolling is not None:
-        window = window_buckets(cache.rolling, bucket_bytes=bucket * whole_row)
+        on_disk = sum(row_bytes.values()) + len(PROVENANCE) * 4
+        window = window_buckets(cache.rolling, bucket_bytes=bucket * on_disk)
         rows = min(rows, (window + 1) * bucket)
     layouts = {tap.name: _tap_layout(cache, tap, gemma, bucket=bucket, rows=rows) for tap in taps}
     provenance = ArrayLayout(
@@ -108,6 +113,8 @@ def store_plan(cache: CacheConfig, text: TextConfig, gemma: GemmaConfig) -> Stor
     )  # fmt: skip
     sequences = harvested_sequences(cache, text) + text.held_out_sequences
     tokens = token_layout(Path(), sequences, text.sequence_length)
+    item = jnp.dtype(host_dtype(cache.dtype)).itemsize
+    in_memory = sum(tap_width(gemma, tap.site) * item for tap in taps) + len(PROVENANCE) * 4
     return StorePlan(
         rows=cache.tokens,
         rows_on_disk=rows,
@@ -117,21 +124,20 @@ def store_plan(cache: CacheConfig, text: TextConfig, gemma: GemmaConfig) -> Stor
         provenance_bytes=len(PROVENANCE) * provenance.stored_bytes,
         token_bytes=tokens.stored_bytes + count_layout(Path(), sequences).stored_bytes,
         buckets=-(-cache.tokens // bucket),
-        host_bytes=BUCKETS_IN_MEMORY * min(bucket, cache.tokens) * whole_row,
+        host_bytes=BUCKETS_IN_MEMORY * min(bucket, cache.tokens) * in_memory,
     )
 
 
 def _tap_layout(
     cache: CacheConfig, tap: Tap, gemma: GemmaConfig, *, bucket: int, rows: int
 ) -> ArrayLayout:
-    width = tap_width(gemma, tap.site)
-    row_bytes = width * jnp.dtype(cache.dtype).itemsize
-    return ArrayLayout(
-        path=Path(tap.name),
-        shape=(rows, width),
+    return array_layout(
+        Path(tap.name),
+        rows=rows,
+        width=tap_width(gemma, tap.site),
         dtype=cache.dtype,
-        chunk_rows=cache.block_rows,
-        shard_rows=shard_rows(bucket=bucket, block_rows=cache.block_rows, row_bytes=row_bytes),
+        block_rows=cache.block_rows,
+        bucket_rows=bucket,
     )
 
 

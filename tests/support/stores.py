@@ -8,13 +8,14 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from activation_cache.config import Dtype, TextConfig
+from activation_cache.config import RowDtype, TextConfig
 from activation_cache.gemma.taps import Tap
 from activation_cache.storage.arrays import bucket_rows
 from activation_cache.storage.records import FORMAT_VERSION, write_record
 from activation_cache.store.manifest import Manifest, ModelEntry, ShufflingEntry, SiteEntry
 from activation_cache.store.order import ALGORITHM
 from activation_cache.store.store import MANIFEST_FILE, Store, open_store
+from activation_cache.store.tap_array import host_dtype
 from activation_cache.store.writer import Bucket, BucketWriter
 
 TAP = Tap("resid_post", 1)
@@ -24,7 +25,7 @@ def make_manifest(
     *,
     rows: int,
     width: int = 8,
-    dtype: Dtype = "float32",
+    dtype: RowDtype = "float32",
     shuffle_rows: int = 64,
     block_rows: int = 8,
     mean_squared_norm: float | None = 1.0,
@@ -57,16 +58,16 @@ def make_manifest(
     )
 
 
-def numbered_rows(start: int, stop: int, width: int, dtype: Dtype = "float32") -> np.ndarray:
+def numbered_rows(start: int, stop: int, width: int, dtype: RowDtype = "float32") -> np.ndarray:
     """Rows that say which they are: entry j of row i is i + j / 1000 (in float32, exact enough)."""
     rows = np.arange(start, stop, dtype=np.float32)[:, None]
-    return (rows + np.arange(width, dtype=np.float32) / 1000).astype(jnp.dtype(dtype))
+    return (rows + np.arange(width, dtype=np.float32) / 1000).astype(jnp.dtype(host_dtype(dtype)))
 
 
-def random_rows(start: int, stop: int, width: int, dtype: Dtype = "float32") -> np.ndarray:
+def random_rows(start: int, stop: int, width: int, dtype: RowDtype = "float32") -> np.ndarray:
     """Rows to train on: Gaussian with an offset, mean squared norm about 2."""
     rows = [np.random.default_rng(row).standard_normal(width) for row in range(start, stop)]
-    return ((np.stack(rows) + 1.0) / np.sqrt(width)).astype(jnp.dtype(dtype))
+    return ((np.stack(rows) + 1.0) / np.sqrt(width)).astype(jnp.dtype(host_dtype(dtype)))
 
 
 def write_store(folder: Path, manifest: Manifest, *, make_rows=numbered_rows) -> Store:

@@ -25,9 +25,11 @@ from activation_cache.language_model.tokenizer_vocabulary import Pieces
 from activation_cache.runtime.errors import Interrupted, UserError
 from activation_cache.storage import safetensors_file
 from activation_cache.storage.locks import folder_lock
+from activation_cache.storage.row_range import Segment
 from activation_cache.store import writer
 from activation_cache.store.order import bucket_order, sequence_order
 from activation_cache.store.store import Store, open_store
+from activation_cache.store.tap_array import Packing
 from tests.support.harvests import BUCKETS, ROWS, StopAfter, interrupted, sections
 from tests.support.stores import TAP, file_hashes, make_manifest
 from tests.support.tiny_gemma import write_tiny_gemma
@@ -135,15 +137,31 @@ def test_the_same_config_gives_the_same_bytes(finished: Store, gemma, corpus, tm
     assert not (tmp_path / "s" / "plan.json").exists()
 
 
-def test_bfloat16_rows_are_the_rounded_float32_rows(finished: Store, gemma, corpus, tmp_path):
-    harvest(**sections(gemma, corpus, tmp_path, cache__dtype="bfloat16"))
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_rows_in_fewer_bytes_are_those_of_float32(finished, gemma, corpus, tmp_path, dtype: str):
+    harvest(**sections(gemma, corpus, tmp_path, cache__dtype=dtype))
     store = open_store(tmp_path)
     for tap in store.taps:
         rows = store.read(tap, start=0, stop=ROWS)
-        exact = finished.read(tap, start=0, stop=ROWS).astype(ml_dtypes.bfloat16)
-        np.testing.assert_array_equal(rows, exact)
+        exact = finished.read(tap, start=0, stop=ROWS)
+        if dtype == "bfloat16":
+            np.testing.assert_array_equal(rows, exact.astype(ml_dtypes.bfloat16))
+        else:
+            np.testing.assert_array_equal(rows, by_buckets(store.packing(tap), exact, store))
         norms = np.square(rows.astype(np.float64)).sum(axis=1)
         assert store.tap_info(tap).mean_squared_norm == pytest.approx(norms.mean(), rel=1e-12)
+
+
+def by_buckets(packing: Packing | None, exact: np.ndarray, store: Store) -> np.ndarray:
+    """What rows are read as once each bucket's blocks were packed."""
+    assert packing is not None
+    found = np.empty_like(exact)
+    spans = [store.manifest.bucket_span(number) for number in range(store.manifest.num_buckets)]
+    for span in spans:
+        packed = packing.pack(exact[span.start : span.stop])
+        segments = [Segment(0, len(span))]
+        found[span.start : span.stop] = packing.read(segments, lambda _, packed=packed: packed)
+    return found
 
 
 def test_a_bfloat16_model_fills_a_float32_store(gemma, corpus, tmp_path: Path):

@@ -80,7 +80,9 @@ def test_an_unknown_model_is_refused() -> None:
     assert known_config("google/gemma-2-4b") is None
 
 
-@pytest.mark.parametrize(("rows", "dtype"), [(1000, "float32"), (64, "bfloat16"), (65, "float32")])
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [(1000, "float32"), (64, "bfloat16"), (65, "float32"), (65, "int8")]
+)
 def test_the_store_s_bytes_are_those_of_a_real_one(tmp_path: Path, rows: int, dtype: Any) -> None:
     """To the byte, but for `zarr.json` and the JSON records."""
     manifest = make_manifest(rows=rows, width=2304, dtype=dtype, shuffle_rows=60, block_rows=8)
