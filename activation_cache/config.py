@@ -199,7 +199,8 @@ class RollingConfig(Section):
 
     buckets: PositiveSmallCount | None = None
     bytes: PositiveCount | None = None  # of the disk, with the one bucket more
-    processes: SmallCount = 0  # that harvest beside the trainer; 0: it harvests itself, in turns
+    # A process harvests beside the trainer, on its own devices; else the trainer's does, in turns.
+    beside: bool = False
 
     @model_validator(mode="after")
     def _one_size(self) -> RollingConfig:

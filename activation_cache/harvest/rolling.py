@@ -2,7 +2,7 @@
 
 `RollingHarvest` has the language model at hand and makes buckets when they are wanted. In the
 trainer's own process the two take turns: `supply` makes the buckets that the next step needs. In
-processes of its own it follows the trainer (`follow`): it harvests one bucket beyond the window
+a process of its own it follows the trainer (`follow`): it harvests one bucket beyond the window
 while training reads, and learns from `reading.json` where the trainer is. A trainer beside it waits
 with `wait_for`.
 
@@ -152,14 +152,13 @@ class RollingHarvest(Closing):
             UserError, Interrupted: as of `make_store`.
         """
         self.make_store()
-        teams = self._share.placement.num_teams
         while True:
             missing = exchange.run_on_main_and_broadcast(
                 "buckets", self._next_missing, stop=self._job.stop
             )
             if not missing:
                 return
-            self._fill(missing[:teams])
+            self._fill(missing[:1])
 
     def _next_missing(self) -> list[int]:
         """Wait until buckets are wanted that aren't there; none once the trainer is at its end."""

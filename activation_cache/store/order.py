@@ -239,6 +239,14 @@ class RollingOrder:
         """The last bucket that a stretch reads from; the first is the stretch's own number."""
         return min(stretch + self.window, self.num_buckets) - 1
 
+    def start_of(self, stretch: int) -> int:
+        """The row of the stream at which a stretch begins."""
+        return int(_stretch_ends(self)[stretch - 1]) if stretch else 0
+
+    def blocks(self, stretch: int) -> Int64[np.ndarray, " N"]:
+        """The blocks of a stretch, in order."""
+        return _stretch_blocks(self, stretch)[0]
+
     def segments(self, start: int, stop: int) -> list[Segment]:
         """Rows `[start, stop)` of the stream as segments of stored rows, in order."""
         assert stop <= self.rows, (stop, self.rows)
@@ -246,7 +254,7 @@ class RollingOrder:
         found: list[Segment] = []
         while start < stop:
             stretch = self.stretch_of(start)
-            begin = int(ends[stretch - 1]) if stretch else 0
+            begin = self.start_of(stretch)
             count = min(stop, int(ends[stretch])) - start
             blocks, short = _stretch_blocks(self, stretch)
             found += _cut(

@@ -1,4 +1,4 @@
-"""The harvest of a rolling store beside the trainer: processes of its own on devices of its own.
+"""The harvest of a rolling store beside the trainer: a process of its own on devices of its own.
 
 The two know of each other through files alone (`activation_cache.store.rolling`). A harvest that is
 lost is started again, as `launch.restarts` allows, while the trainer waits; if it can't go on, the
@@ -39,12 +39,12 @@ def harvest_beside(config: Job, *, stop: Callable[[], bool]) -> Iterator[Callabl
         RuntimeError: it was lost again and again.
     """
     rolling = config.cache.rolling
-    if rolling is None or not rolling.processes or os.environ.get(SUPERVISOR):
+    if rolling is None or not rolling.beside or os.environ.get(SUPERVISOR):
         yield stop  # in a group it is the supervisor's
         return
     if processes.process_count() > 1:
         raise UserError(
-            f"cache.rolling.processes is {rolling.processes}, and the trainer is "
+            "cache.rolling.beside is true, and the trainer is "
             f"{processes.process_count()} processes that a cluster started: there a rolling store "
             "is harvested beside a single task only. Start one task, or set launch.processes on "
             "one machine"
@@ -86,7 +86,7 @@ class _Harvest:
         rolling, launch = config.cache.rolling, config.launch
         assert rolling is not None
         kept = launch if isinstance(launch, LocalLaunch) else LocalLaunch()
-        own = kept.model_copy(update={"processes": rolling.processes})
+        own = kept.model_copy(update={"processes": 1})
         self.config = config.model_copy(update={"launch": own})
         self.leaving = threading.Event()
         self.failure: Exception | None = None
@@ -130,7 +130,7 @@ def _harvest_gpus(config: Job) -> list[str]:
     if training + harvesting > len(gpus):
         raise UserError(
             f"mesh takes {training} GPUs, the harvest beside it ({key}) {harvesting}, and there "
-            f"are {len(gpus)}: make the meshes smaller, or set cache.rolling.processes to 0, so "
+            f"are {len(gpus)}: make the meshes smaller, or set cache.rolling.beside to false, so "
             "that the two take turns on the same devices"
         )
     os.environ[_GPUS] = ",".join(gpus[:training])

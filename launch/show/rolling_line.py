@@ -35,7 +35,7 @@ def rolling_line(config: Job, folders: Sequence[StoragePath]) -> str | None:
         return f"rolling store: {held}; the trainer has read all that it wants"
     return (
         f"rolling store: {held}; the trainer reads buckets {reading.stretch + 1} to "
-        f"{reading.through + 1} of {reading.end}{_slower(folders, beside=rolling.processes > 0)}"
+        f"{reading.through + 1} of {reading.end}{_slower(folders, beside=rolling.beside)}"
     )
 
 

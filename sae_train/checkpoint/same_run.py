@@ -24,7 +24,7 @@ FREE_FIELDS = (
     "name",
     "output",
     "cache.path",
-    "cache.rolling.processes",
+    "cache.rolling.beside",
     "model.weights",
     "model.precision",
     "text.source",

@@ -153,7 +153,7 @@ def on_accelerator(
     usable = usable_bytes(chip)
     verdicts = tuple(_verdict(run, chip, config, usable, assumptions) for run in runs)
     rolling = config.cache.rolling
-    beside = rolling is not None and rolling.processes > 0
+    beside = rolling is not None and rolling.beside
     mesh = config.harvest_mesh[1] if beside else config.mesh
     devices = mesh.data * mesh.model
     precision = chip.harvesting(config.model)

@@ -69,16 +69,16 @@ def opened_store(configs: Sequence[Config], *, stop: Callable[[], bool]) -> Iter
     if rolling is None:
         yield OpenedStore(open_matching_store(**sections), None, stop)
         return
-    if rolling.processes:
+    if rolling.beside:
         store = wait_for_store(**sections, stop=stop)
         supply = functools.partial(wait_for, store.path)
         yield OpenedStore(store, _window(configs, store, supply), stop)
         return
     if processes.process_count() > 1:
         raise UserError(
-            f"cache.rolling.processes is 0, so that the trainer harvests itself, and the trainer "
-            f"is {processes.process_count()} processes: set cache.rolling.processes to the number "
-            "of processes that harvest beside it, or train in one process"
+            "cache.rolling.beside is false, so that the trainer harvests itself, and it is "
+            f"{processes.process_count()} processes: set cache.rolling.beside to true, or train in "
+            "one process"
         )
     _, mesh = config.harvest_mesh
     yaml = resolved_yaml(config)

@@ -13,9 +13,9 @@ BUCKET = 1_015_808  # rows: a million, in blocks of 256 and to six significant b
 
 
 @pytest.mark.parametrize("size", [{"buckets": 64}, {"bytes": 65 * BUCKET * (3584 * 4 + 8) + 1}])
-@pytest.mark.parametrize("processes", [0, 2])
-def test_the_disk_holds_a_window_and_a_bucket(size: dict[str, int], processes: int) -> None:
-    rolling = {"cache.rolling": size | {"processes": processes}, "cache.mesh": {"data": 4}}
+@pytest.mark.parametrize("beside", [False, True])
+def test_the_disk_holds_a_window_and_a_bucket(size: dict[str, int], beside: bool) -> None:
+    rolling = {"cache.rolling": size | {"beside": beside}, "cache.mesh": {"data": 4}}
     whole = plan_of(scope_config(), "h200", price=3.0)
     plan = plan_of(with_values(scope_config(), rolling, source="test"), "h200", price=3.0)
     assert plan.store.window == 64
@@ -26,7 +26,7 @@ def test_the_disk_holds_a_window_and_a_bucket(size: dict[str, int], processes: i
     assert on.sides is not None
     assert plain.sides is None
     assert on.train_hours is not None
-    if not processes:
+    if not beside:
         assert on.total_hours == plain.total_hours
         assert on.total_cost == plain.total_cost
         assert on.sides.waiting_hours == on.harvest_hours == plain.harvest_hours
