@@ -5,7 +5,7 @@ Legend: N rows of a bucket, S rows of a sequence, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -20,6 +20,7 @@ from activation_cache.store.order import ALGORITHM, bucket_order, sequence_order
 from activation_cache.store.writer import Bucket
 from activation_cache.text.token_table import TokenTable
 
+_TOKENS_AT_ONCE = 256  # sequences
 IN_ORDER = "none"  # `shuffling.algorithm` of held-out rows: they lie as they were given
 
 
@@ -54,11 +55,19 @@ class Sequences:
         counts[-1] = self.rows - (self.number - 1) * self.length
         return counts
 
-    def usable(self, sequence: int) -> Bool[np.ndarray, " S"]:
-        """Which rows of a sequence count."""
-        if self.table is None:
-            return np.ones(min(self.length, self.rows - sequence * self.length), bool)
-        return self.table.usable(self.table.read([sequence]), [sequence])[0]
+    def usable(
+        self, sequences: Int64[np.ndarray, " Q"]
+    ) -> Iterator[tuple[int, Bool[np.ndarray, " S"]]]:
+        """Sequences, each with which rows of it count."""
+        for start in range(0, len(sequences), _TOKENS_AT_ONCE):
+            chosen = sequences[start : start + _TOKENS_AT_ONCE].tolist()
+            if self.table is not None:
+                yield from zip(
+                    chosen, self.table.usable(self.table.read(chosen), chosen), strict=True
+                )
+            else:
+                for one in chosen:
+                    yield one, np.ones(min(self.length, self.rows - one * self.length), bool)
 
 
 class RowFiller:
@@ -101,11 +110,12 @@ class RowFiller:
         )
         places = self._places(number, rows)
         first = int(np.searchsorted(self._ends, span.start, side="right"))
+        last = int(np.searchsorted(self._ends, span.stop - 1, side="right"))
         row = int(self._ends[first - 1]) - span.start if first else -span.start
-        while row < rows:
+        for sequence, usable in self.sequences.usable(self._order[first : last + 1]):
             on_sequence(max(row, 0))
-            row = self._put(int(self._order[first]), bucket, places, row)
-            first += 1
+            row = self._put(sequence, usable, bucket, places, row)
+        assert row >= rows, (row, rows)
         return bucket
 
     def _places(self, number: int, rows: int) -> Int64[np.ndarray, " N"]:
@@ -115,9 +125,16 @@ class RowFiller:
         order = bucket_order(rows=rows, seed=shuffling.seed, bucket=number)
         return order.forward(np.arange(rows))
 
-    def _put(self, sequence: int, bucket: Bucket, places: Int64[np.ndarray, " N"], row: int) -> int:
+    def _put(
+        self,
+        sequence: int,
+        usable: Bool[np.ndarray, " S"],
+        bucket: Bucket,
+        places: Int64[np.ndarray, " N"],
+        row: int,
+    ) -> int:
         """Copy a sequence's rows, the first of which is `row`; returns the row after the last."""
-        positions = np.flatnonzero(self.sequences.usable(sequence))
+        positions = np.flatnonzero(usable)
         rows = np.arange(row, row + len(positions))
         inside = np.flatnonzero((rows >= 0) & (rows < len(places)))
         target, positions = places[rows[inside]], positions[inside]

@@ -12,8 +12,8 @@ import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
 
+from activation_cache.config import Section
 from activation_cache.gemma.taps import Tap
 from activation_cache.harvest.sizes import check_memory, log_sizes, memory_here
 from activation_cache.rows.fill_bucket import IN_ORDER, RowFiller, Sequences
@@ -74,6 +74,7 @@ class RowImport:
                 in the folder.
             Interrupted: `stop` turned true; every finished bucket is committed.
         """
+        _refuse_harvest(self.path)
         remove_stray_files(self.path)
         sequences = self._sequences()
         held_out = RowFiller(self._plan(sequences, IN_ORDER, rows=1), self.sources, sequences)
@@ -113,6 +114,7 @@ class RowImport:
                 special=special_ids(self.settings.special_ids),
                 tokenizer_hash=self.tokenizer_hash,
                 held_out=held_out,
+                keep=any(_has_commits(p) for p in (self.path, self.path / HELD_OUT_FOLDER)),
                 check=self._stop_if_asked,
             )
         elif self.settings.special_ids:
@@ -206,9 +208,7 @@ class RowImport:
 
     def _compare(self, before: Manifest, now: Manifest, path: StoragePath) -> None:
         for field in Manifest.model_fields:
-            was, is_now = getattr(before, field), getattr(now, field)
-            if was != is_now:
-                _refuse(path, field, was, is_now)
+            _refuse_other(path, field, getattr(before, field), getattr(now, field))
 
 
 def _as_planned(manifest: Manifest) -> Manifest:
@@ -218,12 +218,48 @@ def _as_planned(manifest: Manifest) -> Manifest:
     return manifest.model_copy(update={"sites": sites, "outlying": outlying})
 
 
-def _refuse(path: StoragePath, field: str, was: object, is_now: object) -> NoReturn:
-    if isinstance(was, ImportedEntry) and isinstance(is_now, ImportedEntry):
-        changed = [one for one in is_now.sources if one not in was.sources]
-        if changed:
-            field, was, is_now = f"the file {changed[0].name}", "another", f"{changed[0].shape}"
+def _refuse_harvest(path: StoragePath) -> None:
+    """Raise `UserError` where a harvest has written, or writes."""
+    for name in (MANIFEST_FILE, PLAN_FILE):
+        if (path / name).exists() and read_record(path / name, Manifest).imported is None:
+            raise UserError(
+                f"{path} has a store that was harvested: choose another folder for the import "
+                "(nothing was changed)"
+            )
+
+
+def check_same_settings(path: StoragePath, found: Manifest, settings: ImportSettings) -> None:
+    """Raise `UserError` if a finished import was made with other settings."""
+    _refuse_harvest(path)
+    shuffling, limit = found.shuffling, settings.max_norm_over_median
+    before = (found.dtype, shuffling.seed, shuffling.shuffle_rows, shuffling.block_rows)
+    now = (settings.dtype, settings.seed, settings.shuffle_rows, settings.block_rows)
+    for name, was, is_now in zip(
+        ("dtype", "seed", "shuffle_rows", "block_rows"), before, now, strict=True
+    ):
+        _refuse_other(path, name, was, is_now)
+    dropped = found.outlying and found.outlying.max_norm_over_median
+    _refuse_other(path, "max_norm_over_median", dropped, limit)
+
+
+def _has_commits(path: StoragePath) -> bool:
+    folder = path / "commits"
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _refuse_other(path: StoragePath, field: str, was: object, is_now: object) -> None:
+    """Raise `UserError` if a field of the manifest differs; names what in it does."""
+    if was == is_now:
+        return
+    if isinstance(was, Section) and isinstance(is_now, Section):
+        for inner in type(was).model_fields:
+            _refuse_other(path, inner, getattr(was, inner), getattr(is_now, inner))
+    if field == "sources" and isinstance(was, list) and isinstance(is_now, list):
+        changed = [one.name for one in is_now if one not in was]
+        words = f"the file {changed[0]} is another or new" if changed else "files are missing"
+    else:
+        words = f"{field} was {was} and is {is_now}"
     raise UserError(
-        f"the import at {path} was begun with other rows or settings: {field} was {was} and is "
-        f"{is_now}. Change it back to go on, or choose another folder (nothing was changed)"
+        f"the import at {path} was begun with other rows or settings: {words}. Change it back to "
+        "go on, or choose another folder (nothing was changed)"
     )

@@ -57,15 +57,32 @@ def write_tokens(
     special: SpecialIds,
     tokenizer_hash: str,
     held_out: int,
+    keep: bool,
     check: Callable[[], None],
 ) -> TokenTable:
-    """Write the table, or read it if it is there; `check` may raise between its shards.
+    """Write the table, or read it if it is there.
+
+    Args:
+        keep: refuse to replace a table of other ids, because buckets depend on it.
+        check: called between shards; may raise.
 
     Raises:
-        UserError: an id is negative or above 32 bits.
+        UserError: an id is negative or above 32 bits; or, with `keep`, other ids.
     """
+    text = TextConfig(source=[], sequence_length=arrays[0].shape[1], held_out_sequences=held_out)
+    sources = [SourceEntry(name=str(a), size=None, sha256=a.sha256) for a in arrays]
     if (path / TOKENS_FILE).exists():
-        return open_tokens(path)
+        table = open_tokens(path)
+        found = table.summary
+        before = (found.text, found.sources, found.special_ids, found.tokenizer_hash)
+        if before == (text, sources, special, tokenizer_hash):
+            return table
+        if keep:
+            raise UserError(
+                f"the import at {path.parent} was begun with other token ids, other special ones "
+                "among them, or another number of held-out rows: change that back to go on, or "
+                "choose another folder (nothing was changed)"
+            )
     remove_tree(path)
     make_folder(path)
     length, sequences = arrays[0].shape[1], sum(array.shape[0] for array in arrays)
@@ -83,8 +100,8 @@ def write_tokens(
     write_shards(usable_layout.open(create=True), usable_layout, start=0, rows=usable)
     summary = TokenSummary(
         format_version=FORMAT_VERSION,
-        text=TextConfig(source=[], sequence_length=length, held_out_sequences=held_out),
-        sources=[SourceEntry(name=str(a), size=None, sha256=a.sha256) for a in arrays],
+        text=text,
+        sources=sources,
         tokenizer_hash=tokenizer_hash,
         rows_wanted=None,
         special_ids=special,

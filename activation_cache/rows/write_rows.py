@@ -16,7 +16,7 @@ from activation_cache.rows.columns import parquet_rows
 from activation_cache.rows.row_array import Given, RowArray
 from activation_cache.rows.settings import ImportSettings, parse_tap
 from activation_cache.rows.source import Address, make_source, open_rows
-from activation_cache.rows.store_of_rows import RowImport
+from activation_cache.rows.store_of_rows import RowImport, check_same_settings
 from activation_cache.rows.unpack import TOKEN_IDS, unpack
 from activation_cache.runtime.errors import UserError
 from activation_cache.storage.files import AnyPath, StoragePath, remove_tree, storage_path
@@ -58,7 +58,7 @@ def import_rows(
     with folder_lock(path):
         folder = _scratch(path, scratch)
         unpacks = any(one.is_parquet for one in rows.values())
-        if unpacks and (done := _already(path, folder)) is not None:
+        if unpacks and (done := _already(path, folder, settings)) is not None:
             return done
         opened: dict[str, list[RowArray]] = {}
         for name, address in _named(rows, tokens).items():
@@ -71,14 +71,19 @@ def import_rows(
         return _store(path, opened, settings, tokenizer=tokenizer, folder=folder, stop=stop)
 
 
-def _already(path: StoragePath, folder: Path | None) -> Manifest | None:
-    """The manifest of a finished store whose rows came one after the other: not to be compared."""
+def _already(path: StoragePath, folder: Path | None, settings: ImportSettings) -> Manifest | None:
+    """The manifest of a finished store whose rows came one after the other.
+
+    They can't be compared any more; raises `UserError` for other settings.
+    """
     if not (path / MANIFEST_FILE).exists():
         return None
     if folder is not None and folder.exists():  # killed before it was removed
         remove_tree(folder)
+    found = open_store(path).manifest
+    check_same_settings(path, found, settings)
     logger.info("the store at %s is finished already", path)
-    return open_store(path).manifest
+    return found
 
 
 def _named(rows: Mapping[Tap, Address], tokens: Address | None) -> dict[str, Address]:
@@ -117,7 +122,7 @@ def write_rows(
     """
     chosen, path = check_settings(settings), storage_path(to)
     with folder_lock(path):
-        if (done := _already(path, _scratch(path, scratch))) is not None:
+        if (done := _already(path, _scratch(path, scratch), chosen)) is not None:
             return done
         folder = _need(_scratch(path, scratch), path)
         if isinstance(rows, Mapping) or hasattr(rows, "shape"):
