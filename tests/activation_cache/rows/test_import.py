@@ -165,6 +165,28 @@ def test_cached_activations_of_sae_lens(
     assert "40 of 6 rows, 2 of them held out" in " ".join(capsys.readouterr().out.split())
 
 
+def test_lists_of_lists_in_parquet_and_rows_in_int8(
+    sequences: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """A data set of the Hub has its sequences so; SAEs may be trained on packed rows."""
+    hook, ids = "blocks.3.hook_resid_post", np.arange(SEQUENCES * LENGTH).reshape(-1, LENGTH)
+    lists = pyarrow.array(sequences.tolist(), pyarrow.list_(pyarrow.list_(pyarrow.float32())))
+    table = pyarrow.table({hook: lists, "token_ids": ids.tolist()})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=9)
+    words = ["import", "-q", str(tmp_path / "a.parquet"), "--to", str(tmp_path / "store")]
+    assert main([*words, "--dtype", "int8", "--held-out", "12", "--shuffle-rows", "64"]) == 0
+    store = open_store(tmp_path / "store")
+    assert store.taps == (Tap("resid_post", 3),)
+    for part in (store, store.held_out):
+        found = part.provenance(start=0, stop=part.rows)
+        read = part.read(store.taps[0], start=0, stop=part.rows)
+        exact = sequences[found.sequence, found.position]
+        np.testing.assert_allclose(read, exact, atol=0.03)  # a 254th of what a block spans
+    np.testing.assert_array_equal(store.tokens.read(range(SEQUENCES)), ids)
+    inspect_store(tmp_path / "store", verify=True)
+    capsys.readouterr()
+
+
 def test_an_iterator_gives_the_store_of_its_rows_in_a_file(sequences: np.ndarray, tmp_path: Path):
     np.save(tmp_path / "0.npy", sequences)
     settings = ImportSettings(**SMALL, held_out=30)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from activation_cache import write_rows
 from activation_cache.harvest.harvest import harvest
 from activation_cache.runtime.errors import Interrupted, StorageError, UserError
 from activation_cache.storage import bucket, bucket_client, guard, lease
@@ -43,6 +44,20 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline")
     assert main(["harvest", "-q", str(write_pipeline(folder))]) == 0
     return folder
+
+
+def test_rows_are_imported_into_a_bucket(bucket_server: Server, tmp_path: Path):
+    """The bytes of an import into a folder; what comes one row after the other needs a disk."""
+    url = bucket_server.folder("imported")
+    rows = np.random.default_rng(0).standard_normal((300, 6)).astype(np.float32)
+    how = {"shuffle_rows": 256, "block_rows": 8, "held_out": 20}
+    write_rows(rows, to=tmp_path / "store", **how)
+    with pytest.raises(UserError, match=r"name a folder with scratch \(--scratch\)"):
+        write_rows(rows, to=url, **how)
+    write_rows(rows, to=url, scratch=tmp_path / "scratch", **how)
+    on_disk = file_hashes(tmp_path / "store")
+    assert object_hashes(url).items() >= {k: v for k, v in on_disk.items() if k != ".lock"}.items()
+    assert not list((tmp_path / "scratch").iterdir())
 
 
 def test_the_whole_pipeline(
