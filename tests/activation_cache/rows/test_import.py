@@ -20,7 +20,7 @@ import tensorstore as ts
 from activation_cache import write_rows
 from activation_cache.gemma.taps import Tap
 from activation_cache.harvest.matching_store import open_matching_store
-from activation_cache.rows import unpack
+from activation_cache.rows import columns, unpack
 from activation_cache.rows.settings import ImportSettings
 from activation_cache.rows.source import find_rows
 from activation_cache.rows.write_rows import import_rows
@@ -245,6 +245,20 @@ def test_what_came_before_a_kill_is_kept(
     write_rows(given(), to=to, **SETTINGS.model_dump())
     check_rows(open_store(to), rows, length=10)
     assert asked[-1] == (40 * len(kept) if counts else 0)
+
+
+def test_parquet_goes_on_after_the_last_part(
+    rows: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(unpack, "PART_BYTES", 500)
+    monkeypatch.setattr(columns, "_BATCH_BYTES", 400)
+    (tmp_path / "rows").mkdir()
+    write_parquet(tmp_path / "rows", rows)
+    with pytest.raises(Interrupted, match="unpacked"):
+        imported(tmp_path / "rows", tmp_path / "store", stop=stop_after(13))
+    kept = len(list((tmp_path / "store" / "unpacked" / "rows.0").glob("*.bin")))
+    assert kept > 2
+    check_rows(imported(tmp_path / "rows", tmp_path / "store"), rows, length=10)
 
 
 def test_two_taps_have_rows_of_the_same_tokens(sequences: np.ndarray, tmp_path: Path):
