@@ -71,18 +71,9 @@ def write_tokens(
     """
     text = TextConfig(source=[], sequence_length=arrays[0].shape[1], held_out_sequences=held_out)
     sources = [SourceEntry(name=str(a), size=None, sha256=a.sha256) for a in arrays]
-    if (path / TOKENS_FILE).exists():
-        table = open_tokens(path)
-        found = table.summary
-        before = (found.text, found.sources, found.special_ids, found.tokenizer_hash)
-        if before == (text, sources, special, tokenizer_hash):
-            return table
-        if keep:
-            raise UserError(
-                f"the import at {path.parent} was begun with other token ids, other special ones "
-                "among them, or another number of held-out rows: change that back to go on, or "
-                "choose another folder (nothing was changed)"
-            )
+    recipe = (text, sources, special, tokenizer_hash)
+    if (present := _present(path, recipe, keep=keep)) is not None:
+        return present
     remove_tree(path)
     make_folder(path)
     length, sequences = arrays[0].shape[1], sum(array.shape[0] for array in arrays)
@@ -113,6 +104,23 @@ def write_tokens(
     )
     write_record(path / TOKENS_FILE, summary)
     return TokenTable(path, summary)
+
+
+def _present(path: StoragePath, recipe: tuple[object, ...], *, keep: bool) -> TokenTable | None:
+    """The table that is there, if it was made so; with `keep` another is refused."""
+    if not (path / TOKENS_FILE).exists():
+        return None
+    table = open_tokens(path)
+    found = table.summary
+    if (found.text, found.sources, found.special_ids, found.tokenizer_hash) == recipe:
+        return table
+    if keep:
+        raise UserError(
+            f"the import at {path.parent} was begun with other token ids, other special ones "
+            "among them, or another number of held-out rows: change that back to go on, or "
+            "choose another folder (nothing was changed)"
+        )
+    return None
 
 
 def _checked(array: RowArray, rows: int) -> Iterator[Int32[np.ndarray, "N S"]]:
