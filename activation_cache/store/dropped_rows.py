@@ -22,7 +22,7 @@ from activation_cache.runtime.errors import UserError
 from activation_cache.store.manifest import Manifest
 from activation_cache.store.order import derive_key, mix
 
-_OUTLYING = 4  # the first word after the seed in the key, beside those of `order`
+_OUTLYING = 6  # the first word after the seed in the key, beside those of `order`
 _ROWS_AT_ONCE = 4096
 
 

@@ -31,7 +31,7 @@ _GAMMA = 0x9E3779B97F4A7C15  # splitmix64's increment: 2^64 over the golden rati
 _WORD = 2**64 - 1
 _ROUNDS = 8
 
-# The first word after the seed in every key: one stream per purpose.
+# The first word after the seed in every key: one stream per purpose. `dropped_rows` has the 6.
 SEQUENCES, BUCKET, BLOCKS, DEAL, STRETCH = 1, 2, 3, 4, 5
 
 _TOGETHER = 1024  # positions of an epoch whose blocks are computed together

@@ -150,11 +150,13 @@ def on_accelerator(
     Raises:
         UserError: it has no products at `train.precision`.
     """
-    usable = usable_bytes(chip)
-    verdicts = tuple(_verdict(run, chip, config, usable, assumptions) for run in runs)
     rolling = config.cache.rolling
     beside = rolling is not None and rolling.beside
     mesh = config.harvest_mesh[1] if beside else config.mesh
+    usable = usable_bytes(chip)
+    if rolling is not None and not beside:  # in turns the language model stays on the devices
+        usable -= harvest.weight_bytes // config.harvest_mesh[1].model
+    verdicts = tuple(_verdict(run, chip, config, usable, assumptions) for run in runs)
     devices = mesh.data * mesh.model
     precision = chip.harvesting(config.model)
     harvest_seconds = harvest.flops / (chip.flops[precision] * assumptions.mfu * devices)

@@ -15,7 +15,8 @@ BUCKET = 1_015_808  # rows: a million, in blocks of 256 and to six significant b
 @pytest.mark.parametrize("size", [{"buckets": 64}, {"bytes": 65 * BUCKET * (3584 * 4 + 8) + 1}])
 @pytest.mark.parametrize("beside", [False, True])
 def test_the_disk_holds_a_window_and_a_bucket(size: dict[str, int], beside: bool) -> None:
-    rolling = {"cache.rolling": size | {"beside": beside}, "cache.mesh": {"data": 4}}
+    mesh = {"data": 4} if beside else {"model": 8}
+    rolling = {"cache.rolling": size | {"beside": beside}, "cache.mesh": mesh}
     whole = plan_of(scope_config(), "h200", price=3.0)
     plan = plan_of(with_values(scope_config(), rolling, source="test"), "h200", price=3.0)
     assert plan.store.window == 64
@@ -26,6 +27,8 @@ def test_the_disk_holds_a_window_and_a_bucket(size: dict[str, int], beside: bool
     assert on.sides is not None
     assert plain.sides is None
     assert on.train_hours is not None
+    weights = 0 if beside else plan.harvest.weight_bytes // 8
+    assert plain.usable_bytes - on.usable_bytes == weights
     if not beside:
         assert on.total_hours == plain.total_hours
         assert on.total_cost == plain.total_cost
