@@ -6,7 +6,8 @@
 
 Two stores (the demo's text at layer 5, Python's standard library at layer 12, of Gemma 3 270M),
 `match_l0`. Every part varies one setting or two around a common one; FVU is of 24 held-out
-sequences, brought to the target L0 by FVU falling as L0 to the power -0.4. The folder keeps
+sequences, brought to the target L0 by FVU falling as L0 to the power -0.4. `check` holds the recipe
+against settings searched by hand on two stores that no formula was found by. The folder keeps
 results.jsonl, and what is there isn't trained again.
 """
 
@@ -24,51 +25,94 @@ from benchmarks.precision.quality import base_config
 from benchmarks.recipe.runs import Cell, Score, Study
 from benchmarks.support.measure import markdown, prepare
 from launch.processes.compile_cache import keep_programs
+from sae_train.config.file import load_config, with_values
+from sae_train.config.run import Config
 
 SLOPE = 0.4
-STORES = ("python", "demo")
+STORES = ("python", "demo")  # whose runs the formulas were found by
+OTHERS = {"mlp, python": ("python", "mlp_out"), "att, sotu": ("demo", "attn_out_prelinear")}
+SITES = ("resid_post", "mlp_out", "attn_out_prelinear")
 RATE, BANDWIDTH, INIT = "train.learning_rate.peak", "sae.bandwidth", "sae.threshold.init"
+RECIPE = "train.recipe"
 CLIP, WHITENING, REVIVE = "train.gradient_clip", "sae.whitening", "sae.revive_coefficient"
+
+
+def base_of(store: str, root: Path, others: Path) -> Config:
+    """The demo's config, which has a recipe, at a store's text and tap."""
+    text, site = OTHERS.get(store, (store, "resid_post"))
+    at = base_config(text, root)
+    own: dict[str, Any] = {
+        "text": at.text.model_dump(),
+        "cache": at.cache.model_dump(),
+        "sae.site": site,
+        "sae.layer": at.sae.layer,
+        "train.log_every_steps": 50,
+        "checkpoint": {"every_steps": 100_000, "keep": 1},
+    }
+    if store in OTHERS:
+        own |= {
+            "cache.path": str(others / "stores" / {"python": "python", "demo": "sotu"}[text]),
+            "cache.sites": [{"site": one, "layers": [12]} for one in SITES],
+            "cache.tokens": 100_000,
+            "sae.layer": 12,
+        }
+    if store in OTHERS and text == "python":
+        own["text.source"] = [str(others / "text" / "*.txt")]
+    return with_values(load_config("configs/demo.yaml"), own, source="benchmark")
 
 
 def _each(cell: Cell, key: str, values: Iterable[Any]) -> list[Cell]:
     return [replace(cell, settings={**cell.settings, key: value}) for value in values]
 
 
-def _on_both(cells: Sequence[Cell]) -> list[Cell]:
-    return [replace(cell, store=store) for store in STORES for cell in cells]
+def _rates(*rates: float, stores: Sequence[str] = STORES, **size: Any) -> list[Cell]:
+    return [cell for store in stores for cell in _each(Cell(store, **size), RATE, rates)]
 
 
-def _rates(*, steps: int, rates: Sequence[float], **size: Any) -> list[Cell]:
-    return _each(Cell("python", steps=steps, **size), RATE, rates)
+def _rates(*rates: float, stores: Sequence[str] = STORES, **size: Any) -> list[Cell]:
+    return [cell for store in stores for cell in _each(Cell(store, **size), RATE, rates)]
 
 
-def _whitened(store: str, target: int, pairs: Sequence[tuple[float, float]]) -> list[Cell]:
+def _around(key: str, *values: Any) -> list[Cell]:
+    """On both stores, around the common settings at half the width."""
+    bases = [Cell(store, width=1024, settings={RATE: 2e-3}) for store in STORES]
+    return [cell for base in bases for cell in _each(base, key, values)]
+
+
+def _whitened(store: str, target: int, *pairs: tuple[float, float]) -> list[Cell]:
     return [
-        Cell(store, target=target, settings={RATE: 3e-3, WHITENING: p, REVIVE: c}) for p, c in pairs
+        Cell(store, target=target, settings={RATE: 2e-3, WHITENING: p, REVIVE: c}) for p, c in pairs
     ]
 
 
-BASE = Cell("python", settings={RATE: 3e-3})
+def _checks(store: str) -> list[Cell]:
+    """The recipe, the recipe without what lowers other losses, and settings changed by hand.
+
+    The second is also the middle of the search by hand: its rate is 1.97e-3, its bandwidth 0.01.
+    """
+    plain = {RECIPE: "auto", WHITENING: 0.0, REVIVE: 0.0}
+    by_hand = [{RATE: 1e-3}, {RATE: 4e-3}, {BANDWIDTH: 0.03}]
+    settings = [{RECIPE: "auto"}, plain, *(plain | one for one in by_hand)]
+    return [Cell(store, width=1024, settings=own) for own in settings]
+
+
 PARTS: dict[str, list[Cell]] = {
-    "rate": _on_both(_rates(steps=600, rates=(3e-3, 1.5e-3, 6e-3))),
+    "rate": _rates(3e-3, 1.5e-3, 6e-3),
     "whitening": [
-        *_whitened("python", 20, ((0.25, 0.0), (0.25, 1.0), (0.5, 1.0))),
-        *_whitened("python", 50, ((0.25, 1.0), (0.5, 1.0))),
-        *_whitened("demo", 50, ((0.25, 1.0), (0.5, 1.0))),
+        *_whitened("python", 20, (0.25, 0.0), (0.25, 1.0), (0.5, 1.0)),
+        *_whitened("python", 50, (0.25, 1.0), (0.0, 0.0)),
     ],
-    "bandwidth": _on_both(_each(BASE, BANDWIDTH, (0.003, 0.03))),
-    "rate_300": _on_both(_rates(steps=300, rates=(4.2e-3, 2.1e-3, 8.4e-3))),
-    "clip": _on_both(_each(BASE, CLIP, (None, 1.0))),
-    "rate_1200": _on_both(_rates(steps=1200, rates=(2.1e-3, 1.05e-3, 4.2e-3))),
-    "rows": _rates(steps=600, rates=(3e-3, 1.5e-3, 6e-3), rows=512),
-    "widths": [
-        *_rates(steps=600, rates=(3e-3, 1.5e-3, 6e-3), width=1024),
-        *_rates(steps=600, rates=(3e-3, 1.5e-3, 6e-3), width=4096),
-    ],
-    "seeds": _on_both([replace(BASE, seed=1)]),
-    "start": _each(BASE, INIT, (0.003, 0.03)),
-    "rate_2400": _rates(steps=2400, rates=(1.5e-3, 0.75e-3, 3e-3)),
+    "rate_1024": _rates(2e-3, 1e-3, 4e-3, width=1024),
+    "rate_300": _rates(2.8e-3, 1.4e-3, 5.6e-3, width=1024, steps=300),
+    "rate_1200": _rates(1.4e-3, 0.7e-3, 2.8e-3, width=1024, steps=1200),
+    "bandwidth": _around(BANDWIDTH, 0.003, 0.03),
+    "clip": _around(CLIP, None, 1.0),
+    "rate_2400": _rates(1e-3, 0.5e-3, 2e-3, stores=("python",), width=1024, steps=2400),
+    "rows": _rates(2e-3, 1e-3, 4e-3, stores=("python",), width=1024, rows=1024),
+    "rate_4096": _rates(2e-3, 1e-3, 4e-3, stores=("python",), width=4096),
+    "start": _around(INIT, 0.003, 0.03),
+    "seeds": [Cell(store, width=1024, seed=1, settings={RATE: 2e-3}) for store in STORES],
+    "check": [cell for store in OTHERS for cell in _checks(store)],
 }
 
 
@@ -95,12 +139,15 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="for the numbers; goes on")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--stores", type=Path, help="a folder of benchmarks.precision.quality")
+    parser.add_argument("--others", type=Path, help="a folder with the stores python and sotu")
     arguments = parser.parse_args()
     prepare()
     keep_programs()
     logging.getLogger("recipe").setLevel(logging.INFO)
     root = arguments.stores or arguments.folder
-    study = Study(arguments.folder, {name: base_config(name, root) for name in STORES})
+    others = arguments.others or root / "others"
+    bases = {name: base_of(name, root, others) for name in (*STORES, *OTHERS)}
+    study = Study(arguments.folder, bases)
     for part in arguments.parts:
         found = study.scores(PARTS[part])
         sys.stdout.write(f"{part}\n\n{table(PARTS[part], found)}\n\n")

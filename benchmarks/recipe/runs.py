@@ -24,12 +24,13 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from activation_cache.harvest.harvest import harvest
 from activation_cache.language_model.model import conversion_folder, load_model
 from activation_cache.store.store import open_store
 from benchmarks.loss.__main__ import apply, centred
 from benchmarks.loss.text import Text
 from sae_train.checkpoint.trained import load_trained
-from sae_train.config.file import with_values
+from sae_train.config.file import resolved_yaml, with_values
 from sae_train.config.run import Config
 from sae_train.inference.fold import fold
 from sae_train.inference.sae import Sae
@@ -39,7 +40,7 @@ logger = logging.getLogger("recipe")
 
 HELD_OUT_SEQUENCES, LOSS_SEQUENCES = 24, 12
 ALIVE_ROWS = 20_000
-TOGETHER = 3  # SAEs of a cohort
+TOGETHER = 5  # SAEs of a cohort
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,28 @@ class Cell:
         }
         own = {
             "sae.width": self.width,
-            "sae.whitening": 0.0,
-            "sae.bandwidth": 0.01,
-            "sae.threshold": {"init": 0.01, "parametrisation": "direct"},
-            "sae.b_dec_init": "mean",
             "train.batch_size": self.rows,
             "train.tokens": self.rows * self.steps,
             "train.seed": self.seed,
             "train.step": "auto",
+            "train.sparsity": sparsity,
+            "output": str(folder),
+        }
+        if "train.recipe" not in self.settings:
+            own |= self._by_hand()
+        else:
+            del sparsity["warmup_steps"]
+        return with_values(base, own | dict(self.settings), source="benchmark")
+
+    def _by_hand(self) -> dict[str, Any]:
+        """The settings around which the study varies one or two."""
+        return {
+            "train.recipe": None,
+            "sae.whitening": 0.0,
+            "sae.revive_coefficient": 0.0,
+            "sae.bandwidth": 0.01,
+            "sae.threshold": {"init": 0.01, "parametrisation": "direct"},
+            "sae.b_dec_init": "mean",
             "train.learning_rate": {
                 "peak": 3e-3,
                 "warmup_steps": self.steps // 12,
@@ -85,10 +100,7 @@ class Cell:
             },
             "train.gradient_clip": 0.1,
             "train.dead_after_tokens": self.rows * self.steps // 12,
-            "train.sparsity": sparsity,
-            "output": str(folder),
         }
-        return with_values(base, own | dict(self.settings), source="benchmark")
 
 
 @dataclass(frozen=True)
@@ -149,6 +161,16 @@ class Measure:
         )
 
 
+def _harvested(config: Config) -> None:
+    harvest(
+        model=config.model,
+        text=config.text,
+        cache=config.cache,
+        mesh=config.mesh,
+        resolved_config_yaml=resolved_yaml(config),
+    )
+
+
 def _held_out_rows(config: Config) -> Float[np.ndarray, "N D"]:
     store, tap = open_store(config.cache.path), config.sae.tap
     model = load_model(config.model, converted=conversion_folder(config.cache.path))
@@ -198,6 +220,7 @@ class Study:
         place = self.folder / "at_work" / hashlib.sha256(names.encode()).hexdigest()[:12]
         base = self.bases[cells[0].store]
         configs = [cell.config(base, place / str(at)) for at, cell in enumerate(cells)]
+        _harvested(base)
         started = time.process_time()
         train_cohort(configs)
         seconds = (time.process_time() - started) / len(cells)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from sae_train.config.file import differing_fields, value_at
 from sae_train.config.run import Config
+from sae_train.recipe.fill import CHOSE
 from sae_train.runs.folder import RunFolder
 
 # Settings that make an SAE sparse: runs that differ in these alone form one frontier.
@@ -133,7 +134,7 @@ def _differing(configs: Sequence[Config]) -> list[str]:
     keys: dict[str, None] = {}
     for config in configs[1:]:
         keys.update(dict.fromkeys(differing_fields(configs[0], config)))
-    return [key for key in keys if key.partition(".")[0] not in _OWN]
+    return [key for key in keys if key.partition(".")[0] not in _OWN and key != CHOSE]
 
 
 def _settings(config: Config, keys: Sequence[str]) -> str:
