@@ -42,6 +42,11 @@ def harvest(arguments: argparse.Namespace, stop: StopFlag) -> int:
         return submit.submit(config, command="harvest", dry_run=arguments.dry_run, stop=stop)
     from launch.sweep.suite_runs import stores
 
+    if arguments.follow and config.cache.rolling is None:
+        raise UserError(
+            "--follow is for a rolling store, which is harvested while a trainer reads it, and the "
+            "config has no cache.rolling: leave it out"
+        )
     for store in stores(config):
         stages.harvest(store, stop=stop, follow=arguments.follow)
     return 0

@@ -4,7 +4,7 @@
 trainer's own process the two take turns: `supply` makes the buckets that the next step needs. In
 a process of its own it follows the trainer (`follow`): it harvests one bucket beyond the window
 while training reads, and learns from `reading.json` where the trainer is. A trainer beside it waits
-with `wait_for`.
+with `waiting_supply`.
 
 Buckets are deleted as soon as the trainer has read past them, whatever its last checkpoint is, so
 that the disk never holds more than the window and one bucket. A run that goes on from an older
@@ -34,6 +34,7 @@ from activation_cache.storage.locks import folder_lock, is_locked
 from activation_cache.store.manifest import Manifest
 from activation_cache.store.rolling import (
     Reading,
+    Supply,
     buckets_on_disk,
     delete_bucket,
     is_there,
@@ -44,6 +45,7 @@ from activation_cache.store.store import MANIFEST_FILE, Store
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.1
+_SETTLING_SECONDS = 1.0  # longer than it takes to look, and to delete a bucket's files
 # A harvest whose trainer was killed ends a second later, after the forward pass under way.
 _LOCK_SECONDS = 60.0
 
@@ -214,13 +216,27 @@ class RollingHarvest(Closing):
             raise Interrupted(f"harvest stopped: the finished buckets of {self.path} are committed")
 
 
-def wait_for(store: StoragePath, reading: Reading, stop: Callable[[], bool]) -> None:
-    """Wait until the buckets that a trainer's next step needs are there.
+def waiting_supply(store: StoragePath) -> Supply:
+    """The supply of a trainer beside whom a store is harvested: waits for what its next step needs.
 
     Raises:
         Interrupted: `stop` turned true.
     """
-    waiting = Waiting(f"the harvest of bucket {reading.through}")
+    before: list[int] = []
+
+    def supply(reading: Reading, stop: Callable[[], bool]) -> None:
+        _wait_for(store, reading, stop)
+        if not before or reading.stretch < before[-1]:
+            # The harvest may just have read where another trainer was, and be about to delete.
+            time.sleep(_SETTLING_SECONDS)
+            _wait_for(store, reading, stop)
+        before[:] = [reading.stretch]
+
+    return supply
+
+
+def _wait_for(store: StoragePath, reading: Reading, stop: Callable[[], bool]) -> None:
+    waiting = Waiting(f"the harvest of bucket {reading.through + 1}")
     while not all(is_there(store, bucket) for bucket in reading.needed):
         waiting.tell()
         if stop():

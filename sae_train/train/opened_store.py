@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from activation_cache.harvest.matching_store import open_matching_store
-from activation_cache.harvest.rolling import RollingHarvest, wait_for, wait_for_store
+from activation_cache.harvest.rolling import RollingHarvest, wait_for_store, waiting_supply
 from activation_cache.runtime import processes
 from activation_cache.runtime.errors import UserError
 from activation_cache.store.rolling import RollingWindow, Supply
@@ -71,7 +70,7 @@ def opened_store(configs: Sequence[Config], *, stop: Callable[[], bool]) -> Iter
         return
     if rolling.beside:
         store = wait_for_store(**sections, stop=stop)
-        supply = functools.partial(wait_for, store.path)
+        supply = waiting_supply(store.path)
         yield OpenedStore(store, _window(configs, store, supply), stop)
         return
     if processes.process_count() > 1:
