@@ -205,7 +205,8 @@ def _by_prefix(evaluation: Evaluation) -> str:
     for row in evaluation.by_prefix:
         lines.append(
             f"| {row['latents']:,} | {row['l0']:.2f} | {number(row['fvu'])} | "
-            f"{number(row['delta_loss'])} | {row['alive_fraction']:.1%} |"
+            f"{number(row['delta_loss']) if evaluation.loss_sequences else '–'} | "
+            f"{row['alive_fraction']:.1%} |"
         )
     return "\n".join(lines) + "\n\n"
 
