@@ -107,6 +107,7 @@ def train_cohort(
             progress = CohortProgress(at_work, stack=stack)
             batches = _Batches(opened, readers, originals, mesh=mesh, clock=clock)
             _steps(at_work, batches=batches, mesh=mesh, progress=progress, stop=stop)
+        opened.finish()
     exchange.barrier("trained")
     exchange.run_on_main_and_broadcast("failures", lambda: _tell_failures(members))
     return [TrainResult(one.folder, one.done, one.step_log.last_row) for one in members]
@@ -277,7 +278,6 @@ def _steps(
         _each(turn, Member.judge, errors=Diverged)
         _leave([one for one in turn if one.failure is None and not one.at_work], batches)
         progress.show(step + 1)
-    batches.opened.finish()
 
 
 def _leave(members: Sequence[Member], batches: _Batches) -> None:
