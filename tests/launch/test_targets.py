@@ -70,14 +70,17 @@ def headings(folder: Path) -> list[str]:
 
 
 def test_status_says_which_runs_have_latents(two_sweeps: Path):
+    def latents(folder: Path) -> list[str]:
+        return shown(folder, column=headings(folder).index("latents"))
+
     assert "latents" not in headings(two_sweeps)
     write_latents_folder(two_sweeps / "coefficient_0.001-width_16", F=4)
-    assert shown(two_sweeps, column=-1) == ["outdated", "-", "no", "no"]
+    assert latents(two_sweeps) == ["outdated", "-", "no", "no"]
     run = write_run(make_config(output=str(two_sweeps.parent / "one")), l0=20, steps=100)
     write_latents_folder(run, F=4)
-    assert shown(run, column=-1) == ["yes"]
+    assert latents(run) == ["yes"]
     (run / "checkpoints" / "200").mkdir()
-    assert shown(run, column=-1) == ["outdated"]
+    assert latents(run) == ["outdated"]
 
 
 def test_copies_renamed_runs_and_other_sweeps_are_named_and_left_out(two_sweeps: Path, caplog):
