@@ -1,6 +1,7 @@
 """The reader with full shuffling against the disk's own sequential rate.
 
     python -m benchmarks.reader [--gigabytes 4] [--rounds 5] [--folder .] [--width 64]
+        [--dtype int8]
 
 Two ways take turns over the same store, whose pages the kernel is asked to forget before each: its
 files one after the other in 8 MiB reads, by as many threads as the reader has, and batches in
@@ -8,7 +9,8 @@ training order. Then the share of its time that a run waits for batches, what `i
 says of its steps: with pauses for steps, of 1.25 times what the disk needs for a batch, as often as
 there are rounds; and of a training run on the store, whose SAE of `--width` latents takes as long
 for a step as it takes here. A run's first batch is waited for whatever the disk, so both begin with
-the second.
+the second. `--dtype` is of the store; the reader's rate and processor seconds are of rows in
+float32, whatever they take on the disk.
 """
 
 from __future__ import annotations
@@ -20,14 +22,17 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import jax.numpy as jnp
 import numpy as np
 
+from activation_cache.config import RowDtype
 from activation_cache.storage.arrays import bucket_rows
 from activation_cache.store.manifest import Manifest
 from activation_cache.store.reader import ActivationReader
 from activation_cache.store.store import Store
+from activation_cache.store.tap_array import host_dtype
 from benchmarks.support.measure import interleaved, prepare
 from sae_train.runs.metrics_file import read_metrics
 from sae_train.train.loop import train
@@ -43,15 +48,16 @@ SHUFFLE_ROWS, BLOCK_ROWS = 65_536, 256
 PACE = 1.25  # of the disk's own: it can keep up
 
 
-def _rows(start: int, stop: int, width: int, dtype: str = "float32") -> np.ndarray:
+def _rows(start: int, stop: int, width: int, dtype: RowDtype = "float32") -> np.ndarray:
     """Noise that doesn't compress, made as fast as the disk takes it."""
     rng = np.random.default_rng(start)
-    return rng.standard_normal((stop - start, width), dtype=np.float32)
+    rows = rng.standard_normal((stop - start, width), dtype=np.float32)
+    return rows.astype(jnp.dtype(host_dtype(dtype)), copy=False)
 
 
-def _manifest(rows: int) -> Manifest:
+def _manifest(rows: int, dtype: RowDtype) -> Manifest:
     cut = {"shuffle_rows": SHUFFLE_ROWS, "block_rows": BLOCK_ROWS}
-    manifest = make_manifest(rows=rows, width=WIDTH, **cut)
+    manifest = make_manifest(rows=rows, width=WIDTH, dtype=dtype, **cut)
     assert manifest.shuffling.bucket_rows == bucket_rows(**cut)
     return manifest
 
@@ -77,14 +83,18 @@ def _sequential(path: Path) -> int:
     return total
 
 
-def measure(folder: Path, *, gigabytes: float, rounds: int, width: int = 64) -> dict[str, Any]:
-    """Write a store of that size below `folder`, and time the ways to read it.
+def measure(
+    folder: Path, *, gigabytes: float, rounds: int, width: int = 64, dtype: RowDtype = "float32"
+) -> dict[str, Any]:
+    """Write a store of so many rows below `folder`, and time the ways to read it.
 
     Args:
+        gigabytes: of the rows in float32.
         width: latents of the SAE that is trained.
+        dtype: of the store.
     """
     rows = max(BATCH * 8, int(gigabytes * 1e9) // (4 * WIDTH) // BATCH * BATCH)
-    store = write_store(folder, _manifest(rows), make_rows=_rows)
+    store = write_store(folder, _manifest(rows, dtype), make_rows=_rows)
     files, step_bytes = _files(folder), 4 * WIDTH * BATCH
     size = sum(path.stat().st_size for path in files)
 
@@ -97,9 +107,12 @@ def measure(folder: Path, *, gigabytes: float, rounds: int, width: int = 64) -> 
         {"files in order": sequential, "batches, shuffled": lambda: _batches(store, rows, folder)},
         rounds=rounds,
     )
+    began = time.process_time()
+    _batches(store, rows, folder)
+    processor = time.process_time() - began
     disk = size / times["files in order"].median
     reader = step_bytes * (rows // BATCH) / times["batches, shuffled"].median
-    seconds = step_bytes / disk
+    seconds = size / rows * BATCH / disk
     paced = [_waited(store, rows, folder, seconds=PACE * seconds) for _ in range(rounds)]
     low, median, high = np.quantile(paced, [0.25, 0.5, 0.75])
     waited, step = _trained(store, folder, width=width)
@@ -109,6 +122,7 @@ def measure(folder: Path, *, gigabytes: float, rounds: int, width: int = 64) -> 
         "disk_gb_per_s": disk / 1e9,
         "reader_gb_per_s": reader / 1e9,
         "ratio": reader / disk,
+        "processor_seconds_per_gb": processor / (4e-9 * WIDTH * rows),
         "input_wait_fraction": float(median),
         "input_wait_fraction_quartiles": [float(low), float(high)],
         "trained_input_wait_fraction": waited,
@@ -140,7 +154,7 @@ def _waited(store: Store, rows: int, folder: Path, *, seconds: float) -> float:
 
 def _trained(store: Store, folder: Path, *, width: int) -> tuple[float, float]:
     """The same share as metrics.jsonl has it, of a run of one epoch, and the seconds of a step."""
-    every = 5
+    every, found = 5, store.manifest.dtype
     with tempfile.TemporaryDirectory(dir=folder.parent) as output:
         config = make_config(
             rows=store.rows,
@@ -152,7 +166,7 @@ def _trained(store: Store, folder: Path, *, width: int) -> tuple[float, float]:
             tokens=store.rows,
             log_every_steps=every,
         )
-        cut = {"shuffle_rows": SHUFFLE_ROWS, "block_rows": BLOCK_ROWS}
+        cut = {"shuffle_rows": SHUFFLE_ROWS, "block_rows": BLOCK_ROWS, "dtype": found}
         config = config.model_copy(update={"cache": config.cache.model_copy(update=cut)})
         _forget(folder)
         train(config)
@@ -171,6 +185,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path(), help="on the disk to measure")
     parser.add_argument("--width", type=int, default=64, help="latents of the SAE trained")
+    parser.add_argument("--dtype", choices=get_args(RowDtype), default="float32")
     sizes = parser.parse_args()
     prepare()
     logger.setLevel(logging.INFO)
@@ -180,6 +195,7 @@ def main() -> None:
             gigabytes=sizes.gigabytes,
             rounds=sizes.rounds,
             width=sizes.width,
+            dtype=sizes.dtype,
         )
     for name, times in found.pop("times").items():
         logger.info("%-32s %s", name, times)

@@ -8,12 +8,12 @@ Two taps of Gemma 3 270M: `resid_post.5` of the demo's text and `resid_post.12` 
 standard library (the stores of `benchmarks.precision.quality`), harvested once in float32. The
 other dtypes' stores are made of these rows, with the bytes that a harvest would write. The demo's
 recipe, whitened rows included, which counts errors in directions of little variance most; 1,024
-latents, 300 steps of 256 rows, `match_l0` at 50. Every SAE is measured on the activations of
-held-out text in float32.
+latents, 300 steps of 256 rows, `match_l0` at 50. Every SAE is measured on the last 16,384 rows in
+float32, and spliced into the model on `--sequences` held-out sequences of 256 tokens.
 
 SAEs of one seed see the same rows in the same order and begin with the same weights, so each is
-compared with the float32 one of its seed. The folder keeps stores, runs and results.jsonl; what is
-there is not done again.
+compared with the float32 one of its seed. The folder keeps stores, runs and row_dtypes.jsonl; what
+is there is not done again.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jaxtyping import Float
@@ -45,27 +46,31 @@ from activation_cache.store.tap_array import Packing, host_dtype, stored_row_byt
 from activation_cache.store.writer import Bucket, BucketWriter, read_commits
 from benchmarks.precision.quality import STORES, base_config
 from benchmarks.support.measure import markdown, prepare
+from sae_train.checkpoint.trained import load_trained
 from sae_train.config.file import resolved_yaml, with_values
 from sae_train.config.run import Config
 from sae_train.evaluate.job import Job
 from sae_train.evaluate.jobs import Models, jobs_of
-from sae_train.evaluate.result import headline
+from sae_train.evaluate.result import fvus
+from sae_train.evaluate.sums import SaeSums, SiteSums, sae_batch
 from sae_train.evaluate.text_pass import Pass
+from sae_train.inference.fold import fold
+from sae_train.inference.sae import Sae
 from sae_train.runs.folder import newest_checkpoint
 from sae_train.train.loop import train
 
 logger = logging.getLogger("row dtypes")
 
 DTYPES: tuple[RowDtype, ...] = get_args(RowDtype)
-SAMPLE_ROWS = 16_384  # for the rows' own errors
-MEASURED = {
-    "sequences": 24,
-    "loss_sequences": 6,
-    "importance_sequences": 0,
-    "sequences_per_batch": 6,
+SAMPLE_ROWS = 16_384
+NUMBERS = {
+    "l0": ".1f",
+    "fvu": ".4f",
+    "fvu_without_outlying": ".4f",
+    "fvu_median_token": ".4f",
+    "alive": ".1%",
+    "delta_loss": ".3f",
 }
-TAPS = {"demo": "resid_post.5", "python": "resid_post.12"}  # of the stores
-NUMBERS = ("l0", "fvu", "fvu_without_outlying", "fvu_median_token", "delta_loss", "alive")
 
 
 def config_of(store: str, dtype: RowDtype, *, seed: int, root: Path) -> Config:
@@ -141,58 +146,87 @@ def _stored(x_ND: Float[np.ndarray, "N D"]) -> dict[str, tuple[int, np.ndarray]]
     }
 
 
-def measure(configs: Sequence[Config], root: Path, *, store: str) -> None:
-    """Evaluate runs of one store in one pass over held-out text; rows go to the file."""
+def measure_on_rows(configs: Sequence[Config], root: Path) -> None:
+    """L0 and FVU of runs of one store on its last rows in float32; they go to the file."""
+    exact = open_store(configs[0].cache.path)
+    x_ND = exact.read(configs[0].sae.tap, start=exact.rows - SAMPLE_ROWS, stop=exact.rows)
+    for config in configs:
+        sae = fold(load_trained(storage_path(config.output)))
+        _write(config, root, _on_rows(sae, x_ND))
+
+
+def measure_in_the_model(configs: Sequence[Config], root: Path, *, sequences: int) -> None:
+    """Delta loss of runs of one store in one pass over held-out text; it goes to the file."""
     models = Models(given=None)
-    jobs = [_job(config, models) for config in configs]
+    jobs = [_job(config, models, sequences=sequences) for config in configs]
     one = Pass(jobs, models.load(jobs[0]))
     one.run()
     for index, config in enumerate(configs):
-        site, sae = one.sites[jobs[index].target], one.saes[index]
-        found = headline(site=site, sae=sae, base=one.base, spliced=one.spliced[index, False])
-        found["alive"] = float((sae.fired_F > 0).mean())
-        key = {"store": store, "dtype": config.cache.dtype, "seed": config.train.seed}
-        with (root / "row_dtypes.jsonl").open("a") as file:
-            file.write(json.dumps(key | {name: found[name] for name in NUMBERS}) + "\n")
+        delta_loss = one.spliced[index, False].mean - one.base.mean
+        _write(config, root, {"delta_loss": delta_loss, "sequences": sequences})
 
 
-def _job(config: Config, models: Models) -> Job:
+def _write(config: Config, root: Path, found: dict[str, Any]) -> None:
+    key = {"tap": config.sae.tap.name, "dtype": config.cache.dtype, "seed": config.train.seed}
+    with (root / "row_dtypes.jsonl").open("a") as file:
+        file.write(json.dumps(key | found) + "\n")
+
+
+def _on_rows(sae: Sae, x_ND: Float[np.ndarray, "N D"]) -> dict[str, float]:
+    """L0, the three FVUs and the share of latents that fire, of rows in float32."""
+    site, sums = SiteSums(), SaeSums(error_TS=np.zeros((1, len(x_ND)), np.float32))
+    x_BSD, counted_BS = jnp.asarray(x_ND[None]), np.ones((1, len(x_ND)), bool)
+    usual_BS = site.add(x_BSD, counted_BS)
+    sums.add(sae_batch(sae, x_BSD, counted_BS), usual_BS=usual_BS, first=0)
+    l0 = float(sums.active_S.sum() / len(x_ND))
+    found = {name: value for name, value in fvus(site=site, sae=sums).items() if value is not None}
+    return {"l0": l0, **found, "alive": float((sums.fired_F > 0).mean())}
+
+
+def _job(config: Config, models: Models, *, sequences: int) -> Job:
     folder = storage_path(config.output)
     (job,) = jobs_of(folder, settings=None, models=models, stop=lambda: False)
-    settings = job.settings.model_copy(update=MEASURED)
-    return dataclasses.replace(job, settings=settings, compared=True)
+    own = {"sequences": sequences, "loss_sequences": sequences, "importance_sequences": 0}
+    own |= {"sequences_per_batch": min(sequences, 4)}
+    return dataclasses.replace(job, settings=job.settings.model_copy(update=own), compared=True)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Means over seeds with the largest distance from them; differences from float32 by seed."""
-    head = ["tap", "rows", "L0", "FVU", "without outlying", "median token", "delta loss", "alive"]
+    head = ["tap", "rows", "L0", "FVU", "without outlying", "median token", "alive", "delta loss"]
     head += ["FVU to float32's", "delta loss to float32's", "seeds"]
     lines = []
-    for store, dtype in itertools.product(STORES, DTYPES):
-        own, exact = (
-            {r["seed"]: r for r in rows if (r["store"], r["dtype"]) == (store, kind)}
-            for kind in (dtype, "float32")
-        )
-        if not own:
-            continue
-        texts = [
-            _spread([row[name] for row in own.values()], form)
-            for name, form in zip(NUMBERS, (".1f", ".4f", ".4f", ".4f", ".3f", ".1%"), strict=True)
+    taps = dict.fromkeys(row["tap"] for row in rows)
+    for tap, dtype in itertools.product(taps, DTYPES):
+        own, exact = (_by_seed(rows, tap=tap, dtype=kind) for kind in (dtype, "float32"))
+        cells = [
+            _spread([row.get(name) for row in own.values()], NUMBERS[name]) for name in NUMBERS
         ]
-        seeds = sorted(own.keys() & exact.keys())
-        changes = ["", ""]
-        if dtype != "float32" and seeds:
-            changes = [
-                _spread([own[s]["fvu"] / exact[s]["fvu"] - 1 for s in seeds], "+.2%"),
-                _spread([own[s]["delta_loss"] - exact[s]["delta_loss"] for s in seeds], "+.4f"),
-            ]
-        lines.append([TAPS[store], dtype, *texts, *changes, str(len(own))])
+        pairs = [(own[s], exact[s]) for s in sorted(own.keys() & exact.keys())]
+        if dtype != "float32":
+            cells.append(_spread([a["fvu"] / b["fvu"] - 1 for a, b in pairs], "+.2%"))
+            losses = [(a.get("delta_loss"), b.get("delta_loss")) for a, b in pairs]
+            found = [None if None in pair else pair[0] - pair[1] for pair in losses]
+            cells.append(_spread(found, "+.4f"))
+        lines.append([tap, dtype, *cells, *[""] * (len(head) - len(cells) - 3), str(len(own))])
     return markdown(head, lines)
 
 
-def _spread(values: Sequence[float], form: str) -> str:
-    mean = float(np.mean(values))
-    return f"{mean:{form}} ± {max(abs(value - mean) for value in values):{form.lstrip('+')}}"
+def _by_seed(rows: Sequence[dict[str, Any]], *, tap: str, dtype: str) -> dict[int, dict[str, Any]]:
+    """All that was measured of the SAEs of a tap and a dtype."""
+    found: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        if (row["tap"], row["dtype"]) == (tap, dtype):
+            found[row["seed"]] = found.get(row["seed"], {}) | row
+    return found
+
+
+def _spread(values: Sequence[float | None], form: str) -> str:
+    numbers = [value for value in values if value is not None]
+    if not numbers or len(numbers) < len(values):
+        return "–"
+    mean = float(np.mean(numbers))
+    return f"{mean:{form}} ± {max(abs(one - mean) for one in numbers):{form.lstrip('+')}}"
 
 
 def main() -> int:
@@ -202,6 +236,7 @@ def main() -> int:
     parser.add_argument("--errors", nargs="+", help="only what rows of these stores would lose")
     parser.add_argument("--stores", nargs="+", choices=list(STORES), default=list(STORES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--sequences", type=int, default=8, help="for delta loss; 0: none")
     arguments = parser.parse_args()
     prepare()
     logger.setLevel(logging.INFO)
@@ -229,14 +264,25 @@ def main() -> int:
                     train(config)
     file = root / "row_dtypes.jsonl"
     for store in arguments.stores:
-        done = [(r["store"], r["dtype"], r["seed"]) for r in _rows(file)]
-        cells = [(dtype, seed) for seed in arguments.seeds for dtype in DTYPES]
-        waiting = [cell for cell in cells if (store, *cell) not in done]
-        if waiting:
-            configs = [config_of(store, dtype, seed=seed, root=root) for dtype, seed in waiting]
-            measure(configs, root, store=store)
+        cells = [
+            config_of(store, dtype, seed=seed, root=root)
+            for seed in arguments.seeds
+            for dtype in DTYPES
+        ]
+        if waiting := _without(cells, _rows(file), "fvu"):
+            measure_on_rows(waiting, root)
+        if arguments.sequences and (waiting := _without(cells, _rows(file), "delta_loss")):
+            measure_in_the_model(waiting, root, sequences=arguments.sequences)
     sys.stdout.write(table(_rows(file)) + "\n")
     return 0
+
+
+def _without(configs: Sequence[Config], rows: Sequence[dict[str, Any]], name: str) -> list[Config]:
+    """The runs of which a number isn't in the file."""
+    done = [(row["tap"], row["dtype"], row["seed"]) for row in rows if name in row]
+    return [
+        one for one in configs if (one.sae.tap.name, one.cache.dtype, one.train.seed) not in done
+    ]
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:

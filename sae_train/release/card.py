@@ -182,13 +182,13 @@ def _on_what(e: Evaluation) -> str:
 
 
 def _not_flattered(e: Evaluation) -> list[tuple[str, str]]:
-    """FVU that tokens of ten times the usual norm don't flatter; none of an older evaluation."""
+    """FVU that tokens of many times the usual norm don't flatter; none of an older evaluation."""
     if not e.outlying:
         return []
     held = e.outlying["share_of_variance"]
     tokens = f"{e.outlying['tokens']:,}, with {number(held)} of the variance"
     return [
-        ("tokens of more than ten times the median norm", tokens),
+        ("tokens of more than five times the median norm", tokens),
         ("without them, FVU", number(e.fvu_without_outlying)),
         ("median token's error over the variance without them", number(e.fvu_median_token)),
     ]

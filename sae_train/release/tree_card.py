@@ -44,14 +44,14 @@ sae = SAE.load_from_disk("sae_lens/{folder}")
 _MEASURED = """\
 On {sequences} held-out sequences of {length} tokens. BOS, EOS and padding are masked in every mean
 and keep the model's own activations when an SAE is spliced in. FVU is squared error over variance;
-"usual" is FVU without the tokens whose norm is above ten times the median, "median" the median
+"usual" is FVU without the tokens whose norm is above five times the median, "median" the median
 token's squared error over the variance without them. Delta loss is what splicing adds to the
 model's loss, in nats per token.
 **Canonical** is of a site, layer and width the SAE whose L0 is nearest to {canonical}.
 """
 _MEASURED_ON_ROWS = """\
 On held-out rows, without a language model. FVU is squared error over variance; "usual" is FVU
-without the rows whose norm is above ten times the median, "median" the median row's squared error
+without the rows whose norm is above five times the median, "median" the median row's squared error
 over the variance without them. **Canonical** is of a site, layer and width the SAE whose L0 is
 nearest to {canonical}.
 """

@@ -224,7 +224,7 @@ def _outlying_words(runs: Sequence[ReportRun]) -> str:
     low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
     held = high if low == high else f"{low} to {high}"
     return (
-        " Tokens whose norm is above ten times the median, up to "
+        " Tokens whose norm is above five times the median, up to "
         f"{max(one['tokens'] for one in found if one):,} of a run's, hold {held} of the variance, "
         "and FVU with it."
     )

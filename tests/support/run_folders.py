@@ -71,7 +71,7 @@ def evaluation(*, l0: float, step: int) -> dict[str, Any]:
         "fvu": 0.6 / math.sqrt(l0),
         "fvu_without_outlying": 0.9 / math.sqrt(l0),
         "fvu_median_token": 0.8 / math.sqrt(l0),
-        "outlying": {"norm_over_median": 10.0, "tokens": 31, "share_of_variance": 0.46},
+        "outlying": {"norm_over_median": 5.0, "tokens": 31, "share_of_variance": 0.46},
         "delta_loss": delta,
         "delta_loss_all_positions": delta * 1.3,
         "loss_recovered": 1 - delta / (zero - loss),

@@ -135,7 +135,7 @@ def fvus(x, error, counted, *, first):
     """
     x = np.asarray(x, np.float64)
     norm = np.linalg.norm(x, axis=-1)
-    usual = counted & (norm <= 10 * np.median(norm[:first][counted[:first]]))
+    usual = counted & (norm <= 5 * np.median(norm[:first][counted[:first]]))
 
     def variance(where):
         return ((x[where] - x[where].mean(axis=0)) ** 2).sum(-1).mean()
