@@ -127,8 +127,8 @@ def _peak(budget: Budget) -> Choice:
         return Choice(7e-5, "Gemma Scope's: a higher one would undo what sae.start_from learnt")
     rate = 7e-5 * max(1.0, LONG_STEPS / budget.steps) ** 0.45
     return Choice(
-        _rounded(min(rate, 3e-3)),
-        "7e-5, Gemma Scope's, times (a million / steps) to the power 0.45; from 7e-5 to 3e-3",
+        _rounded(min(rate, 2.2e-3)),
+        "7e-5, Gemma Scope's, times (a million / steps) to the power 0.45; from 7e-5 to 2.2e-3",
     )
 
 
