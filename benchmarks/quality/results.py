@@ -51,7 +51,8 @@ class Results:
 
     def add(self, record: Record, sae: Sae) -> None:
         """Write the SAE, then its line."""
-        name = f"{len(self.records):04d}-{record.trainer}-{record.site}-{record.text}"
+        trainer = record.trainer.replace(",", "").replace(" ", "_")
+        name = f"{len(self.records):04d}-{trainer}-{record.site}-{record.text}"
         path = self.folder / "saes" / f"{name}-{record.target}-{record.seed}.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
         k = {} if sae.k is None else {"k": np.array(sae.k)}

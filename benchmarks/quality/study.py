@@ -23,7 +23,7 @@ ROUNDS = ((20, 50), (100,))  # of a seed: the highest L0 comes when all taps hav
 # FVU falls about as L0 to this power. Only the choice of settings, whose runs differ a little in
 # L0, leans on it.
 SLOPE = 0.4
-FAR = 1e6
+NEAR, FAR = 1.5, 1e6
 
 
 def worth(record: Record) -> float:
@@ -37,7 +37,7 @@ def worth(record: Record) -> float:
     if not (math.isfinite(both) and both > 0 and score.l0 > 0):
         return math.inf
     distance = abs(math.log(score.l0 / MIDDLE))
-    far = FAR * distance if distance > math.log(3) else 0.0
+    far = FAR * distance if distance > math.log(NEAR) else 0.0
     return far + math.sqrt(both) * (score.l0 / MIDDLE) ** SLOPE
 
 

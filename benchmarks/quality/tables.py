@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.quality.methods import METHODS, OURS
 from benchmarks.quality.results import Record, Results, matching
-from benchmarks.quality.stores import TAPS
+from benchmarks.quality.stores import LAYER, TAPS
 from benchmarks.quality.study import TARGETS, chosen, table_records
 from benchmarks.support.measure import markdown
 
@@ -80,7 +80,8 @@ def settings_table(results: Results) -> str:
         best = chosen(results, method.name)
         for record in results.of(phase="search", trainer=method.name):
             score = record.score
-            cells = [method.name, json.dumps(record.settings).strip("{}").replace('"', "")]
+            told = json.dumps(record.settings).strip("{}").replace('"', "")
+            cells = [method.name, told or "the short recipe as it is"]
             cells += [f"{score.l0:.1f}", f"{score.fvu:.4f}", f"{score.delta_loss:.3f}"]
             mark = "yes" if record.settings == best else ""
             lines.append([*cells, f"{score.alive:.0%}", mark])
@@ -149,7 +150,7 @@ def ahead_table(curves: Curves, ours: str) -> str:
             cells = [site, text, str(l0), f"{ratio:+.1%} ({by_fvu})"]
             cells.append(f"{share}: {loss:.3f}, {best:.3f} ± {error:.3f} ({by_loss})")
             lines.append([*cells, f"{_mean(own, 'alive'):.0%}"])
-    return markdown(head, lines)
+    return markdown(head, lines) if lines else ""
 
 
 def _mean(found: Sequence[At], name: str) -> float:
@@ -157,14 +158,18 @@ def _mean(found: Sequence[At], name: str) -> float:
 
 
 def report(results: Results) -> str:
-    """All tables, and how long the training of what is there took."""
+    """All tables, as docs/results.md has them, and how long the training of what is there took."""
     curves = Curves(results)
-    parts = ["## Settings", settings_table(results)]
+    parts = []
+    for ours in OURS:
+        table = ahead_table(curves, ours)
+        title = f"### {ours[0].upper()}{ours[1:]}: against the best other trainer"
+        parts += [title, table or "Nothing to compare yet."]
     for site, text in TAPS:
         if results.of(site=site, text=text):
-            parts += [f"## {site}, {text}, at L0 20 / 50 / 100", tap_table(curves, site, text)]
-    for ours in OURS:
-        parts += [f"## {ours} against the best other trainer", ahead_table(curves, ours)]
+            title = f"### `{site}.{LAYER}`, {text}, at L0 {' / '.join(map(str, TARGETS))}"
+            parts += [title, tap_table(curves, site, text)]
+    parts += ["### Settings tried and chosen", settings_table(results)]
     hours = sum(one.seconds for one in results.records) / 3600
-    parts.append(f"{len(results.records)} SAEs, {hours:.2f} hours of CPU time in training")
+    parts.append(f"{len(results.records)} SAEs, {hours:.2f} hours of CPU time in training.")
     return "\n\n".join(parts)

@@ -55,8 +55,8 @@ def test_settings_are_chosen_by_fvu_and_delta_loss_alike():
         worth(record(50, fvu=0.4, delta=0.2))
     )
     assert worth(record(50, fvu=0.2)) < worth(record(60, fvu=0.2))
-    far, further = worth(record(160)), worth(record(10))
-    assert worth(record(140, fvu=0.9)) < far < further < float("inf")
+    far, further = worth(record(80)), worth(record(10))
+    assert worth(record(70, fvu=0.9)) < far < further < float("inf")
     assert worth(record(50, delta=-0.1)) == worth(record(50, fvu=float("nan"))) == float("inf")
 
 
