@@ -23,6 +23,7 @@ class _OnScaledRows:
     """`update` of a trainer, given x / C."""
 
     _trainer: Any
+    _subtracts_b_dec: bool  # before the encoder
 
     def __init__(self, budget: Budget) -> None:
         torch.manual_seed(budget.seed)
@@ -40,10 +41,11 @@ class _OnScaledRows:
         that a batch selected.
         """
         ae = self._trainer.ae
-        return on_raw_rows(
-            {name: getattr(ae, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")},
-            scale=self._scale,
-        )
+        names = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+        tensors = {name: getattr(ae, name) for name in names}
+        if self._subtracts_b_dec:
+            tensors["b_enc"] = ae.b_enc - ae.b_dec @ ae.W_enc
+        return on_raw_rows(tensors, scale=self._scale)
 
 
 def _shared(budget: Budget) -> dict[str, Any]:
@@ -61,6 +63,8 @@ def _shared(budget: Budget) -> dict[str, Any]:
 
 class JumpRelu(_OnScaledRows):
     """`JumpReluTrainer`: its loss is |x - x̂|² + penalty · (mean L0 / target - 1)²."""
+
+    _subtracts_b_dec = False
 
     def __init__(
         self,
@@ -91,6 +95,8 @@ class Matryoshka(_OnScaledRows):
 
     Its defaults, 10 million rows and 1000 steps, are longer than the run.
     """
+
+    _subtracts_b_dec = True
 
     def __init__(
         self,
