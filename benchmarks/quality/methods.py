@@ -3,7 +3,7 @@
 Everybody's settings are searched alike (`study`): three runs, the start and two changes, each kept
 if it is better than the best before. Theirs start from what an earlier, wider search chose at twice
 the width, where there was none from the library's default. Ours start from the short recipe, whose
-whitening, which trades FVU for delta loss, isn't searched.
+whitening, which trades FVU for delta loss, isn't searched: its powers are rows of their own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sae_train.train.loop import train_cohort
 WIDTH, BATCH, STEPS = 1024, 256, 200
 MIDDLE = 50  # the L0 at which settings are searched
 FRACTIONS = (1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
-OURS = ("ours", "ours, plain")
+OURS = ("ours", "ours, whitened 0.25", "ours, plain", "ours, TopK")
 
 # How one trainer is made: the budget, the rows, settings and aim together.
 Make = Callable[[Budget, Rows, dict[str, Any]], Trainer]
@@ -146,8 +146,15 @@ def _our_rates(*rates: float) -> tuple[Settings, ...]:
 
 METHODS = (
     Method(
-        "ours",
+        "ours",  # the short recipe as it is
         start={},
+        trials=_our_rates(1e-3, 5e-3),
+        make=None,
+        aim=_match_l0,
+    ),
+    Method(
+        "ours, whitened 0.25",
+        start={"sae.whitening": 0.25, "train.learning_rate.peak": 4.95e-3},
         trials=_our_rates(2e-3, 1e-2),
         make=None,
         aim=_match_l0,
@@ -195,9 +202,20 @@ METHODS = (
     ),
     Method(
         "ours, plain",  # the recipe without what it does beside squared error and L0
-        start={"sae.whitening": 0.0, "sae.revive_coefficient": 0.0},
+        start={
+            "sae.whitening": 0.0,
+            "sae.revive_coefficient": 0.0,
+            "train.learning_rate.peak": 4.95e-3,
+        },
         trials=_our_rates(2e-3, 1e-2),
         make=None,
         aim=_match_l0,
+    ),
+    Method(
+        "ours, TopK",
+        start={"sae.architecture": "topk"},
+        trials=_our_rates(5e-3, 1e-2),
+        make=None,
+        aim=lambda target: {"sae.k": target, "train.sparsity": {"penalty": "none"}},
     ),
 )
