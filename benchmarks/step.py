@@ -25,18 +25,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from activation_cache.config import CacheConfig, ModelConfig, SiteConfig, TextConfig
 from activation_cache.precision import PrecisionChoice
 from activation_cache.products import einsum
 from benchmarks.support.measure import StepTimes, interleaved, markdown, prepare, write_results
-from sae_train.config.run import (
-    CacheConfig,
-    Config,
-    ModelConfig,
-    SaeConfig,
-    SiteConfig,
-    TextConfig,
-    TrainConfig,
-)
+from sae_train.config.run import Config, SaeConfig, TrainConfig
 from sae_train.config.sparsity import L0Penalty
 from sae_train.model.sharding import BATCH_DIMS, make_mesh, sharding
 from sae_train.step.schedule import scheduled

@@ -57,12 +57,12 @@ def status_table(config: Job) -> Table:
     begun = {folder: read_run(folder) for _, folder, _ in runs if (folder / FILE_NAME).exists()}
     fvus = {folder: found for folder, run in begun.items() if (found := _measured_fvus(run))}
     if fvus:
-        table.add_column("evaluated FVU / without outlying tokens / of the median token")
+        table.add_column("evaluated FVU, not of outliers, median")
     probed = {folder: record for _, folder, _ in runs if (record := read_probe(folder))}
     if probed:
         table.add_column("probed")
     if queue is not None:
-        table.add_column("Slurm job")
+        table.add_column("Slurm job", no_wrap=True)
     for name, folder, run_config in runs:
         if run := begun.get(folder):
             row = [*_row(name, run, queue), *([_latents(run)] if with_latents else [])]

@@ -238,7 +238,8 @@ class SiteSums:
         mean_D = self.sum_SD.sum(axis=0) / self.count_S.sum()
         usual = self.usual_square_H[-1] - 2 * self.usual_HD[-1] @ mean_D
         usual += self.usual_count_H[-1] * (mean_D @ mean_D)
-        return float(1 - usual / self.spread_S.sum())
+        with np.errstate(invalid="ignore", divide="ignore"):  # not finite where the sums aren't
+            return float(1 - usual / self.spread_S.sum())
 
 
 def _about_the_mean(sum_GD: np.ndarray, square_G: np.ndarray, count_G: np.ndarray) -> np.ndarray:

@@ -332,7 +332,7 @@ def test_a_bucket_needs_no_volume() -> None:
 
 def test_the_pod_that_trains_on_a_rolling_store_harvests_it() -> None:
     rolling = {"cache.rolling": {"buckets": 4}, "cache.tokens": 10**6}
-    config = cluster_config({"nodes": {"kind": "gpu"}}, **SWEEP, **rolling)
+    config = cluster_config({"nodes": {"kind": "gpu"}}, mesh=(1, 1), **SWEEP, **rolling)
     stages = [manifest.stage for manifest in render(config, command="sweep")]
     assert stages == ["train", "train", "evaluate", "report"]
     several = cluster_config({"nodes": {"kind": "gpu", "count": 2}}, mesh=(2, 1), **rolling)
