@@ -85,9 +85,10 @@ def harvest(config: Job, *, stop: Callable[[], bool], follow: bool = False) -> N
         return
     from activation_cache.harvest.rolling import RollingHarvest
 
+    if follow:
+        stop_with_supervisor()  # before the text is tokenised, which may take hours
     with RollingHarvest(**work) as rolling:
         if follow:
-            stop_with_supervisor()
             rolling.follow()
         else:
             rolling.make_store()

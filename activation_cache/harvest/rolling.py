@@ -84,8 +84,9 @@ class RollingHarvest(Closing):
         try:
             place_replicas(mesh)
             exchange.run_on_main_and_broadcast("lock", self._take_folder)
-            self._share = self._job.share(resolved_config_yaml)
+            # Before anything is planned: a finished store that isn't this one stays as it is.
             exchange.run_on_main_and_broadcast("same store", self._check_manifest)
+            self._share = self._job.share(resolved_config_yaml)
         except BaseException:
             self._stack.close()
             raise

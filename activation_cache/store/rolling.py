@@ -190,6 +190,8 @@ class RollingWindow:
         self._reading = None  # until all is there, nothing is read ahead
         if before is None or reading.stretch < before.stretch:
             self._seen = -1  # what is ahead may be deleted until its turn has come again
+        # Process 0 may be a step ahead: what the others still read must not be deleted.
+        exchange.barrier("read")
         exchange.run_on_main_and_broadcast(
             "buckets", lambda: self._supplied(reading, stop=stop), stop=stop
         )

@@ -12,11 +12,14 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from activation_cache.runtime import processes
 from activation_cache.runtime.errors import Interrupted, UserError
+from activation_cache.runtime.waiting import Waiting
 from activation_cache.storage.files import StoragePath, storage_path
+from activation_cache.storage.locks import is_locked
 from launch.config.job import Job
 from launch.config.local import LocalLaunch
 from launch.processes import group
@@ -25,6 +28,8 @@ from launch.processes.supervise import SUPERVISOR, visible_gpus
 logger = logging.getLogger(__name__)
 
 _GPUS = "CUDA_VISIBLE_DEVICES"
+_POLL_SECONDS = 0.1
+_BUSY_SECONDS = 60.0  # in which a harvest whose trainer was killed ends
 _LAST_SECONDS = 60.0  # in which a harvest that is done deletes the last window
 
 
@@ -35,7 +40,9 @@ def harvest_beside(config: Job, *, stop: Callable[[], bool]) -> Iterator[Callabl
     Gives the trainer's `stop`, which also says yes when the harvest can't go on.
 
     Raises:
-        UserError: the harvest failed by the user's mistake, or the devices don't suffice.
+        UserError: the harvest failed by the user's mistake, the devices don't suffice, or another
+            trainer reads the store.
+        Interrupted: the harvest was stopped, or the trainer.
         RuntimeError: it was lost again and again.
     """
     rolling = config.cache.rolling
@@ -49,11 +56,8 @@ def harvest_beside(config: Job, *, stop: Callable[[], bool]) -> Iterator[Callabl
             "is harvested beside a single task only. Start one task, or set launch.processes on "
             "one machine"
         )
-    # Imported here because it loads TensorStore, which a command that starts nothing does without.
-    from activation_cache.store.rolling import READING_FILE
-
     store = storage_path(config.cache.path)
-    (store / READING_FILE).unlink(missing_ok=True)  # an earlier trainer's
+    _forget_reading(store, stop=stop)
     seen = os.environ.get(_GPUS)
     gpus = _harvest_gpus(config)
     harvest = _Harvest(config, store=store, gpus=gpus, stop=stop)
@@ -75,6 +79,28 @@ def harvest_beside(config: Job, *, stop: Callable[[], bool]) -> Iterator[Callabl
             os.environ[_GPUS] = seen
     if harvest.failure is not None:
         raise harvest.failure
+
+
+def _forget_reading(store: StoragePath, *, stop: Callable[[], bool]) -> None:
+    """Delete what an earlier trainer has told, once its harvest has ended.
+
+    A living trainer's must stay: by another's its harvest would delete what it reads.
+    """
+    # Imported here because it loads TensorStore, which a command that starts nothing does without.
+    from activation_cache.store.rolling import READING_FILE
+
+    waiting = Waiting(f"the process that harvests to {store} to end")
+    while is_locked(store):
+        if waiting.seconds >= _BUSY_SECONDS:
+            raise UserError(
+                f"{store} is in use by another harvest: one trainer at a time reads a rolling "
+                "store. Wait for it to end, stop it, or choose another cache.path"
+            )
+        waiting.tell()
+        if stop():
+            raise Interrupted(f"stopped while waiting for the harvest to {store} to end")
+        time.sleep(_POLL_SECONDS)
+    (store / READING_FILE).unlink(missing_ok=True)
 
 
 class _Harvest:
@@ -105,8 +131,9 @@ class _Harvest:
                 progress=lambda: _buckets(self._store),
                 stop=lambda: self._stop() or self.leaving.is_set(),
             )
-        except Interrupted:
-            pass
+        except Interrupted as stopped:
+            if not (self._stop() or self.leaving.is_set()):
+                self.failure = stopped  # a signal to the harvest alone: the trainer would wait
         except Exception as error:
             self.failure = error
 

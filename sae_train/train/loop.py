@@ -107,7 +107,9 @@ def train_cohort(
             progress = CohortProgress(at_work, stack=stack)
             batches = _Batches(opened, readers, originals, mesh=mesh, clock=clock)
             _steps(at_work, batches=batches, mesh=mesh, progress=progress, stop=stop)
-        opened.finish()
+        # A run that failed may go on once its mistake is mended, with the rows that are there.
+        if all(member.failure is None for member in members):
+            opened.finish()
     exchange.barrier("trained")
     exchange.run_on_main_and_broadcast("failures", lambda: _tell_failures(members))
     return [TrainResult(one.folder, one.done, one.step_log.last_row) for one in members]

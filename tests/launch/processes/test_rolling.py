@@ -24,10 +24,11 @@ from activation_cache.harvest import rolling as harvest_rolling
 from activation_cache.harvest import worker
 from activation_cache.harvest.harvest import harvest
 from activation_cache.runtime.errors import Interrupted, UserError
+from activation_cache.storage.locks import folder_lock
 from activation_cache.store import rolling as store_rolling
 from activation_cache.store import writer
 from activation_cache.store.order import RollingOrder
-from activation_cache.store.store import open_store
+from activation_cache.store.store import PLAN_FILE, open_store
 from launch.cli import main
 from launch.config.job import Job, load_job
 from launch.processes import beside
@@ -150,6 +151,10 @@ def test_the_rows_are_a_whole_store_s_in_the_rolling_order(
     segments = order.segments(0, STEPS * 16)
     expected = np.concatenate([rows[s.start : s.start + s.count] for s in segments])
     np.testing.assert_array_equal(undisturbed.rows, expected)
+    over_it = overrides(tmp_path, f"cache.path={tmp_path}/store")
+    with pytest.raises(UserError, match=r"the store has None, the config says 4"):
+        train(load_job(config, over_it))
+    assert not (tmp_path / "store" / PLAN_FILE).exists(), "the finished store is as it was"
     rolling = open_store(undisturbed.folder / "store")
     first = np.square(rows[: WINDOW * 32].astype(np.float64)).sum(axis=1).mean()
     assert rolling.tap_info(TAP).mean_squared_norm == pytest.approx(first, rel=1e-12)
@@ -301,6 +306,8 @@ def test_another_window_is_refused_and_nothing_deleted(config: Path, tmp_path: P
         UserError, match=r"window in buckets: the store has 4, the config says None"
     ):
         train(rolling_job(config, tmp_path, "cache.rolling=null"))
+    with pytest.raises(UserError, match=r"train\.seed"):
+        train(rolling_job(config, tmp_path, "train.seed=5"))
     assert shards(tmp_path / "store") == held
 
 
@@ -312,20 +319,39 @@ def test_several_processes_do_not_take_turns(
         train(rolling_job(config, tmp_path))
 
 
+@pytest.mark.parametrize(
+    "error", [UserError("cannot write it: the disk is full"), Interrupted("harvest stopped")]
+)
 def test_a_harvest_that_can_not_go_on_stops_its_trainer(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ):
     job = rolling_job(config, tmp_path, "cache.rolling.beside=true")
 
-    def full(*arguments: Any, **options: Any) -> None:
-        raise UserError("cannot write it: the disk is full")
+    def ended(*arguments: Any, **options: Any) -> None:
+        raise error
 
-    monkeypatch.setattr(beside, "group", SimpleNamespace(run_stage=full))
+    monkeypatch.setattr(beside, "group", SimpleNamespace(run_stage=ended))
     with (
-        pytest.raises(UserError, match="the disk is full"),
+        pytest.raises(type(error), match=str(error)),
         beside.harvest_beside(job, stop=lambda: False) as stop,
     ):
         train(job, stop=stop)  # waits for the first window
+
+
+def test_a_second_trainer_leaves_a_store_in_use_alone(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    job = rolling_job(config, tmp_path, "cache.rolling.beside=true")
+    monkeypatch.setattr(beside, "_BUSY_SECONDS", 0.0)
+    with folder_lock(tmp_path / "store"):
+        reading = tmp_path / "store" / store_rolling.READING_FILE
+        reading.write_text("the first trainer's")
+        with (
+            pytest.raises(UserError, match="one trainer at a time reads a rolling store"),
+            beside.harvest_beside(job, stop=lambda: False),
+        ):
+            pass
+        assert reading.read_text() == "the first trainer's"
 
 
 def test_either_side_is_killed_while_they_work_side_by_side(
