@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,18 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from activation_cache.config import ModelConfig, TextConfig
+from activation_cache.config import CacheConfig, ModelConfig, SiteConfig, TextConfig
+from activation_cache.gemma.taps import Tap
+from activation_cache.harvest.harvest import harvest
 from activation_cache.language_model.chat_template import (
     ChatTemplate,
     Message,
     load_chat_template,
 )
+from activation_cache.language_model.model import load_model
 from activation_cache.language_model.tokenizer import load_tokenizer
 from activation_cache.runtime.errors import UserError
+from activation_cache.store.store import open_store
 from activation_cache.text import tokenise
 from activation_cache.text.sources import find_sources
 from activation_cache.text.token_table import TokenTable
@@ -127,6 +132,58 @@ def test_rows_are_the_words_of_the_asked_roles(
     assert text.replace(" ", "") == "".join(words * 4).replace(" ", "")
     np.testing.assert_array_equal(table.usable_counts(), usable.sum(axis=1))
     assert table.summary.usable_rows == usable[:-1].sum()
+
+
+def test_a_chat_is_harvested_token_by_token_where_the_asked_role_speaks(
+    model: ModelConfig, tmp_path: Path
+):
+    """Held to the offsets of another tokenizer, in conversations as they are rendered."""
+    from transformers import AutoTokenizer
+
+    file = write(tmp_path / "chats.jsonl", [{"messages": CHAT}] * 4)
+    text = TextConfig(source=[str(file)], chat={}, sequence_length=24, held_out_sequences=1)
+    rendered = load_chat_template(model).text(messages(CHAT))
+    theirs = AutoTokenizer.from_pretrained(model.weights)
+    encoded = theirs(rendered, add_special_tokens=False, return_offsets_mapping=True)
+    spoken = [
+        range(found.start() + len(found[1]), found.end() - len(found[3]))
+        for found in re.finditer(r"(<start_of_turn>model\n)(.*?)(<end_of_turn>)", rendered, re.S)
+    ]
+    assert [rendered[span.start : span.stop] for span in spoken] == [
+        one["content"] for one in CHAT if one["role"] == "assistant"
+    ]
+    own = [any(start in span for span in spoken) for start, _ in encoded["offset_mapping"]]
+    ids, says = [*encoded["input_ids"], theirs.eos_token_id] * 4, [*own, False] * 4
+    places = [(number // 23, number % 23 + 1) for number in range(len(ids))]  # after BOS
+    held_out = places[-1][0]
+    expected = sorted(
+        place
+        for place, says_it in zip(places, says, strict=True)
+        if says_it and place[0] < held_out
+    )
+    cache = CacheConfig(
+        path=str(tmp_path / "store"),
+        sites=[SiteConfig(site="resid_post", layers=[1])],
+        tokens=len(expected),
+        shuffle_rows=16,
+        block_rows=4,
+    )
+    config = model.model_copy(update={"dtype": "float32"})
+    harvest(model=config, text=text, cache=cache)
+    store = open_store(tmp_path / "store")
+    found = store.provenance(start=0, stop=len(expected))
+    rows = list(zip(found.sequence.tolist(), found.position.tolist(), strict=True))
+    assert sorted(rows) == expected
+    tokens = store.tokens.read(range(store.tokens.num_sequences))
+    assert [int(tokens[place]) for place in places] == ids
+    tap = Tap("resid_post", 1)  # the masked tokens are there for the model to read
+    whole = np.asarray(load_model(config).activations(tokens, (tap,))[tap])
+    np.testing.assert_allclose(
+        store.read(tap, start=0, stop=len(expected)),
+        whole[found.sequence, found.position],
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 def test_batches_make_no_difference_and_masks_are_part_of_the_hash(
