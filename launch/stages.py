@@ -64,6 +64,7 @@ def harvest(config: Job, *, stop: Callable[[], bool], follow: bool = False) -> N
             "harvest",
             config,
             devices=mesh.data * mesh.model,
+            options=["--follow"] if follow else [],
             progress=lambda: _saved(path),
             stop=stop,
         )

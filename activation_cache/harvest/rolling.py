@@ -37,15 +37,16 @@ from activation_cache.store.rolling import (
     Supply,
     buckets_on_disk,
     delete_bucket,
+    is_kept,
     is_there,
     read_reading,
+    write_kept,
 )
 from activation_cache.store.store import MANIFEST_FILE, Store
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.1
-_SETTLING_SECONDS = 1.0  # longer than it takes to look, and to delete a bucket's files
 # A harvest whose trainer was killed ends a second later, after the forward pass under way.
 _LOCK_SECONDS = 60.0
 
@@ -170,7 +171,11 @@ class RollingHarvest(Closing):
         while True:
             reading = read_reading(self.path)
             if reading is not None and reading != before:
-                before, missing = reading, self._tidy(reading.wanted(self._window))
+                wanted = reading.wanted(self._window)
+                write_kept(self.path, wanted)
+                if read_reading(self.path) != reading:
+                    continue  # the trainer has moved, and back perhaps: nothing is deleted
+                before, missing = reading, self._tidy(wanted)
                 if missing or reading.is_over:
                     return missing
             waiting.tell()
@@ -223,26 +228,19 @@ def waiting_supply(store: StoragePath) -> Supply:
     Raises:
         Interrupted: `stop` turned true.
     """
-    before: list[int] = []
 
     def supply(reading: Reading, stop: Callable[[], bool]) -> None:
-        _wait_for(store, reading, stop)
-        if not before or reading.stretch < before[-1]:
-            # The harvest may just have read where another trainer was, and be about to delete.
-            time.sleep(_SETTLING_SECONDS)
-            _wait_for(store, reading, stop)
-        before[:] = [reading.stretch]
+        waiting = Waiting(f"the harvest of bucket {reading.through + 1}")
+        needed = reading.needed
+        while needed and not (
+            is_kept(store, needed) and all(is_there(store, bucket) for bucket in needed)
+        ):
+            waiting.tell()
+            if stop():
+                raise Interrupted(f"stopped while waiting for the harvest of {store}")
+            time.sleep(_POLL_SECONDS)
 
     return supply
-
-
-def _wait_for(store: StoragePath, reading: Reading, stop: Callable[[], bool]) -> None:
-    waiting = Waiting(f"the harvest of bucket {reading.through + 1}")
-    while not all(is_there(store, bucket) for bucket in reading.needed):
-        waiting.tell()
-        if stop():
-            raise Interrupted(f"stopped while waiting for the harvest of {store}")
-        time.sleep(_POLL_SECONDS)
 
 
 def wait_for_store(

@@ -5,6 +5,12 @@ stretch of the order it is in (`order.RollingOrder`). From that the harvest know
 wanted: those of the window and one more. It deletes the others and harvests what is missing, in
 rising order. A bucket's record in `commits/` says that it is there. Whatever either side has lost
 when it was killed is made again, bit for bit: a bucket is a pure function of the store's plan.
+
+A trainer that was killed and goes on from an older checkpoint moves back while the harvest beside
+it may be about to delete what the trainer was past. So each says what it is about to do and only
+then looks at what the other says (Dekker's protocol): the harvest writes which buckets it keeps
+(`kept.json`), and deletes the others if `reading.json` is still the one that it has acted on; the
+trainer writes `reading.json`, and reads from buckets that are kept.
 """
 
 from __future__ import annotations
@@ -25,6 +31,7 @@ from activation_cache.store.store import PROVENANCE, Store, provenance_layout, t
 from activation_cache.store.writer import commit_file
 
 READING_FILE = "reading.json"
+KEPT_FILE = "kept.json"
 _SHARED_DISK_SECONDS = 120.0  # a network file system may hide other machines' files so long
 
 
@@ -57,6 +64,19 @@ class Reading(Section):
         return self.stretch >= self.end
 
 
+class Kept(Section):
+    """The buckets that a harvest beside the trainer doesn't delete.
+
+    Attributes:
+        start: the first of them.
+        stop: the one after the last.
+    """
+
+    format_version: int
+    start: Count
+    stop: Count
+
+
 def read_reading(store: StoragePath) -> Reading | None:
     """Where the trainer of a store is; None before it has begun."""
     file = store / READING_FILE
@@ -66,6 +86,21 @@ def read_reading(store: StoragePath) -> Reading | None:
 def write_reading(store: StoragePath, reading: Reading) -> None:
     """Tell the harvest where the trainer is."""
     write_record(store / READING_FILE, reading)
+
+
+def write_kept(store: StoragePath, buckets: range) -> None:
+    """Tell the trainer which buckets stay, before any other is deleted."""
+    kept = Kept(format_version=FORMAT_VERSION, start=buckets.start, stop=buckets.stop)
+    write_record(store / KEPT_FILE, kept)
+
+
+def is_kept(store: StoragePath, buckets: range) -> bool:
+    """Does the harvest beside the trainer keep these buckets, until the trainer is past them?"""
+    file = store / KEPT_FILE
+    if not file.exists():
+        return False
+    kept = read_record(file, Kept)
+    return kept.start <= buckets.start and buckets.stop <= kept.stop
 
 
 def is_there(store: StoragePath, bucket: int) -> bool:

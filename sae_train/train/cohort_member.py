@@ -98,8 +98,16 @@ class Member(Closing):
 
     @property
     def is_save_due(self) -> bool:
-        """Does its cadence ask for a checkpoint at this step?"""
-        return self.done % self.config.checkpoint.every_steps == 0
+        """Is a checkpoint due at this step?
+
+        By its cadence, or before the last step of a run whose thresholds are then found on rows
+        that a rolling store may have to harvest again: a stop meanwhile costs that step alone.
+        """
+        config = self.config
+        looks_back = config.sae.threshold_per_latent and config.cache.rolling is not None
+        return self.done % config.checkpoint.every_steps == 0 or (
+            looks_back and self.done == self.steps - 1
+        )
 
     @property
     def scales(self) -> Mapping[str, float]:

@@ -278,14 +278,17 @@ def _steps(
         batches.give(turn, take_step, step=step)
         # Only now, with the next steps dispatched: reading waits for the devices.
         _each(turn, Member.judge, errors=Diverged)
-        _leave([one for one in turn if one.failure is None and not one.at_work], batches)
+        leaving = [one for one in turn if one.failure is None and not one.at_work]
+        _leave(leaving, batches, staying=[one for one in members if one.at_work])
         progress.show(step + 1)
 
 
-def _leave(members: Sequence[Member], batches: _Batches) -> None:
+def _leave(members: Sequence[Member], batches: _Batches, *, staying: Sequence[Member]) -> None:
     """Save the last state of those that are done, and only then wait for the disk."""
     selecting = [member for member in members if member.config.sae.threshold_per_latent]
     if selecting:
+        if batches.opened.window is not None:  # the rows may take hours, and a stop come meanwhile
+            _each(staying, Member.save, errors=Diverged)
         for reader in batches.readers:
             reader.drop()  # what was read ahead may be deleted while earlier rows are read again
         with _whole_batches(selecting[0].config, batches.opened) as batch:

@@ -181,6 +181,9 @@ def test_a_rolling_order_reads_every_row_once_from_its_window(text, seed, data):
         stretch = order.stretch_of(index)
         assert stretch <= row // order.bucket_rows <= order.last_bucket(stretch)
         assert order.last_bucket(stretch) < stretch + order.window
+        # A batch, of at most a bucket's rows, needs the window and one bucket at the most.
+        last = min(index + order.bucket_rows, order.rows) - 1
+        assert order.stretch_of(last) <= stretch + 1
     start = data.draw(st.integers(0, order.rows - 1))
     stop = data.draw(st.integers(start + 1, order.rows))
     found = order.segments(start, stop)

@@ -1,15 +1,10 @@
-"""A rolling store: kills of either side change no bit, and the disk holds a window and a bucket."""
+"""A rolling store whose trainer harvests itself: kills change no bit, the disk holds a window."""
 
 from __future__ import annotations
 
 import functools
-import os
 import random
 import re
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,62 +16,39 @@ import pytest
 
 from activation_cache.gemma.taps import Tap
 from activation_cache.harvest import rolling as harvest_rolling
-from activation_cache.harvest import worker
 from activation_cache.harvest.harvest import harvest
 from activation_cache.runtime.errors import Interrupted, UserError
-from activation_cache.storage.locks import folder_lock
 from activation_cache.store import rolling as store_rolling
 from activation_cache.store import writer
 from activation_cache.store.order import RollingOrder
 from activation_cache.store.store import PLAN_FILE, open_store
 from launch.cli import main
-from launch.config.job import Job, load_job
-from launch.processes import beside
+from launch.config.job import load_job
 from launch.show.inspect import inspect_store
 from launch.show.rolling_line import rolling_line
 from sae_train.checkpoint.checkpoints import StoredCheckpoints
 from sae_train.train import loop, opened_store
+from sae_train.train.cohort_member import Member
 from sae_train.train.loop import train, train_cohort
-from tests.support.children.processes import child_environment, children, wait_for
+from tests.launch.processes.rolling import (
+    BUCKETS,
+    OVERRIDES,
+    STEPS,
+    WINDOW,
+    Disk,
+    begun,
+    committed,
+    load_the_model_once,
+    overrides,
+    rolling_job,
+    shards,
+)
 from tests.support.pipeline import write_pipeline
 from tests.support.training import assert_same_run, final_state, stop_after
 
 pytestmark = pytest.mark.slow
 
 TAP = Tap("resid_post", 1)
-# 40 buckets of 32 rows, a window of four, 80 steps of 16 rows.
-BUCKETS, WINDOW, STEPS = 40, 4, 80
-OVERRIDES = [
-    f"cache.tokens={BUCKETS * 32}",
-    "cache.shuffle_rows=32",
-    "cache.block_rows=4",
-    f"train.tokens={STEPS * 16}",
-    "train.batch_size=16",
-    "train.log_every_steps=1",
-    "checkpoint={every_steps: 7, keep: 2}",
-]
-
-
-def overrides(folder: Path, *more: str, beside: bool = False) -> list[str]:
-    """Overrides of `write_pipeline`'s config for a run in `folder`."""
-    rolling = f"cache.rolling={{buckets: {WINDOW}, beside: {str(beside).lower()}}}"
-    places = [f"cache.path={folder}/store", f"output={folder}/run"]
-    return [*OVERRIDES, rolling, *places, *more]
-
-
-def rolling_job(config: Path, folder: Path, *more: str) -> Job:
-    """The config of a run in `folder`."""
-    return load_job(config, overrides(folder, *more))
-
-
-def committed(store: Path) -> list[int]:
-    """The buckets on the disk that have a record."""
-    return sorted(int(file.stem[-6:]) for file in store.glob("commits/bucket-*.json"))
-
-
-def shards(store: Path, tap: str = "resid_post.1") -> list[int]:
-    """The buckets on the disk that have rows."""
-    return sorted(int(file.parent.name) for file in store.glob(f"{tap}/c/*/0"))
 
 
 @pytest.fixture(scope="module")
@@ -88,30 +60,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick() -> Iterator[None]:
     """The model is loaded, and its programs compiled, once for all runs of this file."""
     with pytest.MonkeyPatch.context() as patched:
-        load, kept = worker.load_replicas, []
-
-        def load_once(*arguments: Any, **options: Any) -> Any:
-            if not kept:
-                kept.append(load(*arguments, **options))
-            return kept[0]
-
-        patched.setattr(worker, "load_replicas", load_once)
+        load_the_model_once(patched)
         yield
-
-
-class Disk:
-    """Notes how many buckets a store holds whenever one has just been written."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.held: list[int] = []
-        write = writer.write_record
-
-        def watched(path: Path, record: Any) -> None:
-            write(path, record)
-            store = path.parent.parent
-            self.held.append(max(len(committed(store)), len(shards(store))))
-
-        monkeypatch.setattr(writer, "write_record", watched)
 
 
 @dataclass(frozen=True)
@@ -161,6 +111,26 @@ def test_the_rows_are_a_whole_store_s_in_the_rolling_order(
     assert rolling.tap_info(TAP).mean_squared_norm != plain.tap_info(TAP).mean_squared_norm
     meta = StoredCheckpoints(undisturbed.folder / "run").read_meta(STEPS)
     assert meta["input_scale"] == pytest.approx(np.sqrt(first), rel=1e-12)
+
+
+def test_the_harvest_is_told_when_all_processes_have_read(
+    undisturbed: Whole, monkeypatch: pytest.MonkeyPatch
+):
+    events: list[str] = []
+    monkeypatch.setattr(store_rolling.exchange, "barrier", lambda name: events.append("all read"))
+    monkeypatch.setattr(store_rolling, "write_reading", lambda *_: events.append("told"))
+    monkeypatch.setattr(store_rolling, "is_there", lambda *_: True)
+    window = store_rolling.RollingWindow(
+        open_store(undisturbed.folder / "store"),
+        seed=0,
+        batch_size=16,
+        steps=STEPS,
+        supply=lambda reading, stop: None,
+    )
+    for step in range(STEPS):
+        window.prepare(step, stop=lambda: False)
+    assert events == ["all read", "told"] * (len(events) // 2)
+    assert len(events) > 2 * (BUCKETS - WINDOW)
 
 
 class Killed(BaseException):
@@ -262,7 +232,7 @@ def test_a_stop_and_a_full_disk_lose_no_step(
 
 
 def test_runs_of_a_cohort_read_one_window_and_look_back_at_their_end(
-    config: Path, undisturbed: Whole, tmp_path: Path
+    config: Path, undisturbed: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     topk = [
         "sae={site: resid_post, layer: 1, width: 64, architecture: batch_topk, k: 8, "
@@ -271,6 +241,17 @@ def test_runs_of_a_cohort_read_one_window_and_look_back_at_their_end(
     ]
     short = rolling_job(config, tmp_path, *topk, f"output={tmp_path}/short", "train.tokens=176")
     together = [short, rolling_job(config, tmp_path)]
+    looks_back, find = [], Member.find_thresholds
+
+    def found(self: Member, batch: Callable[[int], Any]) -> None:
+        looks_back.append(self)
+        find(self, batch)
+
+    monkeypatch.setattr(Member, "find_thresholds", found)
+    with pytest.raises(Interrupted):  # while the rows of a look back are harvested again
+        train_cohort(together, stop=lambda: bool(looks_back))
+    saved = [StoredCheckpoints(tmp_path / name).steps()[-1] for name in ("short", "run")]
+    assert saved == [10, 11], "of a run that looks back, a step is lost"
     train_cohort(together)
     train(rolling_job(config, tmp_path / "alone", *topk, "train.tokens=176"))
     assert_same_run(undisturbed.folder / "run", tmp_path / "run", step=STEPS)
@@ -280,6 +261,33 @@ def test_runs_of_a_cohort_read_one_window_and_look_back_at_their_end(
         for folder in (tmp_path / "alone" / "run", tmp_path / "short")
     ]
     assert metas[0] == metas[1]
+
+
+def test_a_sweep_harvests_trains_evaluates_and_releases(
+    config: Path, undisturbed: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    disk = Disk(monkeypatch)
+    grid = "sweep={grid: {train.sparsity.coefficient: [1e-3, 2e-3]}}"
+    assert main(["sweep", str(config), *overrides(tmp_path, grid)]) == 0
+    assert len(disk.held) == BUCKETS, "its runs are one cohort"
+    assert max(disk.held) == WINDOW + 1
+    assert begun(tmp_path / "store") == []
+    runs = [tmp_path / "run" / f"coefficient_{value}" for value in ("0.001", "0.002")]
+    assert_same_run(undisturbed.folder / "run", runs[0], step=STEPS)
+    for run in runs:
+        assert (run / "evaluation.json").exists()
+        assert (run / "release").is_dir()
+
+
+def test_a_text_that_ends_before_the_steps_do_is_told_before_the_first(
+    config: Path, tmp_path: Path
+):
+    more = ["cache.tokens=100000", "train.tokens=100000"]
+    with pytest.raises(UserError, match=r"cache\.tokens asks for 100000 rows and the text has 41"):
+        train(rolling_job(config, tmp_path, *more))
+    assert begun(tmp_path / "store") == []
+    with pytest.raises(UserError, match=r"a rolling store has each of its rows once"):
+        rolling_job(config, tmp_path, "train.tokens=2560")
 
 
 def test_another_window_is_refused_and_nothing_deleted(config: Path, tmp_path: Path):
@@ -317,82 +325,3 @@ def test_several_processes_do_not_take_turns(
     monkeypatch.setattr(opened_store, "processes", SimpleNamespace(process_count=lambda: 2))
     with pytest.raises(UserError, match=r"set cache\.rolling\.beside to true"):
         train(rolling_job(config, tmp_path))
-
-
-@pytest.mark.parametrize(
-    "error", [UserError("cannot write it: the disk is full"), Interrupted("harvest stopped")]
-)
-def test_a_harvest_that_can_not_go_on_stops_its_trainer(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-):
-    job = rolling_job(config, tmp_path, "cache.rolling.beside=true")
-
-    def ended(*arguments: Any, **options: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(beside, "group", SimpleNamespace(run_stage=ended))
-    with (
-        pytest.raises(type(error), match=str(error)),
-        beside.harvest_beside(job, stop=lambda: False) as stop,
-    ):
-        train(job, stop=stop)  # waits for the first window
-
-
-def test_a_second_trainer_leaves_a_store_in_use_alone(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    job = rolling_job(config, tmp_path, "cache.rolling.beside=true")
-    monkeypatch.setattr(beside, "_BUSY_SECONDS", 0.0)
-    with folder_lock(tmp_path / "store"):
-        reading = tmp_path / "store" / store_rolling.READING_FILE
-        reading.write_text("the first trainer's")
-        with (
-            pytest.raises(UserError, match="one trainer at a time reads a rolling store"),
-            beside.harvest_beside(job, stop=lambda: False),
-        ):
-            pass
-        assert reading.read_text() == "the first trainer's"
-
-
-def test_either_side_is_killed_while_they_work_side_by_side(
-    config: Path, undisturbed: Whole, tmp_path: Path
-):
-    words = overrides(tmp_path, "launch.restart_pause_seconds=0", beside=True)
-    store, run = tmp_path / "store", tmp_path / "run"
-    trainer = subprocess.Popen(
-        [sys.executable, "-m", "launch.cli", "train", str(config), *words],
-        env=child_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    most: list[int] = []
-
-    def steps_beyond(steps: int) -> bool:
-        most.append(len(shards(store)))
-        metrics = run / "metrics.jsonl"
-        return metrics.exists() and metrics.read_bytes().count(b"\n") >= steps
-
-    def alive() -> bool:
-        return trainer.poll() is None
-
-    try:
-        assert wait_for(lambda: steps_beyond(5), alive)
-        (killed,) = children(trainer)
-        os.kill(killed, signal.SIGKILL)  # the harvest: it is started again beside a living trainer
-        assert wait_for(lambda: steps_beyond(35), alive)
-        (left,) = children(trainer)
-        assert left != killed
-    finally:
-        trainer.kill()
-        said = trainer.communicate()[0]
-    assert "restart 1 of" in said, said
-    until = time.monotonic() + 30
-    while Path(f"/proc/{left}").exists() and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not Path(f"/proc/{left}").exists(), "a harvest without its trainer ends"
-    assert main(["train", str(config), *words]) == 0
-    most.append(len(shards(store)))
-    assert max(most) <= WINDOW + 1
-    assert most[-1] == 0
-    assert_same_run(undisturbed.folder / "run", run, step=STEPS)
