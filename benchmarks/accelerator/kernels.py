@@ -98,6 +98,7 @@ class Case:
             sparsity_coefficient=jnp.zeros(()),
             sparsity_warmup=jnp.zeros(()),
             bias_correction=jnp.float32(1.0),
+            momentum_correction=jnp.float32(1.0),
         )
         self.update = scalars, jnp.ones(width)
         self.select_options: dict[str, Any] = {

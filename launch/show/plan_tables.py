@@ -29,6 +29,7 @@ from launch.show.units import (
 from launch.sweep.expand import expand
 from sae_train.config.run import Config
 from sae_train.plan.accelerators import ACCELERATORS, Accelerator, accelerator
+from sae_train.plan.memory import STATE_ITEMS
 from sae_train.plan.plan import Plan, make_plan, plan_record
 from sae_train.plan.verdict import AcceleratorPlan, Assumptions, CohortVerdict, Verdict
 
@@ -245,7 +246,7 @@ def _cohort_table(plan: Plan) -> Table:
             bytes_text(cohort.batch_bytes),
             f"{cohort.batches:,}",
             f"{sum(run.steps for run in runs):,}",
-            bytes_text(memory.items["weights"] + memory.items["second moment"]),
+            bytes_text(sum(memory.items[name] for name in STATE_ITEMS)),
             bytes_text(memory.total),
             bytes_text(cohort.memory_cpu.total),
             "\n".join(

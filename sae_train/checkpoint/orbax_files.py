@@ -8,6 +8,7 @@ pass, and at DEBUG (`sae -v`) so does everything.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import functools
 import hashlib
@@ -91,7 +92,7 @@ class OrbaxCheckpoints:
     def save(self, step: int, state: TrainState, sealed: Mapping[str, Any]) -> None:
         """Copy the state off the devices and begin to write it, with its sealed meta."""
         arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(sealed))
+            state=ocp.args.StandardSave(_parts(state)), meta=ocp.args.JsonSave(dict(sealed))
         )
         self.wait()
         self._saving = step
@@ -167,8 +168,14 @@ def read_state(folder: Path, abstract: TrainState) -> TrainState:
     What it raises for missing or torn files is Orbax's affair: any exception.
     """
     with _without_narration():
-        arguments = ocp.args.StandardRestore(abstract)
-        return ocp.StandardCheckpointHandler().restore(folder / "state", args=arguments)
+        arguments = ocp.args.StandardRestore(_parts(abstract))
+        parts = ocp.StandardCheckpointHandler().restore(folder / "state", args=arguments)
+    return dataclasses.replace(abstract, **parts)
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+    """Its fields by name, without those that hold nothing, for which Orbax would keep a leaf."""
+    return {name: part for name, part in vars(state).items() if jax.tree.leaves(part)}
 
 
 @contextmanager

@@ -73,7 +73,12 @@ def load_trained(run_folder: AnyPath, *, step: int | None = None) -> Trained:
     def load(at: int) -> tuple[dict[str, Any], Config, TrainState]:
         meta = checkpoints.read_meta(at)
         config = Config.model_validate(meta["config"])
-        abstract = abstract_state(config.sae, d_model=meta["d_model"], mesh=local_mesh())
+        abstract = abstract_state(
+            config.sae,
+            d_model=meta["d_model"],
+            mesh=local_mesh(),
+            momentum=config.train.has_momentum,
+        )
         return meta, config, checkpoints.restore(abstract, step=at)
 
     newest = checkpoints.newest(load) if step is None else (step, load(step))

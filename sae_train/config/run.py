@@ -21,6 +21,7 @@ from activation_cache.config import (
     Location,
     MeshConfig,
     ModelConfig,
+    NonNegative32,
     Positive32,
     PositiveCount,
     PositiveSmallCount,
@@ -50,7 +51,8 @@ COMMAND_SECTIONS = ("sweep", "launch", "rollout")
 class LearningRateConfig(Section):
     """Cosine warm-up from `warmup_from * peak`, constant, then an optional linear decay.
 
-    Gemma Scope states no decay; `decay_steps` counts back from the last step.
+    Gemma Scope states no decay; `decay_steps` counts back from the last step. Biases have
+    `bias_multiplier` times the rate.
     """
 
     peak: Positive32 = 7e-5
@@ -58,12 +60,13 @@ class LearningRateConfig(Section):
     warmup_from: Fraction = 0.1
     decay_steps: SmallCount = 0
     decay_to: Fraction = 0.0
+    bias_multiplier: NonNegative32 = 1.0
 
 
 class AdamConfig(Section):
-    """Adam without a first moment: β₁ is 0, so only the second moment is kept."""
+    """Adam. With β₁ = 0, Gemma Scope's, there is no first moment, and steps may be sparse."""
 
-    beta1: Annotated[float, Field(ge=0, le=0)] = 0.0
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.0
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     epsilon: Positive32 = 1e-8
 
@@ -114,6 +117,16 @@ class TrainConfig(Section):
         if isinstance(sparsity, dict) and "penalty" not in sparsity:
             return {"penalty": "l0", **sparsity}
         return sparsity
+
+    @property
+    def has_momentum(self) -> bool:
+        """Does Adam keep a first moment?"""
+        return self.adam.beta1 > 0
+
+    @property
+    def has_whole_gradients(self) -> bool:
+        """Does a dense step make all gradients before it updates anything?"""
+        return self.has_momentum or self.gradient_clip is not None
 
     @property
     def steps(self) -> int:
@@ -262,6 +275,12 @@ def _check_step(sae: SaeConfig, train: TrainConfig) -> Iterator[str]:
         yield (
             f"train.step sparse is for jumprelu, and sae.architecture is {sae.architecture}: set "
             "train.step to auto or dense, which take the dense path"
+        )
+    elif train.step == "sparse" and train.has_momentum:
+        yield (
+            f"train.step sparse leaves latents without a gradient as they are, and with "
+            f"train.adam.beta1 {train.adam.beta1:g} these move too: set train.adam.beta1 to 0, or "
+            "train.step to auto or dense"
         )
     elif train.kernels == "pallas" and train.step != "sparse":
         yield (

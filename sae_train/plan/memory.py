@@ -46,7 +46,7 @@ FLOAT_BYTES = 4
 STATE_SCALAR_BYTES = 16
 PATH_BYTES = 8
 SCALAR_BYTES = 12  # learning rate, coefficient, bias correction
-STATE_ITEMS = ("weights", "second moment")
+STATE_ITEMS = ("weights", "first moment", "second moment")
 _HELD = (*STATE_ITEMS, "batch")  # from one step to the next; the other items are temporaries
 
 
@@ -55,7 +55,8 @@ class Shape:
     """The sizes a step is compiled for: global dims, and the mesh that cuts them.
 
     `capacity` is the sparse path's, in active pairs a row; None: the dense path only. `groups` are
-    the latents of each group of a Matryoshka SAE; empty for another.
+    the latents of each group of a Matryoshka SAE; empty for another. `has_whole_gradients` is of
+    the dense path: they are there all at once.
     """
 
     batch_size: int
@@ -66,6 +67,8 @@ class Shape:
     is_transcoder: bool = False
     has_skip: bool = False
     whitens: bool = False
+    has_momentum: bool = False
+    has_whole_gradients: bool = False
     capacity: int | None = None
     groups: tuple[int, ...] = ()
 
@@ -88,6 +91,8 @@ class Shape:
             is_transcoder=config.sae.is_transcoder,
             has_skip=config.sae.affine_skip,
             whitens=config.sae.whitening > 0,
+            has_momentum=config.train.has_momentum,
+            has_whole_gradients=config.train.has_whole_gradients,
             capacity=capacity,
             groups=_groups(config.sae),
         )
@@ -165,6 +170,7 @@ def step_memory(
     items = {
         # When latents last fired, and when they were last touched.
         "weights": params + shape.tensor_bytes(LAST_FIRED, LAST_FIRED) + STATE_SCALAR_BYTES,
+        "first moment": params if shape.has_momentum else 0,
         "second moment": params,
         "batch": batch + SCALAR_BYTES,
     }
@@ -173,6 +179,8 @@ def step_memory(
         items |= _sparse(shape, capacity=shape.capacity)
     elif backend == "cpu":
         items |= _tiled(shape) if shape.architecture == "jumprelu" else _by_autodiff(shape)
+        if shape.has_whole_gradients and shape.architecture == "jumprelu":
+            items["gradients"] += params
     else:
         latents = shape.local(("B", "F")) * FLOAT_BYTES
         rows = shape.local(("B", "D")) * FLOAT_BYTES

@@ -30,7 +30,6 @@ from jaxtyping import Array, Bool
 
 from activation_cache.precision import Precision
 from sae_train.config.run import Config
-from sae_train.model.forward import Params
 from sae_train.model.sharding import over_devices
 from sae_train.sparse.active_pairs import Pairs
 from sae_train.sparse.kernels.backend import parts_of
@@ -42,6 +41,7 @@ from sae_train.step.dense_jumprelu import (
     ROW_DIMS,
     DenseStep,
     EncoderOperands,
+    Updated,
     update_dims,
 )
 from sae_train.step.gradients import (
@@ -147,7 +147,7 @@ class SparseStep(DenseStep):
         output: OutputGradients,
         *,
         scalars: Scheduled,
-    ) -> tuple[Params, Params, Array, Array]:
+    ) -> Updated:
         """In place; to clip, a first pass over the gradients finds their norm."""
         clip = self._train.gradient_clip
         if clip is None:
@@ -157,11 +157,8 @@ class SparseStep(DenseStep):
         small = self._small_gradients(state.params, x_BD, output=output, sums=sums)
         small_squares = optimiser.tree_norm(small) ** 2
         scale = jnp.minimum(1.0, clip / jnp.sqrt(sums.projected + small_squares))
-        params, second_moment, touched_F, _ = self._update_in_place(
-            state, x_BD, encoded, output.scaled(scale), scalars=scalars
-        )
-        norm = jnp.sqrt(sums.squares + small_squares)
-        return params, second_moment, touched_F, norm
+        updated = self._update_in_place(state, x_BD, encoded, output.scaled(scale), scalars=scalars)
+        return updated._replace(norm=jnp.sqrt(sums.squares + small_squares))
 
     def _update_latents(
         self, rows: Rows, encoded: Encoded, output: OutputGradients, update: Update | None

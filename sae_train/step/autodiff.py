@@ -98,11 +98,12 @@ class AutodiffStep:
             precision=self._precision,
             error=error,
         )
-        params, second_moment = optimiser.update_all(
+        params, first_moment, second_moment = optimiser.update_all(
             state, gradients, scalars=scalars, config=self._config
         )
         return StepResult(
             params=params,
+            first_moment=first_moment,
             second_moment=second_moment,
             last_touched=jnp.full_like(state.last_touched, state.step + 1),
             loss=loss,

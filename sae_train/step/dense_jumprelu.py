@@ -16,7 +16,7 @@ Legend: B rows of a batch, D model width, F latents, T tiles, L latents of a til
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,17 @@ def cpu_tile(width: int) -> int:
 
 def update_dims(update: Update | None) -> Any:
     """The dims of an `Update`: scalars everywhere, decays with their latents."""
-    return None if update is None else (Scheduled((), (), (), ()), ("F",))
+    return None if update is None else (Scheduled((), (), (), (), ()), ("F",))
+
+
+class Updated(NamedTuple):
+    """What an update leaves: new parameters and moments, who was touched, the gradients' norm."""
+
+    params: Params
+    first_moment: Params
+    second_moment: Params
+    touched_F: Bool[Array, " F"]
+    norm: Float[Array, ""]
 
 
 class DenseStep:
@@ -101,9 +111,8 @@ class DenseStep:
         penalty, output = self._output_gradients(
             operands, residuals, encoded, scalars=scalars, log_gain=state.log_gain
         )
-        params, second_moment, touched_F, norm = self._update(
-            state, x_BD, encoded, output, scalars=scalars
-        )
+        updated = self._update(state, x_BD, encoded, output, scalars=scalars)
+        params, first_moment, second_moment, touched_F, norm = updated
         loss = weighted_error(residuals, config=self._sae) + penalty.loss
         if self._sae.revive_coefficient:
             params, second_moment, touched_F, revival = revive(
@@ -123,6 +132,7 @@ class DenseStep:
             loss = loss + revival
         return StepResult(
             params=params,
+            first_moment=first_moment,
             second_moment=second_moment,
             last_touched=jnp.where(touched_F, state.step + 1, state.last_touched),
             loss=loss,
@@ -247,16 +257,14 @@ class DenseStep:
         output: OutputGradients,
         *,
         scalars: Scheduled,
-    ) -> tuple[Params, Params, Array, Array]:
-        """New parameters, second moments, which latents were touched, and the gradients' norm."""
-        if self._train.gradient_clip is None:
+    ) -> Updated:
+        """All at once where gradients are clipped or there are first moments, else in place."""
+        if not self._train.has_whole_gradients:
             return self._update_in_place(state, x_BD, encoded, output, scalars=scalars)
         gradients = self._gradients(state.params, x_BD, encoded, output)
-        params, second_moment = optimiser.update_all(
-            state, gradients, scalars=scalars, config=self._config
-        )
+        new = optimiser.update_all(state, gradients, scalars=scalars, config=self._config)
         touched_F = jnp.ones(self._sae.width, bool)
-        return params, second_moment, touched_F, optimiser.tree_norm(gradients)
+        return Updated(*new, touched_F, optimiser.tree_norm(gradients))
 
     def _update_in_place(
         self,
@@ -266,7 +274,7 @@ class DenseStep:
         output: OutputGradients,
         *,
         scalars: Scheduled,
-    ) -> tuple[Params, Params, Array, Array]:
+    ) -> Updated:
         """As `_update`, each block's rows written as soon as it has its gradients.
 
         Small parameters come last. Of untouched latents they stay as they are, waiting.
@@ -290,7 +298,7 @@ class DenseStep:
             new[name] = jnp.where(touched_F, new[name], params[name])
             new_moment[name] = jnp.where(touched_F, new_moment[name], moment[name])
         norm = jnp.sqrt(sums.squares + optimiser.tree_norm(small) ** 2)
-        return new | rows[0], new_moment | rows[1], touched_F, norm
+        return Updated(new | rows[0], state.first_moment, new_moment | rows[1], touched_F, norm)
 
     def _small_gradients(
         self, params: Params, x_BD: Array, *, output: OutputGradients, sums: LatentSums

@@ -5,6 +5,8 @@
 Gemma Scope (arXiv 2408.05147, section 3.2): Adam with β₁ = 0, β₂ = 0.999, ε = 1e-8; the part of
 each decoder row's gradient that is parallel to the row is removed before Adam, and rows are
 renormalised after every update. With β₁ = 0 there is no first moment, which leaves `scale_by_rms`.
+Short runs need high rates, and a β₁ above 0 to bear them (docs/recipes.md): then every parameter
+moves in every step, and `update_all` updates them.
 
 **Lazy updates.** With β₁ = 0 a parameter without a gradient stays where it is, and its second
 moment v only decays. So v may wait, and is multiplied by β₂ once for each step it has waited when
@@ -17,7 +19,9 @@ Legend: D model width, F latents.
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -61,14 +65,41 @@ def project_decoder() -> optax.GradientTransformation:
     return optax.stateless(project)
 
 
-def transformation(
-    scalars: Scheduled, *, config: Config, clip: bool = False
+class _Moments(NamedTuple):
+    """The state of Adam with a first moment."""
+
+    mu: Params
+    nu: Params
+
+
+def _scale_by_adam(
+    *, beta1: float, beta2: float, epsilon: Any, correction: Any
 ) -> optax.GradientTransformation:
-    """The chain for one step, of any of the parameters; its state is the second moments.
+    """m / (c₁ (√v + ε)): optax's `scale_by_adam` with corrections that the host has computed."""
+
+    def init(params: Params) -> _Moments:
+        return _Moments(optax.tree.zeros_like(params), optax.tree.zeros_like(params))
+
+    def update(
+        gradients: Params, moments: _Moments, params: Params | None = None
+    ) -> tuple[Params, _Moments]:
+        mu = optax.tree.update_moment(gradients, moments.mu, beta1, 1)
+        nu = optax.tree.update_moment(gradients, moments.nu, beta2, 2)
+        scaled = jax.tree.map(lambda m, v: m / (correction * (jnp.sqrt(v) + epsilon)), mu, nu)
+        return scaled, _Moments(mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def transformation(
+    scalars: Scheduled, *, config: Config, clip: bool = False, momentum: bool = False
+) -> optax.GradientTransformation:
+    """The chain for one step, of any of the parameters; its state is the moments.
 
     Args:
         scalars: this step's.
         clip: clip to `train.gradient_clip`; all parameters must then be updated at once.
+        momentum: with the first moment too.
     """
     # Adam's g / (√(v / c) + ε) with the bias correction c = 1 - β₂ᵗ is √c g / (√v + ε √c). The
     # host computes c in float64; optax's own, in float32, is off by 1e-5 in the first steps.
@@ -79,16 +110,28 @@ def transformation(
         optax.clip_by_global_norm(train.gradient_clip)
         if clip and train.gradient_clip is not None
         else optax.identity(),
-        optax.scale_by_rms(
+        _scale_by_adam(
+            beta1=train.adam.beta1,
+            beta2=train.adam.beta2,
+            epsilon=train.adam.epsilon * root,
+            correction=jnp.asarray(scalars.momentum_correction),
+        )
+        if momentum
+        else optax.scale_by_rms(
             decay=train.adam.beta2, eps=train.adam.epsilon * root, eps_in_sqrt=False
         ),
         optax.masked(optax.scale(sae.threshold.learning_rate_multiplier), _is_threshold),
+        optax.masked(optax.scale(train.learning_rate.bias_multiplier), _is_bias),
         optax.scale_by_learning_rate(jnp.asarray(scalars.learning_rate) * root),
     )
 
 
 def _is_threshold(params: Params) -> dict[str, bool]:
     return {name: name == "threshold" for name in params}
+
+
+def _is_bias(params: Params) -> dict[str, bool]:
+    return {name: name.startswith("b_") for name in params}
 
 
 def update(
@@ -101,7 +144,7 @@ def update(
     config: Config,
     clip: bool = False,
 ) -> tuple[Params, Params]:
-    """New parameters and second moments, of all parameters or some, of all latents or some.
+    """New parameters and second moments without a first one, of all or some of them and of latents.
 
     Args:
         gradients: of the same names as `params`; the decoder's not yet projected.
@@ -109,7 +152,7 @@ def update(
         decay_F: what has become of them since (`waited_decay`).
         clip: as for `transformation`.
     """
-    sae, table = config.sae, table_of(config.sae)
+    table = table_of(config.sae)
     second_moment = {
         name: second_moment[name] * _per_row(decay_F, like=param)
         if table[name].dims[0] == "F"
@@ -117,7 +160,21 @@ def update(
         for name, param in params.items()
     }
     chain = transformation(scalars, config=config, clip=clip)
-    state = optax.tree.set(chain.init(params), nu=second_moment)
+    new, moments = applied(chain, params, gradients, {"nu": second_moment}, config=config)
+    return new, moments["nu"]
+
+
+def applied(
+    chain: optax.GradientTransformation,
+    params: Params,
+    gradients: Params,
+    moments: dict[str, Params],
+    *,
+    config: Config,
+) -> tuple[Params, dict[str, Params]]:
+    """New parameters and moments, these by their names in the chain's state."""
+    sae = config.sae
+    state = optax.tree.set(chain.init(params), **moments)
     updates, state = chain.update(gradients, state, params)
     new = dict(optax.apply_updates(params, updates))
     if "W_dec" in new and has_unit_decoder(sae.architecture):
@@ -127,14 +184,22 @@ def update(
     if "threshold" in new and sae.threshold.parametrisation == "direct":
         # Released latents are relu(pre) where pre > θ: below 0 the two forms would differ.
         new["threshold"] = jnp.maximum(new["threshold"], 0.0)
-    return new, optax.tree.get(state, "nu")
+    return new, {name: optax.tree.get(state, name) for name in moments}
 
 
 def update_all(
     state: TrainState, gradients: Params, *, scalars: Scheduled, config: Config
-) -> tuple[Params, Params]:
-    """`update` of every parameter of every latent, with gradients clipped if the config says so."""
-    return update(
+) -> tuple[Params, Params, Params]:
+    """New parameters, first and second moments of all there are, clipped if the config says so.
+
+    With a first moment no latent has waited: no step leaves one out.
+    """
+    if config.train.has_momentum:
+        chain = transformation(scalars, config=config, clip=True, momentum=True)
+        moments = {"mu": state.first_moment, "nu": state.second_moment}
+        new, moments = applied(chain, state.params, gradients, moments, config=config)
+        return new, moments["mu"], moments["nu"]
+    new, second_moment = update(
         state.params,
         gradients,
         second_moment=state.second_moment,
@@ -143,6 +208,7 @@ def update_all(
         config=config,
         clip=True,
     )
+    return new, state.first_moment, second_moment
 
 
 def _per_row(decay_F: Array, *, like: Array) -> Array:

@@ -26,6 +26,8 @@ def may_be_sparse(config: Config, *, on_cpu: bool) -> bool:
     """
     if config.sae.architecture != "jumprelu" or config.train.step == "dense":
         return False
+    if config.train.has_momentum:  # latents without a gradient move too
+        return False
     return config.train.step == "sparse" or (on_cpu and config.sae.width >= SMALLEST_WIDTH)
 
 

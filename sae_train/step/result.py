@@ -20,7 +20,7 @@ class StepResult:
     """What one step makes of a state and a batch.
 
     Attributes:
-        params, second_moment, last_touched: as in the new state.
+        params, first_moment, second_moment, last_touched: as in the new state.
         loss: of the batch, penalty and auxiliary loss included.
         gradient_norm: of all parameters' gradients, before the decoder's is projected and before
             clipping.
@@ -33,6 +33,7 @@ class StepResult:
     """
 
     params: Params
+    first_moment: Params
     second_moment: Params
     last_touched: Array
     loss: Float[Array, ""]

@@ -12,6 +12,9 @@ What it has learnt must come above its threshold. So a threshold that is above a
 in the batch is brought down to the largest of them: that row is in the threshold's window then, and
 the other losses decide whether the latent is worth what it costs. This is ours.
 
+With a first moment (`train.adam.beta1`) this second update has none: a latent is taught only
+while it is dead.
+
 The loss changes W_enc, W_dec and b_enc of latents that are dead and silent in this batch too, and
 nothing else. The step's other losses leave exactly these alone, but for their threshold, so a
 second update after the step's own gives what one update by the sum would. If gradients are clipped,
@@ -118,7 +121,7 @@ def revive(
     taught, loss = over_devices(
         part,
         mesh=mesh,
-        in_dims=(dims, ("F",), ("F",), ("B", "D"), ("B", "D"), (), (), (), Scheduled(*((),) * 4)),
+        in_dims=(dims, ("F",), ("F",), ("B", "D"), ("B", "D"), (), (), (), Scheduled(*((),) * 5)),
         out_dims=(dims, ()),
     )(
         own,

@@ -31,12 +31,14 @@ class Scheduled:
         sparsity_coefficient: λ, warmed up.
         sparsity_warmup: the share of λ that is in force, 0 to 1.
         bias_correction: Adam's 1 - β₂ᵗ, t counted from 1.
+        momentum_correction: 1 - β₁ᵗ; 1 where β₁ is 0.
     """
 
     learning_rate: Any
     sparsity_coefficient: Any
     sparsity_warmup: Any
     bias_correction: Any
+    momentum_correction: Any
 
 
 def learning_rate_schedule(config: LearningRateConfig, *, steps: int) -> optax.Schedule:
@@ -85,16 +87,20 @@ def scheduled(config: TrainConfig, *, step: int) -> Scheduled:
     # Runs of a cohort often differ in their peak alone: the factors are those of all.
     shape = config.learning_rate.model_copy(update={"peak": 1.0})
     rate = config.learning_rate.peak * float(learning_rate_factors(shape, steps=config.steps)[step])
-    penalty, beta2 = config.sparsity, config.adam.beta2
+    penalty = config.sparsity
     warmup = float(_sparsity_factors(penalty.warmup_steps, steps=config.steps)[step])
-    # 1 - β₂ᵗ for t = step + 1, without the cancellation.
-    correction = -math.expm1((step + 1) * math.log(beta2)) if beta2 > 0 else 1.0
     return Scheduled(
         learning_rate=np.float32(rate),
         sparsity_coefficient=np.float32(penalty.coefficient * warmup),
         sparsity_warmup=np.float32(warmup),
-        bias_correction=np.float32(correction),
+        bias_correction=np.float32(_correction(config.adam.beta2, step=step)),
+        momentum_correction=np.float32(_correction(config.adam.beta1, step=step)),
     )
+
+
+def _correction(beta: float, *, step: int) -> float:
+    """1 - βᵗ for t = step + 1, without the cancellation."""
+    return -math.expm1((step + 1) * math.log(beta)) if beta > 0 else 1.0
 
 
 def total_learning_rate(config: TrainConfig) -> float:

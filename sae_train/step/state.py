@@ -26,6 +26,7 @@ class TrainState:
 
     Attributes:
         params: the trained parameters, see `sharding.params_table`.
+        first_moment: Adam's m for each of them where β₁ isn't 0; else empty.
         second_moment: Adam's v for each of them; of a latent, as it was in the step `last_touched`.
         last_fired: for each latent the step (counted from 1) in which it last fired, 0 for never.
         last_touched: for each latent the step in which its parameters and second moments were last
@@ -43,6 +44,7 @@ class TrainState:
     """
 
     params: dict[str, Any]
+    first_moment: dict[str, Any]
     second_moment: dict[str, Any]
     last_fired: Any
     last_touched: Any
@@ -62,12 +64,15 @@ def is_dead(
     return step - last_fired_F >= min(steps, LARGEST_INT32)  # no run has more steps
 
 
-def _map_table(leaf, scalar, *, config: SaeConfig) -> TrainState:
+def _map_table(leaf, scalar, *, config: SaeConfig, momentum: bool) -> TrainState:
     """Build a state: `leaf(name, tensor)` for each row of the table and `scalar(dtype)`."""
     table = table_of(config)
     params = {name: leaf(name, tensor) for name, tensor in table.items()}
     return TrainState(
         params=params,
+        first_moment={name: leaf(f"first_moment.{name}", table[name]) for name in table}
+        if momentum
+        else {},
         second_moment={name: leaf(f"second_moment.{name}", table[name]) for name in table},
         last_fired=leaf("last_fired", LAST_FIRED),
         last_touched=leaf("last_touched", LAST_FIRED),
@@ -80,16 +85,19 @@ def _map_table(leaf, scalar, *, config: SaeConfig) -> TrainState:
     )
 
 
-def state_shardings(mesh: Mesh, *, config: SaeConfig) -> TrainState:
+def state_shardings(mesh: Mesh, *, config: SaeConfig, momentum: bool = False) -> TrainState:
     """The NamedSharding of every leaf."""
     return _map_table(
         lambda _, tensor: sharding(mesh, tensor.dims),
         lambda _: sharding(mesh, ()),
         config=config,
+        momentum=momentum,
     )
 
 
-def abstract_state(config: SaeConfig, *, d_model: int, mesh: Mesh) -> TrainState:
+def abstract_state(
+    config: SaeConfig, *, d_model: int, mesh: Mesh, momentum: bool = False
+) -> TrainState:
     """Shape, dtype and sharding of every leaf, nothing allocated."""
 
     def leaf(_: str, tensor: Tensor) -> jax.ShapeDtypeStruct:
@@ -100,22 +108,25 @@ def abstract_state(config: SaeConfig, *, d_model: int, mesh: Mesh) -> TrainState
         leaf,
         lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=sharding(mesh, ())),
         config=config,
+        momentum=momentum,
     )
 
 
-def init_state(config: SaeConfig, *, d_model: int, seed: int, mesh: Mesh) -> TrainState:
+def init_state(
+    config: SaeConfig, *, d_model: int, seed: int, mesh: Mesh, momentum: bool = False
+) -> TrainState:
     """Gemma Scope's initialisation, each shard made on its own device; `seed` has 64 bits.
 
     W_dec and W_enc are drawn from one key, so W_enc starts as W_dec's transpose; of a transcoder
     they are drawn apart.
     """
-    return _initialiser(config, d_model, seed, mesh)()
+    return _initialiser(config, d_model, seed, mesh, momentum)()
 
 
 # The members of a cohort start from the same state, and share its compiled initialiser.
 @functools.lru_cache(maxsize=8)
 def _initialiser(
-    config: SaeConfig, d_model: int, seed: int, mesh: Mesh
+    config: SaeConfig, d_model: int, seed: int, mesh: Mesh, momentum: bool
 ) -> Callable[[], TrainState]:
     table = table_of(config)
 
@@ -131,8 +142,10 @@ def _initialiser(
                 return tensor.init(key, shape, config).astype(tensor.dtype)
             return jnp.zeros(shape, tensor.dtype)
 
-        state = _map_table(leaf, lambda dtype: jnp.zeros((), dtype), config=config)
+        state = _map_table(
+            leaf, lambda dtype: jnp.zeros((), dtype), config=config, momentum=momentum
+        )
         # Half of all latents are active at first (docs/numerics.md): too many for the sparse path.
         return dataclasses.replace(state, candidates=jnp.float32(config.width))
 
-    return jax.jit(init, out_shardings=state_shardings(mesh, config=config))
+    return jax.jit(init, out_shardings=state_shardings(mesh, config=config, momentum=momentum))

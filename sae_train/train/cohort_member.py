@@ -145,6 +145,7 @@ class Member(Closing):
                 d_model=self._meta["d_model"],
                 seed=config.train.seed,
                 mesh=self._mesh,
+                momentum=config.train.has_momentum,
             )
         else:
             self.done, self._state = newest
@@ -166,7 +167,12 @@ class Member(Closing):
             )
             own = self._meta["model_precision"]
             refuse_model_precision(self.config, earlier, precision=own, folder=self.folder)
-        abstract = abstract_state(self.config.sae, d_model=self._meta["d_model"], mesh=self._mesh)
+        abstract = abstract_state(
+            self.config.sae,
+            d_model=self._meta["d_model"],
+            mesh=self._mesh,
+            momentum=self.config.train.has_momentum,
+        )
         return self.checkpoints.restore(abstract, step=step)
 
     def prepare(self, batch: Callable[[int], HostBatch]) -> None:

@@ -131,6 +131,7 @@ def _measure(
     )
     new_state = TrainState(
         params=result.params,
+        first_moment=result.first_moment,
         second_moment=result.second_moment,
         last_fired=last_fired_F,
         last_touched=result.last_touched,
@@ -156,7 +157,7 @@ def make_train_step(
     The state is donated: the caller must not touch the one it passed in.
     """
     step = _uncompiled_step(config, input_scale=input_scale, target_scale=target_scale, mesh=mesh)
-    return _compiled(step, state_shardings(mesh, config=config.sae), mesh)
+    return _compiled(step, _shardings(config, mesh), mesh)
 
 
 def make_stacked_step(
@@ -180,7 +181,7 @@ def make_stacked_step(
         pairs = [plain(one, batch, its) for one, its in zip(own, scalars, strict=True)]
         return tuple(state for state, _ in pairs), tuple(metrics for _, metrics in pairs)
 
-    return _compiled(step, (state_shardings(mesh, config=config.sae),) * members, mesh)
+    return _compiled(step, (_shardings(config, mesh),) * members, mesh)
 
 
 def make_end_to_end_step(
@@ -219,7 +220,11 @@ def make_end_to_end_step(
         state, metrics = _measure(state, result, target_BD=target_ND, config=config)
         return state, EndToEndMetrics(**vars(metrics), kl=result.told.kl, alpha=result.told.alpha)
 
-    return _compiled(step, state_shardings(mesh, config=config.sae), mesh, batch=None)
+    return _compiled(step, _shardings(config, mesh), mesh, batch=None)
+
+
+def _shardings(config: Config, mesh: Mesh) -> TrainState:
+    return state_shardings(mesh, config=config.sae, momentum=config.train.has_momentum)
 
 
 def _merged(rows_BRD: Array) -> Array:

@@ -62,7 +62,12 @@ def final_state(run_folder: Path, *, step: int) -> list[np.ndarray]:
     with Checkpoints(run_folder) as checkpoints:
         meta = checkpoints.read_meta(step)
         config = Config.model_validate(meta["config"])
-        abstract = abstract_state(config.sae, d_model=meta["d_model"], mesh=make_mesh(config.mesh))
+        abstract = abstract_state(
+            config.sae,
+            d_model=meta["d_model"],
+            mesh=make_mesh(config.mesh),
+            momentum=config.train.has_momentum,
+        )
         return [
             np.asarray(leaf) for leaf in jax.tree.leaves(checkpoints.restore(abstract, step=step))
         ]

@@ -94,6 +94,7 @@ class Touched:
             sparsity_coefficient=jnp.float32(0.0),
             sparsity_warmup=jnp.float32(0.0),
             bias_correction=jnp.float32(0.3),
+            momentum_correction=jnp.float32(1.0),
         )
         self.update = scalars, jnp.linspace(0.5, 1.0, width, dtype=jnp.float32)
 
@@ -303,7 +304,7 @@ def test_kernels_lower_for_cuda(d_model: int, precision: Precision, width: int):
     select_ = partial(select.select_pairs, **options)
     decode_ = partial(decode.decode_pairs, num_rows=rows, precision=precision)
     output = OutputGradients(batch, batch, shape(rows), per_latent, per_latent, per_latent)
-    update = Scheduled(*(shape(),) * 4), per_latent
+    update = Scheduled(*(shape(),) * 5), per_latent
     both: Any = ({"W_enc": matrix, "W_dec": matrix},) * 2
     config = make_config(width=width)
 

@@ -64,6 +64,7 @@ def penalty_at(l0: float, *, warmup: float, log_gain: float = 0.5, **penalty: ob
         sparsity_coefficient=np.float32(0.02 * warmup),
         sparsity_warmup=np.float32(warmup),
         bias_correction=np.float32(1.0),
+        momentum_correction=np.float32(1.0),
     )
     return penalty_of(
         jnp.full(2, l0),

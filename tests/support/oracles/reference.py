@@ -153,6 +153,15 @@ def adam(param, gradient, moment, *, rate, step, beta2=0.999, epsilon=1e-8):
     return param - rate * gradient / (np.sqrt(moment / (1 - beta2**step)) + epsilon), moment
 
 
+def adam_with_momentum(param, gradient, moments, *, rate, step, beta1, beta2=0.999, epsilon=1e-8):
+    """One update by Kingma and Ba's algorithm 1; `step` counts from 1."""
+    first, second = moments
+    first = beta1 * first + (1 - beta1) * gradient
+    second = beta2 * second + (1 - beta2) * gradient**2
+    size = np.sqrt(second / (1 - beta2**step)) + epsilon
+    return param - rate * first / (1 - beta1**step) / size, (first, second)
+
+
 @dataclass
 class Trainer:
     """The whole step in float64: gradients, projection, Adam, unit-norm rows."""
@@ -167,9 +176,12 @@ class Trainer:
     revive_k: int = 1
     dead_after: int = 1  # steps
     prefixes: list | None = None
+    beta1: float = 0.0
+    bias_multiplier: float = 1.0
 
     def __post_init__(self):
         self.params = {name: np.asarray(v, np.float64) for name, v in self.params.items()}
+        self.first_moments = {name: np.zeros_like(v) for name, v in self.params.items()}
         self.moments = {name: np.zeros_like(v) for name, v in self.params.items()}
         self.last_fired = np.zeros(self.params["b_enc"].shape[0], int)
 
@@ -202,9 +214,17 @@ class Trainer:
                 own_rate = rate * self.threshold_multiplier
                 if self.log_threshold:
                     gradient, value = gradient * value, np.log(value)
-            value, self.moments[name] = adam(
-                value, gradient, self.moments[name], rate=own_rate, step=self.steps
+            if name.startswith("b_"):
+                own_rate = rate * self.bias_multiplier
+            value, both = adam_with_momentum(
+                value,
+                gradient,
+                (self.first_moments[name], self.moments[name]),
+                rate=own_rate,
+                step=self.steps,
+                beta1=self.beta1,
             )
+            self.first_moments[name], self.moments[name] = both
             if name == "threshold":
                 value = np.exp(value) if self.log_threshold else np.maximum(value, 0.0)
             self.params[name] = value
