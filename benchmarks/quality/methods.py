@@ -31,7 +31,9 @@ from sae_train.train.loop import train_cohort
 WIDTH, BATCH, STEPS = 1024, 256, 200
 MIDDLE = 50  # the L0 at which settings are searched
 FRACTIONS = (1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
-OURS = ("ours", "ours, whitened 0.25", "ours, plain", "ours, TopK")
+OURS = ("ours", "ours, whitened 0.5", "ours, Matryoshka", "ours, plain", "ours, TopK")
+# The prefixes of the paper, at a tenth of the whole SAE's weight.
+LIGHT = {"prefixes": [1 / 16, 1 / 8, 1 / 4, 1 / 2], "weights": [0.1, 0.1, 0.1, 0.1, 1.0]}
 
 # How one trainer is made: the budget, the rows, settings and aim together.
 Make = Callable[[Budget, Rows, dict[str, Any]], Trainer]
@@ -148,14 +150,21 @@ METHODS = (
     Method(
         "ours",  # the short recipe as it is
         start={},
-        trials=_our_rates(1e-3, 5e-3),
+        trials=_our_rates(3.5e-3, 1e-2),
         make=None,
         aim=_match_l0,
     ),
     Method(
-        "ours, whitened 0.25",
-        start={"sae.whitening": 0.25, "train.learning_rate.peak": 4.95e-3},
-        trials=_our_rates(2e-3, 1e-2),
+        "ours, whitened 0.5",
+        start={"sae.whitening": 0.5},
+        trials=_our_rates(3.5e-3, 1e-2),
+        make=None,
+        aim=_match_l0,
+    ),
+    Method(
+        "ours, Matryoshka",
+        start={"sae.matryoshka": LIGHT},
+        trials=_our_rates(3.5e-3, 1e-2),
         make=None,
         aim=_match_l0,
     ),
@@ -201,20 +210,21 @@ METHODS = (
         aim=_named("k"),
     ),
     Method(
-        "ours, plain",  # the recipe without what it does beside squared error and L0
+        "ours, plain",  # Gemma Scope's loss and optimiser, at a rate for few steps
         start={
             "sae.whitening": 0.0,
             "sae.revive_coefficient": 0.0,
-            "train.learning_rate.peak": 4.95e-3,
+            "train.adam.beta1": 0.0,
+            "train.learning_rate.bias_multiplier": 1.0,
         },
-        trials=_our_rates(2e-3, 1e-2),
+        trials=_our_rates(1e-3, 5e-3),
         make=None,
         aim=_match_l0,
     ),
     Method(
         "ours, TopK",
         start={"sae.architecture": "topk"},
-        trials=_our_rates(5e-3, 1e-2),
+        trials=_our_rates(3.5e-3, 5e-3),
         make=None,
         aim=lambda target: {"sae.k": target, "train.sparsity": {"penalty": "none"}},
     ),

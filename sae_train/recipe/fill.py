@@ -14,6 +14,7 @@ from typing import Any, TypeGuard, get_args
 from sae_train.recipe.formulas import (
     ARCHITECTURE,
     BATCH_SIZE,
+    IN_STREAM,
     Budget,
     Choice,
     Name,
@@ -109,10 +110,13 @@ def _budget(values: Any) -> Budget | None:
     batch_size = _count(value_at(values, "train.batch_size", BATCH_SIZE))
     if tokens is None or batch_size is None:
         return None
-    dead_after = value_at(values, "train.dead_after_tokens", None)
     chose = value_at(values, CHOSE, None)
-    if isinstance(chose, list) and "train.dead_after_tokens" in chose:
-        dead_after = None
+    filled_before = chose if isinstance(chose, list) else []
+
+    def given(key: str) -> Any:
+        return None if key in filled_before else value_at(values, key, None)
+
+    beta1 = given("train.adam.beta1")
     hinders = ("sae.target", "sae.start_from", "train.end_to_end")
     plain = all(value_at(values, key, None) is None for key in hinders)
     return Budget(
@@ -122,7 +126,10 @@ def _budget(values: Any) -> Budget | None:
         penalty=value_at(values, "train.sparsity.penalty", "l0"),
         starts_trained=value_at(values, "sae.start_from", None) is not None,
         can_whiten=plain and value_at(values, "sae.site", None) != "embedding",
-        dead_after_tokens=_count(dead_after),
+        in_stream=value_at(values, "sae.site", None) in IN_STREAM,
+        beta1=beta1 if isinstance(beta1, int | float) else None,
+        is_sparse=value_at(values, "train.step", None) == "sparse",
+        dead_after_tokens=_count(given("train.dead_after_tokens")),
     )
 
 

@@ -19,10 +19,14 @@ NAMES: tuple[Name, ...] = ("gemma_scope", "short", "auto")
 # What a config means that doesn't say (Gemma Scope 3.2).
 BATCH_SIZE, ARCHITECTURE = 4096, "jumprelu"
 
+# Where whitening was found to help: the residual stream, and what an MLP adds to it.
+IN_STREAM = ("resid_post", "mlp_out")
+
 SHORT_STEPS, LONG_STEPS = 1_000, 1_000_000
 # From so many steps on `auto` trains log θ: at its rates a logarithm then rises by up to 22, and
-# from the first threshold to those of sparse SAEs it is 5 at the most.
-_LOG_THRESHOLD_STEPS = 100_000
+# from the first threshold to those of sparse SAEs it is 5 at the most. And it has no momentum any
+# more, without which steps may be sparse.
+_LONG_RUN = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,9 @@ class Budget:
     Attributes:
         penalty: of `train.sparsity`.
         can_whiten: `sae.whitening` may be set: an SAE of a layer, trained without the model.
+        in_stream: the SAE is of the residual stream, or of what an MLP adds to it.
+        beta1: as the config has it; None where the recipe chooses.
+        is_sparse: the config asks for sparse steps, which have no momentum.
         starts_trained: it goes on from a release, which high rates would undo.
         dead_after_tokens: as the config has it; None where the recipe chooses.
     """
@@ -41,6 +48,9 @@ class Budget:
     architecture: str
     penalty: str
     can_whiten: bool
+    in_stream: bool = True
+    beta1: float | None = None
+    is_sparse: bool = False
     starts_trained: bool = False
     dead_after_tokens: int | None = None
 
@@ -71,9 +81,11 @@ def choices(name: Name, budget: Budget) -> dict[str, Choice]:
 
 
 _GEMMA_SCOPE = {
+    "train.adam.beta1": Choice(0.0, "Gemma Scope 3.2"),
     "train.learning_rate.peak": Choice(7e-5, "Gemma Scope 3.2"),
     "train.learning_rate.warmup_steps": Choice(1000, "Gemma Scope 3.2"),
     "train.learning_rate.decay_steps": Choice(0, "Gemma Scope states no decay"),
+    "train.learning_rate.bias_multiplier": Choice(1.0, "Gemma Scope has one rate"),
     "train.sparsity.warmup_steps": Choice(10_000, "Gemma Scope 3.2"),
     "train.gradient_clip": Choice(None, "Gemma Scope clips nothing"),
     "train.dead_after_tokens": Choice(10_000_000, "what counts as dead; nothing depends on it"),
@@ -90,13 +102,17 @@ def _from_budget(budget: Budget, *, share: float) -> dict[str, Choice]:
     steps, batch_size = budget.steps, budget.batch_size
     dead_after = min(10_000_000, max(1, steps // 12) * batch_size)
     is_short = share > 0
+    beta1 = _beta1(budget, share=share)
+    has_momentum = (beta1.value if budget.beta1 is None else budget.beta1) > 0
     return {
-        "train.learning_rate.peak": _peak(budget),
+        "train.adam.beta1": beta1,
+        "train.learning_rate.peak": _peak(budget, has_momentum=has_momentum),
         "train.learning_rate.warmup_steps": Choice(
             min(1000, steps // 12), "a twelfth of the steps, at most Gemma Scope's 1,000"
         ),
-        "train.learning_rate.decay_steps": Choice(
-            round(share * steps / 5), "s times a fifth of the steps"
+        "train.learning_rate.decay_steps": _decay(steps, share=share, has_momentum=has_momentum),
+        "train.learning_rate.bias_multiplier": Choice(
+            _rounded(0.04**share), "0.04 to the power s: b_dec's noise is in every reconstruction"
         ),
         "train.sparsity.warmup_steps": Choice(
             min(10_000, steps // 6), "a sixth of the steps, at most Gemma Scope's 10,000"
@@ -122,9 +138,29 @@ def _from_budget(budget: Budget, *, share: float) -> dict[str, Choice]:
     }
 
 
-def _peak(budget: Budget) -> Choice:
+def _beta1(budget: Budget, *, share: float) -> Choice:
+    if share == 0 or budget.steps >= _LONG_RUN:
+        return Choice(0.0, "Gemma Scope's; so many steps need no high rate")
+    if budget.is_sparse:
+        return Choice(0.0, "sparse steps have no momentum")
+    return Choice(0.9, "below 100,000 steps: high rates need it")
+
+
+def _decay(steps: int, *, share: float, has_momentum: bool) -> Choice:
+    if has_momentum:
+        return Choice(round(share * steps * 0.9), "s times nine tenths of the steps")
+    return Choice(round(share * steps / 5), "s times a fifth of the steps")
+
+
+def _peak(budget: Budget, *, has_momentum: bool) -> Choice:
     if budget.starts_trained:
         return Choice(7e-5, "Gemma Scope's: a higher one would undo what sae.start_from learnt")
+    if has_momentum:
+        rate = 7e-5 * max(1.0, LONG_STEPS / budget.steps) ** 0.54
+        return Choice(
+            _rounded(min(rate, 7e-3)),
+            "7e-5, Gemma Scope's, times (a million / steps) to the power 0.54; from 7e-5 to 7e-3",
+        )
     rate = 7e-5 * max(1.0, LONG_STEPS / budget.steps) ** 0.45
     return Choice(
         _rounded(min(rate, 2.2e-3)),
@@ -133,7 +169,7 @@ def _peak(budget: Budget) -> Choice:
 
 
 def _parametrisation(steps: int, *, share: float) -> Choice:
-    if share == 1 or (share > 0 and steps < _LOG_THRESHOLD_STEPS):
+    if share == 1 or (share > 0 and steps < _LONG_RUN):
         return Choice("direct", "below 100,000 steps a logarithm moves too slowly")
     return Choice("log", "the JumpReLU paper's; there are steps enough for a logarithm")
 
@@ -143,9 +179,9 @@ def _whitening(budget: Budget, *, share: float) -> Choice:
         return Choice(0.0, "only SAEs of a layer can be whitened, trained without the model")
     if budget.architecture != "jumprelu":
         return Choice(0.0, "measured for jumprelu alone")
-    return Choice(
-        _rounded(share / 2), "half of s: less delta loss and fewer dead latents, for more FVU"
-    )
+    if not budget.in_stream:
+        return Choice(0.0, "measured to help in the residual stream and at the MLP's output alone")
+    return Choice(_rounded(share / 4), "a quarter of s: less delta loss for hardly more FVU")
 
 
 def _revival(budget: Budget, *, share: float, dead_after: int) -> Choice:

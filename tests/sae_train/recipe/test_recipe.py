@@ -21,8 +21,10 @@ from sae_train.recipe.formulas import NAMES, Budget, Choice, choices
 from tests.sae_train.config.test_config import BASE
 
 # 600 steps of 512 rows.
-SHORT = BASE.replace("tokens: 4e9\n  learning_rate: {peak: 7e-5}", "tokens: 307_200").replace(
-    "train:\n", "train:\n  recipe: auto\n  batch_size: 512\n"
+SHORT = (
+    BASE.replace("tokens: 4e9\n  learning_rate: {peak: 7e-5}", "tokens: 307_200")
+    .replace("  adam: {beta1: 0}\n", "")
+    .replace("train:\n", "train:\n  recipe: auto\n  batch_size: 512\n")
 )
 PEAK, BANDWIDTH = "train.learning_rate.peak", "sae.bandwidth"
 
@@ -224,7 +226,7 @@ def test_the_plan_says_what_was_chosen_and_why(
     assert (plan["recipe"], plan["steps"], len(plan["runs"])) == ("auto", 600, 2)
     by_key = {one["key"]: one for one in plan["settings"]}
     assert by_key[PEAK]["value"] == job.train.learning_rate.peak
-    assert "times (a million / steps) to the power 0.45" in by_key[PEAK]["why"]
+    assert "times (a million / steps) to the power 0.54" in by_key[PEAK]["why"]
     assert (by_key[BANDWIDTH]["value"], by_key[BANDWIDTH]["is_chosen"]) == (0.5, False)
     arguments.json = False
     show_plan(job, arguments)
@@ -238,4 +240,27 @@ def test_values_are_plain_and_every_one_has_a_reason(name: Any, tmp_path: Path) 
     job = load(tmp_path, f"train.recipe={name}")
     (plan,) = recipe_plans([("a", job)])
     assert all(one.is_chosen and one.value == one.recipes and one.why for one in plan.settings)
-    assert len(plan.settings) == 12
+    assert len(plan.settings) == 14
+
+
+def test_without_momentum_the_rate_is_lower(tmp_path: Path) -> None:
+    with_it = load(tmp_path).train
+    assert with_it.adam.beta1 == 0.9
+    for override in ("train.adam.beta1=0", "train.step=sparse"):
+        found = load(tmp_path, override).train
+        assert found.adam.beta1 == 0
+        assert found.learning_rate.peak < 0.6 * with_it.learning_rate.peak
+        assert found.learning_rate.decay_steps < with_it.learning_rate.decay_steps
+    long = load(tmp_path, "train.tokens=1e8").train
+    assert (long.steps > 100_000, long.adam.beta1) == (True, 0.0)
+    assert long.learning_rate.decay_steps > 0
+
+
+def test_whitening_is_for_the_stream(tmp_path: Path) -> None:
+    found = {
+        site: load(
+            tmp_path, f"sae.site={site}", f"cache.sites=[{{site: {site}, layers: [12]}}]"
+        ).sae.whitening
+        for site in ("resid_post", "mlp_out", "attn_out_prelinear")
+    }
+    assert found == {"resid_post": 0.25, "mlp_out": 0.25, "attn_out_prelinear": 0.0}
