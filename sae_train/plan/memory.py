@@ -180,7 +180,7 @@ def step_memory(
     elif backend == "cpu":
         items |= _tiled(shape) if shape.architecture == "jumprelu" else _by_autodiff(shape)
         if shape.has_whole_gradients and shape.architecture == "jumprelu":
-            items["gradients"] += params
+            items |= _whole(shape, activations=items["activations"])
     else:
         latents = shape.local(("B", "F")) * FLOAT_BYTES
         rows = shape.local(("B", "D")) * FLOAT_BYTES
@@ -297,6 +297,18 @@ def _tiled(shape: Shape) -> dict[str, int]:
         "gradients": 8 * tile,
         "activations": shape.local(("B", "F")) * FLOAT_BYTES + (3 + shape.is_transcoder) * rows,
     }
+
+
+def _whole(shape: Shape, *, activations: int) -> dict[str, int]:
+    """Temporaries of a step that makes all gradients before it updates anything, off XLA's figures.
+
+    Six matrices [F, D]: gradients, projected ones, new rows. A seventh, of the first moment, comes
+    when the pre-activations are gone.
+    """
+    matrix = shape.local(("F", "D")) * FLOAT_BYTES
+    if shape.has_momentum:
+        activations = max(activations, matrix)
+    return {"gradients": 6 * matrix, "activations": activations}
 
 
 # Arrays [F, D], [B, F] and [B, D] that XLA's CPU compiler keeps at once for a step by autodiff, to

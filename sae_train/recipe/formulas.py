@@ -156,10 +156,10 @@ def _peak(budget: Budget, *, has_momentum: bool) -> Choice:
     if budget.starts_trained:
         return Choice(7e-5, "Gemma Scope's: a higher one would undo what sae.start_from learnt")
     if has_momentum:
-        rate = 7e-5 * max(1.0, LONG_STEPS / budget.steps) ** 0.54
+        rate = 7e-5 * max(1.0, LONG_STEPS / budget.steps) ** 0.6
         return Choice(
             _rounded(min(rate, 7e-3)),
-            "7e-5, Gemma Scope's, times (a million / steps) to the power 0.54; from 7e-5 to 7e-3",
+            "7e-5, Gemma Scope's, times (a million / steps) to the power 0.6; from 7e-5 to 7e-3",
         )
     rate = 7e-5 * max(1.0, LONG_STEPS / budget.steps) ** 0.45
     return Choice(

@@ -36,7 +36,9 @@ def compile_step(
     )
     mesh = devices or make_mesh(config.mesh)
     compile_ready = make_train_step(config, input_scale=1.3, mesh=mesh)
-    state = abstract_state(config.sae, d_model=shape.d_model, mesh=mesh)
+    state = abstract_state(
+        config.sae, d_model=shape.d_model, mesh=mesh, momentum=config.train.has_momentum
+    )
     rows: Any = jax.ShapeDtypeStruct(
         (shape.batch_size, shape.d_model), jnp.dtype(dtype), sharding=sharding(mesh, BATCH_DIMS)
     )

@@ -13,7 +13,7 @@ import pytest
 from activation_cache.config import Dtype
 from sae_train.config.run import MeshConfig
 from sae_train.config.sae import Architecture
-from sae_train.plan.memory import PATH_BYTES, Shape, step_memory
+from sae_train.plan.memory import PATH_BYTES, STATE_ITEMS, Shape, step_memory
 from tests.support.plan_shapes import compile_step, measured_bytes
 
 pytestmark = pytest.mark.slow
@@ -49,6 +49,19 @@ def test_the_plan_is_what_xla_allocates(sizes: Shape) -> None:
     assert sum(planned.items[name] for name in known) == arguments, "to the byte"
     assert planned.step == pytest.approx(total, rel=TOLERANCE)
     assert set(known) < set(planned.items)
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_gradients_made_whole_are_planned(beta1: float) -> None:
+    """To be clipped, and with momentum, which is kept from step to step besides."""
+    sizes = shape(16_384, 2304, 1, 1)
+    compiled = compile_step(sizes, adam={"beta1": beta1}, gradient_clip=0.1)
+    arguments, total = measured_bytes(compiled)
+    sizes = dataclasses.replace(sizes, has_momentum=beta1 > 0, has_whole_gradients=True)
+    planned = step_memory(sizes, backend="cpu")
+    held = sum(planned.items[name] for name in (*STATE_ITEMS, "batch"))
+    assert held + (4 if beta1 else 0) == arguments, "to the byte, but for a scalar"
+    assert planned.step == pytest.approx(total, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +117,7 @@ def test_an_accelerator_needs_what_the_step_keeps_alive() -> None:
         "weights": params
         + 2 * 4 * 4
         + 16,  # last_fired, last_touched; step, log_gain, selection_threshold, overflows
+        "first moment": 0,
         "second moment": params,
         "batch": 4 * 8 * 4 + 12,
         "gradients": params,

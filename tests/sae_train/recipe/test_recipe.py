@@ -226,7 +226,7 @@ def test_the_plan_says_what_was_chosen_and_why(
     assert (plan["recipe"], plan["steps"], len(plan["runs"])) == ("auto", 600, 2)
     by_key = {one["key"]: one for one in plan["settings"]}
     assert by_key[PEAK]["value"] == job.train.learning_rate.peak
-    assert "times (a million / steps) to the power 0.54" in by_key[PEAK]["why"]
+    assert "times (a million / steps) to the power 0.6" in by_key[PEAK]["why"]
     assert (by_key[BANDWIDTH]["value"], by_key[BANDWIDTH]["is_chosen"]) == (0.5, False)
     arguments.json = False
     show_plan(job, arguments)
