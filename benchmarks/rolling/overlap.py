@@ -11,6 +11,7 @@ printed.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import tempfile
 import threading
@@ -25,29 +26,31 @@ from sae_train.train import loop
 from sae_train.train.opened_store import OpenedStore
 from tests.support.pipeline import write_pipeline
 
-BUCKETS, BUCKET_ROWS, WINDOW, BATCH = 16, 64, 4, 4
+BUCKET_ROWS, WINDOW, BATCH = 64, 4, 4
 STEPS = BUCKET_ROWS // BATCH  # in a bucket; in Gemma Scope's of a million rows are 248
 
 
-def job_in(config: Path, folder: Path, *, beside: bool) -> Job:
-    """A run on a small store."""
+def job_in(config: Path, folder: Path, *, buckets: int, beside: bool) -> Job:
+    """A run on a small store of so many buckets."""
     return load_job(
         config,
         [
             f"cache.path={folder}/store",
             f"output={folder}/run",
-            f"cache.tokens={BUCKETS * BUCKET_ROWS}",
+            f"cache.tokens={buckets * BUCKET_ROWS}",
             f"cache.shuffle_rows={BUCKET_ROWS}",
             "cache.block_rows=8",
             f"cache.rolling={{buckets: {WINDOW}, beside: {str(beside).lower()}}}",
-            f"train.tokens={BUCKETS * BUCKET_ROWS}",
+            f"train.tokens={buckets * BUCKET_ROWS}",
             f"train.batch_size={BATCH}",
             "train.log_every_steps=1000",
         ],
     )
 
 
-def timed(config: Path, *, harvest: float, training: float, beside: bool) -> tuple[float, float]:
+def timed(
+    config: Path, *, buckets: int, harvest: float, training: float, beside: bool
+) -> tuple[float, float]:
     """Wall seconds from the second step to the last, and those that the slower side worked."""
     steps: list[float] = []
     made, waited = [0.0], [0.0]
@@ -76,7 +79,7 @@ def timed(config: Path, *, harvest: float, training: float, beside: bool) -> tup
         mock.patch.object(loop, "place_batch", slow_place),
         mock.patch.object(OpenedStore, "prepare", timed_prepare),
     ):
-        job = job_in(config, Path(scratch), beside=beside)
+        job = job_in(config, Path(scratch), buckets=buckets, beside=beside)
         if beside:
             thread = threading.Thread(target=_follow, args=(job,))
             thread.start()
@@ -97,17 +100,19 @@ def main() -> None:
     """Print a row for each pair of speeds."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=2.0, help="of the slower side, a bucket")
-    slower = parser.parse_args().seconds
+    parser.add_argument("--buckets", type=int, default=40)
+    chosen = parser.parse_args()
+    slower, time_run = chosen.seconds, functools.partial(timed, buckets=chosen.buckets)
     sys.stdout.write(
         "| a bucket's harvest | its steps | sides | wall | over the slower side's work |\n"
     )
     sys.stdout.write("| --- | --- | --- | --- | --- |\n")
     with tempfile.TemporaryDirectory() as scratch:
         config = write_pipeline(Path(scratch))
-        timed(config, harvest=0, training=0, beside=True)  # compiles
+        time_run(config, harvest=0, training=0, beside=True)  # compiles
         for harvest, training in ((slower, slower / 2), (slower, slower), (slower / 2, slower)):
             for beside in (True, False):
-                wall, alone = timed(config, harvest=harvest, training=training, beside=beside)
+                wall, alone = time_run(config, harvest=harvest, training=training, beside=beside)
                 words = "side by side" if beside else "in turns"
                 sys.stdout.write(
                     f"| {harvest:g} s | {training:g} s | {words} | {wall:.1f} s | "
