@@ -38,7 +38,7 @@ _COLUMNS = ("found", "mcc", "uniqueness", "precision", "recall", "f1", "l0", "tr
 
 
 def recipes(l0: float) -> dict[str, dict[str, Any]]:
-    """Each recipe's `sae` and `sparsity`; all aim at the truth's own L0, but the plain penalty."""
+    """Each recipe's sections; all aim at the truth's own L0, but the plain penalty."""
     none, k = {"penalty": "none"}, max(1, round(l0))
     return {
         "jumprelu, l0": {"sparsity": {"coefficient": 0.003, "warmup_steps": 100}},
@@ -55,6 +55,12 @@ def recipes(l0: float) -> dict[str, dict[str, Any]]:
         "jumprelu, revived, whitened by 0.5": {
             "sparsity": {"penalty": "match_l0", "target": l0, "warmup_steps": 100},
             "sae": {"revive_coefficient": 1.0, "whitening": 0.5},
+        },
+        "jumprelu, revived, whitened by 0.25, momentum": {
+            "sparsity": {"penalty": "match_l0", "target": l0, "warmup_steps": 100},
+            "sae": {"revive_coefficient": 1.0, "whitening": 0.25},
+            "adam": {"beta1": 0.9},
+            "learning_rate": {"bias_multiplier": 0.04, "decay_share": 0.9},
         },
         "topk": {"sparsity": none, "sae": {"architecture": "topk", "k": k}},
         "batch_topk": {"sparsity": none, "sae": {"architecture": "batch_topk", "k": k}},
@@ -122,6 +128,8 @@ def _config(
     *,
     rate: float,
 ) -> Config:
+    learning_rate = own.get("learning_rate", {})
+    decay_steps = round(sizes.steps * learning_rate.get("decay_share", 0.2))
     config = make_config(
         width=sizes.width,
         bandwidth=0.05,
@@ -132,12 +140,17 @@ def _config(
         rows=sizes.rows,
         cache_path=str(folder / "store"),
         output=str(folder / name.replace(", ", "-")),
-        learning_rate={"peak": rate, "warmup_steps": 50, "decay_steps": sizes.steps // 5},
+        learning_rate={
+            "peak": rate,
+            "warmup_steps": 50,
+            "decay_steps": decay_steps,
+            "bias_multiplier": learning_rate.get("bias_multiplier", 1.0),
+        },
         dead_after_tokens=sizes.batch * sizes.steps // 5,
         log_every_steps=100,
         seed=seed,
         checkpoint={"every_steps": sizes.steps},
-        **own,
+        **{key: value for key, value in own.items() if key != "learning_rate"},
     )
     values = config.model_dump()
     values["cache"]["shuffle_rows"] = _BUCKET

@@ -229,6 +229,20 @@ MUTATIONS = (
         f"{_T_SPARSE}::test_latents_that_rest_are_as_if_they_had_stepped",
     ),
     Mutation(
+        "momentum isn't corrected for its start at zero",
+        _OPTIMISER,
+        "m / (correction * (jnp.sqrt(v) + epsilon))",
+        "m / (jnp.sqrt(v) + epsilon)",
+        "tests/sae_train/step/test_momentum.py::test_updates_are_torch_s_adam",
+    ),
+    Mutation(
+        "momentum is forgotten from step to step",
+        "sae_train/train/train_step.py",
+        "first_moment=result.first_moment",
+        "first_moment=state.first_moment",
+        "tests/sae_train/step/test_momentum.py::test_thirty_steps_follow_the_float64_reference",
+    ),
+    Mutation(
         "a second moment's decay is one step short",
         _OPTIMISER,
         "jnp.exp(steps_F.astype(jnp.float32) * math.log(beta2))",
