@@ -52,6 +52,8 @@ class Text:
         self, model: LanguageModel, store: Store, tap: Tap, *, sequences: Sequence[int]
     ) -> None:
         table = store.tokens
+        if tap.site != "resid_post":
+            raise ValueError(f"layers above go on from resid_post, and the tap is {tap}")
         self.model, self.tap = model, tap
         self.tokens_BS = table.read(sequences)
         self.usable_BS = table.usable(self.tokens_BS, sequences)

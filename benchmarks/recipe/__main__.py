@@ -94,7 +94,7 @@ def _checks(store: str) -> list[Cell]:
     plain = {RECIPE: "auto", WHITENING: 0.0, REVIVE: 0.0}
     by_hand = [{RATE: 3e-3}, {RATE: 1.2e-2}, {BANDWIDTH: 0.03}]
     settings = [{RECIPE: "auto"}, plain, *(plain | one for one in by_hand)]
-    return [Cell(store, width=1024, settings=own, loss=True) for own in settings]
+    return [Cell(store, width=1024, settings=own) for own in settings]
 
 
 PARTS: dict[str, list[Cell]] = {
