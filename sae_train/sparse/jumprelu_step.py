@@ -41,7 +41,6 @@ from sae_train.step.dense_jumprelu import (
     ROW_DIMS,
     DenseStep,
     EncoderOperands,
-    Updated,
     update_dims,
 )
 from sae_train.step.gradients import (
@@ -53,6 +52,7 @@ from sae_train.step.gradients import (
     output_dims,
 )
 from sae_train.step.path_choice import capacity_per_row
+from sae_train.step.result import Updated
 from sae_train.step.schedule import Scheduled
 from sae_train.step.state import TrainState
 from sae_train.step.tile_passes import Update

@@ -16,7 +16,7 @@ Legend: B rows of a batch, D model width, F latents, T tiles, L latents of a til
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ from sae_train.step.gradients import (
     output_dims,
     small_gradients,
 )
-from sae_train.step.result import StepResult
+from sae_train.step.result import StepResult, Updated
 from sae_train.step.revive import revive
 from sae_train.step.schedule import Scheduled
 from sae_train.step.sparsity_penalty import Penalty, penalty_of
@@ -68,16 +68,6 @@ def cpu_tile(width: int) -> int:
 def update_dims(update: Update | None) -> Any:
     """The dims of an `Update`: scalars everywhere, decays with their latents."""
     return None if update is None else (Scheduled((), (), (), (), ()), ("F",))
-
-
-class Updated(NamedTuple):
-    """What an update leaves: new parameters and moments, who was touched, the gradients' norm."""
-
-    params: Params
-    first_moment: Params
-    second_moment: Params
-    touched_F: Bool[Array, " F"]
-    norm: Float[Array, ""]
 
 
 class DenseStep:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Bool, Float
@@ -47,6 +47,16 @@ class StepResult:
     overflowed: Bool[Array, ""]
     smallest: Float[Array, ""] | None = None
     told: Any = None
+
+
+class Updated(NamedTuple):
+    """What an update leaves: new parameters and moments, who was touched, the gradients' norm."""
+
+    params: Params
+    first_moment: Params
+    second_moment: Params
+    touched_F: Bool[Array, " F"]
+    norm: Float[Array, ""]
 
 
 @runtime_checkable
