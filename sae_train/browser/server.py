@@ -210,7 +210,10 @@ def serve(
 ) -> None:
     """Answer requests on a socket until `stop` returns True."""
     hosts = ["*"] if host in _EVERYWHERE else [*_OWN_NAMES, host]
-    config = uvicorn.Config(application(site, hosts=hosts), log_level="warning", lifespan="off")
+    # Its own log_config would close every handler that this process has.
+    config = uvicorn.Config(
+        application(site, hosts=hosts), log_config=None, log_level="warning", lifespan="off"
+    )
     server = uvicorn.Server(config)
     # In a thread, since uvicorn in the main one would replace the command's handling of signals.
     thread = threading.Thread(target=server.run, kwargs={"sockets": [own]}, daemon=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import urllib.error
 import urllib.request
@@ -21,7 +22,7 @@ from sae_train.browser.requests import Live
 from sae_train.browser.server import Site, bound_socket
 from sae_train.browser.static import write_static
 from sae_train.latents.reader import Latents, open_latents
-from tests.sae_train.browser.support import SAES, F
+from tests.sae_train.browser.support import SAES, F, serving
 
 FIRST = SAES[0]
 
@@ -92,6 +93,23 @@ def test_a_fault_is_told_and_the_next_request_is_served(caplog: pytest.LogCaptur
         "error": "a fault in the program: RuntimeError: it broke"
     }
     assert list(live.answers(lambda live, say: 5))[-1] == {"result": 5}
+
+
+def test_the_server_closes_no_handler_of_others(sweep: Path) -> None:
+    """Such as absl's, which closes the stream that it writes to."""
+    closed: list[Any] = []
+
+    class Handler(logging.NullHandler):
+        def close(self) -> None:
+            closed.append(self)
+            super().close()
+
+    handler = Handler()
+    with serving(sweep) as address:
+        assert ask(address)[0] == 200
+        assert closed == []
+    handler.close()
+    assert closed == [handler]
 
 
 def test_the_list_is_sorted_and_its_pages_join(sweep: Path) -> None:
