@@ -144,7 +144,7 @@ def update(
     config: Config,
     clip: bool = False,
 ) -> tuple[Params, Params]:
-    """New parameters and second moments without a first one, of all or some of them and of latents.
+    """New parameters and second moments, without a first: of all or some of them, and of latents.
 
     Args:
         gradients: of the same names as `params`; the decoder's not yet projected.
