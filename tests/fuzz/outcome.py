@@ -131,7 +131,8 @@ def _lingering(before: set[threading.Thread]) -> str:
     for thread in set(threading.enumerate()) - before:
         in_pool = getattr(thread, "_target", None) is concurrent.futures.thread._worker
         if not thread.daemon and not in_pool:
-            thread.join(END_SECONDS)
+            # Orbax's threads raise in their own `join` what ended them; the command said its word.
+            threading.Thread.join(thread, END_SECONDS)
             if thread.is_alive():
                 return f"the process can't end: thread {thread.name} is at work"
     return ""

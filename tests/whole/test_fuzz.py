@@ -87,3 +87,20 @@ def test_a_thread_that_keeps_the_process_from_ending_is_seen(
     ended = run(Input(("status", "x")), World(tmp_path))
     done.set()
     assert ended.wrong == "the process can't end: thread waits is at work"
+
+
+def test_a_thread_that_ends_with_an_error_after_the_command_is_only_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Raises(threading.Thread):  # as Orbax's writing threads do
+        def join(self, timeout: float | None = None) -> None:
+            super().join(timeout)
+            raise OSError("the disk is full")
+
+    def main(words: list[str]) -> int:
+        Raises(target=lambda: time.sleep(0.2)).start()
+        return _prints("sae train: the disk is full\n")
+
+    monkeypatch.setattr("launch.cli.main", main)
+    ended = run(Input(("train", "x")), World(tmp_path))
+    assert (ended.status, ended.wrong) == (2, "")
