@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.quality.measure import Score
@@ -48,6 +49,7 @@ class Results:
         self._path = folder / "results.jsonl"
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         self.records = [_read(json.loads(line)) for line in lines]
+        self._files = [json.loads(line)["sae"] for line in lines]
 
     def add(self, record: Record, sae: Sae) -> None:
         """Write the SAE, then its line."""
@@ -60,6 +62,14 @@ class Results:
         with self._path.open("a") as file:
             file.write(json.dumps(asdict(record) | {"sae": path.name}) + "\n")
         self.records.append(record)
+        self._files.append(path.name)
+
+    def sae(self, record: Record) -> Sae:
+        """The SAE of one of the records."""
+        name = self._files[self.records.index(record)]
+        with np.load(self.folder / "saes" / name) as tensors:
+            k = int(tensors["k"]) if "k" in tensors else None
+            return Sae(**{one: jnp.asarray(tensors[one]) for one in TENSORS}, k=k)
 
     def of(self, **wanted: Any) -> list[Record]:
         """The records whose fields have these values."""

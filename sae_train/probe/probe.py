@@ -1,22 +1,14 @@
 """`probe`: from run folders to probe.json beside each, one data set after the other.
 
-A data set is read once: one pass of the model gives the activations of all taps, the probe on them
-serves all SAEs of a tap, and each SAE's latents are probed. Then every run's record is written, so
-that a stop costs at most one data set.
-
-Legend: N rows of a data set.
+After each data set every run's record is written, so that a stop costs at most one.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-import numpy as np
 
 from activation_cache.gemma.config import check_context
 from activation_cache.gemma.taps import EMBEDDING, Tap
@@ -27,24 +19,11 @@ from activation_cache.storage.files import AnyPath, StoragePath, storage_path
 from sae_train.config.evaluation import ProbeConfig
 from sae_train.config.file import read_run_config
 from sae_train.evaluate.jobs import Models, Run
-from sae_train.probe.activations import last_activations, latents_of, prompt_tokens
-from sae_train.probe.datasets import DataSet, Split, data_files, read_data_set, split_of
-from sae_train.probe.fit import Score, best_latents, many_fits, score_of
-from sae_train.probe.record import (
-    MEASURES,
-    RAW,
-    DataSetScores,
-    ProbeRecord,
-    Scores,
-    continued,
-    write_probe,
-)
+from sae_train.probe.datasets import data_files, read_data_set
+from sae_train.probe.record import RAW, ProbeRecord, continued, write_probe
+from sae_train.probe.scoring import Stop, score_on
 
 logger = logging.getLogger(__name__)
-
-FIRST_SEED = 42  # sae-probes' seed: the first split is the one it makes
-
-Stop = Callable[[], bool]
 
 
 @dataclass
@@ -152,7 +131,8 @@ def _probe_group(group: Sequence[Probed], models: Models, *, stop: Stop) -> None
             if waiting[name]:
                 data = read_data_set(path, name=name, rows=settings.rows)
                 model = models.language_model(first.config.model, first.config, how="float32")
-                found = _on_data_set(data, waiting[name], settings, model, stop=stop)
+                saes = [(one.tap, one.run.sae) for one in waiting[name]]
+                found = score_on(data, saes, settings, model=model, stop=stop)
                 for one, scores in zip(waiting[name], found, strict=True):
                     one.record.data_sets[name] = scores
                     one.record = write_probe(one.run.folder, one.record)
@@ -164,79 +144,6 @@ def _probe_group(group: Sequence[Probed], models: Models, *, stop: Stop) -> None
 def _has(one: Probed, name: str, digest: str) -> bool:
     found = one.record.data_sets.get(name)
     return found is not None and found.digest == digest
-
-
-def _on_data_set(
-    data: DataSet,
-    runs: Sequence[Probed],
-    settings: ProbeConfig,
-    model: LanguageModel,
-    *,
-    stop: Stop,
-) -> list[DataSetScores]:
-    """The scores of each run's SAE on one data set."""
-    taps = sorted({one.tap for one in runs})
-    tokens = prompt_tokens(data.prompts, model.tokenizer, max_tokens=settings.max_tokens)
-    acts = last_activations(model, tokens, taps, name=data.name, stop=stop)
-    splits = [split_of(data.label_N, seed=FIRST_SEED + at) for at in range(settings.splits)]
-    # scikit-learn's solvers run outside of Python's lock.
-    with many_fits(), ThreadPoolExecutor() as pool:
-        fits = _Fits(data, splits, pool, stop)
-        raw = {tap: fits.scores([acts[tap]] * len(splits), "l2") for tap in taps}
-        return [fits.of_sae(run, acts[run.tap], raw[run.tap], settings.k) for run in runs]
-
-
-@dataclass(frozen=True)
-class _Fits:
-    """The regressions of one data set."""
-
-    data: DataSet
-    splits: Sequence[Split]
-    pool: ThreadPoolExecutor
-    stop: Stop
-
-    def of_sae(
-        self, run: Probed, x_ND: np.ndarray, raw: Scores, ks: Sequence[int]
-    ) -> DataSetScores:
-        """The probes of an SAE; `raw` are those of the activations x."""
-        latents_NF = latents_of(run.run.sae, x_ND)
-        ranked = [
-            best_latents(latents_NF[one.train], self.data.label_N[one.train], most=max(ks))
-            for one in self.splits
-        ]
-        columns = [latents_NF[:, best].toarray() for best in ranked]
-        probes = {RAW: raw} | {
-            str(k): self.scores([one[:, :k] for one in columns], "l1") for k in ks
-        }
-        return DataSetScores(
-            digest=self.data.digest,
-            rows=len(self.data.prompts),
-            train=len(self.splits[0].train),
-            test=len(self.splits[0].test),
-            probes=probes,
-            latents=[best.tolist() for best in ranked],
-        )
-
-    def scores(self, columns: Sequence[np.ndarray], penalty: Literal["l1", "l2"]) -> Scores:
-        """Of a probe for each split, on these columns of all rows."""
-
-        def one(at: int) -> Score:
-            if self.stop():  # the fits of a data set take minutes
-                raise Interrupted(
-                    f"stopped in data set {self.data.name}; those before it are saved"
-                )
-            x, split, y = columns[at], self.splits[at], self.data.label_N
-            return score_of(
-                x[split.train],
-                y[split.train],
-                x[split.test],
-                y[split.test],
-                penalty=penalty,
-                seed=FIRST_SEED + at,
-            )
-
-        found = list(self.pool.map(one, range(len(self.splits))))
-        return Scores(**{name: [getattr(each, name) for each in found] for name in MEASURES})
 
 
 def summary(record: ProbeRecord) -> str:
