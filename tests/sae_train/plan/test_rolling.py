@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from launch.cli import main
 from launch.show.plan_tables import tables
 from sae_train.config.file import with_values
 from sae_train.plan.rolling import shared_hours
+from tests.support.paths import ROOT
 from tests.support.plan_configs import plan_of, scope_config
 
 BUCKET = 1_015_808  # rows: a million, in blocks of 256 and to six significant bits
@@ -47,3 +51,17 @@ def test_each_cohort_has_the_text_harvested_again() -> None:
     assert (sides.hours, sides.waiting_hours, sides.slower) == (11.0, 3.0, "the trainer")
     sides = shared_hours(4.0, [1.0, 6.0], beside=False)
     assert (sides.hours, sides.waiting_hours, sides.slower) == (15.0, 8.0, "the model")
+
+
+def test_the_example_has_one_cohort_and_fits_the_disk_it_names(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = ROOT / "configs" / "gemma2_2b_rolling.yaml"
+    assert main(["plan", str(path), "--json", "--accelerator", "h200"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert [len(cohort["runs"]) for cohort in plan["cohorts"]] == [5]
+    store = plan["store"]
+    rows = sum(store["tap_bytes"].values()) + store["provenance_bytes"]
+    assert store["window"] + 1 == 64
+    assert rows <= 600e9 < rows * 65 / 64
+    assert 15.5e9 < store["token_bytes"] < 16.5e9
