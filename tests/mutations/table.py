@@ -243,6 +243,21 @@ MUTATIONS = (
         "tests/sae_train/step/test_momentum.py::test_thirty_steps_follow_the_float64_reference",
     ),
     Mutation(
+        "momentum averages the gradients of the parts of the batch",
+        _TILES,
+        'return sum_over("data", gradients, mesh=mesh)',
+        'return sum_over("data", jax.tree.map(lambda g: g / mesh.shape["data"], gradients), '
+        "mesh=mesh)",
+        "tests/sae_train/step/test_momentum.py::test_a_mesh_has_the_same_momentum[mesh0]",
+    ),
+    Mutation(
+        "with momentum b_dec learns from the encoder of a part of the width",
+        _DENSE,
+        'return whole, sum_over("model", encoded_D, mesh=self._mesh)',
+        'return whole, sum_over("model", encoded_D / self._mesh.shape["model"], mesh=self._mesh)',
+        "tests/sae_train/step/test_momentum.py::test_a_mesh_has_the_same_momentum[mesh1]",
+    ),
+    Mutation(
         "a second moment's decay is one step short",
         _OPTIMISER,
         "jnp.exp(steps_F.astype(jnp.float32) * math.log(beta2))",
