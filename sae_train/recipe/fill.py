@@ -14,7 +14,6 @@ from typing import Any, TypeGuard, get_args
 from sae_train.recipe.formulas import (
     ARCHITECTURE,
     BATCH_SIZE,
-    IN_STREAM,
     Budget,
     Choice,
     Name,
@@ -126,7 +125,7 @@ def _budget(values: Any) -> Budget | None:
         penalty=value_at(values, "train.sparsity.penalty", "l0"),
         starts_trained=value_at(values, "sae.start_from", None) is not None,
         can_whiten=plain and value_at(values, "sae.site", None) != "embedding",
-        in_stream=value_at(values, "sae.site", None) in IN_STREAM,
+        site=value_at(values, "sae.site", None),
         beta1=beta1 if isinstance(beta1, int | float) else None,
         is_sparse=value_at(values, "train.step", None) == "sparse",
         dead_after_tokens=_count(given("train.dead_after_tokens")),

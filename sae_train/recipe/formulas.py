@@ -20,7 +20,9 @@ NAMES: tuple[Name, ...] = ("gemma_scope", "short", "auto")
 BATCH_SIZE, ARCHITECTURE = 4096, "jumprelu"
 
 # Where whitening was found to help: the residual stream, and what an MLP adds to it.
-IN_STREAM = ("resid_post", "mlp_out")
+_IN_STREAM = ("resid_post", "mlp_out")
+# Where half the rate was found to do better.
+_SLOW_SITE = "attn_out_prelinear"
 
 SHORT_STEPS, LONG_STEPS = 1_000, 1_000_000
 # From so many steps on `auto` trains log θ: at its rates a logarithm then rises by up to 22, and
@@ -36,7 +38,7 @@ class Budget:
     Attributes:
         penalty: of `train.sparsity`.
         can_whiten: `sae.whitening` may be set: an SAE of a layer, trained without the model.
-        in_stream: the SAE is of the residual stream, or of what an MLP adds to it.
+        site: what the SAE reads.
         beta1: as the config has it; None where the recipe chooses.
         is_sparse: the config asks for sparse steps, which have no momentum.
         starts_trained: it goes on from a release, which high rates would undo.
@@ -48,7 +50,7 @@ class Budget:
     architecture: str
     penalty: str
     can_whiten: bool
-    in_stream: bool = True
+    site: str = "resid_post"
     beta1: float | None = None
     is_sparse: bool = False
     starts_trained: bool = False
@@ -106,7 +108,7 @@ def _from_budget(budget: Budget, *, share: float) -> dict[str, Choice]:
     has_momentum = (beta1.value if budget.beta1 is None else budget.beta1) > 0
     return {
         "train.adam.beta1": beta1,
-        "train.learning_rate.peak": _peak(budget, has_momentum=has_momentum),
+        "train.learning_rate.peak": _peak(budget, share=share, has_momentum=has_momentum),
         "train.learning_rate.warmup_steps": Choice(
             min(1000, steps // 12), "a twelfth of the steps, at most Gemma Scope's 1,000"
         ),
@@ -152,15 +154,16 @@ def _decay(steps: int, *, share: float, has_momentum: bool) -> Choice:
     return Choice(round(share * steps / 5), "s times a fifth of the steps")
 
 
-def _peak(budget: Budget, *, has_momentum: bool) -> Choice:
+def _peak(budget: Budget, *, share: float, has_momentum: bool) -> Choice:
     if budget.starts_trained:
         return Choice(7e-5, "Gemma Scope's: a higher one would undo what sae.start_from learnt")
     if has_momentum:
-        rate = 7e-5 * max(1.0, LONG_STEPS / budget.steps) ** 0.6
-        return Choice(
-            _rounded(min(rate, 7e-3)),
-            "7e-5, Gemma Scope's, times (a million / steps) to the power 0.6; from 7e-5 to 7e-3",
-        )
+        rate = min(7e-3, 7e-5 * max(1.0, LONG_STEPS / budget.steps) ** 0.6)
+        why = "7e-5, Gemma Scope's, times (a million / steps) to the power 0.6; from 7e-5 to 7e-3"
+        if budget.site == _SLOW_SITE:
+            rate *= 0.5**share
+            why += f"; at {_SLOW_SITE} times 0.5 to the power s"
+        return Choice(_rounded(rate), why)
     rate = 7e-5 * max(1.0, LONG_STEPS / budget.steps) ** 0.45
     return Choice(
         _rounded(min(rate, 2.2e-3)),
@@ -179,7 +182,7 @@ def _whitening(budget: Budget, *, share: float) -> Choice:
         return Choice(0.0, "only SAEs of a layer can be whitened, trained without the model")
     if budget.architecture != "jumprelu":
         return Choice(0.0, "measured for jumprelu alone")
-    if not budget.in_stream:
+    if budget.site not in _IN_STREAM:
         return Choice(0.0, "measured to help in the residual stream and at the MLP's output alone")
     return Choice(_rounded(share / 4), "a quarter of s: less delta loss for hardly more FVU")
 

@@ -256,11 +256,15 @@ def test_without_momentum_the_rate_is_lower(tmp_path: Path) -> None:
     assert long.learning_rate.decay_steps > 0
 
 
-def test_whitening_is_for_the_stream(tmp_path: Path) -> None:
-    found = {
-        site: load(
-            tmp_path, f"sae.site={site}", f"cache.sites=[{{site: {site}, layers: [12]}}]"
-        ).sae.whitening
-        for site in ("resid_post", "mlp_out", "attn_out_prelinear")
+def test_whitening_and_rate_are_those_of_the_site(tmp_path: Path) -> None:
+    found = {}
+    for site in ("resid_post", "mlp_out", "attn_out_prelinear"):
+        cache = f"cache.sites=[{{site: {site}, layers: [12]}}]"
+        job = load(tmp_path, f"sae.site={site}", cache)
+        found[site] = (job.sae.whitening, job.train.learning_rate.peak)
+    rate = found["resid_post"][1]
+    assert found == {
+        "resid_post": (0.25, rate),
+        "mlp_out": (0.25, rate),
+        "attn_out_prelinear": (0.0, pytest.approx(rate / 2, rel=0.01)),
     }
-    assert found == {"resid_post": 0.25, "mlp_out": 0.25, "attn_out_prelinear": 0.0}
