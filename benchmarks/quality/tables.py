@@ -125,10 +125,12 @@ def _cell(found: Sequence[Sequence[At]], name: str, form: str) -> str:
 def ahead_table(curves: Curves, ours: str) -> str:
     """Ours against the best other trainer of each tap, text and L0; one by FVU, one by delta loss.
 
-    ± is the standard error over sequences of the difference in delta loss, of the first seed.
+    Ratios are those of the means over seeds, in brackets the lowest and the highest of a seed; ± is
+    the standard error over sequences of the difference in delta loss, of the first seed. The last
+    line has the geometric means of all ratios.
     """
     head = ["tap", "text", "L0", "FVU against the best", "delta loss against the best", "alive"]
-    lines = []
+    lines, logs = [], []
     for site, text in TAPS:
         for l0 in TARGETS:
             own = curves.at(ours, site, text, l0)
@@ -141,16 +143,32 @@ def ahead_table(curves: Curves, ours: str) -> str:
                 continue
             by_fvu = min(others, key=lambda name: _mean(others[name], "fvu"))
             by_loss = min(others, key=lambda name: _mean(others[name], "delta_loss"))
-            ratio = _mean(own, "fvu") / _mean(others[by_fvu], "fvu") - 1
             loss, best = _mean(own, "delta_loss"), _mean(others[by_loss], "delta_loss")
-            share = f"{loss / best - 1:+.0%}" if best > 0 else "-"
             pairs = zip(own[0].delta_by_sequence, others[by_loss][0].delta_by_sequence, strict=True)
             apart = np.array([one - other for one, other in pairs])
             error = apart.std(ddof=1) / np.sqrt(len(apart))
-            cells = [site, text, str(l0), f"{ratio:+.1%} ({by_fvu})"]
-            cells.append(f"{share}: {loss:.3f}, {best:.3f} ± {error:.3f} ({by_loss})")
+            cells = [site, text, str(l0), f"{_ratio(own, others[by_fvu], 'fvu')}: {by_fvu}"]
+            share = _ratio(own, others[by_loss], "delta_loss")
+            cells.append(f"{share}: {loss:.3f}, {best:.3f} ± {error:.3f}, {by_loss}")
             lines.append([*cells, f"{_mean(own, 'alive'):.0%}"])
-    return markdown(head, lines) if lines else ""
+            ratios = [_mean(own, "fvu") / _mean(others[by_fvu], "fvu"), loss / best]
+            logs.append(np.log(ratios) if min(ratios) > 0 else [np.nan, np.nan])
+    if not lines:
+        return ""
+    means = [f"{one:+.0%}" for one in np.expm1(np.nanmean(logs, axis=0))]
+    return markdown(head, [*lines, ["all", "", "", *means, ""]])
+
+
+def _ratio(own: Sequence[At], others: Sequence[At], name: str) -> str:
+    """How far ours is above the other, of the means and, if both have the same seeds, by seed."""
+    if _mean(others, name) <= 0:
+        return "-"
+    text = f"{_mean(own, name) / _mean(others, name) - 1:+.0%}"
+    if len(own) != len(others) or len(own) < 2:
+        return text
+    pairs = zip(own, others, strict=True)
+    shares = [getattr(a, name) / getattr(b, name) - 1 for a, b in pairs if getattr(b, name) > 0]
+    return f"{text} ({min(shares):+.0%} to {max(shares):+.0%})"
 
 
 def _mean(found: Sequence[At], name: str) -> float:

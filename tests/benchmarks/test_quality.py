@@ -153,5 +153,14 @@ def test_ours_is_set_beside_the_best_other_of_each_number(tmp_path):
             one = record(50, trainer=name, **own)
             results.records.append(Record(**(vars(one) | {"phase": phase})))
     assert {method.name for method in METHODS} > set(by)
+    lines = ahead_table(Curves(results), "ours").splitlines()[2:]
+    told = "-20%: 0.400, 0.500 ± 0.000, SAELens JumpReLU"
+    assert f"| 50 | -10%: sparsify TopK | {told} |" in lines[0]
+    assert lines[-1] == "| all |  |  | -10% | -20% |  |"
+    for name, own in by.items():
+        worse = {"fvu": own["fvu"] * 2, "delta": own["delta"] * (3 if name == "ours" else 2)}
+        one = record(50, trainer=name, **worse)
+        results.records.append(Record(**(vars(one) | {"seed": 1})))
     line = ahead_table(Curves(results), "ours").splitlines()[2]
-    assert "| 50 | -10.0% (sparsify TopK) | -20%: 0.400, 0.500 ± 0.000 (SAELens JumpReLU) |" in line
+    assert "-10% (-10% to -10%): sparsify TopK" in line
+    assert "+7% (-20% to +20%): 0.800, 0.750" in line
