@@ -21,9 +21,12 @@ def mistakes(cache: CacheConfig, *, batch_size: int, steps: int) -> Iterator[str
             f"cache.shuffle_rows {cache.shuffle_rows}: raise cache.shuffle_rows, or lower "
             "train.batch_size"
         )
-    if steps * batch_size > cache.tokens:
+    rows = steps * batch_size
+    if rows > cache.tokens:
         yield (
-            f"train reads {steps} batches of {batch_size}, {steps * batch_size} rows, and a "
-            f"rolling store has each of its rows once: cache.tokens is {cache.tokens}. Raise "
-            "cache.tokens, lower train.tokens, or leave cache.rolling out for several epochs"
+            f"train.tokens makes {steps} batches of {batch_size}, which read {rows} rows of the "
+            f"store, and cache.tokens {cache.tokens} is fewer. A rolling store deletes a row once "
+            f"it is read: raise cache.tokens to {rows} (more text, no more disk) or lower "
+            "train.tokens. To read the same rows in several epochs leave cache.rolling out: then "
+            "the disk holds them all, and `sae plan` says what they take"
         )

@@ -286,7 +286,7 @@ def test_a_text_that_ends_before_the_steps_do_is_told_before_the_first(
     with pytest.raises(UserError, match=r"cache\.tokens asks for 100000 rows and the text has 41"):
         train(rolling_job(config, tmp_path, *more))
     assert begun(tmp_path / "store") == []
-    with pytest.raises(UserError, match=r"a rolling store has each of its rows once"):
+    with pytest.raises(UserError, match=r"A rolling store deletes a row once it is read"):
         rolling_job(config, tmp_path, "train.tokens=2560")
 
 

@@ -17,7 +17,11 @@ from tests.support.configs import make_config
     ("values", "words"),
     [
         ({"train.batch_size": 65}, "train.batch_size 65 is larger than a bucket of the rolling"),
-        ({"train.tokens": 1024}, "reads 16 batches of 64, 1024 rows, and a rolling store has each"),
+        (
+            {"train.tokens": 1024},
+            "train.tokens makes 16 batches of 64, which read 1024 rows of the store, and "
+            "cache.tokens 1000 is fewer. A rolling store deletes a row once it is read",
+        ),
         ({"cache.rolling": {}}, "give the window's size once, as buckets"),
         ({"cache.rolling": {"buckets": 1, "bytes": 1}}, "give the window's size once, as buckets"),
         ({"cache.rolling.buckets": 0}, "cache.rolling.buckets"),
@@ -27,6 +31,17 @@ def test_what_a_rolling_store_can_not_give_is_refused(values: dict[str, Any], wo
     config = with_values(make_config(), {"cache.rolling": {"buckets": 2}}, source="test")
     with pytest.raises(UserError, match=re.escape(words)):
         with_values(config, values, source="test")
+
+
+def test_the_advice_against_a_second_epoch_is_right() -> None:
+    """Each of the three ways out that the refusal names is one."""
+    rolling: dict[str, Any] = {"cache.rolling": {"buckets": 2}}
+    values = rolling | {"train.tokens": 1064}  # a part of a batch is not read
+    with pytest.raises(UserError) as refused:
+        with_values(make_config(), values, source="test")
+    assert "raise cache.tokens to 1024 (more text, no more disk) or lower" in str(refused.value)
+    for way_out in ({"cache.tokens": 1024}, {"train.tokens": 1000}, {"cache.rolling": None}):
+        with_values(make_config(), values | way_out, source="test")
 
 
 def test_a_window_in_bytes_leaves_room_for_one_bucket_more() -> None:
