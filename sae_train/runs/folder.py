@@ -209,7 +209,10 @@ def checkpoint_steps(folder: StoragePath) -> Iterator[int]:
     checkpoints = folder / CHECKPOINTS
     if not checkpoints.is_dir():
         return
-    found = (path for path in checkpoints.iterdir() if path.name.isdecimal())
+    try:
+        found = [path for path in checkpoints.iterdir() if path.name.isdecimal()]
+    except FileNotFoundError:  # deleted meanwhile, as `--fresh` does
+        return
     for path in sorted(found, key=lambda path: int(path.name), reverse=True):
         if not isinstance(path, BucketPath) or (path / _COMMIT).is_file():
             yield int(path.name)

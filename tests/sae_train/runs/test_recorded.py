@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from activation_cache.runtime.errors import UserError
+from sae_train.runs.folder import newest_checkpoint
 from sae_train.runs.metrics_file import FILE, read_metrics
 from sae_train.runs.recorded import read_evaluation_record, read_failure
 from tests.support.run_folders import evaluation
@@ -77,3 +78,11 @@ def test_a_line_that_is_no_row_is_named(line: str, words: str, tmp_path: Path) -
         read_metrics(tmp_path)
     assert words in str(error.value)
     assert "mend or delete the line" in str(error.value)
+
+
+def test_checkpoints_that_are_deleted_meanwhile_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Another process begins the run anew (`--fresh`) after it was seen that there are some."""
+    monkeypatch.setattr(Path, "is_dir", lambda path: True)
+    assert newest_checkpoint(tmp_path) is None
