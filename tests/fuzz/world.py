@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+_SETTLE_SECONDS = 60.0
 _RANDOM = re.compile("[0-9a-f]{32}")  # names that TensorStore gives at random
 
 
@@ -42,7 +44,21 @@ class World:
                 path.write_bytes(data)
 
     def restore(self) -> None:
-        """Bring back what a command or an input has changed."""
+        """Bring back what a command or an input has changed.
+
+        A write that a command has begun in TensorStore's threads outlives its failure: a folder
+        may get a file while it is deleted.
+        """
+        until = time.monotonic() + _SETTLE_SECONDS
+        while True:
+            try:
+                return self._restore()
+            except OSError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.05)
+
+    def _restore(self) -> None:
         seen = set()
         for root, folders, names in os.walk(self.folder):
             inside = Path(root)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -104,3 +106,38 @@ def test_a_thread_that_ends_with_an_error_after_the_command_is_only_waited_for(
     monkeypatch.setattr("launch.cli.main", main)
     ended = run(Input(("train", "x")), World(tmp_path))
     assert (ended.status, ended.wrong) == (2, "")
+
+
+def test_a_thread_of_a_pool_that_is_at_work_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+
+    def write() -> None:
+        time.sleep(0.2)
+        written.append("late")
+
+    def main(words: list[str]) -> int:
+        pool.submit(write)
+        return 0
+
+    monkeypatch.setattr("launch.cli.main", main)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert run(Input(("train", "x")), World(tmp_path)).wrong == ""
+        assert written == ["late"]
+
+
+def test_a_folder_that_gets_a_file_while_it_is_deleted_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delete, tries = shutil.rmtree, iter([OSError("Directory not empty")])
+
+    def rmtree(path: Path) -> None:
+        for error in tries:
+            raise error
+        delete(path)
+
+    (tmp_path / "new").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    World(tmp_path).restore()
+    assert not any(tmp_path.iterdir())
