@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -13,12 +16,22 @@ from pathlib import Path
 
 from tests.support.paths import ROOT
 
+# The kernel gives ports from 32768 on to whoever asks for any: one of those may be taken between
+# the choice and the start of who is to listen there, which takes seconds.
+_PORTS = range(12_000, 32_000)
+_WORKERS = 16  # of pytest-xdist; each has ports of its own
+_asked = itertools.count(random.randrange(len(_PORTS)))
+
 
 def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nothing listens on, and that nobody else is given meanwhile."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % _WORKERS
+    own = _PORTS[worker::_WORKERS]
+    while True:
+        port = own[next(_asked) % len(own)]
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def child_environment(**extra: str) -> dict[str, str]:
@@ -39,7 +52,7 @@ class Group:
 
     processes: list[subprocess.Popen[str]]
 
-    def wait(self, timeout: float = 300) -> list[int]:
+    def wait(self, timeout: float = 600) -> list[int]:
         """Exit statuses; afterwards `logs` has what each wrote."""
         self.logs = []
         try:

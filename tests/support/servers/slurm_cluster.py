@@ -13,13 +13,14 @@ import getpass
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.support.children.processes import free_port
 
 NODES = ("n1", "n2")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "squeue", "munged")
@@ -83,7 +84,7 @@ class Cluster:
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
+            timeout=300,
         )
         assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
@@ -121,7 +122,7 @@ def _start(cluster: Cluster) -> None:
     for node in NODES:
         (folder / f"spool.{node}").mkdir()
     _make_resolvable()
-    ports = _free_ports(1 + len(NODES))
+    ports = [free_port() for _ in range(1 + len(NODES))]
     lines = [
         f"NodeName={node} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs=4 "
         "RealMemory=4000 State=UNKNOWN"
@@ -135,7 +136,7 @@ def _start(cluster: Cluster) -> None:
     _daemon(cluster, "slurmctld")
     for node in NODES:
         _daemon(cluster, "slurmd", "-N", node)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while "idle" not in (states := _node_states(cluster)) or len(states) != 1:
         assert time.monotonic() < deadline, f"nodes are {states}\n{cluster.logs()}"
         time.sleep(0.1)
@@ -191,14 +192,6 @@ def _make_resolvable() -> None:
             file.write("\n127.0.0.1 " + " ".join(missing) + "\n")
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-
-
 def _stop(folder: Path) -> None:
     """End the daemons, the controller first so that it starts nothing new."""
     files = ["slurmctld.pid", *(f"slurmd.{node}.pid" for node in NODES), "munged.pid"]
@@ -213,13 +206,28 @@ def _stop(folder: Path) -> None:
 
 
 def _kill_leftovers(folder: Path) -> None:
-    """Steps outlive their slurmd. All that this cluster started knows its configuration."""
+    """Steps outlive their slurmd. All that this cluster started knows its configuration.
+
+    They are gone when it returns: what still writes into the folder keeps it from being deleted.
+    """
     mark = f"SLURM_CONF={folder}/slurm.conf\0".encode()
+    deadline = time.monotonic() + 60
+    while (left := _marked(mark)) and time.monotonic() < deadline:
+        for process in left:
+            with contextlib.suppress(OSError):
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def _marked(mark: bytes) -> list[int]:
+    """The processes but this one that have these bytes in their environment."""
+    found = []
     for process in Path("/proc").iterdir():
         if process.name.isdecimal() and int(process.name) != os.getpid():
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # a process that has ended has no environment
                 if mark in (process / "environ").read_bytes() + b"\0":
-                    os.kill(int(process.name), signal.SIGKILL)
+                    found.append(int(process.name))
+    return found
 
 
 if __name__ == "__main__":
