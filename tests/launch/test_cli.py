@@ -190,44 +190,44 @@ def test_verify_names_the_damaged_file(
 def test_stop_signals(harvested: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """SIGTERM saves and exits 75; another config is refused; the same command continues."""
     output = tmp_path / "run"
-    budget = ["train.tokens=256_000", "checkpoint.every_steps=2000"]
+    budget = ["train.tokens=128_000", "checkpoint.every_steps=1000"]
     command = ["train", str(harvested / "config.yaml"), f"output={output}", *budget]
     process = sae_process(*command)
     metrics = output / "metrics.jsonl"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.05)
+        time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    _, log = process.communicate(timeout=60)
+    _, log = process.communicate(timeout=600)
     assert process.returncode == 75, log
     assert "The same command continues." in log
     saved = max(int(path.name) for path in (output / "checkpoints").iterdir())
-    assert 0 < saved < 4000
+    assert 0 < saved < 2000
 
     assert main(["status", str(output)]) == 0
-    assert f"stopped │ {saved}/4000" in re.sub(" +", " ", capsys.readouterr().out)
-    assert main([*command, "train.tokens=128_000"]) == 2, "another budget is another run"
-    assert "train.tokens was 256000 and is now 128000" in capsys.readouterr().err
+    assert f"stopped │ {saved}/2000" in re.sub(" +", " ", capsys.readouterr().out)
+    assert main([*command, "train.tokens=64_000"]) == 2, "another budget is another run"
+    assert "train.tokens was 128000 and is now 64000" in capsys.readouterr().err
     process = sae_process(*command)
-    _, log = process.communicate(timeout=120)
+    _, log = process.communicate(timeout=600)
     assert process.returncode == 0, log
     assert f"going on from the checkpoint at step {saved}" in log
-    assert "4000" in {path.name for path in (output / "checkpoints").iterdir()}
+    assert "2000" in {path.name for path in (output / "checkpoints").iterdir()}
 
 
 def test_sigint_during_harvest(harvested: Path, tmp_path: Path) -> None:
     config = str(harvested / "config.yaml")
     command = ["harvest", config, f"cache.path={tmp_path}/store"]
     process = sae_process(*command)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (tmp_path / "store").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, log = process.communicate(timeout=60)
+    _, log = process.communicate(timeout=600)
     assert process.returncode == 75, log
     process = sae_process(*command)
-    out, log = process.communicate(timeout=60)
+    out, log = process.communicate(timeout=600)
     assert process.returncode == 0, log
     for line in log.splitlines():
         assert re.match(r"\d\d:\d\d:\d\d \S", line), f"not a line of ours: {line}"
@@ -248,7 +248,7 @@ with stop_on_signals() as stop:
 
 def test_a_second_sigint_ends_the_process() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", _SECOND_SIGINT], cwd=ROOT, capture_output=True, timeout=60
+        [sys.executable, "-c", _SECOND_SIGINT], cwd=ROOT, capture_output=True, timeout=300
     )
     assert done.returncode == -signal.SIGINT
     assert b"saving and stopping" in done.stderr
@@ -270,5 +270,5 @@ def test_help_is_quick_for_it_loads_no_jax() -> None:
         "import sys, launch.cli; launch.cli.main(['--help']);"
         "sys.exit(bool({'jax', 'numpy', 'tensorstore', 'orbax', 'matplotlib'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=300)
     assert done.returncode == 0

@@ -92,7 +92,8 @@ class Watch:
     """Looks at a store all the while, from a thread: a context manager.
 
     Attributes:
-        most: buckets that were on the disk at once.
+        most: buckets that were on the disk at once: those that two looks in a row have seen, since
+            while one look goes through the folders, buckets go and others come.
         newest: the last bucket that was ever there.
         written: buckets that came, those that came again included.
         looks: how often it has looked.
@@ -120,7 +121,7 @@ class Watch:
             except FileNotFoundError:
                 continue  # deleted between two looks
             self.looks += 1
-            self.most = max(self.most, len(found))
+            self.most = max(self.most, len(found & before))
             self.newest = max([self.newest, *found])
             self.written += len(found - before)
             before = found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,30 +38,15 @@ from tests.launch.processes.rolling import (
     Disk,
     begun,
     committed,
-    load_the_model_once,
     overrides,
     rolling_job,
     shards,
 )
-from tests.support.pipeline import write_pipeline
 from tests.support.training import assert_same_run, final_state, stop_after
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_model")]
 
 TAP = Tap("resid_post", 1)
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pipeline(tmp_path_factory.mktemp("pipeline"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    """The model is loaded, and its programs compiled, once for all runs of this file."""
-    with pytest.MonkeyPatch.context() as patched:
-        load_the_model_once(patched)
-        yield
 
 
 @dataclass(frozen=True)
@@ -73,7 +58,7 @@ class Whole:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(config: Path, quick: None, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+def undisturbed(config: Path, one_model: None, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     folder, rows = tmp_path_factory.mktemp("undisturbed"), []
     with pytest.MonkeyPatch.context() as patched:
         disk, place = Disk(patched), loop.place_batch

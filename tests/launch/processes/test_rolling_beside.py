@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,30 +38,15 @@ from tests.launch.processes.rolling import (
     Watch,
     begun,
     committed,
-    load_the_model_once,
     overrides,
     rolling_job,
 )
 from tests.support.children.processes import child_environment, children, start_group, wait_for
-from tests.support.pipeline import write_pipeline
 from tests.support.training import assert_same_run, lines_logged
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_model")]
 
-KILLS = 20
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pipeline(tmp_path_factory.mktemp("pipeline"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    """The model is loaded, and its programs compiled, once for all runs of this process."""
-    with pytest.MonkeyPatch.context() as patched:
-        load_the_model_once(patched)
-        yield
+SIDES = ["train"] * 2 + ["harvest"] * 6
 
 
 @pytest.mark.parametrize(
@@ -76,7 +61,7 @@ def test_a_harvest_that_can_not_go_on_stops_its_trainer(
         raise error
 
     monkeypatch.setattr(beside, "group", SimpleNamespace(run_stage=ended))
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     with (
         pytest.raises(type(error), match=str(error)),
         beside.harvest_beside(job, stop=lambda: False) as stop,
@@ -105,7 +90,7 @@ def test_a_harvest_notices_from_its_start_that_its_trainer_is_gone(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def tokenises(self: Any, *, stop: Callable[[], bool], **options: Any) -> None:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300
         while not stop():
             assert time.monotonic() < until, "nobody told it"
             time.sleep(0.05)
@@ -194,12 +179,12 @@ def children_at(trainer: subprocess.Popen[str], stage: str) -> list[int]:
     return [child for child in children(trainer) if stage_of(child) == stage]
 
 
-def test_twenty_kills_of_either_side_change_no_bit(config: Path, tmp_path: Path):
+def test_kills_of_either_side_change_no_bit(config: Path, tmp_path: Path):
     """Trainer and harvest are killed (SIGKILL) at random moments of a run of 40 buckets."""
     train(rolling_job(config, tmp_path / "undisturbed"))
     folder, log, generator = tmp_path / "killed", tmp_path / "log", random.Random(19)
     words = overrides(folder, "launch={restart_pause_seconds: 0, restarts: 50}", beside=True)
-    sides = generator.sample(["train"] * 5 + ["harvest"] * 15, k=KILLS)
+    sides = generator.sample(SIDES, k=len(SIDES))
     trainer, due = start("train", config, words, log), 0
 
     def alive() -> bool:
@@ -213,7 +198,7 @@ def test_twenty_kills_of_either_side_change_no_bit(config: Path, tmp_path: Path)
         try:
             for side in sides:
                 # Some milliseconds after so many further buckets were begun, or after a start.
-                due = watch.written + generator.choice([0, 1, 2, 3])
+                due = watch.written + generator.choice([0, 1, 2, 4])
                 assert wait_for(is_time, alive), (killed, log.read_text())
                 time.sleep(generator.uniform(0, 0.1))
                 if side == "train":
@@ -221,14 +206,14 @@ def test_twenty_kills_of_either_side_change_no_bit(config: Path, tmp_path: Path)
                     assert trainer.wait() == -signal.SIGKILL, killed
                     trainer = start("train", config, words, log)
                 else:
-                    os.kill(children_at(trainer, "harvest")[0], signal.SIGKILL)
+                    (harvest,) = children_at(trainer, "harvest")
+                    os.kill(harvest, signal.SIGKILL)
                 killed.append((side, watch.newest, lines_logged(folder / "run")))
             assert trainer.wait(timeout=600) == 0, log.read_text()
         finally:
             trainer.kill()
             trainer.wait()
-    assert len(killed) == KILLS
-    assert len({newest for _, newest, _ in killed}) >= 5, killed  # all the way
+    assert len({newest for _, newest, _ in killed}) >= 3, killed  # on the way
     assert watch.looks > 1000
     assert watch.most <= WINDOW + 1
     assert begun(folder / "store") == committed(folder / "store") == []
@@ -248,7 +233,7 @@ def test_two_processes_of_either_side_and_one_give_the_same_bits(config: Path, t
     try:
         with Watch(folder / "store") as watch:
             assert trainers.wait() == [0, 0], trainers.logs
-            assert harvest.wait(timeout=60) == 0, log.read_text()
+            assert harvest.wait(timeout=600) == 0, log.read_text()
     finally:
         trainers.kill()
         harvest.kill()
@@ -263,12 +248,12 @@ def test_two_processes_of_either_side_and_one_give_the_same_bits(config: Path, t
     try:
         with Watch(folder / "store") as watch:
             assert wait_for(
-                lambda: lines_logged(folder / "run") >= 20, lambda: trainer.poll() is None
+                lambda: lines_logged(folder / "run") >= 8, lambda: trainer.poll() is None
             ), log.read_text()
             beside_it = children_at(trainer, "harvest")
             os.kill(children_at(trainer, "train")[1], signal.SIGKILL)
             again = wait_for(
-                lambda: lines_logged(folder / "run") >= 30, lambda: trainer.poll() is None
+                lambda: lines_logged(folder / "run") >= 20, lambda: trainer.poll() is None
             )
             assert again, log.read_text()
             assert children_at(trainer, "harvest") == beside_it

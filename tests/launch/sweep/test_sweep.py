@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import shutil
 import signal
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from launch.cli import main
 from launch.config.job import Job
 from launch.sweep.expand import expand
 from sae_train.config.file import differing_fields, read_run_config, write_config
+from sae_train.train import loop
 from tests.support.configs import as_job, make_config
 from tests.support.pipeline import write_pipeline
 from tests.support.training import final_state
@@ -287,27 +287,21 @@ def test_a_run_of_another_config_is_not_taken_for_done(
     assert stamps(finished / "out") == before, "the sweep's own config is as it was, too"
 
 
-def test_a_signal_ends_the_sweep_and_the_same_command_goes_on(finished: Path) -> None:
+def test_a_signal_ends_the_sweep_and_the_same_command_goes_on(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = finished / "stopped"
-    overrides = [
-        f"output={out}",
-        "sweep.grid={train.seed: [0, 1]}",
-        "train.tokens=96_000",
-        "checkpoint.every_steps=1000",
-    ]
+    overrides = [f"output={out}", "sweep.grid={train.seed: [0, 1]}", "checkpoint.every_steps=1000"]
     command = ["sweep", str(finished / "config.yaml"), *overrides]
+    place, batches = loop.place_batch, itertools.count(1)
 
-    def stop_in_the_first_run() -> None:
-        metrics = out / "seed_0" / "metrics.jsonl"
-        deadline = time.monotonic() + 60
-        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+    def stopped_in_the_first_run(*arguments: Any, **options: Any) -> Any:
+        if next(batches) == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return place(*arguments, **options)
 
-    watcher = threading.Thread(target=stop_in_the_first_run)
-    watcher.start()
+    monkeypatch.setattr(loop, "place_batch", stopped_in_the_first_run)
     assert main(command) == 75
-    watcher.join()
     assert not (out / "seed_0" / "failure.json").exists(), "to be stopped is not to fail"
     assert not (out / "seed_1").exists()
     assert main(command) == 0
