@@ -6,6 +6,7 @@ What a fixture needs is imported in it: most test files need little of it.
 from __future__ import annotations
 
 import atexit
+import gc
 import logging
 import os
 import shutil
@@ -26,6 +27,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="open-gemma-scope-tests-")
 
+import hypothesis
 import jax
 import pytest
 
@@ -41,6 +43,14 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 # The flags count from the first array on.
 os.environ["XLA_FLAGS"] = compiled_programs.QUICK_FLAGS
 compiled_programs.share_compiled_programs()
+# The same examples each time: a check shouldn't fail by chance, and nothing hangs on the clock.
+hypothesis.settings.register_profile(
+    "ours",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("ours")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -69,6 +79,16 @@ def steps_made_once() -> Iterator[None]:
         patch.setattr(cohort_step, "make_train_step", StepsMadeOnce())
         patch.setattr(cohort_step, "make_end_to_end_step", StepsMadeOnce(make_end_to_end_step))
         yield
+
+
+@pytest.fixture(scope="module")
+def own_garbage() -> Iterator[None]:
+    """What a file's tests leave to the garbage collector complains in that file and not in another.
+
+    For files that ignore such complaints of the libraries that they make fail.
+    """
+    yield
+    gc.collect()
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ _FLAGS = [
     "--disable-sync",
     "--remote-debugging-pipe",
 ]
-_PATIENCE = 60.0  # seconds
+_PATIENCE = 300.0  # seconds
 
 
 def chromium() -> str:

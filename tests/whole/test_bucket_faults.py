@@ -27,6 +27,7 @@ from tests.support.training import assert_same_run, make_run, stop_after
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("own_garbage"),
 ]
 
 MESH = (2, 1)
@@ -103,7 +104,7 @@ def test_two_killed_processes_go_on_from_what_they_saved(
     train(on_disk)
     config = run_in(bucket_server, finished_run, "killed", mesh=MESH)
     group = start_two(tmp_path / "killed", config)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while (newest_checkpoint(storage_path(config.output)) or 0) < 10:
         assert group.alive(), "it ended before it was killed"
         assert time.monotonic() < deadline

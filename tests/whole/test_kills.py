@@ -32,7 +32,7 @@ OVERRIDES = [
     f"train.tokens={STEPS * 64}",
     "train.log_every_steps=1",
     "mesh.data=2",
-    "launch={processes: 2, restarts: 30, restart_pause_seconds: 0, heartbeat_seconds: 10}",
+    "launch={processes: 2, restarts: 30, restart_pause_seconds: 0, heartbeat_seconds: 60}",
 ]
 
 
@@ -84,7 +84,7 @@ class Victim:
         self.wait_until(lambda: not set(victims) & set(children(self.supervisor)))
 
     def finish(self) -> None:
-        self.output.append(self.supervisor.communicate(timeout=300)[0])
+        self.output.append(self.supervisor.communicate(timeout=600)[0])
         assert self.supervisor.returncode == 0, "".join(self.output)
 
 

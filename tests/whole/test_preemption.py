@@ -38,15 +38,15 @@ MESH = (2, 1)
 def make_file(folder: Path, name: str, **options) -> Path:
     """A config file for a run of two processes."""
     config = make_run(folder, steps=STEPS, output=name, mesh=MESH, checkpoint=SAVES, **options)
-    launch = {"processes": 2, "restart_pause_seconds": 0.1, "heartbeat_seconds": 10}
+    launch = {"processes": 2, "restart_pause_seconds": 0.1, "heartbeat_seconds": 60}
     write_config(as_job(config, launch=launch), folder / f"{name}-config")
     return folder / f"{name}-config" / "config.yaml"
 
 
-def start_processes(file: Path) -> Group:
+def start_processes(file: Path, *, heartbeat: int = 60) -> Group:
     """Both processes, started as a cluster would."""
     command = ["-m", "launch.cli", "train", str(file)]
-    return start_group([command] * 2, environment={"SAE_HEARTBEAT_SECONDS": "10"})
+    return start_group([command] * 2, environment={"SAE_HEARTBEAT_SECONDS": str(heartbeat)})
 
 
 def start_supervised(*command: str) -> subprocess.Popen[str]:
@@ -102,7 +102,7 @@ def test_a_killed_process_is_recovered_from_and_fresh_is_done_once(folder: Path)
     if not wait_for(has_saved, lambda: supervisor.poll() is None):
         pytest.fail(str(supervisor.communicate()))
     os.kill(sorted(children(supervisor))[0], signal.SIGKILL)
-    output, _ = supervisor.communicate(timeout=300)
+    output, _ = supervisor.communicate(timeout=600)
     assert supervisor.returncode == 0, output
     assert output.count("was lost (SIGKILL)") == 1, output
     assert output.count("restarting all 2 processes") == 1, output
@@ -114,12 +114,13 @@ def test_a_killed_process_is_recovered_from_and_fresh_is_done_once(folder: Path)
 
 
 def test_the_others_notice_a_lost_process_by_themselves(folder: Path):
-    group = start_processes(make_file(folder, "noticed"))
+    group = start_processes(make_file(folder, "noticed"), heartbeat=10)
     assert wait_for(lambda: lines_logged(folder / "noticed") >= 5, group.alive)
     group.processes[1].kill()
     begin = time.monotonic()
-    codes = group.wait(timeout=60)
-    assert time.monotonic() - begin < 20, "twice the heartbeat"
+    codes = group.wait()
+    # JAX's own heartbeat is 100 s; a busy machine adds to the 10 s.
+    assert time.monotonic() - begin < 60, "the heartbeat was ours"
     assert codes[0] not in (0, 2, 75), group.logs[0]
 
 
@@ -128,7 +129,7 @@ def test_a_stop_through_the_supervisor(folder: Path):
     supervisor = start_supervised("train", str(file))
     assert wait_for(lambda: lines_logged(run) >= 20, lambda: supervisor.poll() is None)
     supervisor.send_signal(signal.SIGINT)
-    output, _ = supervisor.communicate(timeout=120)
+    output, _ = supervisor.communicate(timeout=600)
     assert supervisor.returncode == 75, output
     assert output.count("stopped by a signal at step") == 1, output
     assert "Traceback" not in output
@@ -148,8 +149,10 @@ def test_processes_of_different_configs_are_refused(folder: Path):
 
 def test_processes_of_different_code_are_refused(folder: Path):
     other = folder / "other-code"
+    # Python writes it meanwhile, under names that go away again.
+    no_bytecode = shutil.ignore_patterns("__pycache__")
     for package in ("activation_cache", "sae_train", "launch"):
-        shutil.copytree(ROOT / package, other / package)
+        shutil.copytree(ROOT / package, other / package, ignore=no_bytecode)
     with open(other / "sae_train" / "step.py", "a") as file:
         file.write("# one line more\n")
     command = ["-m", "launch.cli", "train", str(make_file(folder, "coded"))]
@@ -169,7 +172,7 @@ def test_a_mistake_in_a_group_is_told_once_and_in_words(
 ):
     file = make_file(folder, "mistaken")
     process = start_supervised("train", str(file), f"cache.path={folder}/nowhere")
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 2, output
     assert output.count("sae harvest") == 1, output
     assert main(["train", str(file), "mesh.data=3", "train.batch_size=3"]) == 2

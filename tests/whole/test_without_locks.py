@@ -38,7 +38,7 @@ def test_harvest_and_training_need_no_locks(tmp_path: Path):
         env=child_environment() | faults,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert child.stdout.endswith("[0, 0, 0]\n"), child.stderr

@@ -40,7 +40,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     yield folder
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     if is_mounted:
-        subprocess.run(["umount", str(folder)], check=True)
+        # Lazily: a thread that still closes its file doesn't keep it.
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 FILE_LIMIT = 9000  # bytes: less than a shard of resid_post, 128 rows of 20 float32

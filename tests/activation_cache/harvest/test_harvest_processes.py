@@ -27,7 +27,8 @@ from tests.support.tiny_gguf import write_gguf
 pytestmark = pytest.mark.slow
 
 BUCKETS = 63  # of 16 rows
-HEARTBEAT = {"SAE_HEARTBEAT_SECONDS": "10"}
+# Long: a busy machine may keep a healthy process from its heartbeats. One test has a short one.
+HEARTBEAT = {"SAE_HEARTBEAT_SECONDS": "60"}
 OVERRIDES = ["cache.shuffle_rows=16", "cache.block_rows=16", "cache.sequences_per_batch=2"]
 
 
@@ -46,11 +47,13 @@ def command(folder: Path, store: str, mesh: str, *overrides: str) -> list[str]:
             *overrides]  # fmt: skip
 
 
-def start(folder: Path, processes: int, *arguments: str, devices: int = 4) -> Group:
+def start(
+    folder: Path, processes: int, *arguments: str, devices: int = 4, **environment: str
+) -> Group:
     return start_group(
         [["-m", "launch.cli", *arguments]] * processes,
         devices_each=devices // processes,
-        environment=HEARTBEAT,
+        environment=HEARTBEAT | environment,
     )
 
 
@@ -103,14 +106,15 @@ def test_a_process_reads_only_its_part_of_the_weights(tmp_path: Path):
 def test_the_others_notice_a_lost_process_by_themselves(folder: Path):
     """Nothing watches these two; what was committed is gone on with."""
     arguments = command(folder, "noticed", "{data: 2, model: 1}")
-    group = start(folder, 2, *arguments, devices=2)
+    group = start(folder, 2, *arguments, devices=2, SAE_HEARTBEAT_SECONDS="10")
     while group.alive() and commits(folder / "noticed") < 3:
         time.sleep(0.005)
     os.kill(group.processes[1].pid, signal.SIGSTOP)  # as good as dead, but not seen to die
     begin = time.monotonic()
     while group.processes[0].poll() is None and time.monotonic() - begin < 60:
         time.sleep(0.1)
-    assert time.monotonic() - begin < 20, "twice the heartbeat"
+    # JAX's own heartbeat is 100 s; a busy machine adds to the 10 s.
+    assert group.processes[0].poll() is not None, "the heartbeat was ours"
     group.processes[1].kill()
     assert group.wait()[0] not in (0, 2, 75), group.logs[0]
     assert main([*arguments, "cache.mesh.data=1"]) == 0
@@ -174,7 +178,7 @@ def test_the_local_launcher_starts_the_group(folder: Path):
     """A stop through it is everybody's; tests/whole/test_kills.py has what it does about kills."""
     arguments = command(
         folder, "launched", "{data: 2, model: 1}", "cache.tokens=4000",
-        "launch={processes: 2, restart_pause_seconds: 0.1, heartbeat_seconds: 10}",
+        "launch={processes: 2, restart_pause_seconds: 0.1, heartbeat_seconds: 60}",
     )  # fmt: skip
     supervisor = subprocess.Popen(
         [sys.executable, "-m", "launch.cli", *arguments],
@@ -187,7 +191,7 @@ def test_the_local_launcher_starts_the_group(folder: Path):
     while supervisor.poll() is None and commits(store) < 3:
         time.sleep(0.005)
     supervisor.send_signal(signal.SIGTERM)
-    output, _ = supervisor.communicate(timeout=120)
+    output, _ = supervisor.communicate(timeout=600)
     assert supervisor.returncode == 75, output
     assert "Traceback" not in output
     assert 3 <= commits(store) < 4 * BUCKETS - 2
@@ -207,7 +211,7 @@ def test_the_local_launcher_starts_the_group(folder: Path):
 def test_shared_work_ends_alike_everywhere(case: str, ended: str):
     group = start_group(
         [["-m", "tests.support.children.shared_child", case]] * 3,
-        environment={"SAE_HEARTBEAT_SECONDS": "10", "PATH": os.environ["PATH"]},
+        environment=HEARTBEAT | {"PATH": os.environ["PATH"]},
     )
-    assert group.wait(timeout=150) == [0] * 3, "\n".join(group.logs)
+    assert group.wait() == [0] * 3, "\n".join(group.logs)
     assert [re.findall("ended: (.*)", log) for log in group.logs] == [["finished by 0", ended]] * 3

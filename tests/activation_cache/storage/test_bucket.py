@@ -35,6 +35,7 @@ from tests.support.training import assert_same_run, make_run, stop_after
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("own_garbage"),
 ]
 
 

@@ -237,20 +237,25 @@ def test_closing_waits_for_reads_begun_and_begins_no_more(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ):
     began, go_on, finished = threading.Semaphore(0), threading.Event(), []
-    read_block = BlockReads._read
+    read_block, drop = BlockReads._read, ActivationReader.drop
 
     def held(*arguments):
         began.release()
         assert go_on.wait(timeout=60)
+        time.sleep(0.05)  # who doesn't wait for it has gone on by then
         read_block(*arguments)
         finished.append(arguments)
 
+    def dropped(reader):
+        drop(reader)
+        go_on.set()
+
+    monkeypatch.setattr(ActivationReader, "drop", dropped)
     monkeypatch.setattr(BlockReads, "_read", held)
     monkeypatch.setattr("activation_cache.storage.direct_reads._THREADS", 2)
     before = set(threading.enumerate())
     with ActivationReader(store, TAP, batch_size=64, seed=0, read_ahead=8):
         assert all(began.acquire(timeout=60) for _ in range(2))  # and 62 blocks wait
-        threading.Timer(0.05, go_on.set).start()
     assert len(finished) == 2
     left = {thread.name for thread in set(threading.enumerate()) - before}
     assert not [name for name in left if name.startswith(("plan", "block"))]

@@ -38,7 +38,7 @@ from tests.support.training import assert_same_run, make_run, stop_after, untime
 pytestmark = pytest.mark.slow
 
 STEPS = 300
-PATIENCE = 240.0  # seconds, for what takes some on a quiet machine
+PATIENCE = 600.0  # seconds, for what takes some on a quiet machine
 
 
 @pytest.fixture(scope="module")

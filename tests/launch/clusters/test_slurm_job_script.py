@@ -48,20 +48,20 @@ class Job:
             return subprocess.Popen(["bash", str(self.script)], env=environment, stdout=log)
 
     def finish(self) -> int:
-        return self.start().wait(timeout=60)
+        return self.start().wait(timeout=300)
 
     def count(self, start: str) -> int:
         lines = self.calls.read_text().splitlines()
         return sum(line.startswith(start) for line in lines)
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 300
         while not condition():
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
 
-WAITS = "trap 'sleep 0.3; exit 75' TERM; touch {folder}/ready; sleep 60 & wait $!"
+WAITS = "trap 'sleep 0.3; exit 75' TERM; touch {folder}/ready; sleep 600 & wait $!"
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_a_signal_to_the_script_reaches_the_step_and_its_end_is_waited_for(
     for number in numbers:
         process.send_signal(signal.Signals[f"SIG{number}"])
         time.sleep(0.1)
-    assert process.wait(timeout=60) == 75
+    assert process.wait(timeout=300) == 75
     assert job.count("scancel --signal=TERM 5") >= 1
     assert (job.count("srun"), job.count("scontrol requeue 5")) == (1, 1)
 
@@ -142,16 +142,16 @@ def test_a_process_lost_while_stopping_is_for_the_next_start(
     process = job.start()
     job.wait_until((tmp_path / "ready").exists)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(timeout=60) == 75
+    assert process.wait(timeout=300) == 75
     assert (job.count("srun"), job.count("scontrol requeue 5")) == (1, 1)
 
 
 def test_a_signal_in_a_pause_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = Job(tmp_path, monkeypatch, step="exit 1", restart_pause_seconds=60)
+    job = Job(tmp_path, monkeypatch, step="exit 1", restart_pause_seconds=600)
     process = job.start()
-    job.wait_until(lambda: "again in 60 s" in (tmp_path / "log").read_text())
+    job.wait_until(lambda: "again in 600 s" in (tmp_path / "log").read_text())
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(timeout=30) == 75
+    assert process.wait(timeout=300) == 75
     assert (job.count("srun"), job.count("scontrol requeue 5")) == (1, 1)
 
 

@@ -244,14 +244,14 @@ def test_a_slurm_that_is_not_there(
 FULL = "sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying"
 
 
-@pytest.mark.parametrize("end", ["exit 1", "exec sleep 60"])
+@pytest.mark.parametrize("end", ["exit 1", "exec sleep 600"])
 def test_a_full_queue_says_what_is_in_it_and_goes_on_from_there(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     end: str,
 ) -> None:
-    monkeypatch.setattr(slurm, "_PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr(slurm, "_PATIENCE_SECONDS", 5.0 if "sleep" in end else 300.0)
     calls, full = tmp_path / "calls", tmp_path / "full"
     sbatch = f'echo "$@" >>{calls}; n=$(wc -l <{calls})\n'
     sbatch += f'if [ -e {full} ] && [ "$n" -gt 1 ]; then echo "{FULL}" >&2; {end}; fi\n'
@@ -264,6 +264,7 @@ def test_a_full_queue_says_what_is_in_it_and_goes_on_from_there(
     assert "In the queue: harvest (job 41). Not submitted: train, evaluate, report." in said
     assert list(slurm.read_jobs(script_folder(config))) == ["harvest"]
     full.unlink()
+    monkeypatch.setattr(slurm, "_PATIENCE_SECONDS", 300.0)
     assert main(["sweep", str(tmp_path / "config.yaml")]) == 0
     folder = script_folder(config)
     assert [line.split() for line in calls.read_text().splitlines()[2:]] == [

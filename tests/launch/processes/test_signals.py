@@ -88,5 +88,5 @@ def test_a_closed_terminal_loses_nothing(tmp_path: Path):
     assert said == b"ready\r\n"
     os.close(keyboard)
     process.send_signal(signal.SIGHUP)  # this terminal controls no session
-    assert process.wait(30) == 75
+    assert process.wait(300) == 75
     assert (tmp_path / "saved").read_text() == "saved"

@@ -32,7 +32,7 @@ with open(starts, "a") as file:
 number = os.path.getsize(starts)
 def wait(code):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(code))
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
@@ -61,7 +61,7 @@ def starts(folder: Path, index: int) -> int:
 def test_exit_statuses_are_passed_up_at_once(tmp_path: Path, code: str, expected: int):
     begin = time.monotonic()
     assert run(tmp_path, code, launch()) == expected
-    assert time.monotonic() - begin < 20, "the rest was waited for"
+    assert time.monotonic() - begin < 300, "the rest was waited for"
     assert starts(tmp_path, 0) == 1
 
 
@@ -115,7 +115,7 @@ def stop(*_):
     sys.exit(75)
 signal.signal(signal.SIGTERM, stop)
 open(os.path.join(folder, f"ready-{index}"), "w").close()
-time.sleep(60)
+time.sleep(600)
 """
     assert run(tmp_path, code, launch(), stop=asked) == 75
 
@@ -124,15 +124,15 @@ def test_a_process_lost_while_stopping_is_not_started_again(tmp_path: Path):
     def asked() -> bool:
         return (tmp_path / "starts-0").exists() and (tmp_path / "starts-1").exists()
 
-    assert run(tmp_path, "time.sleep(60)", launch(restarts=0), stop=asked) == 75
+    assert run(tmp_path, "time.sleep(600)", launch(restarts=0), stop=asked) == 75
     assert starts(tmp_path, 0) == 1
 
 
 def test_a_stop_ends_a_pause(tmp_path: Path):
     begin = time.monotonic()
     asked = lambda: time.monotonic() - begin > 2  # noqa: E731
-    assert run(tmp_path, "sys.exit(1)", launch(restart_pause_seconds=60.0), stop=asked) == 75
-    assert time.monotonic() - begin < 30
+    assert run(tmp_path, "sys.exit(1)", launch(restart_pause_seconds=600.0), stop=asked) == 75
+    assert time.monotonic() - begin < 300
 
 
 def test_each_process_is_told_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -195,7 +195,7 @@ def test_processes_stop_when_their_supervisor_is_gone(tmp_path: Path):
         "signal.signal(signal.SIGTERM, leave)\n"
         "stop_with_supervisor()\n"
         'open(os.path.join(folder, f"ready-{index}"), "w").close()\n'
-        "for _ in range(600):\n    time.sleep(0.1)\n'''\n"
+        "time.sleep(600)\n'''\n"
         "command = [sys.executable, '-c', child, sys.argv[1]]\n"
         "supervise(command, launch=LocalLaunch(processes=2), devices=2)\n"
     )
@@ -203,7 +203,7 @@ def test_processes_stop_when_their_supervisor_is_gone(tmp_path: Path):
     parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment)
 
     def both(name: str) -> bool:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline:
             if all((tmp_path / f"{name}-{index}").exists() for index in (0, 1)):
                 return True

@@ -29,7 +29,7 @@ FIRST = SAES[0]
 
 def ask(url: str, **how: Any) -> tuple[int, bytes, Any]:
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, **how), timeout=60) as answer:
+        with urllib.request.urlopen(urllib.request.Request(url, **how), timeout=300) as answer:
             return answer.status, answer.read(), answer.headers
     except urllib.error.HTTPError as error:
         with error:
@@ -132,6 +132,7 @@ def test_a_search_of_contexts_goes_on_where_it_ended(
     sweep: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     latents = open_latents(sweep / FIRST)
+    monkeypatch.setattr("sae_train.browser.listing._PATIENCE", 300.0)
     whole = Listing(latents).page(Query(text="e", where="context", count=1000))
     assert whole["searched"] == F
     monkeypatch.setattr("sae_train.browser.listing._PATIENCE", -1.0)

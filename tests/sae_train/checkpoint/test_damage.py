@@ -26,6 +26,7 @@ META = "meta/metadata"
 # When one read fails Orbax drops its other reads, and Python warns of each.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("own_garbage"),
     pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
 ]
 

@@ -39,7 +39,7 @@ def test_a_program_that_logs_info_hears_only_us(tmp_path: Path):
         env=child_environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert child.returncode == 0, child.stderr

@@ -238,7 +238,7 @@ def test_an_explanation_that_knows_scores_1_and_another_s_scores_less(
 
 def test_a_run_is_limited_in_parallel_and_stops(tmp_path: Path, fake: FakeEndpoint):
     endpoint = Endpoint(EndpointSettings(fake.url, "m"), pause=0.01)
-    fake.script = lambda body: Response(completion("x").content, delay=0.03)
+    fake.script = lambda body: Response(completion("x").content, delay=0.1)
     questions = [Question("detection", n, (("user", str(n)),), 5) for n in range(30)]
     with Answers(tmp_path / "answers.jsonl") as answers, pytest.raises(Interrupted):
         ask_all(

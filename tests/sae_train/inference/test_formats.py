@@ -161,7 +161,7 @@ def test_load_sae_loads_neither_the_trainer_nor_what_writes_checkpoints():
         " 'sae_train.step', 'sae_train.checkpoint', 'sae_train.evaluate', 'launch'))))"
     )
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     assert done.stdout.strip() == ""
 
 

@@ -51,7 +51,7 @@ def make_file(folder: Path, place: str, name: str) -> str:
         data_seed=0,
         **MEMBERS.get(name, {}),
     )
-    launch = {"processes": 2, "restart_pause_seconds": 0.1, "heartbeat_seconds": 10}
+    launch = {"processes": 2, "restart_pause_seconds": 0.1, "heartbeat_seconds": 60}
     write_config(as_job(config, launch=launch), folder / f"{place}-configs" / name)
     return str(folder / f"{place}-configs" / name / "config.yaml")
 
@@ -71,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(files: list[str]) -> Group:
     command = ["-m", "launch.cli", "train", *files]
-    return start_group([command] * 2, environment={"SAE_HEARTBEAT_SECONDS": "10"})
+    return start_group([command] * 2, environment={"SAE_HEARTBEAT_SECONDS": "60"})
 
 
 def assert_as_alone(folder: Path, place: str) -> None:
@@ -119,7 +119,7 @@ def test_a_killed_process_costs_no_member_anything(folder: Path) -> None:
     if not wait_for(lambda: lines_logged(place / "a") >= 80, lambda: supervisor.poll() is None):
         pytest.fail(str(supervisor.communicate()))
     os.kill(sorted(children(supervisor))[0], signal.SIGKILL)
-    output, _ = supervisor.communicate(timeout=300)
+    output, _ = supervisor.communicate(timeout=600)
     assert supervisor.returncode == 0, output
     assert output.count("was lost (SIGKILL)") == 1, output
     assert_as_alone(folder, "killed")

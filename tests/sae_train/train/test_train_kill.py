@@ -34,7 +34,7 @@ def start(config_file: Path) -> subprocess.Popen:
 
 def finish(config_file: Path) -> None:
     process = start(config_file)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output.decode()
 
 
@@ -106,7 +106,7 @@ def test_a_signal_saves_and_exits_75(undisturbed: Path):
     process = start(config_file)
     assert reached(lambda: lines_logged(run) >= 23, process)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 75, output.decode()
     assert b"Traceback" not in output
     saved = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())

@@ -1,7 +1,8 @@
 """`python -m tests.support.children.harvest_child SECTIONS [KILL]`: a harvest that may kill itself.
 
 KILL is `name:n` (before the n-th small file whose name begins with `name` gets its name, say
-`bucket:3`) or `lock` (with half of a shard of a new bucket written).
+`bucket:3`), `name:n:SECONDS` (so long after the first small file, there at the latest) or `lock`
+(with half of a shard of a new bucket written).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +27,14 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_before_replacing(name: str, number: int) -> None:
-    replace, seen = os.replace, 0
+def kill_before_replacing(name: str, number: int, *, seconds: float | None = None) -> None:
+    replace, seen, begun = os.replace, 0, False
 
     def counted(source, target) -> None:
-        nonlocal seen
+        nonlocal seen, begun
+        if seconds is not None and not begun:
+            begun = True
+            threading.Timer(seconds, die).start()
         seen += os.path.basename(target).startswith(name)
         if seen == number:
             die()
@@ -56,8 +61,9 @@ def main(sections: str, kill: str = "") -> None:
     if kill == "lock":
         kill_within_a_shard()
     elif kill:
-        name, number = kill.split(":")
-        kill_before_replacing(name, int(number))
+        name, number, *seconds = kill.split(":")
+        after = float(seconds[0]) if seconds else None
+        kill_before_replacing(name, int(number), seconds=after)
     harvest(
         model=ModelConfig(**given["model"]),
         text=TextConfig(**given["text"]),

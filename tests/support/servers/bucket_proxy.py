@@ -91,7 +91,7 @@ class Proxy:
 
     def forward(self, method: str, target: str, headers: Headers, body: bytes) -> Answer:
         """Ask the emulator."""
-        connection = http.client.HTTPConnection(urlsplit(self.upstream).netloc, timeout=60)
+        connection = http.client.HTTPConnection(urlsplit(self.upstream).netloc, timeout=300)
         try:
             connection.request(method, target, body=body, headers=headers)
             response = connection.getresponse()

@@ -30,7 +30,7 @@ from tests.support.servers.bucket_proxy import Proxy, proxy_before
 from tests.support.training import make_run
 
 BUCKET = "acts"
-_START_SECONDS = 120
+_START_SECONDS = 300
 
 
 @dataclass(frozen=True)
