@@ -96,26 +96,8 @@ def touched_pass(
     matrices = tuple(rows[part][name] for name, part in _MATRICES)
     width, d_model = matrices[0].shape
     num_programs = min(PROGRAMS, segments.ids_N.shape[0])
-    scalars, decay_F = jnp.ones(2), jnp.ones(width)
-    output = output.operands(precision)
-    if update is not None:
-        scalars = jnp.stack([update[0].learning_rate, update[0].bias_correction])
-        decay_F = update[1]
-    read = _Read(
-        ids_N=segments.ids_N,
-        starts_N=segments.starts_N,
-        counts_N=segments.counts_N,
-        num_touched=(segments.counts_N > 0).sum(dtype=jnp.int32)[None],
-        row_P=row_P,
-        pre_P=pre_P,
-        x_BD=output.x_BD,
-        g_BD=output.g_BD,
-        g_l0_B=output.g_l0_B,
-        g_count_F=output.g_count_F,
-        theta_F=output.theta_F,
-        decay_F=decay_F,
-        first_g_F=jnp.zeros(1, jnp.int32) if first_g_F is None else first_g_F,
-        scalars=scalars,
+    read = _what_is_read(
+        segments, row_P, pre_P, output.operands(precision), first_g_F=first_g_F, update=update
     )
     vectors = jnp.zeros(width), jnp.zeros(width)
     sums = [
@@ -154,6 +136,38 @@ def touched_pass(
         encoded_D=written.encoded_GD.sum(axis=0),
         squares=written.squares_G.sum(),
         projected=written.projected_G.sum(),
+    )
+
+
+def _what_is_read(
+    segments: Segments,
+    row_P: Array,
+    pre_P: Array,
+    output: OutputGradients,
+    *,
+    first_g_F: Array | None,
+    update: Update | None,
+) -> _Read:
+    """A kernel's operands but for the matrices; what it doesn't need is there in some form."""
+    scalars, decay_F = jnp.ones(2), jnp.ones(output.theta_F.shape[0])
+    if update is not None:
+        scalars = jnp.stack([update[0].learning_rate, update[0].bias_correction])
+        decay_F = update[1]
+    return _Read(
+        ids_N=segments.ids_N,
+        starts_N=segments.starts_N,
+        counts_N=segments.counts_N,
+        num_touched=(segments.counts_N > 0).sum(dtype=jnp.int32)[None],
+        row_P=row_P,
+        pre_P=pre_P,
+        x_BD=output.x_BD,
+        g_BD=output.g_BD,
+        g_l0_B=output.g_l0_B,
+        g_count_F=output.g_count_F,
+        theta_F=output.theta_F,
+        decay_F=decay_F,
+        first_g_F=jnp.zeros(1, jnp.int32) if first_g_F is None else first_g_F,
+        scalars=scalars,
     )
 
 
