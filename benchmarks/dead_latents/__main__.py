@@ -1,7 +1,7 @@
 """What keeps latents alive in short runs, and what it costs: L0, FVU, delta loss, alive.
 
     python -m launch.demo demo-data                  # the model
-    python -m benchmarks.dead_latents runs/dead_latents --taps resid_post attn_out_prelinear mlp_out
+    python -m benchmarks.dead_latents runs/dead_latents
 
 Layer 12 of Gemma 3 270M reads Python's standard library. 2,048 latents, 600 steps of 256 rows,
 `match_l0`. The folder keeps stores, runs and results.jsonl.
@@ -16,6 +16,8 @@ import logging
 import sys
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from activation_cache.harvest.harvest import harvest
 from activation_cache.storage.files import storage_path
@@ -96,22 +98,27 @@ def _job(config: Config, models: Models) -> Job:
 
 
 def table(path: Path) -> str:
-    """All rows of the file, in order of tap and variant."""
+    """Means over the seeds of the file by tap and variant, ± their standard deviation."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows.sort(key=lambda row: (TAPS.index(row["tap"]), row["variant"], row["seed"]))
-    cells = [
-        [
-            row["tap"],
-            row["variant"],
-            str(row["seed"]),
-            f"{row['L0']:.1f}",
-            f"{row['FVU']:.4f}",
-            f"{row['delta loss']:.3f}",
-            f"{row['alive']:.1%}",
-        ]
-        for row in rows
-    ]
-    return markdown(["tap", "variant", "seed", "L0", "FVU", "delta loss", "alive"], cells)
+    head = ["tap", "variant", "seeds", "L0", "FVU", "delta loss", "alive"]
+    forms = {"L0": "{:.1f}", "FVU": "{:.4f}", "delta loss": "{:.3f}", "alive": "{:.1%}"}
+    kinds = sorted({(row["tap"], row["variant"]) for row in rows}, key=_place)
+    lines = []
+    for tap, variant in kinds:
+        own = [row for row in rows if (row["tap"], row["variant"]) == (tap, variant)]
+        cells = [tap, variant, str(len(own))]
+        for name, form in forms.items():
+            values = np.array([row[name] for row in own])
+            spread = f" ± {form.format(values.std(ddof=1))}" if len(values) > 1 else ""
+            cells.append(form.format(values.mean()) + spread)
+        lines.append(cells)
+    return markdown(head, lines)
+
+
+def _place(kind: tuple[str, str]) -> tuple[int, int, str]:
+    tap, variant = kind
+    order = ("plain", *VARIANTS)
+    return TAPS.index(tap), order.index(variant) if variant in order else len(order), variant
 
 
 def main() -> int:
@@ -120,7 +127,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="for the store, runs and numbers; they go on")
     parser.add_argument("--taps", nargs="+", choices=TAPS, default=TAPS)
     parser.add_argument("--variants", nargs="+", default=["plain", *VARIANTS, "1"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--target", type=int, default=20, help="L0")
     arguments = parser.parse_args()
     prepare()
