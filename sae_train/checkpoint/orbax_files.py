@@ -16,6 +16,7 @@ import logging
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -51,7 +52,9 @@ class OrbaxCheckpoints:
             max_to_keep=keep,
             enable_async_checkpointing=True,
             # Else threads wait for folders that a disk refused, and the process can't end.
-            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+            async_options=ocp.options.AsyncOptions(
+                create_directories_asynchronously=False, barrier_sync_fn=_meet
+            ),
             # A kill in mid-write leaves a folder under a temporary name.
             cleanup_tmp_directories=True,
             # Processes meet under this name; they may write several folders at once.
@@ -142,6 +145,17 @@ class OrbaxCheckpoints:
         if number != errno.ENOSPC:
             return f"{needed}."
         return f"{needed}, and {bytes_text(shutil.disk_usage(self.folder).free)} are free."
+
+
+def _meet(*, key: str, timeout_ms: int) -> None:
+    """Orbax's barrier between processes; one whose save has failed waits for nobody.
+
+    Orbax's background thread comes here with its error under way too, and the others, which wait
+    for this process's part of the save, never come: it would keep the error for 20 minutes.
+    """
+    in_background = threading.current_thread() is not threading.main_thread()
+    if not (in_background and sys.exc_info()[1]):
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 @contextmanager
