@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,6 +51,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_model")]
 SIDES = ["train"] * 2 + ["harvest"] * 6
 
 
+def while_asked(stop: Callable[[], bool]) -> Callable[[], bool]:
+    """`stop`, which must say yes once the thread of the harvest is gone: nobody else will."""
+
+    def asked() -> bool:
+        over = all(one.name != "harvest beside" for one in threading.enumerate())
+        told = stop()
+        assert told or not over, "the trainer would wait for ever"
+        return told
+
+    return asked
+
+
 @pytest.mark.parametrize(
     "error", [UserError("cannot write it: the disk is full"), Interrupted("harvest stopped")]
 )
@@ -62,13 +75,11 @@ def test_a_harvest_that_can_not_go_on_stops_its_trainer(
         raise error
 
     monkeypatch.setattr(beside, "group", SimpleNamespace(run_stage=ended))
-    until = time.monotonic() + 300
     with (
         pytest.raises(type(error), match=str(error)),
         beside.harvest_beside(job, stop=lambda: False) as stop,
     ):
-        # It waits for the first window.
-        train(job, stop=lambda: stop() or time.monotonic() > until)
+        train(job, stop=while_asked(stop))  # it waits for the first window
 
 
 def test_a_second_trainer_leaves_a_store_in_use_alone(
@@ -135,6 +146,21 @@ def test_a_trainer_that_moves_back_loses_no_bucket_to_a_harvest_that_has_not_see
     assert committed(store) == [0, 1, 2, 3]
     assert missing == [4]
     supply(reading_at(0), lambda: True)
+
+
+def test_a_bucket_that_a_kill_left_half_written_is_made_again(config: Path, tmp_path: Path):
+    job, store = rolling_job(config, tmp_path), tmp_path / "store"
+    with RollingHarvest(model=job.model, text=job.text, cache=job.cache) as harvest:
+        harvest.make_store()
+        record, shard = store / "commits" / "bucket-000001.json", store / "resid_post.1/c/1/0"
+        whole = record.read_bytes(), shard.read_bytes()
+        record.unlink()
+        shard.write_bytes(bytes(len(whole[1])))
+        write_kept(store, range(WINDOW))
+        with pytest.raises(Interrupted):
+            waiting_supply(store)(reading_at(0), lambda: True)
+        harvest.supply(reading_at(0), lambda: False)
+    assert (record.read_bytes(), shard.read_bytes()) == whole
 
 
 def test_a_trainer_reads_what_is_kept_alone(tmp_path: Path):
