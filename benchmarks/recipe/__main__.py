@@ -7,8 +7,8 @@
 Two stores (the demo's text at layer 5, Python's standard library at layer 12, of Gemma 3 270M),
 `match_l0`. Every part varies one setting or two around a common one; FVU is of 24 held-out
 sequences, brought to the target L0 by FVU falling as L0 to the power -0.4. `check` holds the recipe
-against settings searched by hand on two stores that no formula was found by. The folder keeps
-results.jsonl, and what is there isn't trained again.
+against settings searched by hand on three other stores; of one the site's rate was found by. The
+folder keeps results.jsonl, and what is there isn't trained again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,12 @@ from sae_train.config.run import Config
 
 SLOPE = 0.4
 STORES = ("python", "demo")  # whose runs the formulas were found by
-OTHERS = {"mlp, sotu": ("demo", "mlp_out"), "att, sotu": ("demo", "attn_out_prelinear")}
+# Text, site and layer for `check`. By rows of the second the rate at its site was found.
+OTHERS = {
+    "mlp, sotu": ("demo", "mlp_out", 12),
+    "att, sotu": ("demo", "attn_out_prelinear", 12),
+    "att 5, sotu": ("demo", "attn_out_prelinear", 5),
+}
 SITES = ("resid_post", "mlp_out", "attn_out_prelinear")
 RATE, BANDWIDTH = "train.learning_rate.peak", "sae.bandwidth"
 RECIPE = "train.recipe"
@@ -41,7 +46,7 @@ DECAY = "train.learning_rate.decay_steps"
 
 def base_of(store: str, root: Path, others: Path) -> Config:
     """The demo's config, which has a recipe, at a store's text and tap."""
-    text, site = OTHERS.get(store, (store, "resid_post"))
+    text, site, layer = OTHERS.get(store, (store, "resid_post", None))
     at = base_config(text, root)
     own: dict[str, Any] = {
         "text": at.text.model_dump(),
@@ -53,10 +58,15 @@ def base_of(store: str, root: Path, others: Path) -> Config:
     }
     if store in OTHERS:
         own |= {
-            "cache.path": str(others / "stores" / {"python": "python", "demo": "sotu"}[text]),
+            "cache.path": str(others / "stores" / "sotu"),
             "cache.sites": [{"site": one, "layers": [12]} for one in SITES],
             "cache.tokens": 100_000,
-            "sae.layer": 12,
+            "sae.layer": layer,
+        }
+    if layer == 5:
+        own |= {
+            "cache.path": str(root / "att_5" / "store"),
+            "cache.sites": [{"site": site, "layers": [layer]}],
         }
     return with_values(load_config("configs/demo.yaml"), own, source="benchmark")
 
@@ -91,7 +101,7 @@ def _checks(store: str) -> list[Cell]:
 
     The second is also the middle of the search by hand: its rate is 6e-3, its bandwidth 0.01.
     """
-    plain = {RECIPE: "auto", WHITENING: 0.0, REVIVE: 0.0}
+    plain = {RECIPE: "auto", WHITENING: 0.0, REVIVE: 0.0, RATE: 6e-3}
     by_hand = [{RATE: 3e-3}, {RATE: 1.2e-2}, {BANDWIDTH: 0.03}]
     settings = [{RECIPE: "auto"}, plain, *(plain | one for one in by_hand)]
     return [Cell(store, width=1024, settings=own) for own in settings]
